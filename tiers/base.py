@@ -1,0 +1,244 @@
+"""The contract between the manager and a secondary tier.
+
+A secondary tier keeps KV pages by key on some medium other than GPU memory. The manager
+calls it from vLLM's scheduler thread only, so every method returns at once and never
+blocks on the medium; the work happens on threads or processes that the tier owns.
+
+A tier never raises into the engine once it is constructed. What goes wrong ends as a
+result (`JobResult.failed`), a `Lookup.MISS`, and a count in `stats()`.
+
+Third-party tiers subclass `SecondaryTier` and register under the entry-point group
+`kvstrata.tiers`, or are named in the configuration by `module_path`. Their tests
+subclass `kvstrata.tiers.testing.TierContract`.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+# Bytes per element of the safetensors dtypes a page may have
+# (https://github.com/huggingface/safetensors, safetensors/src/tensor.rs).
+DTYPE_BYTES: Mapping[str, int] = {
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F16": 2,
+    "BF16": 2,
+    "F32": 4,
+    "F64": 8,
+}
+
+
+class TierConfigError(ValueError):
+    """A tier's options are wrong: the message names the key, the value and the remedy."""
+
+
+class Lookup(enum.Enum):
+    """What a tier knows of a key."""
+
+    HIT = enum.auto()
+    MISS = enum.auto()
+    RETRY = enum.auto()  # not known yet; ask again in a later step
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor of a page: its name in the file, safetensors dtype and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes; KeyError for a dtype outside `DTYPE_BYTES`."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class PageLayout:
+    """What the pages of one KV cache group look like.
+
+    `tensors` lie one after the other without gaps; `tokens` is the tokens per chunk.
+    """
+
+    tensors: tuple[TensorSpec, ...]
+    tokens: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size of a page in bytes."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class TierContext:
+    """What a tier must know of the model whose pages it keeps.
+
+    Attributes:
+        model: the model's name, for display only.
+        namespace: JSON-serialisable fields; pages are interchangeable between two
+            engines exactly when these fields are equal.
+        layouts: page layout by KV cache group index.
+    """
+
+    model: str
+    namespace: Mapping[str, Any]
+    layouts: Mapping[int, PageLayout]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestView:
+    """The request on whose behalf a call is made.
+
+    `params` is the request's `kv_transfer_params`. `tiers` names the tiers that may
+    serve it; None allows all.
+    """
+
+    req_id: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+    tiers: frozenset[str] | None = None
+
+
+class Page(NamedTuple):
+    """One page of a job.
+
+    Attributes:
+        key: the offload key, chunk hash + 4-byte big-endian group index.
+        group: KV cache group index.
+        end_token: position in the request of the chunk's end, in tokens; 0 if unknown.
+        slot: index of the page's slot in the primary tier.
+        view: exactly the page's bytes (uint8, contiguous, 4096-aligned), readable for
+            stores and writable for loads. Valid until the job's result is taken.
+    """
+
+    key: bytes
+    group: int
+    end_token: int
+    slot: int
+    view: memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Pages to store or to load together, in prefix order."""
+
+    job_id: int
+    pages: tuple[Page, ...]
+    request: RequestView
+
+
+@dataclass(frozen=True, slots=True)
+class JobResult:
+    """The end of a job.
+
+    `failed` maps the keys that were not stored, or did not arrive, to a short cause
+    such as "missing" or "checksum"; all other keys of the job succeeded. The content of
+    a failed page's view is undefined. `nbytes` counts the bytes moved, `seconds` the
+    time from the start of the work to its end.
+    """
+
+    job_id: int
+    failed: Mapping[bytes, str] = field(default_factory=dict)
+    nbytes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class TierStats:
+    """Totals since the tier was made; they only grow, except `gauges`."""
+
+    counters: dict[str, int] = field(default_factory=dict)
+    failures: dict[str, int] = field(default_factory=dict)  # by cause
+    gauges: dict[str, float] = field(default_factory=dict)
+
+
+def key_group(key: bytes) -> int:
+    """The KV cache group index at the end of an offload key."""
+    return int.from_bytes(key[-4:], "big")
+
+
+def key_hash(key: bytes) -> bytes:
+    """The chunk hash at the start of an offload key."""
+    return key[:-4]
+
+
+class SecondaryTier(ABC):
+    """Pages by key on some medium. See the module's text for the rules of all methods."""
+
+    # vLLM's words for `kv_load_tiers`: "CPU" or "STORAGE", "LOCAL" or "REMOTE"; None: unknown
+    medium: ClassVar[str | None] = None
+    locality: str | None = None
+
+    @classmethod
+    @abstractmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """Check the tier's part of the configuration without touching the medium.
+
+        Raises:
+            TierConfigError: naming the key, the value and the remedy.
+        """
+
+    @abstractmethod
+    def __init__(self, options: Mapping[str, Any], context: TierContext) -> None:
+        """Open the medium.
+
+        Raises:
+            TierConfigError: the options are wrong or the medium cannot be used.
+        """
+
+    @abstractmethod
+    def lookup(self, key: bytes, request: RequestView) -> Lookup:
+        """Whether the page is here. RETRY must become HIT or MISS in bounded time."""
+
+    @abstractmethod
+    def submit_store(self, job: Job) -> None:
+        """Start to store the job's pages; those already here count as stored."""
+
+    @abstractmethod
+    def submit_load(self, job: Job) -> None:
+        """Start to load the job's pages into their views, verified before the result."""
+
+    @abstractmethod
+    def get_finished(self) -> Sequence[JobResult]:
+        """Results of the jobs that ended since the last call, each job exactly once.
+
+        After a job's result was returned, the tier touches its views no more.
+        """
+
+    def touch(self, keys: Collection[bytes], request: RequestView) -> None:
+        """The pages were used elsewhere (for example in the primary tier)."""
+
+    def on_new_request(self, request: RequestView) -> None:
+        """A request arrived."""
+
+    def on_request_finished(self, request: RequestView) -> None:
+        """No further call will be made for this request; jobs may still be under way."""
+
+    def on_step_end(self) -> None:
+        """A scheduler step ended; the place to send off work batched during the step."""
+
+    def take_removed(self) -> Iterable[bytes]:
+        """Keys the tier dropped of its own accord since the last call."""
+        return ()
+
+    @abstractmethod
+    def drain(self, timeout_s: float) -> bool:
+        """Wait at most `timeout_s` seconds until no job is under way; True if so."""
+
+    @abstractmethod
+    def shutdown(self, timeout_s: float) -> bool:
+        """Stop; True if, within `timeout_s` seconds, nothing touches any view any more.
+
+        May be called twice. Jobs not yet started end as failed with cause "shutdown".
+        """
+
+    @abstractmethod
+    def stats(self) -> TierStats:
+        """Totals so far; cheap."""
