@@ -1,0 +1,146 @@
+"""The smallest correct tier: pages as bytes in this process.
+
+For tests, examples and as a model for new tiers. It copies on the caller's thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from kvstrata.tiers.base import (
+    Job,
+    JobResult,
+    Lookup,
+    Page,
+    RequestView,
+    SecondaryTier,
+    TierContext,
+    TierStats,
+    key_group,
+)
+from kvstrata.tiers.options import check_keys, parse_bytes
+
+
+class MemoryTier(SecondaryTier):
+    """Pages in a dict; option `max_bytes` bounds their sum, the least recently used go first."""
+
+    medium = "CPU"
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """See `SecondaryTier.check_options`."""
+        check_keys("memory tier", options, {"max_bytes"})
+        if "max_bytes" in options:
+            parse_bytes("max_bytes", options["max_bytes"])
+
+    def __init__(self, options: Mapping[str, Any], context: TierContext) -> None:
+        """See `SecondaryTier.__init__`."""
+        self.check_options(options)
+        self.locality = "LOCAL"
+        self._max_bytes = (
+            parse_bytes("max_bytes", options["max_bytes"]) if "max_bytes" in options else None
+        )
+        self._layouts = context.layouts
+        self._pages: OrderedDict[bytes, bytes] = OrderedDict()  # least recently used first
+        self._bytes = 0
+        self._finished: list[JobResult] = []
+        self._removed: list[bytes] = []
+        self._counters: Counter[str] = Counter()
+        self._failures: Counter[str] = Counter()
+        self._closed = False
+
+    def lookup(self, key: bytes, request: RequestView) -> Lookup:
+        """HIT or MISS, never RETRY."""
+        hit = not self._closed and key in self._pages
+        self._counters["lookups"] += 1
+        self._counters["hits"] += hit
+        return Lookup.HIT if hit else Lookup.MISS
+
+    def submit_store(self, job: Job) -> None:
+        """Copy the pages in."""
+        self._run(job, self._store, "stored")
+
+    def submit_load(self, job: Job) -> None:
+        """Copy the pages out."""
+        self._run(job, self._load, "loaded")
+
+    def get_finished(self) -> Sequence[JobResult]:
+        """See `SecondaryTier.get_finished`."""
+        finished, self._finished = self._finished, []
+        return finished
+
+    def touch(self, keys: Collection[bytes], request: RequestView) -> None:
+        """Make the pages the most recently used."""
+        for key in keys:
+            if key in self._pages:
+                self._pages.move_to_end(key)
+
+    def take_removed(self) -> Iterable[bytes]:
+        """The evicted keys."""
+        removed, self._removed = self._removed, []
+        return removed
+
+    def drain(self, timeout_s: float) -> bool:
+        """Always True: no job outlives its submission."""
+        return True
+
+    def shutdown(self, timeout_s: float) -> bool:
+        """Forget all pages."""
+        self._closed = True
+        self._pages.clear()
+        self._bytes = 0
+        return True
+
+    def stats(self) -> TierStats:
+        """See `SecondaryTier.stats`."""
+        gauges = {"pages": float(len(self._pages)), "bytes": float(self._bytes)}
+        return TierStats(dict(self._counters), dict(self._failures), gauges)
+
+    def _run(self, job: Job, move: Callable[[Page], str | None], done: str) -> None:
+        """Move each page, and count and report what happened; `move` returns a cause or None."""
+        start = time.monotonic()
+        failed: dict[bytes, str] = {}
+        moved = 0
+        for page in job.pages:
+            cause = "shutdown" if self._closed else self._check(page) or move(page)
+            if cause:
+                failed[page.key] = cause
+                self._failures[cause] += 1
+            else:
+                moved += page.view.nbytes
+                self._counters[f"{done}_pages"] += 1
+                self._counters[f"{done}_bytes"] += page.view.nbytes
+        self._finished.append(JobResult(job.job_id, failed, moved, time.monotonic() - start))
+
+    def _check(self, page: Page) -> str | None:
+        layout = self._layouts.get(page.group)
+        if layout is None or len(page.key) <= 4 or key_group(page.key) != page.group:
+            return "key"
+        return None if layout.nbytes == page.view.nbytes else "shape"
+
+    def _store(self, page: Page) -> str | None:
+        size = page.view.nbytes
+        if page.key in self._pages:
+            self._pages.move_to_end(page.key)
+            return None
+        if self._max_bytes is not None:
+            if size > self._max_bytes:
+                return "too-large"
+            while self._bytes + size > self._max_bytes:
+                key, data = self._pages.popitem(last=False)
+                self._bytes -= len(data)
+                self._removed.append(key)
+        self._pages[page.key] = bytes(page.view)
+        self._bytes += size
+        return None
+
+    def _load(self, page: Page) -> str | None:
+        data = self._pages.get(page.key)
+        if data is None:
+            return "missing"
+        page.view[:] = data
+        self._pages.move_to_end(page.key)
+        return None
