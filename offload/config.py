@@ -1,0 +1,175 @@
+"""`kv_connector_extra_config` -> a frozen `OffloadConfig`, or one clear error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvstrata.tiers.base import TierConfigError
+from kvstrata.tiers.options import check_keys, parse_bytes
+from kvstrata.tiers.registry import tier_class, tier_options
+
+# Read by vLLM's connector rather than by us; listed so that they are not "unknown".
+_VLLM_KEYS = (
+    "spec_name",
+    "spec_module_path",
+    "block_size",
+    "blocks_per_chunk",
+    "offload_prompt_only",
+    "self_describing_kv_events",
+    "sync_load_budget_bytes",
+)
+_OWN_KEYS = (
+    "cpu_bytes_to_use",
+    "eviction_policy",
+    "store_threshold",
+    "max_tracker_size",
+    "secondary_tiers",
+    "promotion_fraction",
+    "lookup_deadline_s",
+    "promotion_deadline_s",
+    "weights_fixed",
+    "lora_paths_immutable",
+)
+EVICTION_POLICIES = ("lru", "arc")
+
+
+class ConfigError(ValueError):
+    """A configuration value is wrong: the message names key, value and remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class TierEntry:
+    """One element of `secondary_tiers`, checked. `entry` is as the user wrote it."""
+
+    name: str
+    entry: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class OffloadConfig:
+    """The engine's configuration. Bytes in bytes, times in seconds.
+
+    Attributes:
+        cpu_bytes: size of the primary tier, all workers together.
+        eviction_policy: "lru" or "arc".
+        store_threshold: store a chunk from this many offers on; 0 and 1 store at once.
+        max_tracker_size: how many keys the counting for `store_threshold` remembers.
+        tiers: secondary tiers in the order of look-up.
+        promotion_fraction: largest share of the primary tier held by running promotions.
+        lookup_deadline_s: a tier that has not answered a look-up by then is a miss.
+        promotion_deadline_s: a promotion that has not arrived by then is a miss.
+        weights_fixed: None: decided from the engine's configuration.
+        lora_paths_immutable: the user's word that an adapter's path never changes content.
+        offload_prompt_only: as in vLLM.
+    """
+
+    cpu_bytes: int
+    eviction_policy: str = "lru"
+    store_threshold: int = 0
+    max_tracker_size: int = 64_000
+    tiers: tuple[TierEntry, ...] = field(default_factory=tuple)
+    promotion_fraction: float = 0.5
+    lookup_deadline_s: float = 1.0
+    promotion_deadline_s: float = 10.0
+    weights_fixed: bool | None = None
+    lora_paths_immutable: bool = False
+
+
+def parse_config(extra: Mapping[str, Any]) -> OffloadConfig:
+    """Check `kv_connector_extra_config` and freeze it.
+
+    Raises:
+        ConfigError: for the first thing that is wrong.
+    """
+    try:
+        return _parse(extra)
+    except TierConfigError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _parse(extra: Mapping[str, Any]) -> OffloadConfig:
+    if "canonical_layout" in extra:
+        raise ConfigError(
+            f"canonical_layout={extra['canonical_layout']!r}: pages are always canonical here; "
+            "remove the key"
+        )
+    check_keys("kv_connector_extra_config", extra, _OWN_KEYS + _VLLM_KEYS)
+    if "cpu_bytes_to_use" not in extra:
+        raise ConfigError(
+            'cpu_bytes_to_use is missing: give the size of the CPU tier, for example "8GiB"'
+        )
+    if extra.get("block_size") is not None and extra.get("blocks_per_chunk") is not None:
+        raise ConfigError(
+            f"block_size={extra['block_size']!r} and blocks_per_chunk="
+            f"{extra['blocks_per_chunk']!r} are both given: remove one of them"
+        )
+    policy = extra.get("eviction_policy", "lru")
+    if policy not in EVICTION_POLICIES:
+        raise ConfigError(f"eviction_policy={policy!r}: use one of {', '.join(EVICTION_POLICIES)}")
+    weights_fixed = extra.get("weights_fixed")
+    return OffloadConfig(
+        cpu_bytes=parse_bytes("cpu_bytes_to_use", extra["cpu_bytes_to_use"]),
+        eviction_policy=policy,
+        store_threshold=_integer(extra, "store_threshold", 0, least=0),
+        max_tracker_size=_integer(extra, "max_tracker_size", 64_000, least=1),
+        tiers=_parse_tiers(extra.get("secondary_tiers", [])),
+        promotion_fraction=_number(extra, "promotion_fraction", 0.5, least=0.0, most=1.0),
+        lookup_deadline_s=_number(extra, "lookup_deadline_s", 1.0, least=0.0, most=3600.0),
+        promotion_deadline_s=_number(extra, "promotion_deadline_s", 10.0, least=0.0, most=3600.0),
+        weights_fixed=None if weights_fixed is None else _flag(extra, "weights_fixed"),
+        lora_paths_immutable=_flag(extra, "lora_paths_immutable"),
+    )
+
+
+def _parse_tiers(value: Any) -> tuple[TierEntry, ...]:
+    if not isinstance(value, list | tuple):
+        raise ConfigError(
+            f"secondary_tiers={value!r}: use a list such as "
+            '[{"type": "fs", "root_dir": "/mnt/kv"}]'
+        )
+    tiers: list[TierEntry] = []
+    for index, entry in enumerate(value):
+        if not isinstance(entry, Mapping):
+            raise ConfigError(
+                f'secondary_tiers[{index}]={entry!r}: use an object such as {{"type": "fs", ...}}'
+            )
+        try:
+            tier_class(entry).check_options(tier_options(entry))
+        except TierConfigError as error:
+            raise ConfigError(f"secondary_tiers[{index}]: {error}") from None
+        type_name = str(entry["type"])
+        same = sum(1 for tier in tiers if tier.entry["type"] == type_name)
+        tiers.append(TierEntry(f"{type_name}-{same + 1}" if same else type_name, dict(entry)))
+    return tuple(tiers)
+
+
+def _flag(extra: Mapping[str, Any], key: str) -> bool:
+    value = extra.get(key, False)
+    if not isinstance(value, bool):
+        raise ConfigError(f"{key}={value!r}: use true or false")
+    return value
+
+
+def _integer(extra: Mapping[str, Any], key: str, default: int, *, least: int) -> int:
+    value = extra.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{key}={value!r}: use a whole number of at least {least}")
+    return value
+
+
+def _number(
+    extra: Mapping[str, Any], key: str, default: float, *, least: float, most: float
+) -> float:
+    """A finite number in (least, most]."""
+    value = extra.get(key, default)
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not math.isfinite(value)
+        or not least < value <= most
+    ):
+        raise ConfigError(f"{key}={value!r}: use a number above {least:g} and at most {most:g}")
+    return float(value)

@@ -1,0 +1,191 @@
+"""Which page of the primary tier goes next: LRU and ARC over keys, pure book-keeping.
+
+A policy orders the keys that may be evicted. A key in use is taken out with `pin` and
+comes back with `unpin`, so that choosing a victim never walks over pages in use.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+
+
+class EvictionPolicy(ABC):
+    """Resident keys in the order of eviction; every key is either idle or pinned."""
+
+    @abstractmethod
+    def admit(self, key: bytes) -> None:
+        """Room will be made for this new key: called once, before any `evict` for it."""
+
+    @abstractmethod
+    def insert(self, key: bytes) -> None:
+        """An admitted key became resident; it starts pinned (it is being written)."""
+
+    @abstractmethod
+    def touch(self, key: bytes) -> None:
+        """A resident key was used."""
+
+    @abstractmethod
+    def pin(self, key: bytes) -> None:
+        """An idle key must not be evicted until `unpin`."""
+
+    @abstractmethod
+    def unpin(self, key: bytes) -> None:
+        """A pinned key may be evicted again."""
+
+    @abstractmethod
+    def remove(self, key: bytes) -> None:
+        """A resident key is gone for another reason than eviction; no trace is kept."""
+
+    @abstractmethod
+    def evict(self) -> bytes:
+        """Choose an idle key, forget it as resident and return it.
+
+        Raises:
+            LookupError: no key is idle.
+        """
+
+    @abstractmethod
+    def idle(self) -> int:
+        """How many keys could be evicted now."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Forget everything."""
+
+
+class LRU(EvictionPolicy):
+    """Least recently used first. The end of a use counts as a use."""
+
+    def __init__(self, capacity: int) -> None:
+        self._idle: OrderedDict[bytes, None] = OrderedDict()
+
+    def admit(self, key: bytes) -> None:
+        pass  # the order does not depend on what comes in
+
+    def insert(self, key: bytes) -> None:
+        pass  # pinned keys are not kept
+
+    def touch(self, key: bytes) -> None:
+        if key in self._idle:
+            self._idle.move_to_end(key)
+
+    def pin(self, key: bytes) -> None:
+        del self._idle[key]
+
+    def unpin(self, key: bytes) -> None:
+        self._idle[key] = None
+
+    def remove(self, key: bytes) -> None:
+        self._idle.pop(key, None)
+
+    def evict(self) -> bytes:
+        if not self._idle:
+            raise LookupError("no idle key")
+        return self._idle.popitem(last=False)[0]
+
+    def idle(self) -> int:
+        return len(self._idle)
+
+    def clear(self) -> None:
+        self._idle.clear()
+
+
+class ARC(EvictionPolicy):
+    """Adaptive replacement cache (Megiddo and Modha, FAST 2003, figure 4).
+
+    T1 holds keys used once, T2 keys used again, B1 and B2 the keys lately evicted from
+    each; a miss that is found in B1 or B2 moves the target size of T1. Keys in use are
+    kept out of the lists' order and return at the recent end of their list.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._target = 0.0  # p of the paper: wanted size of T1, in keys
+        self._lists: dict[int, OrderedDict[bytes, None]] = {1: OrderedDict(), 2: OrderedDict()}
+        self._ghosts: dict[int, OrderedDict[bytes, None]] = {1: OrderedDict(), 2: OrderedDict()}
+        self._home: dict[bytes, int] = {}  # resident key -> 1 or 2
+        self._size = {1: 0, 2: 0}  # resident keys of each list, pinned ones included
+        self._from_b2 = False  # the key being admitted is in B2
+
+    def admit(self, key: bytes) -> None:
+        ghost = self._ghost(key)
+        self._from_b2 = ghost == 2
+        if ghost:
+            self._adapt(ghost)
+
+    def insert(self, key: bytes) -> None:
+        ghost = self._ghost(key)
+        if ghost:
+            del self._ghosts[ghost][key]
+        home = 2 if ghost else 1
+        self._home[key] = home
+        self._size[home] += 1
+        self._trim_ghosts()
+
+    def touch(self, key: bytes) -> None:
+        home = self._home.get(key)
+        if home is None:
+            return
+        idle = key in self._lists[home]
+        self._lists[home].pop(key, None)
+        self._size[home] -= 1
+        self._size[2] += 1
+        self._home[key] = 2
+        if idle:
+            self._lists[2][key] = None
+
+    def pin(self, key: bytes) -> None:
+        del self._lists[self._home[key]][key]
+
+    def unpin(self, key: bytes) -> None:
+        self._lists[self._home[key]][key] = None
+
+    def remove(self, key: bytes) -> None:
+        home = self._home.pop(key)
+        self._lists[home].pop(key, None)
+        self._size[home] -= 1
+
+    def evict(self) -> bytes:
+        size = self._size[1]
+        home = 1 if size > self._target or (self._from_b2 and 0 < size == self._target) else 2
+        if not self._lists[home]:
+            home = 3 - home
+        if not self._lists[home]:
+            raise LookupError("no idle key")
+        key = self._lists[home].popitem(last=False)[0]
+        del self._home[key]
+        self._size[home] -= 1
+        self._ghosts[home][key] = None
+        return key
+
+    def idle(self) -> int:
+        return len(self._lists[1]) + len(self._lists[2])
+
+    def clear(self) -> None:
+        for keys in (*self._lists.values(), *self._ghosts.values()):
+            keys.clear()
+        self._home.clear()
+        self._size = {1: 0, 2: 0}
+        self._target = 0.0
+
+    def _ghost(self, key: bytes) -> int:
+        return 1 if key in self._ghosts[1] else 2 if key in self._ghosts[2] else 0
+
+    def _adapt(self, ghost: int) -> None:
+        one, two = len(self._ghosts[1]), len(self._ghosts[2])
+        if ghost == 1:
+            self._target = min(self._target + max(1.0, two / one), float(self._capacity))
+        else:
+            self._target = max(self._target - max(1.0, one / two), 0.0)
+
+    def _trim_ghosts(self) -> None:
+        while self._ghosts[1] and self._size[1] + len(self._ghosts[1]) > self._capacity:
+            self._ghosts[1].popitem(last=False)
+        total = self._size[1] + self._size[2] + len(self._ghosts[1]) + len(self._ghosts[2])
+        while self._ghosts[2] and total > 2 * self._capacity:
+            self._ghosts[2].popitem(last=False)
+            total -= 1
+
+
+POLICIES: dict[str, type[LRU] | type[ARC]] = {"lru": LRU, "arc": ARC}

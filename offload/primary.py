@@ -1,0 +1,217 @@
+"""Book-keeping of the primary tier: which slot holds which page, and who is using it.
+
+No bytes are touched here. An `Entry` is one page in one slot. A slot goes back to the
+free list only when its entry is no longer known by key AND nobody reads or writes it any
+more, so that two owners can never write one slot.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from kvstrata.offload.eviction import EvictionPolicy
+
+
+class Writer(enum.Enum):
+    """Who is filling a page that is not ready yet."""
+
+    GPU = enum.auto()
+    TIER = enum.auto()
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """One page in one slot.
+
+    `end_token` is the chunk's end in the request that brought it, in tokens. `writer` is
+    None once the page is ready. `gpu_reads` and `tier_reads` count the transfers out of
+    the slot. `attached`: the key still leads here.
+    """
+
+    key: bytes
+    slot: int
+    end_token: int
+    writer: Writer | None
+    gpu_reads: int = 0
+    tier_reads: int = 0
+    attached: bool = True
+
+    @property
+    def ready(self) -> bool:
+        """The page is complete and may be read."""
+        return self.writer is None
+
+    @property
+    def busy(self) -> bool:
+        """Somebody reads or writes the slot."""
+        return self.writer is not None or self.gpu_reads > 0 or self.tier_reads > 0
+
+    @property
+    def gpu_busy(self) -> bool:
+        """A GPU transfer reads or writes the slot."""
+        return self.writer is Writer.GPU or self.gpu_reads > 0
+
+
+class PrimaryTier:
+    """The CPU pages by key.
+
+    Args:
+        slots: number of slots, at least 1.
+        policy: order of eviction, empty.
+    """
+
+    def __init__(self, slots: int, policy: EvictionPolicy) -> None:
+        if slots < 1:
+            raise ValueError(f"slots={slots}: the primary tier needs at least one slot")
+        self.slots = slots
+        self._policy = policy
+        self._entries: dict[bytes, Entry] = {}
+        self._free = list(range(slots - 1, -1, -1))
+        self._promoting = 0  # slots that tiers are filling, attached or not
+
+    def get(self, key: bytes) -> Entry | None:
+        """The entry that the key leads to, ready or not."""
+        return self._entries.get(key)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries.values())
+
+    @property
+    def free(self) -> int:
+        """Slots that hold nothing."""
+        return len(self._free)
+
+    @property
+    def idle(self) -> int:
+        """Pages that could be evicted now."""
+        return self._policy.idle()
+
+    @property
+    def promoting(self) -> int:
+        """Slots that secondary tiers are filling."""
+        return self._promoting
+
+    def allocate(
+        self,
+        keys: Sequence[tuple[bytes, int]],
+        writer: Writer,
+        protected: Collection[bytes] = (),
+    ) -> tuple[list[Entry], list[bytes]] | None:
+        """Take a slot for each of the new keys, all or none.
+
+        Args:
+            keys: distinct keys of which none is present, each with its end token.
+            writer: who will fill the pages.
+            protected: present keys that must not be evicted for this.
+
+        Returns:
+            The new entries in the order of `keys`, and the keys evicted for them; None
+            when not enough pages are idle.
+        """
+        held = [entry for key in protected if (entry := self._idle_entry(key)) is not None]
+        if len(keys) > self.free + self.idle - len(held):
+            return None
+        for entry in held:
+            self._policy.pin(entry.key)
+        evicted: list[bytes] = []
+        entries: list[Entry] = []
+        for key, end_token in keys:
+            self._policy.admit(key)
+            if not self._free:
+                victim = self._entries.pop(self._policy.evict())
+                victim.attached = False
+                evicted.append(victim.key)
+                self._free.append(victim.slot)
+            entry = Entry(key, self._free.pop(), end_token, writer)
+            self._entries[key] = entry
+            self._policy.insert(key)
+            entries.append(entry)
+        for entry in held:
+            self._policy.unpin(entry.key)
+        if writer is Writer.TIER:
+            self._promoting += len(entries)
+        return entries, evicted
+
+    def finish_write(self, entry: Entry, *, good: bool) -> None:
+        """The writer is done: the page becomes ready, or is dropped if not `good`."""
+        if entry.writer is Writer.TIER:
+            self._promoting -= 1
+        entry.writer = None
+        if not entry.attached:
+            self._release(entry)
+        elif good:
+            if not entry.busy:
+                self._policy.unpin(entry.key)
+        else:
+            self._policy.remove(entry.key)
+            self._detach(entry)
+
+    def begin_read(self, entry: Entry, *, gpu: bool) -> None:
+        """Hold a ready page while it is copied to the GPU or to a secondary tier."""
+        if entry.attached and not entry.busy:
+            self._policy.pin(entry.key)
+        if gpu:
+            entry.gpu_reads += 1
+        else:
+            entry.tier_reads += 1
+
+    def end_read(self, entry: Entry, *, gpu: bool) -> None:
+        """Let go of a page held by `begin_read`."""
+        if gpu:
+            entry.gpu_reads -= 1
+        else:
+            entry.tier_reads -= 1
+        if entry.busy:
+            return
+        if entry.attached:
+            self._policy.unpin(entry.key)
+        else:
+            self._release(entry)
+
+    def touch(self, keys: Iterable[bytes]) -> None:
+        """The pages were used; unknown keys are ignored."""
+        for key in keys:
+            if key in self._entries:
+                self._policy.touch(key)
+
+    def reset(self) -> list[Entry]:
+        """Forget all keys.
+
+        Returns:
+            The entries that GPU transfers still use. Their slots stay taken until
+            `end_gpu` is called for them; those that tiers use come free when they end.
+        """
+        entries = list(self._entries.values())
+        self._entries.clear()
+        self._policy.clear()
+        for entry in entries:
+            entry.attached = False
+            if not entry.busy:
+                self._release(entry)
+        return [entry for entry in entries if entry.gpu_busy]
+
+    def end_gpu(self, entry: Entry) -> None:
+        """No GPU transfer touches this forgotten entry any more."""
+        entry.gpu_reads = 0
+        if entry.writer is Writer.GPU:
+            entry.writer = None
+        if not entry.busy:
+            self._release(entry)
+
+    def _idle_entry(self, key: bytes) -> Entry | None:
+        entry = self._entries.get(key)
+        return entry if entry is not None and not entry.busy else None
+
+    def _detach(self, entry: Entry) -> None:
+        del self._entries[entry.key]
+        entry.attached = False
+        if not entry.busy:
+            self._release(entry)
+
+    def _release(self, entry: Entry) -> None:
+        self._free.append(entry.slot)

@@ -1,0 +1,245 @@
+"""The shared page region: one file in /dev/shm, mapped by the scheduler and all workers.
+
+Layout: an 8-byte magic, the length of a JSON text (8 bytes, little-endian) and the text;
+then one watermark per worker (int64, each on a cache line of its own): all GPU transfers
+up to that ticket have ended; then one byte per slot, 1 if the workers could not fill it
+completely; then, from a multiple of 4096, the slots.
+
+Rank 0 creates the file, the other ranks and the scheduler open it, and the scheduler
+unlinks it, so that no kill leaves memory behind. A file whose exclusive lock can be had
+belongs to nobody: it was left by an engine killed before that, and is removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import mmap
+import os
+import re
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ALIGNMENT = 4096  # of slots and of the first slot; the unit of O_DIRECT
+_MAGIC = b"kvstrat1"
+_PREFIX = struct.Struct("<8sQ")
+_CACHE_LINE = 64
+_SHM = Path("/dev/shm")
+
+
+class RegionError(RuntimeError):
+    """The region cannot be had; the message says why and what to do."""
+
+
+def round_up(value: int, unit: int) -> int:
+    """The least multiple of `unit` that is not below `value`."""
+    return -(-value // unit) * unit
+
+
+def count_slots(total_bytes: int, slot_bytes: int, workers: int, text_bytes: int) -> int:
+    """How many slots of `slot_bytes` fit, with the header, into `total_bytes`.
+
+    `text_bytes` is an upper bound of the JSON text's length.
+    """
+    slots = total_bytes // slot_bytes
+    while slots > 0 and (
+        _header_bytes(text_bytes, workers, slots) + slots * slot_bytes > total_bytes
+    ):
+        slots -= 1
+    return slots
+
+
+def _marks_offset(text_bytes: int) -> int:
+    return round_up(_PREFIX.size + text_bytes, ALIGNMENT)
+
+
+def _header_bytes(text_bytes: int, workers: int, slots: int) -> int:
+    return round_up(_marks_offset(text_bytes) + workers * _CACHE_LINE + slots, ALIGNMENT)
+
+
+class Region:
+    """The mapped region. Made by `create_region` or `open_region`.
+
+    Attributes:
+        fields: what rank 0 wrote into the header.
+        slots: number of slots.
+        slot_bytes: size of a slot in bytes, a multiple of 4096.
+        pages: uint8 array [slots, slot_bytes], the pages themselves.
+    """
+
+    def __init__(self, path: Path, fd: int) -> None:
+        self.path = path
+        self._fd = fd
+        self._map = mmap.mmap(fd, 0)
+        magic, length = _PREFIX.unpack_from(self._map)
+        if magic != _MAGIC:
+            raise RegionError(f"{path} is not a page region of this version of kvstrata")
+        self.fields: Mapping[str, Any] = json.loads(self._map[_PREFIX.size : _PREFIX.size + length])
+        self.slots = int(self.fields["slots"])
+        self.slot_bytes = int(self.fields["slot_bytes"])
+        workers = int(self.fields["workers"])
+        text = int(self.fields["text_bytes"])
+        start = _marks_offset(text)
+        whole = np.frombuffer(self._map, np.uint8)
+        marks = whole[start : start + workers * _CACHE_LINE].view(np.int64)
+        self._marks = marks.reshape(workers, _CACHE_LINE // 8)[:, 0]
+        start += workers * _CACHE_LINE
+        self._incomplete = whole[start : start + self.slots]
+        start = _header_bytes(text, workers, self.slots)
+        self.pages = whole[start : start + self.slots * self.slot_bytes].reshape(
+            self.slots, self.slot_bytes
+        )
+
+    def view(self, slot: int, nbytes: int) -> memoryview:
+        """The first `nbytes` of a slot, writable and without a copy."""
+        return self.pages[slot, :nbytes].data
+
+    def set_incomplete(self, slot: int, incomplete: bool) -> None:
+        """Say whether the workers could not fill the slot; all ranks write the same."""
+        self._incomplete[slot] = incomplete
+
+    def is_complete(self, slot: int) -> bool:
+        """Whether the last transfer into the slot filled it."""
+        return not self._incomplete[slot]
+
+    def set_watermark(self, rank: int, ticket: int) -> None:
+        """All transfers up to `ticket` have ended on worker `rank`."""
+        self._marks[rank] = ticket
+
+    def watermark(self) -> int:
+        """The ticket up to which all workers have ended their transfers."""
+        return int(self._marks.min())
+
+    def unlink(self) -> None:
+        """Remove the name; the memory lives until the last process lets go of it."""
+        with contextlib.suppress(FileNotFoundError):
+            self.path.unlink()
+
+    def close(self) -> None:
+        """Let go of the lock; mapped memory stays until nothing points into it."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def region_path(engine_id: str, directory: Path = _SHM) -> Path:
+    """The region's name for an engine of this user."""
+    safe = re.sub(r"[^A-Za-z0-9._-]", "_", engine_id)
+    return directory / f"kvstrata_{os.getuid()}_{safe}"
+
+
+def create_region(
+    engine_id: str, fields: Mapping[str, Any], *, text_bytes: int, directory: Path = _SHM
+) -> Region:
+    """Create the engine's region (rank 0).
+
+    Args:
+        engine_id: vLLM's engine id, distinct per engine on this host.
+        fields: JSON-serialisable; must have `slots`, `slot_bytes` (bytes) and `workers`.
+        text_bytes: the bound of the JSON text's length that `count_slots` was given.
+        directory: where regions live.
+
+    Raises:
+        RegionError: the engine id is in use, or memory is too small, and by how much.
+    """
+    _remove_abandoned(directory)
+    path = region_path(engine_id, directory)
+    text = json.dumps({**fields, "text_bytes": text_bytes}).encode()
+    if len(text) > text_bytes:
+        raise RegionError(f"the region's header takes {len(text)} bytes, {text_bytes} were kept")
+    workers, slots = int(fields["workers"]), int(fields["slots"])
+    size = _header_bytes(text_bytes, workers, slots) + slots * int(fields["slot_bytes"])
+    _check_memory(size, directory)
+    flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        fd = os.open(path, flags, 0o600)
+    except FileExistsError:
+        raise RegionError(
+            f"engine_id {engine_id!r} is in use: a living process holds {path}; "
+            "give this engine another engine_id in --kv-transfer-config"
+        ) from None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        # Reserves the memory now: a later shortage would kill the engine with SIGBUS.
+        os.posix_fallocate(fd, 0, size)
+        os.pwrite(fd, _PREFIX.pack(_MAGIC, len(text)) + text, 0)
+        return Region(path, fd)
+    except OSError as error:
+        os.close(fd)
+        path.unlink()
+        if error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
+            raise RegionError(_too_small(directory, size, None)) from None
+        raise RegionError(f"cannot create {path}: {error}") from error
+
+
+def open_region(engine_id: str, directory: Path = _SHM) -> Region:
+    """Open the region that rank 0 created.
+
+    Raises:
+        RegionError: there is none.
+    """
+    path = region_path(engine_id, directory)
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        raise RegionError(
+            f"cannot open the page region {path} that worker 0 creates: {error}; "
+            "scheduler and workers must run on one host and share /dev/shm"
+        ) from error
+    fcntl.flock(fd, fcntl.LOCK_SH)
+    return Region(path, fd)
+
+
+def _remove_abandoned(directory: Path) -> None:
+    """Remove regions of this user that no living process holds."""
+    for path in directory.glob(f"kvstrata_{os.getuid()}_*"):
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+        except OSError:
+            pass  # held by a living engine, or removed by another one starting now
+        finally:
+            os.close(fd)
+
+
+def _check_memory(size: int, directory: Path) -> None:
+    stat = os.statvfs(directory)
+    space = stat.f_bavail * stat.f_frsize
+    if size > space:
+        raise RegionError(_too_small(directory, size, space))
+    memory = available_memory()
+    if size > memory:
+        raise RegionError(_too_small("RAM", size, memory))
+
+
+def _too_small(what: object, size: int, space: int | None) -> str:
+    have = "too little is" if space is None else f"{space / 2**20:.0f} MiB are"
+    missing = "" if space is None else f", {(size - space) / 2**20:.0f} MiB are missing"
+    return (
+        f"the CPU tier needs {size / 2**20:.0f} MiB of {what} but {have} free{missing}: "
+        "lower cpu_bytes_to_use or make it larger (containers: --shm-size)"
+    )
+
+
+def available_memory() -> int:
+    """Bytes this process may still take: the machine's and the cgroup's limit."""
+    bounds = []
+    with open("/proc/meminfo") as lines:
+        for line in lines:
+            if line.startswith("MemAvailable:"):
+                bounds.append(int(line.split()[1]) * 1024)
+    cgroup = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):
+        limit = int((cgroup / "memory.max").read_text())  # "max" raises ValueError
+        bounds.append(limit - int((cgroup / "memory.current").read_text()))
+    return min(bounds)

@@ -1,0 +1,240 @@
+"""The scheduler's side: vLLM's OffloadingManager in front of the TieringManager."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Collection, Iterable, Sequence
+
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import (
+    OffloadingConnectorStats,
+)
+from vllm.v1.kv_offload.base import (
+    LoadStoreSpec,
+    Locality,
+    LookupResult,
+    Medium,
+    OffloadingEvent,
+    OffloadingManager,
+    OffloadKey,
+    PrepareStoreOutput,
+    ReqContext,
+    RequestOffloadingContext,
+    ScheduleEndContext,
+    TierFilter,
+)
+from vllm.v1.kv_offload.config import OffloadingConfig
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+from kvstrata.offload.config import OffloadConfig
+from kvstrata.offload.guard import GuardedTier
+from kvstrata.offload.manager import Answer, NamedTier, TieringManager
+from kvstrata.offload.primary import Entry
+from kvstrata.offload.region import Region, open_region
+from kvstrata.offload.vllm_plugin.metrics import StatsReader
+from kvstrata.offload.vllm_plugin.pages import layouts_from_json
+from kvstrata.offload.vllm_plugin.transfer import PageSlots
+from kvstrata.tiers.base import RequestView, SecondaryTier, TierContext, key_group
+from kvstrata.tiers.registry import tier_class, tier_options
+
+logger = logging.getLogger("kvstrata")
+
+_ANSWERS = {
+    Answer.HIT: LookupResult.HIT,
+    Answer.MISS: LookupResult.MISS,
+    Answer.PENDING: LookupResult.HIT_PENDING,
+    Answer.RETRY: LookupResult.RETRY,
+}
+_SOURCES = {"CPU": CacheHitSource.HOST, "STORAGE": CacheHitSource.DISK}
+
+
+class KVStrataManager(OffloadingManager):
+    """Translates between vLLM's calls and ours; holds no policy of its own."""
+
+    def __init__(self, manager: TieringManager, region: Region, *, events: bool) -> None:
+        self._manager = manager
+        self._region = region
+        self._events = events
+        self._stats = StatsReader()
+        self._ticket = 0
+        # (last ticket before a reset, entries that transfers up to it may still touch)
+        self._held: list[tuple[int, list[Entry]]] = []
+
+    # -- look-up and load ---------------------------------------------------------
+
+    def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
+        end = req_context.get_offload_key_position(key) or 0
+        return _ANSWERS[self._manager.lookup(key, end, self._view(req_context))]
+
+    def get_load_source(self, key: OffloadKey, req_context: ReqContext) -> CacheHitSource:
+        name = self._manager.source(key, self._view(req_context))
+        if name is None:
+            return CacheHitSource.HOST
+        medium = next(named.medium for named in self._manager.tiers if named.name == name)
+        return _SOURCES.get(medium or "", CacheHitSource.EXTERNAL_UNSPECIFIED)
+
+    def prepare_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> LoadStoreSpec:
+        ordered = list(keys)
+        slots = self._manager.prepare_load(ordered, self._view(req_context))
+        return self._transfer(ordered, slots)
+
+    def complete_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
+        self._manager.complete_load(keys)
+
+    def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
+        self._manager.touch(keys, self._view(req_context))
+
+    # -- store --------------------------------------------------------------------
+
+    def prepare_store(
+        self, keys: Collection[OffloadKey], req_context: ReqContext
+    ) -> PrepareStoreOutput | None:
+        self._release_held()
+        wanted = [(key, req_context.get_offload_key_position(key) or 0) for key in keys]
+        chosen = self._manager.prepare_store(wanted, self._view(req_context))
+        if chosen is None:
+            return None
+        stored = [OffloadKey(key) for key in chosen.keys]
+        # vLLM makes a transfer only of a plan with keys: only those take a ticket.
+        spec = self._transfer(stored, chosen.slots) if stored else PageSlots(0, (), ())
+        return PrepareStoreOutput(stored, spec, [OffloadKey(key) for key in chosen.evicted])
+
+    def complete_store(
+        self, keys: Collection[OffloadKey], req_context: ReqContext, success: bool = True
+    ) -> None:
+        assert success, "vLLM reports no failed transfers to an offloading manager"
+        self._manager.complete_store(keys, self._view(req_context))
+
+    # -- requests, steps, life cycle ----------------------------------------------
+
+    def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
+        self._manager.on_new_request(self._view(req_context))
+        return RequestOffloadingContext()
+
+    def on_request_finished(self, req_context: ReqContext) -> None:
+        self._manager.on_request_finished(self._view(req_context))
+
+    def on_schedule_end(self, context: ScheduleEndContext) -> None:
+        self._release_held()
+        self._manager.on_step_end()
+
+    def has_pending_work(self) -> bool:
+        return bool(self._held) or self._manager.has_pending_work()
+
+    def take_events(self) -> Iterable[OffloadingEvent]:
+        for keys, removed, named in self._manager.take_events():
+            if not self._events:
+                continue
+            medium = "CPU" if named is None else named.medium
+            if medium is None:
+                continue  # vLLM has no word for it
+            yield OffloadingEvent(
+                keys=[OffloadKey(key) for key in keys],
+                medium=Medium(medium),
+                removed=removed,
+                locality=_locality(named),
+                ownership=None if named is None else named.name,
+            )
+
+    def reset_cache(self) -> None:
+        held = self._manager.reset()
+        if held:
+            self._held.append((self._ticket, held))
+
+    def on_reset_flushed(self) -> None:
+        """vLLM 0.33: the workers have ended all that was in flight at the last reset."""
+        for _, entries in self._held:
+            for entry in entries:
+                self._manager.primary.end_gpu(entry)
+        self._held.clear()
+
+    def get_stats(self) -> OffloadingConnectorStats | None:
+        return self._stats.read(self._manager)
+
+    def shutdown(self) -> None:
+        self._manager.shutdown()
+        self._region.close()
+
+    # -- inside -------------------------------------------------------------------
+
+    def _transfer(self, keys: Sequence[bytes], slots: Sequence[int]) -> PageSlots:
+        self._ticket += 1
+        return PageSlots(self._ticket, slots, [key_group(key) for key in keys])
+
+    def _release_held(self) -> None:
+        """Free the slots of transfers that a reset left behind, once no worker is in them."""
+        while self._held and self._held[0][0] <= self._region.watermark():
+            for entry in self._held.pop(0)[1]:
+                self._manager.primary.end_gpu(entry)
+
+    def _view(self, req_context: ReqContext) -> RequestView:
+        view = req_context.get_state(RequestView)
+        if view is None:
+            view = RequestView(
+                req_context.req_id,
+                req_context.kv_transfer_params or {},
+                self._allowed(req_context.load_tier_filter),
+            )
+            req_context.set_state(view)
+        return view
+
+    def _allowed(self, tier_filter: TierFilter) -> frozenset[str] | None:
+        if tier_filter is TierFilter.ALL:
+            return None
+        return frozenset(
+            named.name
+            for named in self._manager.tiers
+            if tier_filter.allows(Medium(named.medium) if named.medium else None, _locality(named))
+        )
+
+
+def _locality(named: NamedTier | None) -> Locality | None:
+    if named is None:
+        return Locality.LOCAL
+    return Locality(named.tier.locality) if named.tier.locality else None
+
+
+def open_manager(
+    config: OffloadingConfig, settings: OffloadConfig, *, events: bool
+) -> KVStrataManager:
+    """Map the region that the workers made, and open the tiers.
+
+    Raises:
+        RegionError: there is no region.
+        TierConfigError: a tier cannot be used.
+    """
+    region = open_region(config.engine_id)
+    region.unlink()
+    fields = region.fields
+    layouts = layouts_from_json(fields["layouts"])
+    sizes = {group: layout.nbytes for group, layout in layouts.items()}
+    fixed = bool(fields["weights_fixed"])
+    entries = settings.tiers
+    if entries and fields["lora"] and not settings.lora_paths_immutable:
+        logger.warning(
+            "secondary tiers are off: with LoRA a page's key names the adapter's path but not "
+            'its content; set "lora_paths_immutable": true if a path never changes content'
+        )
+        entries = ()
+
+    def open_tiers() -> list[NamedTier]:
+        namespace = dict(fields["namespace"] or {})
+        if not fixed:
+            namespace["epoch"] = secrets.token_hex(8)
+        context = TierContext(fields["model"], namespace, layouts)
+        opened: list[NamedTier] = []
+        for entry in entries:
+            cls: type[SecondaryTier] = tier_class(entry.entry)
+            tier = GuardedTier(entry.name, cls(tier_options(entry.entry), context))
+            opened.append(NamedTier(entry.name, tier, cls.medium))
+        return opened
+
+    manager = TieringManager(
+        settings,
+        region.slots,
+        lambda slot, group: region.view(slot, sizes[group]),
+        region.is_complete,
+        open_tiers,
+        weights_fixed=fixed,
+    )
+    return KVStrataManager(manager, region, events=events)

@@ -1,0 +1,98 @@
+"""Metrics: the manager's and the tiers' totals as vLLM's Prometheus metrics."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import (
+    OffloadingConnectorStats,
+)
+from vllm.v1.kv_offload.base import (
+    OffloadingCounterMetadata,
+    OffloadingGaugeMetadata,
+    OffloadingMetricMetadata,
+)
+
+from kvstrata.offload.manager import TieringManager
+
+EVENTS = "kvstrata_events"
+SLOTS = "kvstrata_primary_slots"
+TIER_EVENTS = "kvstrata_tier_events"
+TIER_FAILURES = "kvstrata_tier_failures"
+TIER_STATE = "kvstrata_tier_state"
+
+
+def metric_definitions() -> dict[str, OffloadingMetricMetadata]:
+    """The metrics by name. Prometheus appends `_total` to counters."""
+    return {
+        EVENTS: OffloadingCounterMetadata(
+            "What the manager did, in pages or occurrences, by event.", ("event",)
+        ),
+        SLOTS: OffloadingGaugeMetadata(
+            "Slots of the primary tier by state: free, idle (evictable), busy, promoting.",
+            ("state",),
+        ),
+        TIER_EVENTS: OffloadingCounterMetadata(
+            "What a secondary tier did, in pages, bytes or occurrences, by event.",
+            ("tier", "event"),
+        ),
+        TIER_FAILURES: OffloadingCounterMetadata(
+            "Pages or calls that failed at a secondary tier, by cause.", ("tier", "cause")
+        ),
+        TIER_STATE: OffloadingGaugeMetadata(
+            "A secondary tier's present values, for example queue lengths.", ("tier", "name")
+        ),
+    }
+
+
+class StatsReader:
+    """Turns totals that only grow into the increments vLLM wants."""
+
+    def __init__(self) -> None:
+        self._seen: Counter[tuple[str, ...]] = Counter()
+
+    def read(self, manager: TieringManager) -> OffloadingConnectorStats:
+        """What happened since the last call, and the present state."""
+        stats = OffloadingConnectorStats()
+        for name, value in manager.counters.items():
+            event, _, tier = name.partition(":")
+            if tier:
+                self._add(stats, TIER_EVENTS, (tier, event), value)
+            else:
+                self._add(stats, EVENTS, (event,), value)
+        primary = manager.primary
+        busy = primary.slots - primary.free - primary.idle
+        for state, slots in (
+            ("free", primary.free),
+            ("idle", primary.idle),
+            ("busy", busy),
+            ("promoting", primary.promoting),
+        ):
+            stats.set_gauge(SLOTS, slots, (state,))
+        for named in manager.tiers:
+            tier_stats = named.tier.stats()
+            self._add_all(stats, TIER_EVENTS, named.name, tier_stats.counters)
+            self._add_all(stats, TIER_FAILURES, named.name, tier_stats.failures)
+            for name, gauge in tier_stats.gauges.items():
+                stats.set_gauge(TIER_STATE, gauge, (named.name, name))
+        return stats
+
+    def _add_all(
+        self,
+        stats: OffloadingConnectorStats,
+        metric: str,
+        tier: str,
+        totals: Mapping[str, int],
+    ) -> None:
+        for name, value in totals.items():
+            self._add(stats, metric, (tier, name), value)
+
+    def _add(
+        self, stats: OffloadingConnectorStats, metric: str, labels: tuple[str, ...], total: int
+    ) -> None:
+        # A tier opened anew counts from zero again: never report less than nothing.
+        increment = total - self._seen[(metric, *labels)]
+        self._seen[(metric, *labels)] = total
+        if increment > 0:
+            stats.increase_counter(metric, increment, labels)

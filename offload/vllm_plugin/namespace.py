@@ -1,0 +1,176 @@
+"""The namespace: what two engines must have in common to share pages."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm.config import ModelConfig, VllmConfig
+from vllm.v1.kv_offload.config import OffloadingConfig
+
+from kvstrata.kernels.geometry import OPAQUE, LayerShape
+from kvstrata.tiers.base import PageLayout
+
+FORMAT_VERSION = 1
+_MIB = 1 << 20
+_WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+# Says where a configuration came from or how to print it, not what the model computes.
+_NOT_CONTENT = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype"})
+
+
+class NamespaceError(ValueError):
+    """Secondary tiers cannot be used with this engine configuration."""
+
+
+def namespace_fields(
+    config: OffloadingConfig,
+    vllm_config: VllmConfig,
+    layouts: Mapping[int, PageLayout],
+    shapes: Mapping[int, Sequence[LayerShape]],
+    orders: Mapping[str, str],
+) -> dict[str, Any]:
+    """The namespace as JSON-serialisable fields.
+
+    Args:
+        config: vLLM's offloading configuration.
+        vllm_config: the engine's configuration.
+        layouts: page layout by group.
+        shapes: the layers of each group over all pipeline stages, in order.
+        orders: content-order id by layer name.
+    """
+    cache = vllm_config.cache_config
+    model = vllm_config.model_config
+    opaque = any(shape.content == OPAQUE for group in shapes.values() for shape in group)
+    blocked = any(order for order in orders.values())
+    parallel = config.parallel
+    return {
+        "format_version": FORMAT_VERSION,
+        "weights": weights_fingerprint(model, vllm_config),
+        "draft_weights": _draft_fingerprint(vllm_config),
+        "text_config": _config_digest(model),
+        "kv_dtype": config.model.dtype,
+        "tokens_per_hash": config.cache.tokens_per_hash,
+        "tokens_per_chunk": [
+            group.tokens_per_block * config.cache.blocks_per_chunk for group in config.groups
+        ],
+        "tokens_per_block": (
+            [group.tokens_per_block for group in config.groups] if blocked else None
+        ),
+        "groups": {
+            str(group): {
+                "layers": [shape.name for shape in shapes[group]],
+                "orders": sorted({orders[shape.name] for shape in shapes[group]}),
+                "tensors": [[t.name, t.dtype, list(t.shape)] for t in layout.tensors],
+            }
+            for group, layout in layouts.items()
+        },
+        "topology": (
+            {
+                "tp": parallel.tp_size,
+                "pp": parallel.pp_size,
+                "pcp": parallel.pcp_size,
+                "dcp": parallel.dcp_size,
+                "layout": str(config.kv_cache_layout),
+            }
+            if opaque
+            else None
+        ),
+        "codec": "raw",
+        "hash_algorithm": cache.prefix_caching_hash_algo,
+        "hash_seed": os.environ.get("PYTHONHASHSEED", "vllm-default"),
+    }
+
+
+def check_secondary_tiers(vllm_config: VllmConfig) -> None:
+    """Refuse what would give pages names that other processes cannot know.
+
+    Raises:
+        NamespaceError: naming the setting and the remedy.
+    """
+    algorithm = vllm_config.cache_config.prefix_caching_hash_algo
+    if "xxhash" in algorithm and "PYTHONHASHSEED" not in os.environ:
+        raise NamespaceError(
+            f"prefix_caching_hash_algo={algorithm!r} without PYTHONHASHSEED gives every process "
+            "random chunk hashes, so secondary_tiers could never hit: set PYTHONHASHSEED to the "
+            "same value in all instances, or use --prefix-caching-hash-algo sha256"
+        )
+
+
+def weights_fixed(configured: bool | None, vllm_config: VllmConfig) -> bool:
+    """Whether the weights stay what they are while the engine runs.
+
+    vLLM does not tell connectors of weight updates, so an engine that can receive new
+    weights is taken to do so at every cache reset.
+    """
+    if configured is not None:
+        return configured
+    return getattr(vllm_config, "weight_transfer_config", None) is None
+
+
+def weights_fingerprint(model: ModelConfig, vllm_config: VllmConfig) -> str:
+    """SHA-256 over the weight files' names, sizes, first and last MiB, and how they are read.
+
+    Times and paths are left out, so that it is equal on every host and for every TP size.
+    A model whose weight files cannot be seen gets a value of its own at every start.
+    """
+    digest = hashlib.sha256()
+    load_format = str(getattr(vllm_config.load_config.load_format, "value", None))
+    if load_format == "None":
+        load_format = str(vllm_config.load_config.load_format)
+    facts = [load_format, str(model.quantization), str(model.dtype)]
+    files = [] if load_format == "dummy" else _weight_files(model)
+    if not files:
+        facts += [str(model.seed), secrets.token_hex(16)]
+    digest.update(json.dumps(facts).encode())
+    for name, path in files:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest.update(f"{name}\0{size}\0".encode())
+            digest.update(file.read(_MIB))
+            file.seek(max(0, size - _MIB))
+            digest.update(file.read(_MIB))
+    return digest.hexdigest()
+
+
+def _weight_files(model: ModelConfig) -> list[tuple[str, Path]]:
+    """(name inside the model, path) of the weight files on this host, sorted by name."""
+    root = Path(model.model)
+    if root.is_file():
+        return [(root.name, root)]
+    if not root.is_dir():
+        found = _downloaded(model)
+        if found is None:
+            return []
+        root = found
+    for pattern in _WEIGHT_PATTERNS:
+        paths = sorted(root.rglob(pattern))
+        if paths:
+            return [(path.relative_to(root).as_posix(), path) for path in paths]
+    return []
+
+
+def _downloaded(model: ModelConfig) -> Path | None:
+    """Where Hugging Face's cache holds the model; None if it does not."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model.model, revision=model.revision, local_files_only=True))
+    except Exception:  # the library raises many kinds; not there is the only answer we need
+        return None
+
+
+def _draft_fingerprint(vllm_config: VllmConfig) -> str | None:
+    speculative = vllm_config.speculative_config
+    draft = getattr(speculative, "draft_model_config", None)
+    return weights_fingerprint(draft, vllm_config) if draft is not None else None
+
+
+def _config_digest(model: ModelConfig) -> str:
+    fields = {k: v for k, v in model.hf_text_config.to_dict().items() if k not in _NOT_CONTENT}
+    text = json.dumps(fields, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,26 @@
+"""The entry point `vllm.general_plugins`: makes `KVStrataSpec` known in every process."""
+
+from __future__ import annotations
+
+import logging
+
+SPEC_NAME = "KVStrataSpec"
+SPEC_MODULE = "kvstrata.offload.vllm_plugin.spec"
+
+logger = logging.getLogger("kvstrata")
+
+
+def register() -> None:
+    """Register the spec by name, without importing it.
+
+    Never raises: vLLM does not guard the call, and an engine without our configuration
+    must start whatever its version. May be called any number of times.
+    """
+    try:
+        from vllm.v1.kv_offload.factory import OffloadingSpecFactory
+
+        OffloadingSpecFactory.register_spec(SPEC_NAME, SPEC_MODULE, SPEC_NAME)
+    except ValueError:
+        pass  # registered before
+    except Exception as error:
+        logger.warning("kvstrata is not available in this vLLM: %s", error)

@@ -1,0 +1,178 @@
+"""Registration of the KV caches: all ranks agree, or all refuse with every rank's reason.
+
+Workers register before the scheduler exists. Rank 0 creates the page region and leaves in
+its header what the scheduler must know; see `kvstrata.offload.region`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.distributed.parallel_state import get_inner_dp_world_group
+from vllm.v1.kv_offload.base import CanonicalKVCaches
+from vllm.v1.kv_offload.config import OffloadingConfig
+
+from kvstrata.kernels.geometry import LayerShape
+from kvstrata.kernels.pipeline import Pipeline, open_pipeline
+from kvstrata.kernels.plan import plan
+from kvstrata.kernels.selftest import check_round_trip
+from kvstrata.offload.config import OffloadConfig
+from kvstrata.offload.region import (
+    Region,
+    RegionError,
+    count_slots,
+    create_region,
+    open_region,
+)
+from kvstrata.offload.vllm_plugin.caches import collect_layers
+from kvstrata.offload.vllm_plugin.namespace import (
+    check_secondary_tiers,
+    namespace_fields,
+    weights_fixed,
+)
+from kvstrata.offload.vllm_plugin.pages import (
+    layout_of,
+    layouts_to_json,
+    merge_layers,
+    slot_bytes_of,
+)
+from kvstrata.offload.vllm_plugin.worker import KVStrataWorker
+
+# Bound of the header's JSON text: names and shapes of a hundred layers take about 20 KiB.
+HEADER_TEXT_BYTES = 1 << 20
+T = TypeVar("T")
+
+
+class RegistrationError(RuntimeError):
+    """The KV caches cannot be offloaded."""
+
+
+class Ranks:
+    """The workers of this engine."""
+
+    def __init__(self) -> None:
+        group = get_inner_dp_world_group()
+        self._group = group.cpu_group
+        self._size = group.world_size
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in the order of ranks."""
+        values: list[T | None] = [None] * self._size
+        dist.all_gather_object(values, value, group=self._group)
+        return values  # type: ignore[return-value]
+
+    def agree(self, action: Callable[[], T]) -> T:
+        """Do the same on every rank.
+
+        Raises:
+            RegistrationError: on all ranks, if it failed on any of them.
+        """
+        error: str | None = None
+        try:
+            result = action()
+        except Exception as caught:
+            error = f"{caught}" or type(caught).__name__
+        errors = self.gather(error)
+        if any(errors):
+            reasons = "; ".join(
+                f"worker {rank}: {text}" for rank, text in enumerate(errors) if text
+            )
+            raise RegistrationError(f"kvstrata cannot offload this KV cache: {reasons}")
+        return result
+
+
+def open_worker(
+    config: OffloadingConfig, settings: OffloadConfig, caches: CanonicalKVCaches
+) -> KVStrataWorker:
+    """Register this worker's KV caches.
+
+    Raises:
+        RegistrationError: some rank cannot take part.
+    """
+    vllm_config = get_current_vllm_config()
+    if vllm_config.parallel_config.nnodes_within_dp > 1:
+        raise RegistrationError("kvstrata does not support replicas that span several nodes")
+    ranks = Ranks()
+    rank = config.parallel.rank
+    mine = ranks.agree(lambda: collect_layers(config, vllm_config, caches))
+    parts = ranks.gather(
+        {group: [(layer.shape, layer.order) for layer in layers] for group, layers in mine.items()}
+    )
+
+    def create() -> Region | None:
+        if rank != 0:
+            return None
+        return _create_region(config, settings, vllm_config, parts)
+
+    def register() -> Pipeline:
+        groups = {
+            group: plan(
+                merge_layers([[shape for shape, _ in part[group]] for part in parts]),
+                {layer.shape.name: layer.local for layer in layers},
+                config.cache.blocks_per_chunk,
+            )
+            for group, layers in mine.items()
+        }
+        for segments in groups.values():
+            check_round_trip(segments)
+        return open_pipeline(groups, torch.from_numpy(region.pages))
+
+    created = ranks.agree(create)
+    region = ranks.agree(lambda: created or open_region(config.engine_id))
+    pipeline = ranks.agree(register)
+    return KVStrataWorker(
+        pipeline,
+        region,
+        rank,
+        [group.group_id for group in config.groups],
+        config.cache.blocks_per_chunk,
+    )
+
+
+def _create_region(
+    config: OffloadingConfig,
+    settings: OffloadConfig,
+    vllm_config: VllmConfig,
+    parts: Sequence[Mapping[int, Sequence[tuple[LayerShape, str]]]],
+) -> Region:
+    """Rank 0: size the region from what all ranks hold, and write its header."""
+    shapes = {
+        group.group_id: merge_layers(
+            [[shape for shape, _ in part[group.group_id]] for part in parts]
+        )
+        for group in config.groups
+    }
+    orders = {
+        shape.name: order for part in parts for layers in part.values() for shape, order in layers
+    }
+    blocks = config.cache.blocks_per_chunk
+    layouts = {
+        group.group_id: layout_of(shapes[group.group_id], blocks, group.tokens_per_block * blocks)
+        for group in config.groups
+    }
+    slot_bytes = slot_bytes_of(layouts)
+    workers = config.parallel.world_size
+    slots = count_slots(settings.cpu_bytes, slot_bytes, workers, HEADER_TEXT_BYTES)
+    if slots < 1:
+        raise RegionError(
+            f"cpu_bytes_to_use={settings.cpu_bytes} does not hold one page of {slot_bytes} bytes: "
+            f"use at least {slot_bytes + 2 * HEADER_TEXT_BYTES}"
+        )
+    fields: dict[str, Any] = {
+        "slots": slots,
+        "slot_bytes": slot_bytes,
+        "workers": workers,
+        "layouts": layouts_to_json(layouts),
+        "model": config.model.name,
+        "weights_fixed": weights_fixed(settings.weights_fixed, vllm_config),
+        "lora": vllm_config.lora_config is not None,
+        "namespace": None,
+    }
+    if settings.tiers:
+        check_secondary_tiers(vllm_config)
+        fields["namespace"] = namespace_fields(config, vllm_config, layouts, shapes, orders)
+    return create_region(config.engine_id, fields, text_bytes=HEADER_TEXT_BYTES)

@@ -1,0 +1,63 @@
+"""KVStrataSpec: what vLLM's OffloadingConnector makes of `"spec_name": "KVStrataSpec"`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.platforms import current_platform
+from vllm.v1.kv_offload.base import (
+    CanonicalKVCaches,
+    OffloadingManager,
+    OffloadingMetricMetadata,
+    OffloadingSpec,
+    OffloadingWorker,
+)
+from vllm.v1.kv_offload.config import OffloadingConfig
+
+from kvstrata.offload.config import parse_config
+from kvstrata.offload.vllm_plugin.metrics import metric_definitions
+from kvstrata.offload.vllm_plugin.version import check_version
+
+
+class KVStrataSpec(OffloadingSpec):
+    """One instance in the scheduler's process and one in each worker's."""
+
+    @classmethod
+    def build_metric_definitions(
+        cls, extra_config: dict[str, Any]
+    ) -> dict[str, OffloadingMetricMetadata]:
+        """Prometheus metrics; called in the API server's process."""
+        return metric_definitions()
+
+    def __init__(self, config: OffloadingConfig) -> None:
+        """Check the version and the configuration.
+
+        Raises:
+            RuntimeError: this vLLM or platform is not supported.
+            ConfigError: naming the key, the value and the remedy.
+        """
+        check_version()
+        if current_platform.is_xpu():
+            raise RuntimeError("kvstrata does not support XPU: use CUDA, or vLLM's CPU build")
+        self._settings = parse_config(config.extra_config)
+        super().__init__(config)
+        self._manager: OffloadingManager | None = None
+        self._worker: OffloadingWorker | None = None
+
+    def get_manager(self) -> OffloadingManager:
+        """The scheduler's side; the workers have registered before."""
+        if self._manager is None:
+            from kvstrata.offload.vllm_plugin.manager import open_manager
+
+            self._manager = open_manager(
+                self.config, self._settings, events=self.kv_events_config.enable_kv_cache_events
+            )
+        return self._manager
+
+    def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
+        """This worker's side. All workers must call it."""
+        if self._worker is None:
+            from kvstrata.offload.vllm_plugin.registration import open_worker
+
+            self._worker = open_worker(self.config, self._settings, kv_caches)
+        return self._worker

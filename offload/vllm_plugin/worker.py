@@ -1,0 +1,88 @@
+"""The worker's side: vLLM's transfers handed to the pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vllm.v1.kv_offload.base import (
+    GPULoadStoreSpec,
+    LoadStoreSpec,
+    OffloadingWorker,
+    TransferResult,
+)
+
+from kvstrata.kernels.pipeline import GroupWork, Pipeline
+from kvstrata.offload.region import Region
+from kvstrata.offload.vllm_plugin.transfer import PageSlots, incomplete, work_of
+
+
+class KVStrataWorker(OffloadingWorker):
+    """Moves pages between this worker's KV cache and the shared region."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        region: Region,
+        rank: int,
+        group_ids: Sequence[int],
+        blocks_per_chunk: int,
+    ) -> None:
+        self._pipeline = pipeline
+        self._region = region
+        self._rank = rank
+        self._group_ids = tuple(group_ids)
+        self._blocks_per_chunk = blocks_per_chunk
+        self._tickets: dict[int, int] = {}  # job id -> ticket, under way
+        self._ended: set[int] = set()  # tickets above the watermark that have ended
+        self._watermark = 0
+
+    def submit_store(
+        self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: LoadStoreSpec
+    ) -> bool:
+        """Start GPU -> region. Pages that miss a block are marked as incomplete."""
+        assert isinstance(dst_spec, PageSlots)
+        work = self._work(dst_spec, src_spec, store=True)
+        for part in work:
+            for slot, missing in incomplete(part).items():
+                self._region.set_incomplete(slot, missing)
+        self._tickets[job_id] = dst_spec.ticket
+        self._pipeline.submit_store(job_id, work)
+        return True
+
+    def submit_load(
+        self,
+        job_id: int,
+        src_spec: LoadStoreSpec,
+        dst_spec: GPULoadStoreSpec,
+        expedited: bool = False,
+    ) -> bool:
+        """Start region -> GPU. `expedited` (vLLM 0.33) does not queue behind others."""
+        assert isinstance(src_spec, PageSlots)
+        self._tickets[job_id] = src_spec.ticket
+        work = self._work(src_spec, dst_spec, store=False)
+        self._pipeline.submit_load(job_id, work, expedited=expedited)
+        return True
+
+    def get_finished(self) -> list[TransferResult]:
+        """Transfers that ended since the last call; vLLM expects all of them to succeed."""
+        results = []
+        for done in self._pipeline.finished():
+            self._ended.add(self._tickets.pop(done.job_id))
+            results.append(TransferResult(done.job_id, True, done.nbytes, done.seconds))
+        while self._watermark + 1 in self._ended:
+            self._watermark += 1
+            self._ended.remove(self._watermark)
+        self._region.set_watermark(self._rank, self._watermark)
+        return results
+
+    def wait(self, job_ids: set[int]) -> None:
+        """Block until the transfers have ended; unknown ones have."""
+        self._pipeline.wait(job_ids)
+
+    def shutdown(self) -> None:
+        """End all transfers and let go of the region."""
+        self._pipeline.shutdown()
+        self._region.close()
+
+    def _work(self, pages: PageSlots, blocks: GPULoadStoreSpec, *, store: bool) -> list[GroupWork]:
+        return work_of(pages, blocks, self._group_ids, self._blocks_per_chunk, store=store)
