@@ -1,0 +1,161 @@
+"""Moving chunks between KV caches and the page region: the interface, and the CPU's form of it."""
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from kvstrata.kernels.pack import copy_torch
+from kvstrata.kernels.plan import Segment
+
+
+class GroupWork(NamedTuple):
+    """Chunks of one KV cache group to store or to load.
+
+    group: index of the group.
+    slots: int64 [n], the region slot of each chunk's page.
+    block_ids: int64 [n, blocks_per_chunk], the blocks of each chunk; -1 is a missing block, stored
+        as zeros and left alone by a load.
+    """
+
+    group: int
+    slots: np.ndarray
+    block_ids: np.ndarray
+
+
+class Finished(NamedTuple):
+    """A job that is done: bytes this worker moved, and how long that took."""
+
+    job_id: int
+    nbytes: int
+    seconds: float
+
+
+class Pipeline(Protocol):
+    """Stores and loads of one worker. Calls come from one thread."""
+
+    def submit_store(self, job_id: int, work: Sequence[GroupWork]) -> None:
+        """Start to copy blocks to pages, after all work queued on the compute stream so far.
+
+        Raises ValueError, before anything moves, for slots or blocks that do not exist.
+        """
+
+    def submit_load(self, job_id: int, work: Sequence[GroupWork], expedited: bool = False) -> None:
+        """Start to copy pages to blocks; expedited loads do not queue behind others.
+
+        Raises ValueError, before anything moves, for slots or blocks that do not exist.
+        """
+
+    def finished(self) -> list[Finished]:
+        """The jobs that are done since the last call. Does not wait."""
+
+    def wait(self, job_ids: Collection[int]) -> None:
+        """Return when these jobs are done; ids that are unknown or reported count as done."""
+
+    def shutdown(self) -> None:
+        """Wait for everything and release what the pipeline holds. Callable twice."""
+
+
+Groups = Mapping[int, tuple[Segment, ...]]
+
+
+class CpuPipeline:
+    """The pipeline where KV caches lie in CPU memory: every job is done when its submit returns.
+
+    groups: this worker's segments by group.
+    region: uint8 [slots, slot bytes] in CPU memory; page p of a group fills the start of a slot.
+    """
+
+    def __init__(self, groups: Groups, region: torch.Tensor) -> None:
+        check_region(groups, region)
+        self._groups = groups
+        self._region = region
+        self._finished: list[Finished] = []
+
+    def submit_store(self, job_id: int, work: Sequence[GroupWork]) -> None:
+        self._run(job_id, work, unpack=False)
+
+    def submit_load(self, job_id: int, work: Sequence[GroupWork], expedited: bool = False) -> None:
+        self._run(job_id, work, unpack=True)
+
+    def finished(self) -> list[Finished]:
+        done, self._finished = self._finished, []
+        return done
+
+    def wait(self, job_ids: Collection[int]) -> None:
+        pass  # done at submit
+
+    def shutdown(self) -> None:
+        pass  # holds nothing
+
+    def _run(self, job_id: int, work: Sequence[GroupWork], *, unpack: bool) -> None:
+        start = time.perf_counter()
+        check_work(self._groups, self._region, work)
+        nbytes = 0
+        for group, slots, block_ids in work:
+            for segment in self._groups[group]:
+                mine = slice(None) if unpack else elected(segment, slots)
+                rows = torch.from_numpy(slots[mine])
+                ids = torch.from_numpy(block_ids[mine])
+                copy_torch(segment, segment.in_page, self._region, rows, ids, unpack=unpack)
+                nbytes += rows.numel() * segment.shard_bytes
+        self._finished.append(Finished(job_id, nbytes, time.perf_counter() - start))
+
+
+def elected(segment: Segment, slots: np.ndarray) -> np.ndarray:
+    """bool [n]: the slots that this worker writes among the replicas of its heads."""
+    mine: np.ndarray = slots % segment.replicas == segment.replica
+    return mine
+
+
+def check_region(groups: Groups, region: torch.Tensor) -> None:
+    """Raise ValueError unless `region` is uint8 [slots, bytes] on the CPU and holds every page."""
+    if region.dtype != torch.uint8 or region.ndim != 2 or region.device.type != "cpu":
+        raise ValueError("the region must be uint8 [slots, slot bytes] in CPU memory")
+    if not region.is_contiguous():
+        raise ValueError("the region must be contiguous")
+    for group, segments in groups.items():
+        for segment in segments:
+            end = segment.page_offset + segment.heads * segment.head_bytes
+            if end > region.shape[1]:
+                raise ValueError(
+                    f"group {group}: a page of {end} bytes does not fit into {region.shape[1]}"
+                )
+
+
+def check_work(groups: Groups, region: torch.Tensor, work: Sequence[GroupWork]) -> None:
+    """Raise ValueError for a group, shape, slot or block that does not exist."""
+    for group, slots, block_ids in work:
+        if group not in groups:
+            raise ValueError(f"group {group} is not one of {sorted(groups)}")
+        if slots.dtype != np.int64 or block_ids.dtype != np.int64 or slots.ndim != 1:
+            raise ValueError("slots must be int64 [n] and block_ids int64 [n, blocks per chunk]")
+        if slots.size == 0:
+            continue
+        if slots.min() < 0 or slots.max() >= region.shape[0]:
+            raise ValueError(f"slots {slots.min()} to {slots.max()}, of {region.shape[0]}")
+        for segment in groups[group]:
+            if block_ids.shape != (slots.size, segment.blocks_per_chunk):
+                raise ValueError(
+                    f"block_ids {block_ids.shape} for {slots.size} slots of "
+                    f"{segment.blocks_per_chunk} blocks per chunk"
+                )
+            if block_ids.min() < -1 or block_ids.max() >= segment.num_blocks:
+                raise ValueError(
+                    f"blocks {block_ids.min()} to {block_ids.max()}, of {segment.num_blocks}"
+                )
+
+
+def open_pipeline(groups: Groups, region: torch.Tensor) -> Pipeline:
+    """The pipeline for the device on which the KV caches lie.
+
+    groups, region: see `CpuPipeline`.
+    Raises ValueError when the caches lie on several devices or on an unsupported one.
+    """
+    devices = {segment.device for segments in groups.values() for segment in segments}
+    kinds = {device.type for device in devices}
+    if kinds <= {"cpu"}:
+        return CpuPipeline(groups, region)
+    raise ValueError(f"KV caches on {sorted(map(str, devices))} are not supported")

@@ -1,0 +1,266 @@
+"""The plan of a copy: which bytes of the KV caches go where in a page, for one worker."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import gcd
+from typing import NamedTuple
+
+import torch
+
+from kvstrata.kernels.geometry import (
+    GeometryError,
+    LayerCache,
+    LayerShape,
+    SegmentShape,
+    segment_shapes,
+)
+
+
+@dataclass(frozen=True)
+class LocalLayer:
+    """A layer's cache and the heads it holds.
+
+    first_head: index, over all ranks, of the cache's first head (the rank, for opaque content).
+    replicas: workers that hold the same bytes; they share the writing.
+    replica: this worker's number among them; it stores slot s when `s % replicas == replica`.
+    """
+
+    cache: LayerCache
+    first_head: int
+    replicas: int = 1
+    replica: int = 0
+
+
+class PageLayout(NamedTuple):
+    """Where one worker's part of a segment lies in a row of pages.
+
+    offset: bytes from the row's start to the first local head's first local layer.
+    head_pitch: bytes from one head to the next.
+    """
+
+    offset: int
+    head_pitch: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The bytes of a page that one worker owns: `count` runs of `length` bytes, `pitch` apart."""
+
+    offset: int
+    length: int
+    pitch: int
+    count: int
+
+
+@dataclass(frozen=True)
+class LayerSet:
+    """Local layers of one segment whose caches have equal strides: one kernel launch.
+
+    positions: places of the layers among the segment's local layers.
+    views: their normal forms, uint8 `[B * kernel_blocks, H, N, P, E]`.
+    table: int64 `[layers, 2]` on the caches' device: address of the cache, and bytes from the
+        start of a head in the page to this layer.
+    rows, parts, part_bytes: N, P, E after joining axes that are one run.
+    strides: bytes between blocks, heads, rows, parts.
+    """
+
+    positions: tuple[int, ...]
+    views: tuple[torch.Tensor, ...]
+    table: torch.Tensor
+    kernel_blocks: int
+    rows: int
+    parts: int
+    part_bytes: int
+    strides: tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One worker's part of one segment of a page.
+
+    heads, layers: extents of the whole segment; local_* are the worker's runs, from first_*.
+    blocks_per_chunk, num_blocks: blocks of a page, blocks of the caches.
+    block_bytes: bytes of one (head, layer, block).
+    page_offset: bytes from the page's start to the segment.
+    replicas, replica: see `LocalLayer`.
+    word_bytes: 16, 8, 4, 2 or 1; divides every address and stride that the copy uses.
+    """
+
+    names: tuple[str, ...]
+    device: torch.device
+    heads: int
+    first_head: int
+    local_heads: int
+    layers: int
+    first_layer: int
+    local_layers: int
+    blocks_per_chunk: int
+    num_blocks: int
+    block_bytes: int
+    page_offset: int
+    replicas: int
+    replica: int
+    word_bytes: int
+    sets: tuple[LayerSet, ...]
+
+    @property
+    def slab_bytes(self) -> int:
+        """Bytes of one head in one layer."""
+        return self.blocks_per_chunk * self.block_bytes
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of one head in all layers of the segment."""
+        return self.layers * self.slab_bytes
+
+    @property
+    def shard_bytes(self) -> int:
+        """Bytes of a page that this worker owns in this segment."""
+        return self.local_heads * self.local_layers * self.slab_bytes
+
+    @property
+    def in_page(self) -> PageLayout:
+        """The place of this worker's part in a page."""
+        skipped = self.first_head * self.head_bytes + self.first_layer * self.slab_bytes
+        return PageLayout(self.page_offset + skipped, self.head_bytes)
+
+    def packed(self, offset: int) -> PageLayout:
+        """The place of this worker's part alone, without gaps, `offset` bytes into a row."""
+        return PageLayout(offset, self.local_layers * self.slab_bytes)
+
+    @property
+    def shard(self) -> Shard:
+        """The page ranges of this part; one range unless pipeline parallelism splits the layers."""
+        offset, pitch = self.in_page
+        if self.local_layers == self.layers:
+            return Shard(offset, self.shard_bytes, self.shard_bytes, 1)
+        return Shard(offset, self.local_layers * self.slab_bytes, pitch, self.local_heads)
+
+
+def plan(
+    layers: Sequence[LayerShape], local: Mapping[str, LocalLayer], blocks_per_chunk: int
+) -> tuple[Segment, ...]:
+    """This worker's part of every segment of a group's page.
+
+    layers: all layers of the group over all ranks, in page order; equal on every rank.
+    local: the layers that this worker holds, by name.
+    A segment of which the worker holds no layer is left out.
+    Raises GeometryError when a cache contradicts its layer, or when the worker's layers of one
+    segment are not neighbours or differ in heads, replicas, blocks or device.
+    """
+    by_name = {layer.name: layer for layer in layers}
+    unknown = sorted(local.keys() - by_name.keys())
+    if unknown:
+        raise GeometryError(f"layer {unknown[0]} is not among the group's layers")
+    segments = []
+    for shape in segment_shapes(layers, blocks_per_chunk):
+        positions = [i for i, name in enumerate(shape.layers) if name in local]
+        if positions:
+            kind = by_name[shape.layers[0]]
+            segments.append(_segment(shape, kind, positions, local, blocks_per_chunk))
+    return tuple(segments)
+
+
+def _segment(
+    shape: SegmentShape,
+    kind: LayerShape,
+    positions: list[int],
+    local: Mapping[str, LocalLayer],
+    blocks_per_chunk: int,
+) -> Segment:
+    names = tuple(shape.layers[i] for i in positions)
+    if positions[-1] - positions[0] + 1 != len(positions):
+        raise GeometryError(f"layers {names[0]} to {names[-1]} of one worker are not neighbours")
+    first = local[names[0]]
+    for name in names:
+        _check_layer(kind, local[name], first, name)
+    slab_bytes = blocks_per_chunk * kind.block_bytes
+    sets = _layer_sets([local[name].cache for name in names], slab_bytes)
+    view = first.cache.view
+    segment = Segment(
+        names=names,
+        device=view.device,
+        heads=kind.heads,
+        first_head=first.first_head,
+        local_heads=view.shape[1],
+        layers=len(shape.layers),
+        first_layer=positions[0],
+        local_layers=len(positions),
+        blocks_per_chunk=blocks_per_chunk,
+        num_blocks=first.cache.num_blocks,
+        block_bytes=kind.block_bytes,
+        page_offset=shape.offset,
+        replicas=first.replicas,
+        replica=first.replica,
+        word_bytes=_word_bytes(sets, shape.offset),
+        sets=sets,
+    )
+    return segment
+
+
+def _check_layer(kind: LayerShape, layer: LocalLayer, first: LocalLayer, name: str) -> None:
+    cache = layer.cache
+    found = cache.shape(kind.heads)
+    for field in ("content", "dtype", "tokens", "width"):
+        ours, theirs = getattr(found, field), getattr(kind, field)
+        if ours != theirs:
+            raise GeometryError(f"layer {name}: {field} is {ours} here but {theirs} in the page")
+    heads = cache.view.shape[1]
+    if not 0 <= layer.first_head <= kind.heads - heads:
+        raise GeometryError(
+            f"layer {name}: {heads} heads from {layer.first_head} do not fit into {kind.heads}"
+        )
+    if not 0 <= layer.replica < layer.replicas:
+        raise GeometryError(f"layer {name}: replica {layer.replica} of {layer.replicas}")
+    for what, ours, theirs in (
+        ("heads", heads, first.cache.view.shape[1]),
+        ("first head", layer.first_head, first.first_head),
+        ("replica", (layer.replica, layer.replicas), (first.replica, first.replicas)),
+        ("number of blocks", cache.num_blocks, first.cache.num_blocks),
+        ("device", cache.view.device, first.cache.view.device),
+    ):
+        if ours != theirs:
+            raise GeometryError(
+                f"layer {name}: {what} is {ours} but {theirs} in layer {first.cache.name}"
+            )
+
+
+def _layer_sets(caches: list[LayerCache], slab_bytes: int) -> tuple[LayerSet, ...]:
+    alike: dict[tuple[int, tuple[int, ...], tuple[int, ...]], list[int]] = {}
+    for position, cache in enumerate(caches):
+        view = cache.view
+        key = (cache.kernel_blocks, tuple(view.shape), tuple(view.stride()))
+        alike.setdefault(key, []).append(position)
+    sets = []
+    for (kernel_blocks, shape, stride), positions in alike.items():
+        views = tuple(caches[i].view for i in positions)
+        table = [(v.data_ptr(), i * slab_bytes) for v, i in zip(views, positions, strict=True)]
+        _, heads, rows, parts, part_bytes = shape
+        block_stride, head_stride, row_stride, part_stride, _ = stride
+        head_stride = head_stride if heads > 1 else 0
+        if parts == 1 or part_stride == part_bytes:
+            parts, part_bytes, part_stride = 1, parts * part_bytes, 0
+        if parts == 1 and (rows == 1 or row_stride == part_bytes):
+            rows, part_bytes, row_stride = 1, rows * part_bytes, 0
+        sets.append(
+            LayerSet(
+                positions=tuple(positions),
+                views=views,
+                table=torch.tensor(table, dtype=torch.int64, device=views[0].device),
+                kernel_blocks=kernel_blocks,
+                rows=rows,
+                parts=parts,
+                part_bytes=part_bytes,
+                strides=(block_stride, head_stride, row_stride, part_stride),
+            )
+        )
+    return tuple(sets)
+
+
+def _word_bytes(sets: tuple[LayerSet, ...], page_offset: int) -> int:
+    word = gcd(16, page_offset)
+    for layers in sets:
+        word = gcd(word, layers.part_bytes, *layers.strides)
+        for view in layers.views:
+            word = gcd(word, view.data_ptr(), view.storage_offset())
+    return word

@@ -1,0 +1,11 @@
+"""Where there is no GPU, kernels run in Triton's interpreter, chosen before its import."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+sys.path.insert(0, str(Path(__file__).parent))  # the shared module kernel_worlds
