@@ -98,6 +98,18 @@ def _deepseek_v2() -> PreTrainedModel:
             qk_nope_head_dim=32,
             qk_rope_head_dim=64,
             v_head_dim=32,
+            # As the real model: with plain RoPE, vLLM 0.32's CPU kernel rotates MLA's strided
+            # key wrongly, and its output even varies between runs.
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 2.0,
+                "original_max_position_embeddings": MAX_POSITION_EMBEDDINGS // 2,
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+            },
         )
     )
     return _randomize(model, embed_std=0.1, qk_gain=1.0)
