@@ -296,10 +296,15 @@ def _normal(name: str, content: Content, view: torch.Tensor) -> LayerCache:
 
 
 def _bytes(view: torch.Tensor, sizes: Iterable[int], strides: Iterable[int]) -> torch.Tensor:
-    """A uint8 view on the same memory, with sizes and strides in bytes."""
+    """A uint8 view on the same memory, with sizes and strides in bytes.
+
+    Axes of size 1 get stride 0: whatever they had must not spoil the alignment.
+    """
     start = view.storage_offset() * view.element_size()
     target = torch.empty(0, dtype=torch.uint8, device=view.device)
-    return target.set_(view.untyped_storage(), start, tuple(sizes), tuple(strides))
+    sizes = tuple(sizes)
+    *outer, last = (s if n > 1 else 0 for n, s in zip(sizes, strides, strict=True))
+    return target.set_(view.untyped_storage(), start, sizes, (*outer, last or 1))
 
 
 def _merge(axes: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from vllm.config import VllmConfig, get_current_vllm_config
-from vllm.distributed.parallel_state import get_inner_dp_world_group
+from vllm.distributed.parallel_state import get_world_group
 from vllm.v1.kv_offload.base import CanonicalKVCaches
 from vllm.v1.kv_offload.config import OffloadingConfig
 
@@ -52,18 +52,23 @@ class RegistrationError(RuntimeError):
 
 
 class Ranks:
-    """The workers of this engine."""
+    """The workers of this engine.
 
-    def __init__(self) -> None:
-        group = get_inner_dp_world_group()
+    vLLM's world group spans all data-parallel replicas of a node; each replica is an
+    engine of its own, told apart by its engine id.
+    """
+
+    def __init__(self, engine_id: str) -> None:
+        self._engine_id = engine_id
+        group = get_world_group()
         self._group = group.cpu_group
         self._size = group.world_size
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, in the order of ranks."""
-        values: list[T | None] = [None] * self._size
-        dist.all_gather_object(values, value, group=self._group)
-        return values  # type: ignore[return-value]
+        """The value of every rank of this engine, in the order of ranks."""
+        values: list[Any] = [None] * self._size
+        dist.all_gather_object(values, (self._engine_id, value), group=self._group)
+        return [value for engine_id, value in values if engine_id == self._engine_id]
 
     def agree(self, action: Callable[[], T]) -> T:
         """Do the same on every rank.
@@ -96,7 +101,7 @@ def open_worker(
     vllm_config = get_current_vllm_config()
     if vllm_config.parallel_config.nnodes_within_dp > 1:
         raise RegistrationError("kvstrata does not support replicas that span several nodes")
-    ranks = Ranks()
+    ranks = Ranks(config.engine_id)
     rank = config.parallel.rank
     mine = ranks.agree(lambda: collect_layers(config, vllm_config, caches))
     parts = ranks.gather(
