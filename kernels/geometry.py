@@ -10,9 +10,8 @@ segment reads as `[H, L, tokens per chunk, C]`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any
 
 import torch
 
@@ -52,7 +51,7 @@ DTYPE_BYTES: Mapping[str, int] = {name: dtype.itemsize for dtype, name in DTYPE_
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What one layer puts into a page, over all tensor-parallel ranks.
+    """What one layer puts into a page, over all tensor-parallel ranks; plain JSON values.
 
     name: the layer's name in vLLM.
     content: see `Content`.
@@ -74,21 +73,6 @@ class LayerShape:
     def block_bytes(self) -> int:
         """Bytes of one block of one head (of one rank, for opaque content)."""
         return self.tokens * self.width * DTYPE_BYTES[self.dtype]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
-        return asdict(self) | {"content": self.content.value}
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "LayerShape":
-        """The inverse of `to_dict`. Raises GeometryError for fields that make no layer."""
-        try:
-            shape = cls(**fields)
-            shape = replace(shape, content=Content(shape.content))
-        except (TypeError, ValueError) as error:
-            raise GeometryError(f"not a layer shape: {error}") from error
-        _check_layer(shape)
-        return shape
 
 
 @dataclass(frozen=True)
@@ -130,7 +114,7 @@ def segment_shapes(layers: Sequence[LayerShape], blocks_per_chunk: int) -> tuple
     for kind, names in alike.items():
         count = len(names)
         shape: tuple[int, ...]
-        if kind.content is Content.OPAQUE:
+        if kind.content == Content.OPAQUE:
             shape = (kind.heads, count * blocks_per_chunk * kind.width)
         else:
             shape = (kind.heads, count, blocks_per_chunk * kind.tokens, kind.width)
@@ -143,7 +127,7 @@ def segment_shapes(layers: Sequence[LayerShape], blocks_per_chunk: int) -> tuple
 def _check_layer(layer: LayerShape) -> None:
     if layer.dtype not in DTYPE_BYTES:
         raise GeometryError(f"layer {layer.name}: unknown dtype {layer.dtype}")
-    if layer.content is not Content.TOKEN_MAJOR and (layer.dtype, layer.tokens) != ("U8", 1):
+    if layer.content != Content.TOKEN_MAJOR and (layer.dtype, layer.tokens) != ("U8", 1):
         raise GeometryError(f"layer {layer.name}: {layer.content} content is U8 with tokens = 1")
     for field in ("heads", "tokens", "width"):
         value = getattr(layer, field)
@@ -176,7 +160,7 @@ class LayerCache:
     def shape(self, heads: int) -> LayerShape:
         """What this layer puts into a page when all ranks together hold `heads` heads."""
         _, _, rows, parts, part_bytes = self.view.shape
-        if self.content is Content.TOKEN_MAJOR:
+        if self.content == Content.TOKEN_MAJOR:
             tokens, row_bytes = self.kernel_blocks * rows, parts * part_bytes
             width = row_bytes // DTYPE_BYTES[self.dtype]
             return LayerShape(self.name, self.content, self.dtype, heads, tokens, width)

@@ -272,3 +272,8 @@ def copy_triton(
             num_warps=NUM_WARPS,
             num_stages=1,
         )
+
+
+def copy_for(device: torch.device) -> Copy:
+    """The copy that is used in production for caches on `device`."""
+    return copy_torch if device.type == "cpu" else copy_triton

@@ -155,7 +155,13 @@ def open_pipeline(groups: Groups, region: torch.Tensor) -> Pipeline:
     Raises ValueError when the caches lie on several devices or on an unsupported one.
     """
     devices = {segment.device for segments in groups.values() for segment in segments}
-    kinds = {device.type for device in devices}
-    if kinds <= {"cpu"}:
+    if all(device.type == "cpu" for device in devices):
         return CpuPipeline(groups, region)
-    raise ValueError(f"KV caches on {sorted(map(str, devices))} are not supported")
+    if len(devices) > 1 or {device.type for device in devices} != {"cuda"}:
+        raise ValueError(f"KV caches on {sorted(map(str, devices))} are not supported")
+    from kvstrata.kernels.device import CudaDevice
+    from kvstrata.kernels.pack import copy_triton
+    from kvstrata.kernels.staging import StagedPipeline
+
+    (device,) = devices
+    return StagedPipeline(groups, region, CudaDevice(device), copy_triton)

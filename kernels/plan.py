@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from kvstrata.kernels.device import persistent
 from kvstrata.kernels.geometry import (
     GeometryError,
     LayerCache,
@@ -246,7 +247,7 @@ def _layer_sets(caches: list[LayerCache], slab_bytes: int) -> tuple[LayerSet, ..
             LayerSet(
                 positions=tuple(positions),
                 views=views,
-                table=torch.tensor(table, dtype=torch.int64, device=views[0].device),
+                table=persistent(torch.tensor(table, dtype=torch.int64), views[0].device),
                 kernel_blocks=kernel_blocks,
                 rows=rows,
                 parts=parts,

@@ -1,0 +1,135 @@
+"""The few device operations that the staged pipeline is made of.
+
+They are a seam: tests put a simulated device here that runs the queued work in any order that
+the streams and events allow.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import torch
+
+Stream = Any
+Event = Any
+cuda: Any = torch.cuda  # its classes are untyped
+
+# Drivers refuse very large registrations; vLLM splits at the same size.
+_MAX_PINNED_RUN = 64 << 30
+
+
+class Device(Protocol):
+    """Streams run what is queued on them in order; events order streams among each other."""
+
+    def stream(self, *, urgent: bool) -> Stream:
+        """A new stream; urgent ones are served before others."""
+
+    def compute_stream(self) -> Stream:
+        """The stream on which the model runs."""
+
+    def event(self) -> Event:
+        """A new event. Waiting for one that was never recorded does nothing."""
+
+    def run(self, stream: Stream, action: Callable[[], None]) -> None:
+        """Queue what `action` does."""
+
+    def record(self, event: Event, stream: Stream) -> None:
+        """The event now means: all that is queued on the stream so far is done."""
+
+    def hold(self, stream: Stream, event: Event) -> None:
+        """What is queued on the stream from now on waits for what the event means now."""
+
+    def reached(self, event: Event) -> bool:
+        """Whether it has happened."""
+
+    def synchronize(self, event: Event) -> None:
+        """Return when it has happened."""
+
+    def seconds(self, start: Event, end: Event) -> float:
+        """Time between two events that have happened."""
+
+    def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """Device memory [numel]."""
+
+    def allocate_pinned(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """Host memory [numel] that the device copies from without the host's help."""
+
+    def pin(self, region: torch.Tensor) -> None:
+        """Make host memory [slots, slot bytes] what `allocate_pinned` gives.
+
+        Raises RuntimeError when the driver refuses.
+        """
+
+    def unpin(self) -> None:
+        """Undo all `pin`. Callable twice."""
+
+
+def persistent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`tensor` on `device`, in memory that stays while vLLM sleeps.
+
+    vLLM registers KV caches inside its sleep-mode memory pool, whose memory it takes away later.
+    Pools apply to the thread that entered them; a thread of our own is outside.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(lambda: tensor.to(device)).result()
+
+
+class CudaDevice:
+    """A CUDA (or ROCm) device through torch."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pinned: list[int] = []  # addresses
+
+    def stream(self, *, urgent: bool) -> Stream:
+        return cuda.Stream(self._device, priority=-1 if urgent else 0)
+
+    def compute_stream(self) -> Stream:
+        return cuda.current_stream(self._device)
+
+    def event(self) -> Event:
+        return cuda.Event(enable_timing=True)
+
+    def run(self, stream: Stream, action: Callable[[], None]) -> None:
+        with cuda.stream(stream):
+            action()
+
+    def record(self, event: Event, stream: Stream) -> None:
+        event.record(stream)
+
+    def hold(self, stream: Stream, event: Event) -> None:
+        stream.wait_event(event)
+
+    def reached(self, event: Event) -> bool:
+        return bool(event.query())
+
+    def synchronize(self, event: Event) -> None:
+        event.synchronize()
+
+    def seconds(self, start: Event, end: Event) -> float:
+        return float(start.elapsed_time(end)) / 1000
+
+    def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        return persistent(torch.zeros(numel, dtype=dtype), self._device)
+
+    def allocate_pinned(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(numel, dtype=dtype, pin_memory=True)
+
+    def pin(self, region: torch.Tensor) -> None:
+        slots, slot_bytes = region.shape
+        step = max(1, _MAX_PINNED_RUN // slot_bytes)  # whole slots: no copy spans two runs
+        with cuda.device(self._device):
+            for first in range(0, slots, step):
+                run = region[first : first + step]
+                error = int(cuda.cudart().cudaHostRegister(run.data_ptr(), run.nbytes, 0))
+                if error:
+                    self.unpin()
+                    raise RuntimeError(
+                        f"CUDA could not pin the CPU pages (error {error} for {run.nbytes} of "
+                        f"{region.nbytes} bytes): use a smaller cpu_bytes_to_use"
+                    )
+                self._pinned.append(run.data_ptr())
+
+    def unpin(self) -> None:
+        while self._pinned:
+            cuda.cudart().cudaHostUnregister(self._pinned.pop())

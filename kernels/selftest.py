@@ -1,0 +1,126 @@
+"""The byte round trip on the real KV caches, made once before any request."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from kvstrata.kernels.geometry import GeometryError
+from kvstrata.kernels.pack import Copy, copy_for, copy_torch
+from kvstrata.kernels.plan import PageLayout, Segment
+
+_UNTOUCHED = 0xA5  # what scratch pages hold before the copy
+
+
+def check_round_trip(segments: Sequence[Segment]) -> None:
+    """Pack and unpack a pattern through one group's caches, which are left as they were found.
+
+    segments: the plan of one group on this worker. Two pages are tried: one of the caches' first
+        blocks and one of the last block alone. All layers of the group are written before any is
+        read, by the copy that production uses and by the oracle.
+    Raises GeometryError, naming the layer, when bytes arrive elsewhere or layers share memory.
+    """
+    trials = [_Trial(segment, seed) for seed, segment in enumerate(segments)]
+    for trial in trials:
+        trial.save()
+    try:
+        copies = {copy for trial in trials for copy in (copy_for(trial.segment.device), copy_torch)}
+        for copy in copies:
+            for trial in trials:
+                trial.write(trial.pattern)
+            for trial in trials:
+                trial.check_pack(copy)
+            for trial in trials:
+                trial.write(~trial.pattern)
+            for trial in trials:
+                trial.unpack(copy)
+            for trial in trials:
+                trial.check_blocks()
+    finally:
+        for trial in trials:
+            trial.restore()
+
+
+class _Trial:
+    """One segment's blocks, the bytes they must hold, and the bytes they held."""
+
+    def __init__(self, segment: Segment, seed: int) -> None:
+        self.segment = segment
+        blocks = segment.blocks_per_chunk
+        first = list(range(min(blocks, segment.num_blocks)))
+        ids = [first] if segment.num_blocks <= blocks else [first, [segment.num_blocks - 1]]
+        padded = [row + [-1] * (blocks - len(row)) for row in ids]
+        device = segment.device
+        self.ids = torch.tensor(padded, dtype=torch.int64, device=device)
+        self.rows = torch.arange(len(ids), device=device)
+        sizes = (len(ids), segment.local_heads, segment.local_layers, blocks, segment.block_bytes)
+        random = np.random.default_rng(seed).integers(0, 256, sizes, dtype=np.uint8)
+        self.pattern = torch.from_numpy(random).to(device)
+        # A CPU worker copies straight into pages, a GPU worker into its own part of them.
+        self.layout: PageLayout = segment.in_page if device.type == "cpu" else segment.packed(0)
+        self.saved: list[torch.Tensor] = []
+
+    def blocks(self) -> Iterator[tuple[int, int, int, torch.Tensor]]:
+        """(page, layer, index in the page, the block's kernel blocks [k, H, N, P, E])."""
+        for layers in self.segment.sets:
+            k = layers.kernel_blocks
+            for layer, view in zip(layers.positions, layers.views, strict=True):
+                for page, row in enumerate(self.ids.tolist()):
+                    for index, block in enumerate(row):
+                        if block >= 0:
+                            yield page, layer, index, view[block * k : block * k + k]
+
+    def save(self) -> None:
+        self.saved = [block.clone() for *_, block in self.blocks()]
+
+    def restore(self) -> None:
+        for (*_, block), saved in zip(self.blocks(), self.saved, strict=True):
+            block.copy_(saved)
+
+    def write(self, pattern: torch.Tensor) -> None:
+        for page, layer, index, block in self.blocks():
+            block.copy_(self._as_block(pattern[page, :, layer, index], block))
+
+    def _as_block(self, content: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """`content` [H, block bytes] in the shape [k, H, N, P, E]."""
+        kernel_blocks, heads, *inner = like.shape
+        return content.reshape(heads, kernel_blocks, *inner).transpose(0, 1)
+
+    def _scratch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(pages, this segment's part of them, in the pattern's shape)."""
+        segment, layout = self.segment, self.layout
+        layers_bytes = segment.local_layers * segment.slab_bytes
+        end = layout.offset + (segment.local_heads - 1) * layout.head_pitch + layers_bytes
+        pitch = end + (-end) % 16 + 16  # room for a stray write after the part
+        pages = torch.full(
+            (len(self.rows), pitch), _UNTOUCHED, dtype=torch.uint8, device=segment.device
+        )
+        strides = (pitch, layout.head_pitch, segment.slab_bytes, segment.block_bytes, 1)
+        return pages, pages.as_strided(self.pattern.shape, strides, layout.offset)
+
+    def check_pack(self, copy: Copy) -> None:
+        pages, part = self._scratch()
+        copy(self.segment, self.layout, pages, self.rows, self.ids, unpack=False)
+        present = (self.ids >= 0).view(len(self.ids), 1, -1, 1)
+        for layer, name in enumerate(self.segment.names):
+            wanted = self.pattern[:, :, layer] * present
+            if not torch.equal(part[:, :, layer], wanted):
+                raise GeometryError(
+                    f"layer {name}: packing its blocks gave other bytes; does it share memory "
+                    "with another layer?"
+                )
+        part.fill_(_UNTOUCHED)
+        if not bool((pages == _UNTOUCHED).all()):
+            raise GeometryError(f"layer {self.segment.names[0]}: packing wrote outside its pages")
+
+    def unpack(self, copy: Copy) -> None:
+        pages, part = self._scratch()
+        part.copy_(self.pattern)
+        copy(self.segment, self.layout, pages, self.rows, self.ids, unpack=True)
+
+    def check_blocks(self) -> None:
+        for page, layer, index, block in self.blocks():
+            if not torch.equal(block, self._as_block(self.pattern[page, :, layer, index], block)):
+                raise GeometryError(
+                    f"layer {self.segment.names[layer]}: unpacking gave its blocks other bytes"
+                )
