@@ -1,0 +1,75 @@
+"""The options of the filesystem tier."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kvstrata.tiers.base import TierConfigError
+from kvstrata.tiers.options import check_keys, parse_choice, parse_count, parse_mode
+
+_KEYS = (
+    "root_dir",
+    "n_read_threads",
+    "n_write_threads",
+    "file_mode",
+    "dir_mode",
+    "durability",
+    "io",
+)
+_MAX_THREADS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class FsConfig:
+    """Options of the filesystem tier, checked.
+
+    Attributes:
+        root_dir: absolute path, `~` expanded.
+        n_read_threads, n_write_threads: size of the two thread groups.
+        file_mode, dir_mode: permission bits of what the tier creates.
+        durability: "fsync" makes a page survive a crash of the machine once it counts as
+            stored; "none" leaves that to the kernel.
+        io: "direct" demands O_DIRECT, "buffered" avoids it, "auto" uses it where it works.
+    """
+
+    root_dir: str
+    n_read_threads: int = 16
+    n_write_threads: int = 16
+    file_mode: int = 0o600
+    dir_mode: int = 0o700
+    durability: str = "none"
+    io: str = "auto"
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any]) -> FsConfig:
+        """Check the options without touching the file system.
+
+        Raises:
+            TierConfigError: naming the key, the value and the remedy.
+        """
+        check_keys("fs tier", options, _KEYS)
+        get = options.get
+        return cls(
+            root_dir=_root_dir(get("root_dir")),
+            n_read_threads=parse_count("n_read_threads", get("n_read_threads", 16), _MAX_THREADS),
+            n_write_threads=parse_count(
+                "n_write_threads", get("n_write_threads", 16), _MAX_THREADS
+            ),
+            file_mode=parse_mode("file_mode", get("file_mode", 0o600), 0o600),
+            dir_mode=parse_mode("dir_mode", get("dir_mode", 0o700), 0o700),
+            durability=parse_choice("durability", get("durability", "none"), ("none", "fsync")),
+            io=parse_choice("io", get("io", "auto"), ("auto", "direct", "buffered")),
+        )
+
+
+def _root_dir(value: object) -> str:
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise TierConfigError(f"root_dir: {value!r} is wrong; give the directory for the files")
+    path = os.path.expanduser(value)
+    if not os.path.isabs(path):
+        # engine processes need not share a working directory
+        raise TierConfigError(f"root_dir: {value!r} is relative; give an absolute path")
+    return os.path.normpath(path)

@@ -1,0 +1,121 @@
+"""What the tier knows of keys without asking the disk. One thread only, no I/O.
+
+Other processes add files to the same directory, so "present" may be remembered (a load
+finds out when it is wrong), while "absent" is kept only briefly and only for the request
+that asked.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+
+from kvstrata.tiers.base import Lookup
+
+# Each entry takes about 200 bytes with a 36-byte key, so at most about 100 MB.
+MAX_PRESENT = 2**19
+MAX_REFUSED = 2**14
+MAX_CHECKS = 2**16  # under check at once; a disk that hangs must not fill the memory
+ABSENT_FOR_S = 2.0  # how long a negative answer may be repeated to the same request
+CHECK_WITHIN_S = 5.0  # a check that takes longer is answered with MISS
+
+
+class Index:
+    """Keys known present, keys refused, keys being checked, and recent negative answers."""
+
+    def __init__(self, max_present: int = MAX_PRESENT, max_refused: int = MAX_REFUSED) -> None:
+        self._max_present = max_present
+        self._max_refused = max_refused
+        self._present: OrderedDict[bytes, None] = OrderedDict()  # least recently used first
+        self._refused: OrderedDict[bytes, None] = OrderedDict()
+        self._asked: dict[bytes, float] = {}  # under check, and since when it was asked for
+        self._waiting: dict[bytes, set[str]] = {}  # requests that asked for a key under check
+        self._unsent: dict[bytes, None] = {}  # those under check that were not yet sent off
+        self._absent: dict[str, dict[bytes, float]] = {}  # until when, per request
+
+    def __len__(self) -> int:
+        return len(self._present)
+
+    def lookup(self, key: bytes, req_id: str, now: float) -> Lookup:
+        """The answer to a request; an unknown key is noted for the next `take_unsent`."""
+        if key in self._present:
+            self._present.move_to_end(key)
+            return Lookup.HIT
+        if key in self._refused:
+            return Lookup.MISS
+        answers = self._absent.setdefault(req_id, {})
+        if now < answers.get(key, now):
+            return Lookup.MISS
+        since = self._asked.get(key)
+        if since is None:
+            if len(self._asked) >= MAX_CHECKS:
+                return Lookup.MISS
+            self._asked[key] = now
+            self._waiting[key] = {req_id}
+            self._unsent[key] = None
+        elif now - since > CHECK_WITHIN_S:
+            return Lookup.MISS
+        else:
+            self._waiting[key].add(req_id)
+        return Lookup.RETRY
+
+    def is_unsent(self, key: bytes) -> bool:
+        """Whether a check of the key waits for `take_unsent`."""
+        return key in self._unsent
+
+    def take_unsent(self) -> list[bytes]:
+        """The keys to be checked on the disk; each must be answered later."""
+        unsent, self._unsent = self._unsent, {}
+        return list(unsent)
+
+    def answer(self, key: bytes, present: bool, now: float) -> None:
+        """The disk was asked for a key of `take_unsent`."""
+        self._asked.pop(key, None)
+        waiting = self._waiting.pop(key, set())
+        if present:
+            self.add(key)
+        elif key not in self._present:
+            for req_id in waiting:
+                if req_id in self._absent:  # else the request has finished
+                    self._absent[req_id][key] = now + ABSENT_FOR_S
+
+    def add(self, key: bytes) -> None:
+        """The page is on the disk."""
+        if key in self._refused:
+            return
+        self._present[key] = None
+        self._present.move_to_end(key)
+        if len(self._present) > self._max_present:
+            self._present.popitem(last=False)
+
+    def discard(self, key: bytes) -> bool:
+        """The page is not on the disk any more; True if it was thought to be."""
+        known = key in self._present
+        self._present.pop(key, None)
+        return known
+
+    def refuse(self, key: bytes) -> None:
+        """What is on the disk under this key cannot be used and could not be moved away."""
+        self.discard(key)
+        self._refused[key] = None
+        if len(self._refused) > self._max_refused:
+            self._refused.popitem(last=False)
+
+    def is_refused(self, key: bytes) -> bool:
+        """Whether the key is refused: a store must replace its file."""
+        return key in self._refused
+
+    def accept(self, key: bytes) -> None:
+        """This process stored the page, so a refusal ends."""
+        self._refused.pop(key, None)
+        self.add(key)
+
+    def touch(self, keys: Iterable[bytes]) -> None:
+        """Make the keys the most recently used."""
+        for key in keys:
+            if key in self._present:
+                self._present.move_to_end(key)
+
+    def forget_request(self, req_id: str) -> None:
+        """The request will not ask again."""
+        self._absent.pop(req_id, None)

@@ -1,0 +1,80 @@
+"""Names: where the files of a namespace lie under the root.
+
+<root>/<model>_<digest>/config.json
+<root>/<model>_<digest>_r0/<hhh>/<hh>_g<group>/<hash_hex>.safetensors
+<root>/<model>_<digest>_r0/quarantine/
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+from kvstrata.tiers.base import key_group, key_hash
+
+CONFIG_NAME = "config.json"
+PAGE_SUFFIX = ".safetensors"
+QUARANTINE_NAME = "quarantine"
+
+# A shorter hash could not fill <hhh>/<hh>; a longer one is no hash that vLLM makes, and the
+# name must stay under the 255 bytes that file systems allow.
+MIN_HASH_BYTES, MAX_HASH_BYTES = 3, 64
+_MAX_MODEL_CHARS = 128
+
+NAMESPACE_DIR = re.compile(r"(?P<model>.*)_(?P<digest>[0-9a-f]{12})")
+PAGES_DIR = re.compile(r"(?P<model>.*)_(?P<digest>[0-9a-f]{12})_r0")
+
+
+def directory_name(model: str, digest: str) -> str:
+    """`<model>_<digest>`: the model's name with every foreign character replaced by `_`."""
+    safe = re.sub(r"[^A-Za-z0-9._-]", "_", model).replace("..", "__")
+    return f"{safe[:_MAX_MODEL_CHARS]}_{digest}"
+
+
+def is_key(key: bytes) -> bool:
+    """Whether `key` is a hash of a usable length followed by a 4-byte group index."""
+    return MIN_HASH_BYTES <= len(key) - 4 <= MAX_HASH_BYTES
+
+
+def page_location(key: bytes) -> str:
+    """The page's path below `<model>_<digest>_r0`; `is_key(key)` must hold."""
+    name = key_hash(key).hex()
+    return f"{name[:3]}/{name[3:5]}_g{key_group(key)}/{name}{PAGE_SUFFIX}"
+
+
+@dataclass(frozen=True, slots=True)
+class NamespacePaths:
+    """The paths of one namespace.
+
+    Attributes:
+        root: the tier's `root_dir`, absolute.
+        name: `<model>_<digest>`.
+    """
+
+    root: str
+    name: str
+
+    @property
+    def home(self) -> str:
+        """The directory of config.json."""
+        return os.path.join(self.root, self.name)
+
+    @property
+    def config(self) -> str:
+        """The namespace's config.json."""
+        return os.path.join(self.home, CONFIG_NAME)
+
+    @property
+    def pages(self) -> str:
+        """The directory of the pages. One file holds all ranks, hence always rank 0."""
+        return f"{self.home}_r0"
+
+    @property
+    def quarantine(self) -> str:
+        """The directory of files that were found bad."""
+        return os.path.join(self.pages, QUARANTINE_NAME)
+
+    def page(self, key: bytes) -> str:
+        """The page's file; `is_key(key)` must hold."""
+        return os.path.join(self.pages, page_location(key))

@@ -1,0 +1,126 @@
+"""Which pages may meet: the namespace's digest, and its fields written out in config.json."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from kvstrata.tiers.base import TierConfigError
+from kvstrata.tiers.fs.layout import NamespacePaths, directory_name
+from kvstrata.tiers.fs.temporary import temporary_name
+
+_MAX_CONFIG_BYTES = 2**20
+
+
+def canonical_json(value: object) -> str:
+    """JSON with sorted keys, no spaces, ASCII only: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def namespace_digest(fields: Mapping[str, Any]) -> str:
+    """The first 12 hex digits of SHA-256 over the fields as canonical JSON."""
+    return hashlib.sha256(canonical_json(dict(fields)).encode()).hexdigest()[:12]
+
+
+def namespace_paths(root: str, model: str, fields: Mapping[str, Any]) -> NamespacePaths:
+    """Where the namespace with these fields lies below `root`."""
+    return NamespacePaths(root, directory_name(model, namespace_digest(fields)))
+
+
+def make_directories(path: str, root: str, mode: int) -> None:
+    """Create `path` and its parents below `root`, with exactly the permission bits `mode`.
+
+    Raises:
+        OSError: one cannot be created; FileNotFoundError when `root` itself is gone.
+    """
+    missing = [path]
+    while not os.path.lexists(parent := os.path.dirname(missing[-1])):
+        if parent == root:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), root)
+        missing.append(parent)
+    for directory in reversed(missing):
+        with suppress(FileExistsError):
+            os.mkdir(directory, mode)
+            if mode & 0o077:
+                os.chmod(directory, mode)  # what the umask took away
+
+
+def write_config(paths: NamespacePaths, fields: Mapping[str, Any], mode: int) -> None:
+    """Write config.json unless it is there; its directory must exist.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if os.path.lexists(paths.config):
+        return
+    temporary = os.path.join(paths.home, temporary_name())
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        with os.fdopen(fd, "w", encoding="ascii") as file:
+            if mode & 0o077:
+                os.fchmod(fd, mode)
+            json.dump(dict(fields), file, indent=2, sort_keys=True, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(fd)
+        os.rename(temporary, paths.config)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The fields in a config.json, which may be anybody's work.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no regular file of a sane size that holds a JSON object.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(fd, "rb") as file:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _MAX_CONFIG_BYTES:
+            raise ValueError("not a regular file of at most 1 MiB")
+        try:
+            fields = json.loads(file.read(_MAX_CONFIG_BYTES))
+        except RecursionError:
+            raise ValueError("nested too deep") from None
+    if not isinstance(fields, dict):
+        raise ValueError("not a JSON object")
+    return fields
+
+
+def validate_config(paths: NamespacePaths, fields: Mapping[str, Any]) -> None:
+    """Compare config.json with the fields of this engine.
+
+    Raises:
+        TierConfigError: it is unreadable, or a field differs; the message names the field.
+    """
+    remedy = "move that directory away or choose another root_dir"
+    try:
+        found = read_config(paths.config)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"{error:.200}"
+        raise TierConfigError(
+            f"root_dir: {paths.config!r} is unreadable ({reason}); {remedy}"
+        ) from error
+    absent = object()
+    for name in sorted({*found, *fields}):
+        theirs, ours = found.get(name, absent), fields.get(name, absent)
+        if theirs is absent or ours is absent or _text(theirs) != _text(ours):
+            shown = ["absent" if v is absent else f"{_text(v):.200}" for v in (theirs, ours)]
+            raise TierConfigError(
+                f"root_dir: field {name!r} of {paths.config!r} is {shown[0]}, "
+                f"but this engine has {shown[1]}; {remedy}"
+            )
+
+
+def _text(value: object) -> str:
+    """Canonical JSON, also of the NaN that a foreign file may hold."""
+    return json.dumps(value, sort_keys=True)

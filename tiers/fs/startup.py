@@ -1,0 +1,65 @@
+"""Opening a namespace: what cannot work is said at start, with the remedy."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from kvstrata.tiers.base import TierConfigError
+from kvstrata.tiers.fs.config import FsConfig
+from kvstrata.tiers.fs.io import probe_direct
+from kvstrata.tiers.fs.layout import NamespacePaths
+from kvstrata.tiers.fs.namespace import make_directories, validate_config, write_config
+
+_NOT_A_DIRECTORY = ("is not a directory", "give a directory, or a path where one can be made")
+_NOT_WRITABLE = ("is not writable by this user", "change its owner or mode, or choose another")
+_START_ERRORS = {
+    errno.EEXIST: _NOT_A_DIRECTORY,
+    errno.ENOTDIR: _NOT_A_DIRECTORY,
+    errno.EACCES: _NOT_WRITABLE,
+    errno.EPERM: _NOT_WRITABLE,
+    errno.EROFS: ("is on a read-only file system", "choose another directory"),
+    errno.ENOSPC: ("is on a full disk", "free some space or choose another disk"),
+    errno.EDQUOT: ("is over the disk quota", "free some space or choose another disk"),
+}
+
+
+def open_namespace(config: FsConfig, paths: NamespacePaths, fields: Mapping[str, Any]) -> bool:
+    """Create what is missing, prove that one can write, and compare config.json.
+
+    Returns:
+        Whether O_DIRECT is to be used.
+
+    Raises:
+        TierConfigError: naming what is wrong with `root_dir`, the field of config.json that
+            differs, or that `io` cannot be had.
+    """
+    try:
+        os.makedirs(config.root_dir, config.dir_mode, exist_ok=True)
+        make_namespace(config, paths, fields)
+        direct = probe_direct(paths.home)
+    except OSError as error:
+        reason, remedy = _START_ERRORS.get(
+            error.errno or 0, (f"cannot be used ({error})", "choose another directory")
+        )
+        raise TierConfigError(f"root_dir: {config.root_dir!r} {reason}; {remedy}") from error
+    validate_config(paths, fields)
+    if config.io == "direct" and not direct:
+        raise TierConfigError(
+            f"io: 'direct' is wrong for {config.root_dir!r}, whose file system has no "
+            "O_DIRECT; give 'auto' or 'buffered'"
+        )
+    return direct and config.io != "buffered"
+
+
+def make_namespace(config: FsConfig, paths: NamespacePaths, fields: Mapping[str, Any]) -> None:
+    """Create the namespace's directories and config.json below a root that exists.
+
+    Raises:
+        OSError: one cannot be created.
+    """
+    for directory in (paths.home, paths.pages):
+        make_directories(directory, config.root_dir, config.dir_mode)
+    write_config(paths, fields, config.file_mode)
