@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -110,7 +111,8 @@ def serving(log_name: str) -> Iterator[Server]:
     try:
         with step(f"starting vLLM with kvstrata (log: {log.relative_to(ROOT)})"):
             server.wait_until_ready()
-            # The first request pays for more than its prompt. This one is too short to be cached.
+            # The first request pays for more than its prompt; this one has no block in common with
+            # the questions.
             server.ask("Hello!", max_tokens=4)
         yield server
     finally:
@@ -166,15 +168,19 @@ def faults(rows: list[Row]) -> list[str]:
 
 def print_table(rows: list[Row]) -> None:
     """Print the passes, compared with the first one."""
-    table = Table(title=f"SmolLM2-135M-Instruct, {len(QUESTIONS)} questions on {len(TEXT):,} chars")
-    table.add_column("pass")
-    for heading in ("prompt tokens", "from cache", "median TTFT", "speed-up", "same answers"):
-        table.add_column(heading, justify="right")
+    table = Table(
+        title="SmolLM2-135M-Instruct: questions on this project's licence",
+        caption=f"tokens: sum of {len(QUESTIONS)} questions; TTFT (time to first token): median",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("pass", no_wrap=True)
+    for heading in ("prompt tokens", "from cache", "TTFT", "speed-up", "identical"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row.name,
             f"{row.prompt_tokens:,}",
-            f"{row.cached_tokens:,} ({row.cached_tokens / row.prompt_tokens:.0%})",
+            f"{row.cached_tokens:,} ({row.cached_tokens / row.prompt_tokens:.1%})",
             f"{row.ttft_s:.2f} s",
             f"{rows[0].ttft_s / row.ttft_s:.1f}x",
             "[green]yes[/]" if row.identical else "[bold red]NO[/]",
@@ -204,7 +210,7 @@ def main() -> int:
         cpu_hit = run_pass("CPU-tier hit", server, cold.answers)
         wait_for_files(cold)
     with serving("demo-server-2.log") as server:
-        file_hit = run_pass("file hit, new engine", server, cold.answers)
+        file_hit = run_pass("file hit", server, cold.answers)
 
     rows = [cold, cpu_hit, file_hit]
     found = faults(rows)

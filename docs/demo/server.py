@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -21,7 +20,7 @@ from openai import OpenAI
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 START_DEADLINE_S = 600
-STOP_DEADLINE_S = 30
+STOP_DEADLINE_S = 20
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 # Runs a command that is sent SIGTERM when its parent dies, however it dies.
@@ -76,30 +75,47 @@ class Server:
         )
 
     def stop(self) -> None:
-        """End the server and whatever it started, politely first."""
+        """End the server and whatever it started: politely, then by force."""
+        deadline = time.monotonic() + STOP_DEADLINE_S
         self.process.terminate()
         try:
-            self.process.wait(STOP_DEADLINE_S)
-        except subprocess.TimeoutExpired:
-            pass  # the group is killed below
+            while self._alive() and time.monotonic() < deadline:
+                time.sleep(0.1)
         finally:
-            with contextlib.suppress(ProcessLookupError):
+            if self._alive():
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
+    def _alive(self) -> bool:
+        """Whether any process of the server's group is left."""
+        self.process.poll()  # so that an ended server no longer counts
+        try:
+            os.killpg(self.process.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
     def wait_until_ready(self) -> None:
-        """Return when the server answers; RuntimeError, with the end of its log, if it dies."""
+        """Return when the server answers; RuntimeError, with the cause from its log, if it dies."""
         deadline = time.monotonic() + START_DEADLINE_S
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
-                tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
-                raise RuntimeError(f"vLLM ended with code {self.process.returncode}:\n{tail}")
+                code = self.process.returncode
+                raise RuntimeError(f"vLLM ended with code {code}: {self._cause()} (see {self.log})")
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5).close()
                 return
             except (urllib.error.URLError, TimeoutError, ConnectionError):
                 time.sleep(0.5)
         raise RuntimeError(f"vLLM was not ready after {START_DEADLINE_S} s; see {self.log}")
+
+    def _cause(self) -> str:
+        """The first exception in the log: the engine's own; the processes above only repeat it."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        causes = re.findall(
+            r"(?:^|\] )((?:\w+\.)*\w*(?:Error|Exception): .*)$", "\n".join(lines), re.M
+        )
+        return causes[0] if causes else " ".join(lines[-1:])
 
     def ask(self, prompt: str, max_tokens: int) -> Answer:
         """Send one user message and return the greedy answer of at most `max_tokens` tokens."""
