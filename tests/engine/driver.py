@@ -1,0 +1,285 @@
+"""Real vLLM engines for the tests: in a process of their own, or as a server."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+MARK = "@@kvstrata "
+ROOT = Path(__file__).resolve().parents[2]
+START_TIMEOUT_S = 240.0
+BLOCK = 32  # tokens per block of the engines that use vLLM's CPU attention
+
+
+def prompt(seed: int, length: int = 320) -> str:
+    """A text of `length` tokens that differs from the first token on between seeds."""
+    choose = random.Random(seed)
+    return "".join(choose.choice("abcdefghijklmnopqrstuvwxyz ,.") for _ in range(length))
+
+
+def connector(**extra: Any) -> dict[str, Any]:
+    """`--kv-transfer-config` with KVStrataSpec and a CPU tier of 64 MiB."""
+    return {
+        "kv_connector": "OffloadingConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {
+            "spec_name": "KVStrataSpec",
+            "cpu_bytes_to_use": "64MiB",
+            **extra,
+        },
+    }
+
+
+def engine_environment(tp: int = 1) -> dict[str, str]:
+    """The environment a user's engine has: none of the test suite's settings."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env.update(
+        HF_HUB_OFFLINE="1",
+        VLLM_CPU_KVCACHE_SPACE="1",
+        VLLM_CPU_OMP_THREADS_BIND="0|1" if tp == 2 else "nobind",
+        VLLM_NO_USAGE_STATS="1",
+        PYTHONPATH=str(ROOT),
+    )
+    return env
+
+
+def region_files() -> list[str]:
+    """Our files in /dev/shm."""
+    return sorted(path.name for path in Path("/dev/shm").glob("kvstrata_*"))
+
+
+class Engine:
+    """An engine in a process of its own, without a server.
+
+    Args:
+        model: checkpoint folder.
+        kv_transfer_config: see `connector`; None runs without offload.
+        tp: tensor-parallel size.
+        blocks: GPU KV blocks, few so that prompts push each other out.
+        log: file for the engine's output.
+        arguments: further arguments of `vllm.LLM`.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        log: Path,
+        *,
+        kv_transfer_config: dict[str, Any] | None,
+        tp: int = 1,
+        blocks: int = 24,
+        max_model_len: int = 704,
+        **arguments: Any,
+    ) -> None:
+        self._log = open(log, "w")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.engine.engine_process"],
+            cwd=ROOT,
+            env=engine_environment(tp) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            start_new_session=True,
+        )
+        self._send(
+            {
+                "model": str(model),
+                "dtype": "float32",
+                "enforce_eager": True,
+                "max_model_len": max_model_len,
+                "block_size": BLOCK,
+                "num_gpu_blocks_override": blocks,
+                "tensor_parallel_size": tp,
+                "kv_transfer_config": kv_transfer_config,
+                **arguments,
+            }
+        )
+        self._receive()
+
+    def generate(
+        self, prompts: Sequence[str], max_tokens: int = 12, params: dict[str, Any] | None = None
+    ) -> list[dict[str, Any]]:
+        """Greedy `tokens` and `cached` prompt tokens of each prompt, run together."""
+        answer: list[dict[str, Any]] = self._call(
+            "generate", prompts=list(prompts), max_tokens=max_tokens, params=params
+        )
+        return answer
+
+    def ask(self, text: str, **options: Any) -> dict[str, Any]:
+        """`generate` for one prompt; its stores have ended on return."""
+        answer = self.generate([text], **options)[0]
+        self._call("settle")
+        return answer
+
+    def settle(self) -> None:
+        """Wait until all stores have ended."""
+        self._call("settle")
+
+    def push_out(self, seeds: range) -> None:
+        """Fill the GPU cache with other prompts."""
+        for seed in seeds:
+            self.ask(prompt(seed), max_tokens=1)
+
+    def reset(self, *, connector: bool) -> bool:
+        """Reset the prefix cache, and ours if `connector`."""
+        return bool(self._call("reset", connector=connector))
+
+    def counters(self) -> dict[str, Any]:
+        """See `EngineProcess.counters`."""
+        answer: dict[str, Any] = self._call("counters")
+        return answer
+
+    def close(self) -> None:
+        """End the engine as a user would end a program."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(30)
+        _kill_group(self._process)
+        self._log.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _call(self, op: str, **arguments: Any) -> Any:
+        self._send({"op": op, "arguments": arguments})
+        answer = self._receive()
+        if "error" in answer:
+            raise RuntimeError(f"engine: {answer['error']}")
+        return answer["ok"]
+
+    def _send(self, message: Any) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(message) + "\n")
+        self._process.stdin.flush()
+
+    def _receive(self) -> Any:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(MARK):
+                return json.loads(line.removeprefix(MARK))
+            self._log.write(line)
+        self._log.flush()
+        _kill_group(self._process)
+        raise RuntimeError(f"the engine ended:\n{_tail(Path(self._log.name))}")
+
+
+class Server:
+    """`vllm serve`, started as a user would."""
+
+    def __init__(self, model: Path, log: Path, *, kv_transfer_config: dict[str, Any]) -> None:
+        self.log = log
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        with open(log, "w") as output:
+            self.process = subprocess.Popen(
+                [
+                    str(Path(sys.executable).with_name("vllm")),
+                    "serve",
+                    str(model),
+                    "--served-model-name=model",
+                    "--host=127.0.0.1",
+                    f"--port={self.port}",
+                    "--dtype=float32",
+                    "--enforce-eager",
+                    "--max-model-len=704",
+                    f"--block-size={BLOCK}",
+                    "--num-gpu-blocks-override=24",
+                    "--enable-prompt-tokens-details",
+                    f"--kv-transfer-config={json.dumps(kv_transfer_config)}",
+                ],
+                cwd=ROOT,
+                env=engine_environment(),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait_ready(self) -> None:
+        """Wait until the server answers.
+
+        Raises:
+            RuntimeError: it ended or did not become ready; with the end of its log.
+        """
+        import urllib.request
+
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the server ended:\n{_tail(self.log)}")
+            with contextlib.suppress(OSError):
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5):
+                    return
+            time.sleep(0.2)
+        raise RuntimeError(f"the server did not become ready:\n{_tail(self.log)}")
+
+    def ask(self, text: str, max_tokens: int = 12) -> dict[str, Any]:
+        """Greedy text and cached prompt tokens of one completion."""
+        from openai import OpenAI
+
+        client = OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none")
+        answer = client.completions.create(
+            model="model", prompt=text, max_tokens=max_tokens, temperature=0, timeout=120
+        )
+        assert answer.usage is not None
+        details = answer.usage.prompt_tokens_details
+        return {
+            "text": answer.choices[0].text,
+            "cached": (details.cached_tokens or 0) if details is not None else 0,
+        }
+
+    def metrics(self) -> str:
+        """The Prometheus page."""
+        import urllib.request
+
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=10) as page:
+            text: bytes = page.read()
+        return text.decode()
+
+    def kill(self) -> None:
+        """SIGKILL to the server and all its workers."""
+        _kill_group(self.process)
+
+    def close(self) -> None:
+        """Stop as a user would, with SIGINT; then make sure."""
+        self.process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(30)
+        self.kill()
+
+
+@contextlib.contextmanager
+def serving(model: Path, log: Path, *, kv_transfer_config: dict[str, Any]) -> Iterator[Server]:
+    """A server that is ready, closed at the end."""
+    server = Server(model, log, kv_transfer_config=kv_transfer_config)
+    try:
+        server.wait_ready()
+        yield server
+    finally:
+        server.close()
+
+
+def _kill_group(process: subprocess.Popen[Any]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(30)
+
+
+def _tail(log: Path, lines: int = 60) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
