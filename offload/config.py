@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,7 +62,6 @@ class OffloadConfig:
         promotion_deadline_s: a promotion that has not arrived by then is a miss.
         weights_fixed: None: decided from the engine's configuration.
         lora_paths_immutable: the user's word that an adapter's path never changes content.
-        offload_prompt_only: as in vLLM.
     """
 
     cpu_bytes: int
@@ -106,6 +104,12 @@ def _parse(extra: Mapping[str, Any]) -> OffloadConfig:
             f"block_size={extra['block_size']!r} and blocks_per_chunk="
             f"{extra['blocks_per_chunk']!r} are both given: remove one of them"
         )
+    # vLLM converts these without looking: "false" becomes true and 2.7 becomes 2.
+    for key in ("block_size", "blocks_per_chunk"):
+        if extra.get(key) is not None:
+            _integer(extra, key, 1, least=1)
+    for key in ("offload_prompt_only", "self_describing_kv_events"):
+        _flag(extra, key)
     policy = extra.get("eviction_policy", "lru")
     if policy not in EVICTION_POLICIES:
         raise ConfigError(f"eviction_policy={policy!r}: use one of {', '.join(EVICTION_POLICIES)}")
@@ -168,8 +172,7 @@ def _number(
     if (
         isinstance(value, bool)
         or not isinstance(value, int | float)
-        or not math.isfinite(value)
-        or not least < value <= most
+        or not least < value <= most  # NaN is not either
     ):
         raise ConfigError(f"{key}={value!r}: use a number above {least:g} and at most {most:g}")
     return float(value)
