@@ -56,7 +56,12 @@ class FileHeader:
 
 def page_checksum(data: Any) -> str:
     """`xxh3_128:<32 hex digits>` of a contiguous buffer; the GIL is released meanwhile."""
-    return f"{_CHECKSUM_NAME}:{xxhash.xxh3_128_hexdigest(data)}"
+    return format_checksum(xxhash.xxh3_128_hexdigest(data))
+
+
+def format_checksum(digest: str) -> str:
+    """The checksum's text in the header, from the 32 hex digits of XXH3-128."""
+    return f"{_CHECKSUM_NAME}:{digest}"
 
 
 def encode_header(

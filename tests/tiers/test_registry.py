@@ -1,0 +1,73 @@
+import sys
+from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
+
+import pytest
+
+from kvstrata.tiers import registry
+from kvstrata.tiers.base import TierConfigError
+from kvstrata.tiers.fs.tier import FsTier
+from kvstrata.tiers.memory import MemoryTier
+from kvstrata.tiers.registry import BUILT_IN, tier_class, tier_options
+
+TIER = """
+from kvstrata.tiers.memory import MemoryTier
+class Mine(MemoryTier): pass
+class NoTier: pass
+"""
+
+
+@pytest.fixture
+def foreign_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "foreign_tier.py").write_text(TIER)
+    (tmp_path / "broken_tier.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "foreign_tier", raising=False)
+    return "foreign_tier"
+
+
+def test_built_in_types() -> None:
+    assert tier_class({"type": "memory"}) is MemoryTier
+    assert tier_class({"type": "fs", "root_dir": "/x"}) is FsTier
+    assert set(BUILT_IN) == {"memory", "fs"}
+
+
+def test_class_by_module_path(foreign_module: str) -> None:
+    found = tier_class({"type": "Mine", "module_path": foreign_module})
+    assert found.__name__ == "Mine" and issubclass(found, MemoryTier)
+
+
+def test_class_by_entry_point(foreign_module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    point = EntryPoint("mine", f"{foreign_module}:Mine", "kvstrata.tiers")
+    monkeypatch.setattr(registry, "entry_points", lambda **k: EntryPoints([point]).select(**k))
+    assert tier_class({"type": "mine"}).__name__ == "Mine"
+    with pytest.raises(
+        TierConfigError, match=r"did you mean 'mine'.*known types: fs, memory, mine"
+    ):
+        tier_class({"type": "mina"})
+
+
+def test_options_are_the_rest() -> None:
+    entry = {"type": "fs", "module_path": "x", "root_dir": "/a", "io": "auto"}
+    assert tier_options(entry) == {"root_dir": "/a", "io": "auto"}
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"type": "memry"}, r"'memry' \(did you mean 'memory'\?\); known types: fs, memory"),
+        ({"type": "s3"}, r"unknown type 's3'.*known types: fs, memory"),
+        ({}, r'"type": None is wrong; give one of fs, memory'),
+        ({"type": 3}, r'"type": 3 is wrong'),
+        ({"type": "Mine", "module_path": 1}, "module_path: 1 is wrong"),
+        ({"type": "Mine", "module_path": "no_such_module"}, "'no_such_module': ModuleNotFound"),
+        ({"type": "Absent", "module_path": "foreign_tier"}, "'foreign_tier': AttributeError"),
+        ({"type": "NoTier", "module_path": "foreign_tier"}, "not a subclass"),
+        ({"type": "X", "module_path": "broken_tier"}, "ZeroDivisionError"),
+        ({"type": "X", "module_path": ".relative"}, "cannot be imported"),
+    ],
+)
+@pytest.mark.usefixtures("foreign_module")
+def test_errors(entry: dict[str, object], message: str) -> None:
+    with pytest.raises(TierConfigError, match=message):
+        tier_class(entry)

@@ -1,0 +1,348 @@
+"""For the tests of tiers, also those of others: one suite for all, and wrappers that misbehave.
+
+class TestMyTier(TierContract):
+    @pytest.fixture
+    def make_tier(self, tmp_path): ...   # Callable[[TierContext], SecondaryTier]
+    @pytest.fixture
+    def medium(self): ...                # Medium
+"""
+
+from __future__ import annotations
+
+import mmap
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvstrata.tiers.base import (
+    Job,
+    JobResult,
+    Lookup,
+    Page,
+    PageLayout,
+    RequestView,
+    SecondaryTier,
+    TensorSpec,
+    TierConfigError,
+    TierContext,
+)
+from kvstrata.tiers.faults import FaultyTier, SlowTier
+
+__all__ = [
+    "CONTEXT",
+    "REQUEST",
+    "FaultyTier",
+    "MakeTier",
+    "Medium",
+    "Slots",
+    "SlowTier",
+    "TierContract",
+    "finish",
+    "load",
+    "make_data",
+    "make_job",
+    "make_key",
+    "settle",
+    "store",
+]
+
+
+class Medium(Protocol):
+    """A tier's medium, reached without the tier's own methods."""
+
+    def put(self, tier: SecondaryTier, context: TierContext, key: bytes, data: bytes) -> None:
+        """Place a page so that the tier can find and load it."""
+
+    def get(self, tier: SecondaryTier, context: TierContext, key: bytes) -> bytes | None:
+        """The page's bytes, or None if it is not there."""
+
+
+MakeTier = Callable[[TierContext], SecondaryTier]
+
+REQUEST = RequestView("request")
+
+# One tensor with a size that is no multiple of 512, two tensors, and whole 4096-byte blocks.
+CONTEXT = TierContext(
+    model="org/model",
+    namespace={"test": 1, "groups": ["a", "b", "c"]},
+    layouts={
+        0: PageLayout((TensorSpec("kv", "F16", (4, 3, 16, 7)),), tokens=16),
+        1: PageLayout(
+            (TensorSpec("kv", "BF16", (2, 2, 16, 64)), TensorSpec("kv1", "U8", (1, 1, 16, 5))),
+            tokens=16,
+        ),
+        2: PageLayout((TensorSpec("kv", "U8", (1, 8192)),), tokens=16),
+    },
+)
+
+
+def make_key(number: int, group: int = 0) -> bytes:
+    """An offload key with a 32-byte hash."""
+    return number.to_bytes(8, "big").ljust(32, b"\x5a") + group.to_bytes(4, "big")
+
+
+def make_data(number: int, nbytes: int) -> bytes:
+    """Bytes that differ by number and by position."""
+    words = ((number * 2654435761 + i * 40503) & 0xFFFFFFFF for i in range(nbytes // 4 + 1))
+    return b"".join(word.to_bytes(4, "little") for word in words)[:nbytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """Page-aligned memory with a guard block before, between and after the slots."""
+
+    memory: memoryview
+    nbytes: int
+    stride: int
+    fill: int
+
+    @classmethod
+    def make(cls, count: int, nbytes: int, fill: int = 0xEE) -> Slots:
+        """`count` slots of `nbytes` bytes; everything is set to `fill`."""
+        stride = -(-nbytes // 4096) * 4096 + 4096
+        memory = memoryview(mmap.mmap(-1, 4096 + count * stride))
+        memory[:] = bytes([fill]) * memory.nbytes
+        return cls(memory, nbytes, stride, fill)
+
+    def view(self, slot: int) -> memoryview:
+        """The slot's bytes."""
+        start = 4096 + slot * self.stride
+        return self.memory[start : start + self.nbytes]
+
+    def check_guards(self) -> None:
+        """Assert that nothing outside the slots was written."""
+        outside = bytes(self.memory[:4096])
+        for start in range(4096, self.memory.nbytes, self.stride):
+            outside += bytes(self.memory[start + self.nbytes : start + self.stride])
+        assert outside == bytes([self.fill]) * len(outside)
+
+
+def make_job(job_id: int, keys: Sequence[bytes], slots: Slots, context: TierContext) -> Job:
+    """A job that moves `keys[i]` from or to slot i; the keys are of one group."""
+    pages = [
+        Page(key, int.from_bytes(key[-4:], "big"), 0, slot, slots.view(slot))
+        for slot, key in enumerate(keys)
+    ]
+    assert all(slots.nbytes == context.layouts[page.group].nbytes for page in pages)
+    return Job(job_id, tuple(pages), REQUEST)
+
+
+def finish(tier: SecondaryTier, count: int = 1, timeout_s: float = 60.0) -> list[JobResult]:
+    """Poll until `count` results came."""
+    results: list[JobResult] = []
+    deadline = time.monotonic() + timeout_s
+    while len(results) < count:
+        assert time.monotonic() < deadline, f"{len(results)} of {count} results came"
+        tier.on_step_end()
+        results.extend(tier.get_finished())
+        time.sleep(0.0005)
+    return results
+
+
+def settle(
+    tier: SecondaryTier, key: bytes, request: RequestView = REQUEST, timeout_s: float = 60.0
+) -> Lookup:
+    """Look a key up until the answer is not RETRY."""
+    deadline = time.monotonic() + timeout_s
+    while (found := tier.lookup(key, request)) is Lookup.RETRY:
+        assert time.monotonic() < deadline, "RETRY without end"
+        tier.on_step_end()
+        time.sleep(0.0005)
+    return found
+
+
+def store(tier: SecondaryTier, data: Mapping[bytes, bytes], job_id: int = 1) -> JobResult:
+    """Store pages of one size and wait for the result."""
+    slots = Slots.make(len(data), len(next(iter(data.values()))))
+    for slot, page in enumerate(data.values()):
+        slots.view(slot)[:] = page
+    tier.submit_store(make_job(job_id, list(data), slots, CONTEXT))
+    (result,) = finish(tier)
+    assert result.job_id == job_id
+    return result
+
+
+def load(
+    tier: SecondaryTier, keys: Sequence[bytes], job_id: int = 2
+) -> tuple[JobResult, dict[bytes, bytes]]:
+    """Load pages of one group; the result, and the bytes of the pages that arrived."""
+    slots = Slots.make(len(keys), CONTEXT.layouts[int.from_bytes(keys[0][-4:], "big")].nbytes)
+    tier.submit_load(make_job(job_id, keys, slots, CONTEXT))
+    (result,) = finish(tier)
+    assert result.job_id == job_id
+    slots.check_guards()
+    arrived = {k: bytes(slots.view(i)) for i, k in enumerate(keys) if k not in result.failed}
+    return result, arrived
+
+
+class TierContract:
+    """What every tier must do. Subclasses supply the fixtures `make_tier` and `medium`.
+
+    `make_tier(context)` makes a new, empty tier and sees to its shutdown.
+    """
+
+    def test_unknown_option_is_named(self, make_tier: MakeTier) -> None:
+        try:
+            type(make_tier(CONTEXT)).check_options({"no_such_option": 1})
+        except TierConfigError as error:
+            assert "no_such_option" in str(error)
+        else:
+            raise AssertionError("an unknown option was accepted")
+
+    def test_store_then_load(self, make_tier: MakeTier) -> None:
+        tier = make_tier(CONTEXT)
+        for group, layout in CONTEXT.layouts.items():
+            data = {make_key(n, group): make_data(n, layout.nbytes) for n in range(5)}
+            stored = store(tier, data)
+            assert not stored.failed and stored.seconds >= 0
+            loaded, arrived = load(tier, list(data))
+            assert not loaded.failed and arrived == data
+            assert loaded.nbytes == 5 * layout.nbytes
+
+    def test_store_reaches_the_medium(self, make_tier: MakeTier, medium: Medium) -> None:
+        tier = make_tier(CONTEXT)
+        for group, layout in CONTEXT.layouts.items():
+            data = make_data(7, layout.nbytes)
+            store(tier, {make_key(7, group): data})
+            assert medium.get(tier, CONTEXT, make_key(7, group)) == data
+
+    def test_load_takes_from_the_medium(self, make_tier: MakeTier, medium: Medium) -> None:
+        tier = make_tier(CONTEXT)
+        for group, layout in CONTEXT.layouts.items():
+            key, data = make_key(8, group), make_data(8, layout.nbytes)
+            medium.put(tier, CONTEXT, key, data)
+            assert settle(tier, key) is Lookup.HIT
+            assert load(tier, [key])[1] == {key: data}
+
+    def test_lookup(self, make_tier: MakeTier) -> None:
+        tier = make_tier(CONTEXT)
+        assert settle(tier, make_key(1)) is Lookup.MISS
+        store(tier, {make_key(1): make_data(1, CONTEXT.layouts[0].nbytes)})
+        assert settle(tier, make_key(1), RequestView("another")) is Lookup.HIT
+        assert settle(tier, make_key(1)) is Lookup.HIT
+        assert settle(tier, make_key(1, group=1)) is Lookup.MISS
+        assert settle(tier, make_key(2)) is Lookup.MISS
+
+    def test_missing_page_fails_alone(self, make_tier: MakeTier) -> None:
+        tier = make_tier(CONTEXT)
+        size = CONTEXT.layouts[0].nbytes
+        data = {make_key(n): make_data(n, size) for n in (0, 2)}
+        store(tier, data)
+        result, arrived = load(tier, [make_key(n) for n in range(4)])
+        assert result.failed == {make_key(1): "missing", make_key(3): "missing"}
+        assert arrived == data
+        assert tier.stats().failures["missing"] == 2
+
+    def test_impossible_pages_fail_alone(self, make_tier: MakeTier) -> None:
+        tier = make_tier(CONTEXT)
+        good = make_key(1)
+        store(tier, {good: make_data(1, CONTEXT.layouts[0].nbytes)})
+        view = Slots.make(1, CONTEXT.layouts[0].nbytes).view(0)
+        strange = [
+            Page(make_key(2, group=9), 9, 0, 0, view),  # no such group
+            Page(make_key(3), 0, 0, 0, view[:-1]),  # a page too short
+            Page(b"\0\0\0\0", 0, 0, 0, view),  # no hash
+            Page(b"", 0, 0, 0, view),
+        ]
+        for submit in (tier.submit_store, tier.submit_load):
+            pages = (*strange, Page(good, 0, 0, 0, view))
+            submit(Job(5, pages, REQUEST))
+            (result,) = finish(tier)
+            assert set(result.failed) == {page.key for page in strange}
+        for page in strange:
+            assert settle(tier, page.key) is Lookup.MISS
+
+    def test_empty_job_ends(self, make_tier: MakeTier) -> None:
+        tier = make_tier(CONTEXT)
+        tier.submit_store(Job(1, (), REQUEST))
+        tier.submit_load(Job(2, (), REQUEST))
+        results = finish(tier, 2)
+        assert sorted(r.job_id for r in results) == [1, 2]
+        assert not any(r.failed for r in results)
+
+    def test_each_result_comes_once(self, make_tier: MakeTier) -> None:
+        tier = make_tier(CONTEXT)
+        slots = Slots.make(3, CONTEXT.layouts[0].nbytes)
+        for job_id in range(20):
+            keys = [make_key(job_id * 3 + n) for n in range(3)]
+            tier.submit_store(make_job(job_id, keys, slots, CONTEXT))
+        assert sorted(r.job_id for r in finish(tier, 20)) == list(range(20))
+        assert tier.drain(60.0)
+        assert list(tier.get_finished()) == []
+
+    def test_storing_again_counts_as_stored(self, make_tier: MakeTier) -> None:
+        tier = make_tier(CONTEXT)
+        data = {make_key(1): make_data(1, CONTEXT.layouts[0].nbytes)}
+        assert not store(tier, data).failed
+        assert not store(tier, data).failed
+        assert load(tier, list(data))[1] == data
+
+    def test_one_key_in_many_places(self, make_tier: MakeTier) -> None:
+        tier = make_tier(CONTEXT)
+        key, data = make_key(1), make_data(1, CONTEXT.layouts[0].nbytes)
+        store(tier, {key: data})
+        slots = Slots.make(4, len(data))
+        tier.submit_load(make_job(11, [key] * 2, slots, CONTEXT))
+        pages = tuple(Page(key, 0, 0, slot, slots.view(slot)) for slot in (2, 3))
+        tier.submit_load(Job(12, pages, REQUEST))
+        assert not any(result.failed for result in finish(tier, 2))
+        assert all(bytes(slots.view(slot)) == data for slot in range(4))
+        slots.check_guards()
+
+    def test_views_are_free_after_the_result(self, make_tier: MakeTier) -> None:
+        tier = make_tier(CONTEXT)
+        key, data = make_key(1), make_data(1, CONTEXT.layouts[0].nbytes)
+        slots = Slots.make(1, len(data))
+        slots.view(0)[:] = data
+        tier.submit_store(make_job(1, [key], slots, CONTEXT))
+        finish(tier)
+        slots.view(0)[:] = bytes(len(data))  # the slot's next owner
+        assert load(tier, [key])[1] == {key: data}
+        assert tier.drain(60.0)
+        assert bytes(slots.view(0)) == bytes(len(data))
+
+    def test_hooks_accept_anything(self, make_tier: MakeTier) -> None:
+        tier = make_tier(CONTEXT)
+        tier.touch([make_key(1), b""], REQUEST)
+        tier.on_new_request(REQUEST)
+        tier.on_request_finished(RequestView("never seen"))
+        tier.on_step_end()
+        assert list(tier.take_removed()) == []
+
+    def test_drain(self, make_tier: MakeTier) -> None:
+        tier = make_tier(CONTEXT)
+        assert tier.drain(0.0)
+        slots = Slots.make(1, CONTEXT.layouts[0].nbytes)
+        tier.submit_store(make_job(1, [make_key(1)], slots, CONTEXT))
+        assert tier.drain(60.0)
+        assert [result.job_id for result in tier.get_finished()] == [1]
+
+    def test_shutdown(self, make_tier: MakeTier) -> None:
+        tier = make_tier(CONTEXT)
+        key = make_key(1)
+        store(tier, {key: make_data(1, CONTEXT.layouts[0].nbytes)})
+        assert tier.shutdown(60.0)
+        assert tier.shutdown(60.0)
+        assert settle(tier, key) is Lookup.MISS
+        slots = Slots.make(1, CONTEXT.layouts[0].nbytes)
+        tier.submit_load(make_job(2, [key], slots, CONTEXT))
+        tier.submit_store(make_job(3, [make_key(2)], slots, CONTEXT))
+        failed = {result.job_id: dict(result.failed) for result in finish(tier, 2)}
+        assert failed == {2: {key: "shutdown"}, 3: {make_key(2): "shutdown"}}
+        assert bytes(slots.view(0)) == b"\xee" * slots.nbytes
+
+    def test_stats_only_grow(self, make_tier: MakeTier) -> None:
+        tier = make_tier(CONTEXT)
+        key, data = make_key(1), make_data(1, CONTEXT.layouts[0].nbytes)
+        before = tier.stats()
+        store(tier, {key: data})
+        load(tier, [key, make_key(2)])
+        settle(tier, key)
+        after = tier.stats()
+        assert after.counters["stored_pages"] == after.counters["loaded_pages"] == 1
+        assert after.counters["stored_bytes"] == after.counters["loaded_bytes"] == len(data)
+        assert after.counters["hits"] == 1 <= after.counters["lookups"]
+        assert after.failures == {"missing": 1}
+        for name, count in before.counters.items():
+            assert after.counters[name] >= count
