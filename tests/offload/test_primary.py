@@ -1,0 +1,265 @@
+"""The primary tier's book-keeping against a model of plain sets."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from kvstrata.offload.eviction import LRU, POLICIES
+from kvstrata.offload.primary import Entry, PrimaryTier, Writer
+
+
+def tier(slots: int) -> PrimaryTier:
+    return PrimaryTier(slots, LRU(slots))
+
+
+def fill(primary: PrimaryTier, *keys: bytes) -> list[Entry]:
+    """Store the keys, complete."""
+    taken = primary.allocate([(key, 0) for key in keys], Writer.GPU)
+    assert taken is not None
+    for entry in taken[0]:
+        primary.finish_write(entry, good=True)
+    return taken[0]
+
+
+@pytest.mark.parametrize("slots", [0, -1])
+def test_no_slots(slots: int) -> None:
+    with pytest.raises(ValueError, match="at least one slot"):
+        PrimaryTier(slots, LRU(1))
+
+
+def test_a_page_being_written_is_not_ready() -> None:
+    primary = tier(2)
+    taken = primary.allocate([(b"a", 32)], Writer.GPU)
+    assert taken is not None
+    (entry,), evicted = taken
+    assert (entry.key, entry.end_token, entry.ready, entry.busy) == (b"a", 32, False, True)
+    assert primary.get(b"a") is entry and evicted == [] and primary.free == 1
+    primary.finish_write(entry, good=True)
+    assert entry.ready and not entry.busy and primary.idle == 1
+
+
+def test_all_or_none() -> None:
+    primary = tier(3)
+    fill(primary, b"a", b"b")
+    busy = primary.get(b"a")
+    assert busy is not None
+    primary.begin_read(busy, gpu=True)
+    assert primary.allocate([(b"x", 0), (b"y", 0), (b"z", 0)], Writer.GPU) is None
+    assert {entry.key for entry in primary} == {b"a", b"b"} and primary.free == 1
+    taken = primary.allocate([(b"x", 0), (b"y", 0)], Writer.GPU)
+    assert taken is not None and taken[1] == [b"b"]
+
+
+def test_protected_pages_stay() -> None:
+    primary = tier(2)
+    fill(primary, b"a", b"b")
+    assert primary.allocate([(b"x", 0), (b"y", 0)], Writer.GPU, protected=[b"a"]) is None
+    taken = primary.allocate([(b"x", 0)], Writer.GPU, protected=[b"a", b"absent"])
+    assert taken is not None and taken[1] == [b"b"]
+    assert primary.idle == 1, "protection ends with the call"
+
+
+def test_a_failed_write_frees_its_slot() -> None:
+    primary = tier(1)
+    taken = primary.allocate([(b"a", 0)], Writer.TIER)
+    assert taken is not None and primary.promoting == 1
+    primary.finish_write(taken[0][0], good=False)
+    assert primary.get(b"a") is None
+    assert (primary.free, primary.idle, primary.promoting) == (1, 0, 0)
+
+
+def test_a_forgotten_page_keeps_its_slot_until_its_transfer_ends() -> None:
+    primary = tier(1)
+    (entry,) = fill(primary, b"a")
+    primary.begin_read(entry, gpu=True)
+    primary.begin_read(entry, gpu=False)
+    assert primary.reset() == [entry]
+    assert primary.allocate([(b"b", 0)], Writer.GPU) is None
+    primary.end_gpu(entry)
+    assert primary.allocate([(b"b", 0)], Writer.GPU) is None, "a tier still reads it"
+    primary.end_read(entry, gpu=False)
+    assert primary.allocate([(b"b", 0)], Writer.GPU) is not None
+
+
+KEYS = [bytes([n]) for n in range(8)]
+
+
+@dataclass
+class Use:
+    """What the model knows of one entry: its transfers under way."""
+
+    entry: Entry
+    writer: Writer | None
+    gpu: int = 0
+    tier: int = 0
+
+    @property
+    def busy(self) -> bool:
+        return self.writer is not None or self.gpu > 0 or self.tier > 0
+
+
+class PrimaryMachine(RuleBasedStateMachine):
+    """`known`: key -> page. `orphans`: pages forgotten while in use."""
+
+    policy = ""
+
+    @initialize(slots=st.integers(1, 5))
+    def start(self, slots: int) -> None:
+        self.primary = PrimaryTier(slots, POLICIES[self.policy](slots))
+        self.slots = slots
+        self.known: dict[bytes, Use] = {}
+        self.orphans: list[Use] = []
+
+    def uses(self) -> list[Use]:
+        return [*self.known.values(), *self.orphans]
+
+    def drop_idle_orphans(self) -> None:
+        self.orphans = [use for use in self.orphans if use.busy]
+
+    @rule(
+        keys=st.lists(st.sampled_from(KEYS), unique=True, max_size=4),
+        writer=st.sampled_from(Writer),
+        protected=st.sets(st.sampled_from(KEYS), max_size=4),
+    )
+    def allocate(self, keys: list[bytes], writer: Writer, protected: set[bytes]) -> None:
+        new = [key for key in keys if key not in self.known]
+        evictable = {
+            key for key, use in self.known.items() if not use.busy and key not in protected
+        }
+        free = self.slots - len(self.uses())
+        taken = self.primary.allocate(
+            [(key, 10 * key[0]) for key in new], writer, protected=protected
+        )
+        if len(new) > free + len(evictable):
+            assert taken is None
+            return
+        assert taken is not None
+        entries, evicted = taken
+        assert [entry.key for entry in entries] == new
+        assert [entry.end_token for entry in entries] == [10 * key[0] for key in new]
+        assert all(entry.writer is writer for entry in entries)
+        assert set(evicted) <= evictable and len(set(evicted)) == len(evicted)
+        assert len(evicted) == max(0, len(new) - free), "only as many as needed"
+        for key in evicted:
+            assert not self.known.pop(key).entry.attached
+        for entry in entries:
+            self.known[entry.key] = Use(entry, writer)
+
+    @precondition(lambda self: any(use.writer for use in self.uses()))
+    @rule(data=st.data(), good=st.booleans())
+    def finish_write(self, data: st.DataObject, good: bool) -> None:
+        # After a reset nobody reports the end of a GPU write: `end_gpu` stands for it.
+        writing = [use for use in self.known.values() if use.writer]
+        writing += [use for use in self.orphans if use.writer is Writer.TIER]
+        if not writing:
+            return
+        use = data.draw(st.sampled_from(writing))
+        self.primary.finish_write(use.entry, good=good)
+        use.writer = None
+        if use in self.orphans:
+            self.orphans.remove(use)
+        elif not good:
+            del self.known[use.entry.key]
+
+    @precondition(lambda self: any(not use.writer for use in self.known.values()))
+    @rule(data=st.data(), gpu=st.booleans())
+    def begin_read(self, data: st.DataObject, gpu: bool) -> None:
+        ready = [use for use in self.known.values() if not use.writer]
+        use = data.draw(st.sampled_from(ready))
+        self.primary.begin_read(use.entry, gpu=gpu)
+        if gpu:
+            use.gpu += 1
+        else:
+            use.tier += 1
+
+    @precondition(lambda self: any(use.gpu for use in self.known.values()))
+    @rule(data=st.data())
+    def end_gpu_read(self, data: st.DataObject) -> None:
+        use = data.draw(st.sampled_from([use for use in self.known.values() if use.gpu]))
+        self.primary.end_read(use.entry, gpu=True)
+        use.gpu -= 1
+
+    @precondition(lambda self: any(use.tier for use in self.uses()))
+    @rule(data=st.data())
+    def end_tier_read(self, data: st.DataObject) -> None:
+        use = data.draw(st.sampled_from([use for use in self.uses() if use.tier]))
+        self.primary.end_read(use.entry, gpu=False)
+        use.tier -= 1
+        self.drop_idle_orphans()
+
+    @rule(keys=st.lists(st.sampled_from(KEYS), max_size=4))
+    def touch(self, keys: list[bytes]) -> None:
+        self.primary.touch(keys)
+
+    @rule()
+    def reset(self) -> None:
+        held = self.primary.reset()
+        in_gpu = [u for u in self.known.values() if u.gpu or u.writer is Writer.GPU]
+        assert Counter(map(id, held)) == Counter(id(use.entry) for use in in_gpu)
+        self.orphans += self.known.values()
+        self.known.clear()
+        self.drop_idle_orphans()
+
+    @precondition(lambda self: any(u.gpu or u.writer is Writer.GPU for u in self.orphans))
+    @rule(data=st.data())
+    def end_gpu(self, data: st.DataObject) -> None:
+        left = [use for use in self.orphans if use.gpu or use.writer is Writer.GPU]
+        use = data.draw(st.sampled_from(left))
+        self.primary.end_gpu(use.entry)
+        use.gpu, use.writer = 0, None
+        self.drop_idle_orphans()
+
+    @invariant()
+    def agrees_with_the_model(self) -> None:
+        if not hasattr(self, "primary"):
+            return
+        uses = self.uses()
+        slots = [use.entry.slot for use in uses]
+        assert len(set(slots)) == len(slots), "two live pages in one slot"
+        assert all(0 <= slot < self.slots for slot in slots)
+        assert self.primary.free == self.slots - len(slots)
+        free = set(self.primary._free)
+        assert len(free) == self.primary.free and not free & set(slots)
+        assert self.primary.idle == sum(not use.busy for use in self.known.values())
+        assert self.primary.promoting == sum(use.writer is Writer.TIER for use in uses)
+        assert len(self.primary) == len(self.known)
+        assert {entry.key: entry for entry in self.primary} == {
+            key: use.entry for key, use in self.known.items()
+        }
+        for key in KEYS:
+            use = self.known.get(key)
+            assert self.primary.get(key) is (use and use.entry)
+        for use in uses:
+            assert use.entry.ready == (use.writer is None)
+            assert use.entry.busy == use.busy
+
+    def teardown(self) -> None:
+        """Nothing leaks: when everything ended, all slots can be taken again."""
+        if not hasattr(self, "primary"):
+            return
+        self.reset()
+        for use in list(self.orphans):
+            self.primary.end_gpu(use.entry)
+            for _ in range(use.tier):
+                self.primary.end_read(use.entry, gpu=False)
+            if use.writer is Writer.TIER:
+                self.primary.finish_write(use.entry, good=False)
+        assert self.primary.free == self.slots and self.primary.promoting == 0
+        taken = self.primary.allocate([(b"new%d" % n, 0) for n in range(self.slots)], Writer.GPU)
+        assert taken is not None
+        assert sorted(entry.slot for entry in taken[0]) == list(range(self.slots))
+
+
+class LRUPrimaryMachine(PrimaryMachine):
+    policy = "lru"
+
+
+class ARCPrimaryMachine(PrimaryMachine):
+    policy = "arc"
+
+
+TestLRUPrimary = LRUPrimaryMachine.TestCase
+TestARCPrimary = ARCPrimaryMachine.TestCase
