@@ -47,11 +47,10 @@ def count_slots(total_bytes: int, slot_bytes: int, workers: int, text_bytes: int
 
     `text_bytes` is an upper bound of the JSON text's length.
     """
-    slots = total_bytes // slot_bytes
-    while slots > 0 and (
-        _header_bytes(text_bytes, workers, slots) + slots * slot_bytes > total_bytes
-    ):
-        slots -= 1
+    fixed = _marks_offset(text_bytes) + workers * _CACHE_LINE
+    slots = max(0, (total_bytes - fixed) // (slot_bytes + 1))  # a slot has a byte in the header
+    if slots and _header_bytes(text_bytes, workers, slots) + slots * slot_bytes > total_bytes:
+        slots -= 1  # rounding up the header costs less than a slot
     return slots
 
 
@@ -79,7 +78,7 @@ class Region:
         self._map = mmap.mmap(fd, 0)
         magic, length = _PREFIX.unpack_from(self._map)
         if magic != _MAGIC:
-            raise RegionError(f"{path} is not a page region of this version of kvstrata")
+            raise RegionError("it is not of this version of kvstrata")
         self.fields: Mapping[str, Any] = json.loads(self._map[_PREFIX.size : _PREFIX.size + length])
         self.slots = int(self.fields["slots"])
         self.slot_bytes = int(self.fields["slot_bytes"])
@@ -122,7 +121,7 @@ class Region:
             self.path.unlink()
 
     def close(self) -> None:
-        """Let go of the lock; mapped memory stays until nothing points into it."""
+        """Close the file; memory and lock stay until nothing points into the mapping."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -148,31 +147,23 @@ def create_region(
     Raises:
         RegionError: the engine id is in use, or memory is too small, and by how much.
     """
-    _remove_abandoned(directory)
     path = region_path(engine_id, directory)
     text = json.dumps({**fields, "text_bytes": text_bytes}).encode()
     if len(text) > text_bytes:
         raise RegionError(f"the region's header takes {len(text)} bytes, {text_bytes} were kept")
     workers, slots = int(fields["workers"]), int(fields["slots"])
     size = _header_bytes(text_bytes, workers, slots) + slots * int(fields["slot_bytes"])
+    _remove_abandoned(directory)
     _check_memory(size, directory)
-    flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    fd = _create_locked(engine_id, path)
     try:
-        fd = os.open(path, flags, 0o600)
-    except FileExistsError:
-        raise RegionError(
-            f"engine_id {engine_id!r} is in use: a living process holds {path}; "
-            "give this engine another engine_id in --kv-transfer-config"
-        ) from None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH)
         # Reserves the memory now: a later shortage would kill the engine with SIGBUS.
         os.posix_fallocate(fd, 0, size)
         os.pwrite(fd, _PREFIX.pack(_MAGIC, len(text)) + text, 0)
         return Region(path, fd)
     except OSError as error:
-        os.close(fd)
         path.unlink()
+        os.close(fd)
         if error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
             raise RegionError(_too_small(directory, size, None)) from None
         raise RegionError(f"cannot create {path}: {error}") from error
@@ -182,7 +173,7 @@ def open_region(engine_id: str, directory: Path = _SHM) -> Region:
     """Open the region that rank 0 created.
 
     Raises:
-        RegionError: there is none.
+        RegionError: there is none, or it is not one.
     """
     path = region_path(engine_id, directory)
     try:
@@ -193,7 +184,54 @@ def open_region(engine_id: str, directory: Path = _SHM) -> Region:
             "scheduler and workers must run on one host and share /dev/shm"
         ) from error
     fcntl.flock(fd, fcntl.LOCK_SH)
-    return Region(path, fd)
+    try:
+        return Region(path, fd)
+    except (RegionError, ValueError, KeyError, struct.error) as error:  # foreign or cut short
+        os.close(fd)
+        raise RegionError(f"cannot use the page region {path}: {error}") from error
+
+
+def _create_locked(engine_id: str, path: Path) -> int:
+    """A new file under a shared lock; RegionError if the path is taken or cannot be made."""
+    flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    while True:
+        try:
+            fd = os.open(path, flags, 0o600)
+        except FileExistsError:
+            if _gone(path):
+                continue
+            raise RegionError(
+                f"engine_id {engine_id!r} is in use: a living process holds {path}; "
+                "give this engine another engine_id in --kv-transfer-config"
+            ) from None
+        except OSError as error:
+            raise RegionError(f"cannot create {path}: {error}") from error
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        if _leads_to(path, fd):
+            return fd
+        # Another engine that starts now found it before it was locked, and removed it.
+        os.close(fd)
+
+
+def _gone(path: Path) -> bool:
+    """Whether the file is gone, once another engine that may be removing it is done."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH)  # owners share it; a remover lets go at once
+        return not _leads_to(path, fd)
+    finally:
+        os.close(fd)
+
+
+def _leads_to(path: Path, fd: int) -> bool:
+    """Whether `path` is still the name of the open file."""
+    try:
+        return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(fd))
+    except FileNotFoundError:
+        return False
 
 
 def _remove_abandoned(directory: Path) -> None:
@@ -205,9 +243,12 @@ def _remove_abandoned(directory: Path) -> None:
             continue
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
+            # The name may lead to a new file by now. While we hold the lock on the file
+            # that it leads to, nobody else removes it.
+            if _leads_to(path, fd):
+                path.unlink()
         except OSError:
-            pass  # held by a living engine, or removed by another one starting now
+            pass  # held by a living engine
         finally:
             os.close(fd)
 
@@ -231,15 +272,24 @@ def _too_small(what: object, size: int, space: int | None) -> str:
     )
 
 
-def available_memory() -> int:
-    """Bytes this process may still take: the machine's and the cgroup's limit."""
-    bounds = []
-    with open("/proc/meminfo") as lines:
-        for line in lines:
-            if line.startswith("MemAvailable:"):
-                bounds.append(int(line.split()[1]) * 1024)
-    cgroup = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):
-        limit = int((cgroup / "memory.max").read_text())  # "max" raises ValueError
-        bounds.append(limit - int((cgroup / "memory.current").read_text()))
+def available_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes this process may still take: the least of the machine's and the cgroup's."""
+    meminfo = _numbers(proc / "meminfo")
+    bounds = [meminfo["MemAvailable:"] * 1024]
+    for folder, limit, used, prefix in (
+        (cgroup, "memory.max", "memory.current", ""),  # version 2
+        (cgroup / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),  # 1
+    ):
+        with contextlib.suppress(OSError, ValueError):  # no such file; the limit is "max"
+            free = int((folder / limit).read_text()) - int((folder / used).read_text())
+            # The kernel gives up cached files, such as weights just read, before it refuses.
+            stat = _numbers(folder / "memory.stat")
+            cached = (stat.get(f"{prefix}{name}_file", 0) for name in ("active", "inactive"))
+            bounds.append(free + sum(cached))
     return min(bounds)
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """The lines `name number ...` of a file of the kernel's."""
+    lines = (line.split() for line in path.read_text().splitlines())
+    return {words[0]: int(words[1]) for words in lines}

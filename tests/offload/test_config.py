@@ -129,7 +129,7 @@ def test_missing_size() -> None:
 
 
 def test_both_chunk_sizes() -> None:
-    with pytest.raises(ConfigError, match="block_size=64 and blocks_per_chunk=2.*remove one"):
+    with pytest.raises(ConfigError, match=r"block_size=64 and blocks_per_chunk=2.*remove one"):
         parse(block_size=64, blocks_per_chunk=2)
 
 
@@ -162,7 +162,7 @@ def test_unknown_key_names_the_nearest(wrong: str, right: str) -> None:
 
 
 def test_unknown_key_that_is_near_nothing() -> None:
-    with pytest.raises(ConfigError, match="unknown key 'zzz'; known keys: .*weights_fixed"):
+    with pytest.raises(ConfigError, match=r"unknown key 'zzz'; known keys: .*weights_fixed"):
         parse(zzz=1)
 
 
