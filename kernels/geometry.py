@@ -268,7 +268,9 @@ def _normal(name: str, content: Content, view: torch.Tensor) -> LayerCache:
     if last != 1 and view.shape[-1] > 1:
         raise GeometryError(f"layer {name}: the last axis has stride {last}, not 1")
     *sizes, width = view.shape
-    as_bytes = _bytes(view, (*sizes, width * item), (*(s * item for s in outer), 1))
+    # the stride of an axis of size 1 means nothing and would only spoil the alignment
+    strides = [s * item if n > 1 else 0 for n, s in zip(sizes, outer, strict=True)]
+    as_bytes = _bytes(view, (*sizes, width * item), (*strides, 1))
     reach = 1  # bytes spanned by the axes with smaller strides
     for stride, size in sorted(zip(as_bytes.stride(), as_bytes.shape, strict=True)):
         if size > 1 and stride < reach:

@@ -67,30 +67,32 @@ def copy_torch(
     _check(segment, layout, pages, rows, block_ids)
     if rows.numel() == 0:
         return
-    word = _word_bytes(segment, layout, pages)
-    dtype = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(word, torch.int64)
-    size = dtype.itemsize
-    pages = pages.view(dtype)
+    alignment = _word_bytes(segment, layout, pages)
     for layers in segment.sets:
         ids = _kernel_block_ids(block_ids, layers.kernel_blocks)
         page, block = (ids >= 0).nonzero(as_tuple=True)
         present = ids[page, block]
+        normal = layers.views[0]
+        word = gcd(alignment, normal.shape[-1], *normal.stride()[:-1])
+        dtype = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(word, torch.int64)
+        size = dtype.itemsize
+        page_words = pages.view(dtype)
         for position, cache in zip(layers.positions, layers.views, strict=True):
             blocks = cache.view(dtype)
-            heads, *inner = blocks.shape[1:]
-            words = inner[0] * inner[1] * inner[2]
-            # [rows, blocks, H, N, P, E]: this layer in every page
-            target = pages.as_strided(
-                (pages.shape[0], ids.shape[1], heads, *inner),
+            tokens, parts, width = blocks.shape[2:]
+            # this layer in every page: [rows, kernel blocks, H, N, P, E]
+            start = (layout.offset + position * segment.slab_bytes) // size
+            target = page_words.as_strided(
+                (len(pages), ids.shape[1], *blocks.shape[1:]),
                 (
-                    pages.stride(0),
-                    words,
+                    page_words.stride(0),
+                    tokens * parts * width,
                     layout.head_pitch // size,
-                    inner[1] * inner[2],
-                    inner[2],
+                    parts * width,
+                    width,
                     1,
                 ),
-                pages.storage_offset() + (layout.offset + position * segment.slab_bytes) // size,
+                page_words.storage_offset() + start,
             )
             if unpack:
                 blocks[present] = target[rows[page], block]

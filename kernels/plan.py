@@ -236,9 +236,8 @@ def _layer_sets(caches: list[LayerCache], slab_bytes: int) -> tuple[LayerSet, ..
     for (kernel_blocks, shape, stride), positions in alike.items():
         views = tuple(caches[i].view for i in positions)
         table = [(v.data_ptr(), i * slab_bytes) for v, i in zip(views, positions, strict=True)]
-        _, heads, rows, parts, part_bytes = shape
+        _, _, rows, parts, part_bytes = shape
         block_stride, head_stride, row_stride, part_stride, _ = stride
-        head_stride = head_stride if heads > 1 else 0
         if parts == 1 or part_stride == part_bytes:
             parts, part_bytes, part_stride = 1, parts * part_bytes, 0
         if parts == 1 and (rows == 1 or row_stride == part_bytes):

@@ -82,7 +82,7 @@ class _Lane:
             _StagingSlot(part, device.event(), device.event()) for part in memory.view(2, nbytes)
         )
         longest = max(_batch_pages(s, nbytes) * s.blocks_per_chunk for s in segments)
-        count = max(8, IDS_BYTES // (8 * longest))
+        count = max(2, IDS_BYTES // (8 * longest))
         on_host = device.allocate_pinned(count * longest, torch.int64)
         on_device = device.allocate(count * longest, torch.int64)
         pairs = zip(on_host.view(count, -1), on_device.view(count, -1), strict=True)

@@ -121,6 +121,7 @@ class Rank:
             name, view = f"layer.{layer}", self.view[i]
             cache = split_kv(name, *view) if layout in SPLIT else token_major(name, view)
             caches.append(split_kernel_blocks(cache, blocks))
+        self.caches = caches
         held = {c.name: LocalLayer(c, self.first_head, replicas, rank % replicas) for c in caches}
         self.segments: tuple[Segment, ...] = plan(model.shapes(), held, model.blocks_per_chunk)
 

@@ -1,0 +1,100 @@
+"""A device that runs queued work in any order that its streams and events allow."""
+
+from collections import deque
+from collections.abc import Callable
+from random import Random
+
+import torch
+
+
+class SimEvent:
+    def __init__(self) -> None:
+        self.recorded = self.happened = 0  # how often
+        self.time = 0
+
+
+class SimStream:
+    def __init__(self, speed: float) -> None:
+        self.speed = speed  # how often it is chosen
+        self.queue: deque[tuple[SimEvent, int] | Callable[[], None]] = deque()
+
+    def runnable(self) -> bool:
+        if not self.queue:
+            return False
+        head = self.queue[0]
+        return callable(head) or head[0].happened >= head[1]
+
+
+class SimulatedDevice:
+    """Satisfies `kvstrata.kernels.device.Device`; memory comes filled with garbage."""
+
+    def __init__(self, random: Random) -> None:
+        self.random = random
+        self.clock = 0
+        self.streams: list[SimStream] = []
+        self.compute = self.stream(urgent=False)
+        self.sealed = False  # set when nothing may be allocated any more
+        self.pinned: torch.Tensor | None = None
+
+    def stream(self, *, urgent: bool) -> SimStream:
+        self.streams.append(SimStream(self.random.choice([1, 10])))
+        return self.streams[-1]
+
+    def compute_stream(self) -> SimStream:
+        return self.compute
+
+    def event(self) -> SimEvent:
+        return SimEvent()
+
+    def run(self, stream: SimStream, action: Callable[[], None]) -> None:
+        stream.queue.append(action)
+
+    def record(self, event: SimEvent, stream: SimStream) -> None:
+        event.recorded += 1
+        number = event.recorded
+
+        def happen() -> None:
+            event.happened = max(event.happened, number)
+            event.time = self.clock
+
+        stream.queue.append(happen)
+
+    def hold(self, stream: SimStream, event: SimEvent) -> None:
+        stream.queue.append((event, event.recorded))
+
+    def reached(self, event: SimEvent) -> bool:
+        return event.happened == event.recorded
+
+    def synchronize(self, event: SimEvent) -> None:
+        while not self.reached(event):
+            assert self.step(), "the streams wait for each other"
+
+    def seconds(self, start: SimEvent, end: SimEvent) -> float:
+        assert start.happened and end.happened, "timed before it happened"
+        return float(end.time - start.time)
+
+    def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        assert not self.sealed
+        return torch.full((numel,), 0x5B, dtype=dtype)
+
+    def allocate_pinned(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        return self.allocate(numel, dtype)
+
+    def pin(self, region: torch.Tensor) -> None:
+        self.pinned = region
+
+    def unpin(self) -> None:
+        self.pinned = None
+
+    def step(self) -> bool:
+        """Run one piece of work; False when there is none that may run."""
+        choices = [stream for stream in self.streams if stream.runnable()]
+        if not choices:
+            return False
+        self.clock += 1
+        speeds = [stream.speed for stream in choices]
+        (stream,) = self.random.choices(choices, speeds)
+        work = stream.queue.popleft()
+        if callable(work):
+            work()
+        return True

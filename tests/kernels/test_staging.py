@@ -1,0 +1,242 @@
+"""The staged pipeline on a simulated device, against the CPU pipeline as its model.
+
+Whatever order the device chooses, the region and the caches must end as if every job had run at
+once when it was submitted.
+"""
+
+from dataclasses import replace
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+from kernel_worlds import Model, Rank
+from simulated_device import SimulatedDevice
+
+from kvstrata.kernels import device as device_module
+from kvstrata.kernels import staging
+from kvstrata.kernels.device import CudaDevice
+from kvstrata.kernels.pack import copy_torch
+from kvstrata.kernels.pipeline import CpuPipeline, GroupWork
+from kvstrata.kernels.staging import StagedPipeline
+
+BLOCKS, SLOTS = 12, 10
+MODEL = Model(layers=3, heads=2, tokens=1, dim=2, size=1, blocks_per_chunk=2)
+SMALL = replace(MODEL, layers=1, heads=1, dim=1)
+WORLDS = {
+    "one worker": {},
+    "half of the heads": {"tp": 2, "rank": 1},
+    "shares its head": {"tp": 4, "rank": 1},
+    "some layers": {"layers": range(1, 3)},
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_buffers():
+    """One or two pages per staging slot, and few id slots: every buffer is reused all the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(staging, "STAGING_BYTES", 96)
+        patch.setattr(staging, "MAX_BATCH", 2)
+        patch.setattr(staging, "IDS_BYTES", 1)
+        yield
+
+
+class Side:
+    """Caches of two groups, and a region; group 1 has two segments."""
+
+    def __init__(self, world: dict) -> None:
+        self.ranks = [Rank(MODEL, "LBHNC", blocks=BLOCKS, **world)]
+        self.ranks += [Rank(MODEL, "BLNHC", blocks=BLOCKS, **world)]
+        other = Rank(SMALL, "LBHNC", blocks=BLOCKS)
+        self.ranks.append(other)
+        behind = replace(other.segments[0], page_offset=MODEL.page_bytes)
+        self.groups = {0: self.ranks[0].segments, 1: (*self.ranks[1].segments, behind)}
+        size = MODEL.page_bytes + SMALL.page_bytes
+        self.region = torch.full((SLOTS, size), 0x11, dtype=torch.uint8)
+
+    def views(self, group: int) -> list[torch.Tensor]:
+        return [view for s in self.groups[group] for part in s.sets for view in part.views]
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """Blocks and slots of jobs under way are left alone, as vLLM and the primary tier do."""
+
+    @initialize(
+        world=st.sampled_from(sorted(WORLDS)),
+        seed=st.integers(0, 2**32),
+        batch=st.integers(1, 2),
+    )
+    def start(self, world: str, seed: int, batch: int) -> None:
+        staging.MAX_BATCH = batch  # the fixture puts it back
+        self.random = Random(seed)
+        self.device = SimulatedDevice(self.random)
+        self.real, self.model = Side(WORLDS[world]), Side(WORLDS[world])
+        self.staged = StagedPipeline(self.real.groups, self.real.region, self.device, copy_torch)
+        self.device.sealed = True
+        assert self.device.pinned is self.real.region
+        self.direct = CpuPipeline(self.model.groups, self.model.region)
+        self.jobs: dict[int, tuple[set, set]] = {}  # blocks (group, id) and slots of each
+        self.next_job = self.writes = 0
+
+    def free(self, count: int, which: int, of: list) -> list:
+        busy = set().union(*(job[which] for job in self.jobs.values())) if self.jobs else set()
+        left = [one for one in of if one not in busy]
+        return self.random.sample(left, min(count, len(left)))
+
+    @rule(count=st.integers(1, 4), group=st.integers(0, 1))
+    def model_runs(self, count: int, group: int) -> None:
+        """The model reads some blocks and then overwrites them, some time later."""
+        for _, block in self.free(count, 0, [(group, i) for i in range(BLOCKS)]):
+            self.writes += 1
+            for real, model in zip(self.real.views(group), self.model.views(group), strict=True):
+                old = model[block].clone()
+                new = torch.full_like(old, self.writes % 251)
+                model[block] = new
+
+                def run(real=real, block=block, old=old, new=new) -> None:
+                    assert torch.equal(real[block], old), "overwritten under the running model"
+                    real[block] = new
+
+                self.device.run(self.device.compute, run)
+
+    @rule(
+        group=st.integers(0, 1),
+        count=st.integers(0, 5),
+        kind=st.sampled_from(["store", "load", "expedited"]),
+    )
+    def submit(self, group: int, count: int, kind: str) -> None:
+        slots = self.free(count, 1, list(range(SLOTS)))
+        blocks = [i for _, i in self.free(2 * len(slots), 0, [(group, i) for i in range(BLOCKS)])]
+        slots = slots[: len(blocks) // 2]
+        ids = np.array(blocks[: 2 * len(slots)], dtype=np.int64).reshape(len(slots), 2)
+        gaps = [self.random.random() < 0.2 for _ in ids.flat]
+        ids[np.array(gaps, dtype=bool).reshape(ids.shape)] = -1
+        work = [GroupWork(group, np.array(slots, dtype=np.int64), ids)]
+        for pipeline in (self.direct, self.staged):
+            if kind == "store":
+                pipeline.submit_store(self.next_job, work)
+            else:
+                pipeline.submit_load(self.next_job, work, expedited=kind == "expedited")
+        self.jobs[self.next_job] = ({(group, i) for i in blocks}, set(slots))
+        self.next_job += 1
+
+    @rule(steps=st.integers(1, 40))
+    def time_passes(self, steps: int) -> None:
+        for _ in range(steps):
+            self.device.step()
+
+    @precondition(lambda self: self.jobs)
+    @rule()
+    def wait_for_one(self) -> None:
+        job = self.random.choice(list(self.jobs))
+        self.staged.wait({job, 10**6})
+        assert job in self.collect()
+
+    @invariant()
+    def poll(self) -> None:
+        if hasattr(self, "staged"):
+            self.collect()
+
+    def collect(self) -> set[int]:
+        """Take the finished jobs and look at what they left."""
+        done = {f.job_id: f for f in self.staged.finished()}
+        assert done.keys() <= self.jobs.keys()
+        self.expected = getattr(self, "expected", {}) | {
+            f.job_id: f.nbytes for f in self.direct.finished()
+        }
+        for job_id, result in done.items():
+            assert result.nbytes == self.expected[job_id] and result.seconds >= 0
+            blocks, slots = self.jobs.pop(job_id)
+            for slot in slots:
+                assert torch.equal(self.real.region[slot], self.model.region[slot])
+            for group, block in blocks:
+                views = zip(self.real.views(group), self.model.views(group), strict=True)
+                assert all(torch.equal(real[block], model[block]) for real, model in views)
+        return done.keys()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "staged"):
+            return
+        self.staged.shutdown()
+        self.staged.shutdown()
+        self.collect()
+        assert not self.jobs and self.device.pinned is None
+        while self.device.step():
+            pass
+        assert torch.equal(self.real.region, self.model.region)
+        for real, model in zip(self.real.ranks, self.model.ranks, strict=True):
+            assert torch.equal(real.buffer, model.buffer)
+
+
+TestAnyOrder = AnyOrder.TestCase
+TestAnyOrder.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+
+
+def test_a_job_id_under_way_is_refused() -> None:
+    side = Side({})
+    pipeline = StagedPipeline(side.groups, side.region, SimulatedDevice(Random(0)), copy_torch)
+    work = [GroupWork(0, np.array([1]), np.array([[1, 2]]))]
+    pipeline.submit_store(7, work)
+    with pytest.raises(ValueError, match="job 7"):
+        pipeline.submit_load(7, work)
+
+
+class FakeRuntime:
+    """Counts cudaHostRegister calls; refuses from the `limit`-th on."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.pinned: dict[int, int] = {}
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+        if len(self.pinned) >= self.limit:
+            return 2
+        self.pinned[address] = nbytes
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.pinned[address]
+        return 0
+
+
+class FakeCuda:
+    def __init__(self, runtime: FakeRuntime) -> None:
+        self.runtime = runtime
+
+    def cudart(self) -> FakeRuntime:
+        return self.runtime
+
+    def device(self, device: torch.device):
+        return torch.no_grad()  # any context manager
+
+
+def test_pinning_covers_whole_slots_and_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = FakeRuntime(limit=10)
+    monkeypatch.setattr(device_module, "cuda", FakeCuda(runtime))
+    monkeypatch.setattr(device_module, "_MAX_PINNED_RUN", 250)
+    region = torch.zeros(5, 100, dtype=torch.uint8)
+    cuda_device = CudaDevice(torch.device("cuda", 0))
+    cuda_device.pin(region)
+    start = region.data_ptr()
+    assert runtime.pinned == {start: 200, start + 200: 200, start + 400: 100}
+    cuda_device.unpin()
+    cuda_device.unpin()
+    assert runtime.pinned == {}
+
+
+def test_a_refused_pin_leaves_nothing_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = FakeRuntime(limit=2)
+    monkeypatch.setattr(device_module, "cuda", FakeCuda(runtime))
+    monkeypatch.setattr(device_module, "_MAX_PINNED_RUN", 100)
+    with pytest.raises(RuntimeError, match="cpu_bytes_to_use"):
+        CudaDevice(torch.device("cuda", 0)).pin(torch.zeros(5, 100, dtype=torch.uint8))
+    assert runtime.pinned == {}
