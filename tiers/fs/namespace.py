@@ -106,7 +106,7 @@ def validate_config(paths: NamespacePaths, fields: Mapping[str, Any]) -> None:
     try:
         found = read_config(paths.config)
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"{error:.200}"
+        reason = error.strerror if isinstance(error, OSError) else f"{error!s:.200}"
         raise TierConfigError(
             f"root_dir: {paths.config!r} is unreadable ({reason}); {remedy}"
         ) from error

@@ -216,7 +216,7 @@ def _check_config(paths: NamespacePaths) -> FileReport | None:
         cause = error_cause(error)
         return FileReport(paths.config, 0, cause, error.strerror or str(error), None)
     except ValueError as error:
-        return FileReport(paths.config, 0, "config", f"{error:.200}", None)
+        return FileReport(paths.config, 0, "config", f"{error!s:.200}", None)
     if paths.name.endswith(f"_{digest}"):
         return None
     return FileReport(paths.config, 0, "config", f"its fields have the digest {digest}", None)

@@ -1,0 +1,203 @@
+"""What cannot work is one clear error at start."""
+
+import errno
+import json
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvstrata.tiers.base import TierConfigError, TierContext
+from kvstrata.tiers.fs import io, startup
+from kvstrata.tiers.fs.layout import NamespacePaths
+from kvstrata.tiers.fs.tier import FsTier
+from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key, store
+
+OpenTier = Callable[..., FsTier]
+PAGE = {make_key(1): make_data(1, CONTEXT.layouts[0].nbytes)}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "root_dir: None is wrong"),
+        ({"root_dir": ""}, "root_dir: '' is wrong"),
+        ({"root_dir": 3}, "root_dir: 3 is wrong"),
+        ({"root_dir": "/a\0b"}, "root_dir: .* is wrong"),
+        ({"root_dir": "kv"}, "root_dir: 'kv' is relative; give an absolute path"),
+        ({"root_dir": "/x", "rootdir": "/y"}, r"'rootdir' \(did you mean 'root_dir'\?\)"),
+        ({"root_dir": "/x", "max_bytes": "1GiB"}, "unknown key 'max_bytes'"),
+        ({"root_dir": "/x", "n_read_threads": 0}, "n_read_threads: 0 is wrong"),
+        ({"root_dir": "/x", "n_write_threads": "many"}, "n_write_threads: 'many' is wrong"),
+        ({"root_dir": "/x", "file_mode": "0999"}, "file_mode: '0999' is not"),
+        ({"root_dir": "/x", "file_mode": "0400"}, "file_mode: '0400' lacks the owner's 0600"),
+        ({"root_dir": "/x", "dir_mode": "0600"}, "dir_mode: '0600' lacks the owner's 0700"),
+        ({"root_dir": "/x", "durability": "always"}, "durability: .* one of fsync, none"),
+        ({"root_dir": "/x", "io": "mmap"}, "io: .* one of auto, buffered, direct"),
+    ],
+    ids=repr,
+)
+def test_wrong_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TierConfigError, match=message):
+        FsTier.check_options(options)
+    with pytest.raises(TierConfigError, match=message):
+        FsTier(options, CONTEXT)
+
+
+def test_check_options_leaves_the_disk_alone(root: Path) -> None:
+    FsTier.check_options({"root_dir": str(root), "file_mode": "0640", "io": "direct"})
+    assert not root.exists()
+
+
+def test_home_is_expanded(open_tier: OpenTier, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(root))
+    open_tier(root_dir="~/deep/kv")
+    assert (root / "deep/kv").is_dir()
+
+
+def test_root_is_a_file(open_tier: OpenTier, root: Path) -> None:
+    root.write_text("x")
+    with pytest.raises(TierConfigError, match=f"root_dir: '{root}' is not a directory; give"):
+        open_tier()
+    with pytest.raises(TierConfigError, match=f"root_dir: '{root}/kv' is not a directory; give"):
+        open_tier(root_dir=f"{root}/kv")
+
+
+def test_root_is_a_dangling_link(open_tier: OpenTier, root: Path) -> None:
+    root.symlink_to("nowhere")
+    with pytest.raises(TierConfigError, match="root_dir: "):
+        open_tier()
+
+
+@pytest.mark.parametrize("name", ["EACCES", "EROFS", "ENOSPC", "EDQUOT", "EIO"])
+def test_root_cannot_be_written(
+    open_tier: OpenTier, root: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = OSError(getattr(errno, name), os.strerror(getattr(errno, name)))
+
+    def refuse(*args: object) -> int:
+        raise error
+
+    monkeypatch.setattr(io.os, "pwrite", refuse)
+    words = {
+        "EACCES": "is not writable by this user; change",
+        "EROFS": "is on a read-only file system; choose",
+        "ENOSPC": "is on a full disk; free some space",
+        "EDQUOT": "is over the disk quota; free",
+        "EIO": "cannot be used .*Input/output error.*; choose",
+    }
+    with pytest.raises(TierConfigError, match=f"root_dir: '{root}' {words[name]}"):
+        open_tier()
+    assert not [n for n in os.listdir(next(root.iterdir())) if n.endswith(".tmp")]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_root_belongs_to_somebody_else(open_tier: OpenTier) -> None:
+    with pytest.raises(TierConfigError, match="is not writable by this user"):
+        open_tier(root_dir="/kv")
+
+
+def test_a_full_disk_for_real(open_tier: OpenTier, small_disk: Path) -> None:
+    with pytest.raises(OSError), open(small_disk / "ballast", "wb", buffering=0) as ballast:
+        while True:
+            ballast.write(bytes(4096))
+    with pytest.raises(TierConfigError, match=f"root_dir: '{small_disk}' is on a full disk; free"):
+        open_tier(root_dir=str(small_disk))
+
+
+def test_config_holds_the_fields(open_tier: OpenTier, paths: NamespacePaths, root: Path) -> None:
+    open_tier()
+    assert json.loads(Path(paths.config).read_text()) == CONTEXT.namespace
+    digest = paths.name.removeprefix("org_model_")
+    assert sorted(os.listdir(root)) == [f"org_model_{digest}", f"org_model_{digest}_r0"]
+
+
+def test_the_same_namespace_opens_again(open_tier: OpenTier, paths: NamespacePaths) -> None:
+    store(open_tier(), PAGE)
+    before = os.stat(paths.config).st_mtime_ns
+    reordered = dict(reversed(list(CONTEXT.namespace.items())))
+    tier = open_tier(TierContext(CONTEXT.model, reordered, CONTEXT.layouts))
+    assert load(tier, list(PAGE))[1] == PAGE
+    assert os.stat(paths.config).st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"test": 2, "groups": ["a", "b", "c"]}', "field 'test' of .* is 2, .* has 1; move"),
+        ('{"test": true, "groups": ["a", "b", "c"]}', "field 'test' of .* is true, .* has 1"),
+        ('{"test": NaN, "groups": ["a", "b", "c"]}', "field 'test' of .* is NaN, .* has 1"),
+        ('{"test": 1}', "field 'groups' of .* is absent, .* has "),
+        ('{"test": 1, "groups": ["a", "b", "c"], "x": 0}', "field 'x' of .* is 0, .* has absent"),
+        ("", "is unreadable"),
+        ("{", "is unreadable"),
+        ("[]", r"is unreadable \(not a JSON object\)"),
+        ("[" * 100_000, r"is unreadable \(nested too deep\)"),
+        ("\udcff", "is unreadable"),
+        (" " * (2**20 + 1), "is unreadable"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_config_that_differs(
+    open_tier: OpenTier, paths: NamespacePaths, text: str, message: str
+) -> None:
+    open_tier()
+    Path(paths.config).write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(TierConfigError, match=f"root_dir: .*{message}"):
+        open_tier()
+
+
+@pytest.mark.parametrize("kind", ["symlink", "directory", "fifo", "socket"])
+def test_config_that_is_no_file(open_tier: OpenTier, paths: NamespacePaths, kind: str) -> None:
+    home = Path(paths.home)
+    home.mkdir(parents=True)
+    config = Path(paths.config)
+    if kind == "symlink":
+        config.symlink_to("/etc/hostname")
+    elif kind == "directory":
+        config.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(config)
+    else:
+        here = os.getcwd()
+        os.chdir(home)
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind("config.json")
+        os.chdir(here)
+    with pytest.raises(TierConfigError, match=r"root_dir: .*config.json' is unreadable"):
+        open_tier()
+
+
+@pytest.mark.parametrize(
+    ("options", "file_mode", "dir_mode"),
+    [({}, 0o600, 0o700), ({"file_mode": "0664", "dir_mode": 0o775}, 0o664, 0o775)],
+    ids=["default", "shared"],
+)
+def test_modes(
+    open_tier: OpenTier,
+    paths: NamespacePaths,
+    options: dict[str, Any],
+    file_mode: int,
+    dir_mode: int,
+) -> None:
+    umask = os.umask(0o077)
+    try:
+        tier = open_tier(**options)
+        store(tier, PAGE)
+    finally:
+        os.umask(umask)
+    page = Path(paths.page(next(iter(PAGE))))
+    files = [page, Path(paths.config)]
+    directories = [page.parent, page.parent.parent, Path(paths.pages), Path(paths.home)]
+    assert [f.stat().st_mode & 0o777 for f in files] == [file_mode] * 2
+    assert [d.stat().st_mode & 0o777 for d in directories] == [dir_mode] * 4
+
+
+def test_direct_where_there_is_none(open_tier: OpenTier, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(startup, "probe_direct", lambda directory: False)
+    with pytest.raises(TierConfigError, match=r"io: 'direct' is wrong for .*give 'auto' or"):
+        open_tier(io="direct")
+    assert not store(open_tier(io="auto"), PAGE).failed
