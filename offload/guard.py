@@ -1,8 +1,8 @@
-"""GuardedTier: keeps a tier's exceptions out of the engine.
+"""GuardedTier: keeps a tier's mistakes out of the engine.
 
-The contract says that a tier never raises once it is open. This wrapper makes it true
-for every tier, third parties' included: an exception becomes a miss or a failed result,
-is counted, and is logged once per method.
+The contract says that a tier never raises once it is open and ends each job once. This
+wrapper makes it true for every tier, third parties' included: an exception becomes a miss
+or a failed result, other results are dropped; both are counted, and logged once per cause.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class GuardedTier(SecondaryTier):
     def __init__(self, name: str, tier: SecondaryTier) -> None:
         self._name = name
         self._tier = tier
-        self._raised: Counter[str] = Counter()
+        self._mistakes: Counter[str] = Counter()
+        self._open: set[int] = set()  # jobs that the tier accepted and has not ended
         self._refused: list[JobResult] = []
         self.locality = tier.locality
 
@@ -55,8 +56,9 @@ class GuardedTier(SecondaryTier):
 
     def get_finished(self) -> Sequence[JobResult]:
         refused, self._refused = self._refused, []
-        done: Sequence[JobResult] = self._call("get_finished", (), self._tier.get_finished)
-        return [*refused, *done]
+        nothing: list[JobResult] = []
+        done = self._call("get_finished", nothing, lambda: list(self._tier.get_finished()))
+        return [*refused, *(result for result in done if self._ends_a_job(result))]
 
     def touch(self, keys: Collection[bytes], request: RequestView) -> None:
         self._call("touch", None, lambda: self._tier.touch(keys, request))
@@ -71,37 +73,60 @@ class GuardedTier(SecondaryTier):
         self._call("on_step_end", None, self._tier.on_step_end)
 
     def take_removed(self) -> Iterable[bytes]:
-        nothing: Iterable[bytes] = ()
-        return self._call("take_removed", nothing, self._tier.take_removed)
+        nothing: list[bytes] = []
+        return self._call("take_removed", nothing, lambda: list(self._tier.take_removed()))
 
     def drain(self, timeout_s: float) -> bool:
-        return self._call("drain", False, lambda: self._tier.drain(timeout_s))
+        return self._call("drain", False, lambda: bool(self._tier.drain(timeout_s)))
 
     def shutdown(self, timeout_s: float) -> bool:
-        return self._call("shutdown", False, lambda: self._tier.shutdown(timeout_s))
+        return self._call("shutdown", False, lambda: bool(self._tier.shutdown(timeout_s)))
 
     def stats(self) -> TierStats:
-        stats = self._call("stats", TierStats(), self._tier.stats)
-        for method, times in self._raised.items():
-            stats.failures[f"raised-in-{method}"] = times
-        return stats
+        total = TierStats()
+        self._call("stats", None, lambda: _add(total, self._tier.stats()))
+        _add(total, TierStats(failures=dict(self._mistakes)))
+        return total
 
     def _submit(self, method: str, submit: Callable[[Job], None], job: Job) -> None:
         try:
             submit(job)
+            self._open.add(job.job_id)
         except Exception:
-            self._note(method)
-            cause = dict.fromkeys((page.key for page in job.pages), f"raised-in-{method}")
-            self._refused.append(JobResult(job.job_id, cause))
+            cause = self._raised(method)
+            failed = dict.fromkeys((page.key for page in job.pages), cause)
+            self._refused.append(JobResult(job.job_id, failed))
+
+    def _ends_a_job(self, result: object) -> bool:
+        if (
+            isinstance(result, JobResult)
+            and result.job_id in self._open
+            and isinstance(result.failed, Mapping)
+        ):
+            self._open.remove(result.job_id)
+            return True
+        if not self._mistakes["unknown-result"]:
+            logger.error("tier %s reported %r, which ends no job", self._name, result)
+        self._mistakes["unknown-result"] += 1
+        return False
 
     def _call(self, method: str, otherwise: T, call: Callable[[], T]) -> T:
         try:
             return call()
         except Exception:
-            self._note(method)
+            self._raised(method)
             return otherwise
 
-    def _note(self, method: str) -> None:
-        if not self._raised[method]:
+    def _raised(self, method: str) -> str:
+        """Count and log the exception being handled; its cause for results."""
+        cause = f"raised-in-{method}"
+        if not self._mistakes[cause]:
             logger.exception("tier %s raised in %s", self._name, method)
-        self._raised[method] += 1
+        self._mistakes[cause] += 1
+        return cause
+
+
+def _add(total: TierStats, stats: TierStats) -> None:
+    total.counters.update(stats.counters)
+    total.failures.update(stats.failures)
+    total.gauges.update(stats.gauges)

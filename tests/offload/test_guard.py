@@ -1,0 +1,198 @@
+"""The guard: whatever a tier does, the engine sees an answer."""
+
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from kvstrata.offload.guard import GuardedTier
+from kvstrata.tiers.base import (
+    Job,
+    JobResult,
+    Lookup,
+    Page,
+    PageLayout,
+    RequestView,
+    SecondaryTier,
+    TensorSpec,
+    TierContext,
+    TierStats,
+)
+from kvstrata.tiers.memory import MemoryTier
+
+REQUEST = RequestView("request")
+KEY, OTHER = b"hash\0\0\0\0", b"hush\0\0\0\0"
+
+
+class Broken(SecondaryTier):
+    """Calls `act` in every method."""
+
+    locality = "REMOTE"
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        pass
+
+    def __init__(self, act: Callable[[], Any]) -> None:
+        self.act = act
+
+    def lookup(self, key: bytes, request: RequestView) -> Lookup:
+        return self.act()
+
+    def submit_store(self, job: Job) -> None:
+        self.act()
+
+    def submit_load(self, job: Job) -> None:
+        self.act()
+
+    def get_finished(self) -> Sequence[JobResult]:
+        return self.act()
+
+    def touch(self, keys: Collection[bytes], request: RequestView) -> None:
+        self.act()
+
+    def on_new_request(self, request: RequestView) -> None:
+        self.act()
+
+    def on_request_finished(self, request: RequestView) -> None:
+        self.act()
+
+    def on_step_end(self) -> None:
+        self.act()
+
+    def take_removed(self) -> Iterable[bytes]:
+        return self.act()
+
+    def drain(self, timeout_s: float) -> bool:
+        return self.act()
+
+    def shutdown(self, timeout_s: float) -> bool:
+        return self.act()
+
+    def stats(self) -> TierStats:
+        return self.act()
+
+
+def fail() -> None:
+    raise RuntimeError("broken")
+
+
+def job(job_id: int, *keys: bytes) -> Job:
+    pages = tuple(Page(key, 0, 0, 0, memoryview(bytearray(4))) for key in keys)
+    return Job(job_id, pages, REQUEST)
+
+
+def call_all(tier: SecondaryTier) -> list[Any]:
+    """The answers of every method, twice."""
+    answers: list[Any] = []
+    for _ in range(2):
+        answers += [
+            tier.lookup(KEY, REQUEST),
+            tier.submit_store(job(1, KEY, OTHER)),
+            tier.submit_load(job(2, KEY)),
+            tier.get_finished(),
+            tier.touch([KEY], REQUEST),
+            tier.on_new_request(REQUEST),
+            tier.on_request_finished(REQUEST),
+            tier.on_step_end(),
+            list(tier.take_removed()),
+            tier.drain(0.1),
+            tier.shutdown(0.1),
+            tier.stats(),
+        ]
+    return answers
+
+
+METHODS = sorted(
+    name
+    for name, member in vars(SecondaryTier).items()
+    if callable(member) and not name.startswith("_")
+)
+
+
+def test_a_tier_that_raises_in_every_method(caplog: pytest.LogCaptureFixture) -> None:
+    guard = GuardedTier("sick", Broken(fail))
+    with caplog.at_level(logging.ERROR, "kvstrata.tiers"):
+        answers = call_all(guard)
+    refused = [
+        JobResult(1, {KEY: "raised-in-submit_store", OTHER: "raised-in-submit_store"}),
+        JobResult(2, {KEY: "raised-in-submit_load"}),
+    ]
+    assert answers[:11] == [Lookup.MISS, None, None, refused, *[None] * 4, [], False, False]
+    assert answers[12:23] == answers[:11]
+    assert guard.stats().failures == {f"raised-in-{name}": 2 for name in METHODS} | {
+        "raised-in-stats": 3
+    }
+    logged = [record.getMessage() for record in caplog.records]
+    assert sorted(logged) == [f"tier sick raised in {name}" for name in METHODS], "once each"
+    assert all(record.exc_info for record in caplog.records)
+
+
+@pytest.mark.parametrize("garbage", [None, 7, "HIT", [None], [b"x", 3], iter([1])], ids=repr)
+def test_a_tier_that_answers_nonsense(garbage: Any) -> None:
+    answers = call_all(GuardedTier("odd", Broken(lambda: garbage)))
+    assert answers[0] is not Lookup.HIT and answers[0] is not Lookup.RETRY
+    assert answers[3] == [] and isinstance(answers[9], bool) and isinstance(answers[10], bool)
+    assert isinstance(answers[11], TierStats)
+
+
+def test_a_generator_that_raises_late() -> None:
+    def late() -> Iterable[bytes]:
+        yield KEY
+        raise OSError("late")
+
+    guard = GuardedTier("late", Broken(late))
+    assert list(guard.take_removed()) == []
+    assert guard.get_finished() == []
+    assert guard.stats().failures["raised-in-take_removed"] == 1
+
+
+def test_results_that_end_no_job_are_dropped() -> None:
+    results: list[Any] = []
+    tier = Broken(lambda: results)
+    guard = GuardedTier("chatty", tier)
+    guard.submit_load(job(5, KEY))
+    results[:] = [JobResult(4), JobResult(5), JobResult(5), None]
+    assert guard.get_finished() == [JobResult(5)]
+    results[:] = [JobResult(5)]
+    assert guard.get_finished() == []
+    tier.act = TierStats
+    assert guard.stats().failures == {"unknown-result": 4}
+
+
+def test_a_refused_job_ends_once() -> None:
+    """It raised after it took the job, and reports the job's end as well."""
+    tier = Broken(fail)
+    guard = GuardedTier("half", tier)
+    guard.submit_load(job(5, KEY))
+    tier.act = lambda: [JobResult(5)]
+    assert guard.get_finished() == [JobResult(5, {KEY: "raised-in-submit_load"})]
+    assert guard.get_finished() == []
+
+
+def test_interrupts_pass() -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        GuardedTier("any", Broken(interrupt)).lookup(KEY, REQUEST)
+
+
+def test_a_healthy_tier_is_passed_through() -> None:
+    context = TierContext("m", {}, {0: PageLayout((TensorSpec("kv", "U8", (4,)),), 1)})
+    inner = MemoryTier({"max_bytes": 4}, context)
+    guard = GuardedTier("memory", inner)
+    assert guard.inner is inner and guard.locality == "LOCAL"
+    guard.submit_store(job(1, KEY))
+    guard.submit_store(job(2, OTHER))
+    assert [(r.job_id, dict(r.failed), r.nbytes) for r in guard.get_finished()] == [
+        (1, {}, 4),
+        (2, {}, 4),
+    ]
+    assert list(guard.take_removed()) == [KEY]
+    assert guard.lookup(KEY, REQUEST) is Lookup.MISS
+    assert guard.lookup(OTHER, REQUEST) is Lookup.HIT
+    assert guard.stats() == inner.stats()
+    assert guard.drain(1) and guard.shutdown(1)
+    assert guard.lookup(OTHER, REQUEST) is Lookup.MISS
