@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -40,6 +39,7 @@ def smollm2(folder: Path) -> Path:
     gguf = find_gguf()
     # The weights are on this machine; the libraries need not ask a hub for newer ones.
     os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["TQDM_DISABLE"] = "1"  # their progress bars would break into the caller's
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
@@ -49,12 +49,9 @@ def smollm2(folder: Path) -> Path:
     model = AutoModelForCausalLM.from_config(read.config)
     model.load_state_dict(read.state_dict())
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    converting = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        model.save_pretrained(converting)
-        tokenizer.save_pretrained(converting)
-        converting.rename(folder)
-    finally:
-        shutil.rmtree(converting, ignore_errors=True)
-    return folder
+    converting = folder.with_name(f".{folder.name}.converting")
+    shutil.rmtree(converting, ignore_errors=True)  # what a killed run left
+    converting.mkdir(parents=True)
+    model.save_pretrained(converting)
+    tokenizer.save_pretrained(converting)
+    return converting.rename(folder)
