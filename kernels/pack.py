@@ -179,21 +179,22 @@ if triton is not None:
             row = tl.load(rows + page)
             in_head = tl.load(table + 2 * layer + 1) // WORD_BYTES + block * SLAB
 
+            # Every index comes straight from the word's number: the compiler does not see that
+            # words stay neighbours through a remainder of a remainder.
             word = tile * TILE + tl.arange(0, TILE)
             inside = word < HEADS * SLAB
             head = (word // SLAB).to(tl.int64)
-            in_slab = word % SLAB
             page_base = tl.multiple_of(pages + row * pitch + (OFFSET + in_head), ALIGNMENT)
-            page_words = page_base + (head * HEAD_PITCH + in_slab)
+            page_words = page_base + (head * HEAD_PITCH + word % SLAB)
             if block_id >= 0:
                 # 64 bits: strides pass 2^31 where layers or K and V lie outside the blocks
-                part = ((in_slab // PART) % PARTS).to(tl.int64)
-                token = (in_slab // (PART * PARTS)).to(tl.int64)
+                part = ((word // PART) % PARTS).to(tl.int64)
+                token = ((word // (PART * PARTS)) % ROWS).to(tl.int64)
                 cache = tl.load(table + 2 * layer).to(pages.dtype)
                 kernel_block = block_id * KERNEL_BLOCKS + block % KERNEL_BLOCKS
                 cache_base = tl.multiple_of(cache + kernel_block * BLOCK_STRIDE, ALIGNMENT)
                 outer = head * HEAD_STRIDE + token * ROW_STRIDE + part * PART_STRIDE
-                cache_words = cache_base + (outer + in_slab % PART)
+                cache_words = cache_base + (outer + word % PART)
                 if UNPACK:
                     tl.store(cache_words, tl.load(page_words, mask=inside), mask=inside)
                 else:

@@ -82,6 +82,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.real, self.model = Side(WORLDS[world]), Side(WORLDS[world])
         self.staged = StagedPipeline(self.real.groups, self.real.region, self.device, copy_torch)
         self.device.sealed = True
+        assert not any(stream.queue for stream in self.device.streams), "kernels not warm yet"
         assert self.device.pinned is self.real.region
         self.direct = CpuPipeline(self.model.groups, self.model.region)
         self.jobs: dict[int, tuple[set, set]] = {}  # blocks (group, id) and slots of each
