@@ -101,7 +101,7 @@ def collect_layers(
         # A packed cache comes as one tensor for all layers; it stays whole.
         if len(raw) != len(names):
             for index, tensor in enumerate(raw):
-                layers.append(_opaque_layer(f"{names[0]}+{index}", tensor, rank))
+                layers.append(_opaque_layer(f"{names[0]}+{index}", tensor, rank, blocks))
             groups[group.group_id] = layers
             continue
         for name, tensor in zip(names, raw, strict=True):
@@ -126,13 +126,15 @@ def _worker_layer(
     view = getattr(module, "kv_cache", None)
     spec = module.get_kv_cache_spec(vllm_config) if module is not None else None
     if not isinstance(view, torch.Tensor) or not isinstance(spec, AttentionSpec):
-        return _opaque_layer(name, raw, rank)
+        return _opaque_layer(name, raw, rank, blocks)
+    if view.shape[0] % blocks == 0:
+        raw = view  # vLLM's raw bytes are right only where a block is one run
     if view.dim() == 3:  # MLA binds its cache without the head axis
         view = view.unsqueeze(1)
     backend = module.get_attn_backend().get_name()
     heads = _heads_of(spec, rank)
     if heads is None or not _is_plain(spec, view, blocks):
-        return _opaque_layer(name, raw, rank)
+        return _opaque_layer(name, raw, rank, blocks)
     total, first, replicas, replica = heads
     if backend in _TOKEN_MAJOR_MLA or (backend in _TOKEN_MAJOR and not _is_mla(spec)):
         cache = token_major(name, _typed(view, vllm_config))
@@ -143,13 +145,13 @@ def _worker_layer(
         sizes = f"block{spec.block_size}/kernel{view.shape[2]}"
         order = f"cpu_attn/{isa}/{sizes}/{view.dtype}{_scales(module, view)}"
     else:
-        return _opaque_layer(name, raw, rank)
+        return _opaque_layer(name, raw, rank, blocks)
     cache = split_kernel_blocks(cache, blocks)
     return WorkerLayer(cache.shape(total), LocalLayer(cache, first, replicas, replica), order)
 
 
-def _opaque_layer(name: str, raw: torch.Tensor, rank: _Rank) -> WorkerLayer:
-    cache = opaque(name, raw)
+def _opaque_layer(name: str, raw: torch.Tensor, rank: _Rank, blocks: int) -> WorkerLayer:
+    cache = split_kernel_blocks(opaque(name, raw), blocks)
     return WorkerLayer(cache.shape(rank.ranks), LocalLayer(cache, rank.rank), "opaque")
 
 
