@@ -5,8 +5,8 @@ import os
 import shutil
 import socket
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ BAD = KEYS[1]  # its neighbours in the job must arrive
 
 OpenTier = Callable[..., FsTier]
 Spoil = Callable[[Path], None]
+AnotherUser = Callable[[], AbstractContextManager[None]]
 
 
 @pytest.fixture
@@ -211,19 +212,6 @@ def test_a_file_of_another_namespace(open_tier: OpenTier, paths: NamespacePaths)
     assert load(ours, [KEYS[0]])[0].failed == {KEYS[0]: "namespace"}
 
 
-@contextmanager
-def another_user() -> Iterator[None]:
-    """Without root's right to read everything."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
-
 def open_up(path: Path, root: Path) -> None:
     """Let another user in, down to `path`."""
     for directory in (path.parent, *path.parent.parents):
@@ -232,7 +220,11 @@ def open_up(path: Path, root: Path) -> None:
 
 
 def test_an_unreadable_file(
-    open_tier: OpenTier, paths: NamespacePaths, root: Path, bad_file: Path
+    open_tier: OpenTier,
+    paths: NamespacePaths,
+    root: Path,
+    bad_file: Path,
+    another_user: AnotherUser,
 ) -> None:
     open_up(bad_file, root)
     Path(paths.quarantine).mkdir(mode=0o777)
@@ -248,7 +240,7 @@ def test_an_unreadable_file(
 
 
 def test_a_bad_file_that_cannot_be_moved_is_not_believed(
-    open_tier: OpenTier, root: Path, bad_file: Path
+    open_tier: OpenTier, root: Path, bad_file: Path, another_user: AnotherUser
 ) -> None:
     SPOILT["flipped bit in the data"][0](bad_file)
     open_up(bad_file, root)

@@ -5,6 +5,7 @@ import json
 import os
 import socket
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +95,12 @@ def test_root_cannot_be_written(
     assert not [n for n in os.listdir(next(root.iterdir())) if n.endswith(".tmp")]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_root_belongs_to_somebody_else(open_tier: OpenTier) -> None:
-    with pytest.raises(TierConfigError, match="is not writable by this user"):
-        open_tier(root_dir="/kv")
+@pytest.mark.parametrize("root_dir", ["/", "/kv"])
+def test_root_belongs_to_somebody_else(
+    open_tier: OpenTier, another_user: Callable[[], AbstractContextManager[None]], root_dir: str
+) -> None:
+    with another_user(), pytest.raises(TierConfigError, match="is not writable by this user"):
+        open_tier(root_dir=root_dir)
 
 
 def test_a_full_disk_for_real(open_tier: OpenTier, small_disk: Path) -> None:
