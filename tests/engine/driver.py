@@ -46,7 +46,7 @@ def engine_environment(tp: int = 1) -> dict[str, str]:
     env.update(
         HF_HUB_OFFLINE="1",
         VLLM_CPU_KVCACHE_SPACE="1",
-        VLLM_CPU_OMP_THREADS_BIND="0|1" if tp == 2 else "nobind",
+        VLLM_CPU_OMP_THREADS_BIND="0|1" if tp == 2 else "auto",
         VLLM_NO_USAGE_STATS="1",
         PYTHONPATH=str(ROOT),
     )
