@@ -131,6 +131,10 @@ class TieringManager:
         self._promotion_started: dict[bytes, float] = {}
         self._offers: OrderedDict[bytes, int] = OrderedDict()
         self._events: list[Event] = []
+        # Ready pages that requests count on, and the step of the last one; oldest first
+        self._kept: OrderedDict[Entry, int] = OrderedDict()
+        self._step = 0
+        self._left_behind: list[NamedTier] = []  # did not stop in time; may still end jobs
         self._polled = False  # results were taken in this step
         self.counters: Counter[str] = Counter()
 
@@ -146,6 +150,7 @@ class TieringManager:
         entry = self.primary.get(key)
         if entry is not None:
             if entry.ready:
+                self._keep(entry)
                 self.counters["primary_hits"] += 1
                 return Answer.HIT
             if entry.writer is Writer.GPU or self._in_time(key):
@@ -193,22 +198,20 @@ class TieringManager:
             entries.append(entry)
         for entry in entries:
             self.primary.begin_read(entry, gpu=True)
-        self.primary.touch(keys)
-        for named in self.tiers:
-            named.tier.touch(keys, request)
+        self.touch(keys, request)
         self.counters["loaded_pages"] += len(entries)
         return [entry.slot for entry in entries]
 
     def complete_load(self, keys: Collection[bytes]) -> None:
         """The GPU has the pages."""
-        for key in keys:
-            entry = self.primary.get(key)
-            assert entry is not None, "a page held by prepare_load cannot leave"
+        entries = [entry for key in keys if (entry := self.primary.get(key)) is not None]
+        assert len(entries) == len(keys), "a page held by prepare_load cannot leave"
+        for entry in _tail_first(entries):
             self.primary.end_read(entry, gpu=True)
 
     def touch(self, keys: Collection[bytes], request: RequestView) -> None:
-        """The pages were used elsewhere, for example in GPU memory."""
-        self.primary.touch(keys)
+        """The pages, in prefix order, were used, perhaps elsewhere (in GPU memory)."""
+        self.primary.touch(reversed(list(keys)))
         for named in self.tiers:
             named.tier.touch(keys, request)
 
@@ -229,13 +232,16 @@ class TieringManager:
         """
         self._poll()
         ends = dict(keys)
-        wanted = self._offer([key for key in ends if self.primary.get(key) is None])
+        new = [key for key in ends if self.primary.get(key) is None]
+        wanted = [key for key in new if self._is_wanted(key)]
         taken = self.primary.allocate(
             [(key, ends[key]) for key in wanted], Writer.GPU, protected=ends
         )
         if taken is None:
             self.counters["store_no_room"] += 1
             return None
+        self._count_offers(new)
+        self.counters["stores_skipped"] += len(new) - len(wanted)
         entries, evicted = taken
         if entries:
             self._state(request).open_stores += 1
@@ -248,7 +254,7 @@ class TieringManager:
         """The GPU's pages of one plan have arrived: make them loadable, and cascade."""
         stored: list[Entry] = []
         entries = [entry for key in keys if (entry := self.primary.get(key)) is not None]
-        for entry in sorted(entries, key=lambda e: (key_group(e.key), e.end_token)):
+        for entry in _tail_first(entries):
             assert entry.writer is Writer.GPU
             good = self._valid(entry.slot)
             self.primary.finish_write(entry, good=good)
@@ -256,6 +262,7 @@ class TieringManager:
                 stored.append(entry)
             else:
                 self.counters["incomplete_pages"] += 1
+        stored.reverse()
         if stored:
             self.counters["stored_pages"] += len(stored)
             self._events.append(Event([e.key for e in stored], removed=False, tier=None))
@@ -283,6 +290,8 @@ class TieringManager:
         """A scheduler step ended: send off the promotions of the step as batches."""
         self._poll()
         self._polled = False
+        self._let_go(before=self._step)
+        self._step += 1
         for state in self._requests.values():
             state.awaits = False
         wanted, self._wanted = self._wanted, {}
@@ -328,6 +337,7 @@ class TieringManager:
             for entry in entries:
                 self.primary.finish_write(entry, good=False)
         self._wanted.clear()
+        self._let_go(before=self._step + 1)
         held = self.primary.reset()
         self._promotion_started.clear()
         self._offers.clear()
@@ -339,7 +349,11 @@ class TieringManager:
             self._forget_if_over(state)
         if not self._weights_fixed:
             self._stop_tiers()
-            self.tiers = tuple(self._open_tiers())
+            try:
+                self.tiers = tuple(self._open_tiers())
+            except Exception:  # the engine goes on, whatever a medium does
+                logger.exception("secondary tiers cannot be opened again: they are off")
+                self.tiers = ()
         return held
 
     def shutdown(self) -> None:
@@ -350,6 +364,7 @@ class TieringManager:
         for named in self.tiers:
             if not named.tier.shutdown(STOP_TIMEOUT_S):
                 logger.warning("tier %s did not stop within %g s", named.name, STOP_TIMEOUT_S)
+                self._left_behind.append(named)
         self._take_results()
 
     # -- inside -------------------------------------------------------------------
@@ -402,21 +417,35 @@ class TieringManager:
         self._wanted.setdefault((index, state.view.req_id), []).extend(entries)
         return Answer.PENDING
 
-    def _offer(self, keys: list[bytes]) -> list[bytes]:
-        """Count the offers of new keys; those offered often enough."""
-        threshold = self._config.store_threshold
-        if threshold <= 1:
-            return keys
-        wanted = []
+    def _is_wanted(self, key: bytes) -> bool:
+        """Whether the offer now being made is the one to store the key at."""
+        return self._offers.get(key, 0) + 1 >= self._config.store_threshold
+
+    def _count_offers(self, keys: list[bytes]) -> None:
+        if self._config.store_threshold <= 1:
+            return
         for key in keys:
-            count = self._offers.pop(key, 0) + 1
-            self._offers[key] = count
-            if count >= threshold:
-                wanted.append(key)
+            self._offers[key] = self._offers.pop(key, 0) + 1
         while len(self._offers) > self._config.max_tracker_size:
             self._offers.popitem(last=False)
-        self.counters["stores_skipped"] += len(keys) - len(wanted)
-        return wanted
+
+    def _keep(self, entry: Entry) -> None:
+        """No eviction of the page in this step and the next.
+
+        A page answered HIT must stay until it is loaded, and while a request waits for the
+        rest of its prefix: otherwise two prefixes could push each other out for ever.
+        """
+        if self._kept.pop(entry, None) is None:
+            self.primary.begin_read(entry, gpu=False)
+        self._kept[entry] = self._step
+
+    def _let_go(self, before: int) -> None:
+        """Give up the pages that no request counted on since the step `before`."""
+        old: list[Entry] = []
+        while self._kept and next(iter(self._kept.values())) < before:
+            old.append(self._kept.popitem(last=False)[0])
+        for entry in _tail_first(old):
+            self.primary.end_read(entry, gpu=False)
 
     def _submit(
         self, index: int, entries: dict[bytes, Entry], request: RequestView, *, promotion: bool
@@ -448,7 +477,7 @@ class TieringManager:
             self._take_results()
 
     def _take_results(self) -> None:
-        for named in self.tiers:
+        for named in (*self.tiers, *self._left_behind):
             for result in named.tier.get_finished():
                 self._end(result)
 
@@ -460,10 +489,10 @@ class TieringManager:
         self.counters[f"{direction}_failed:{name}"] += len(result.failed)
         self.counters[f"{direction}_bytes:{name}"] += result.nbytes
         if not job.promotion:
-            for entry in job.entries.values():
+            for entry in reversed(job.entries.values()):
                 self.primary.end_read(entry, gpu=False)
             stored = [key for key in job.entries if key not in result.failed]
-            if stored:
+            if stored and job.tier in self.tiers:
                 self._events.append(Event(stored, removed=False, tier=job.tier))
             return
         arrived: list[bytes] = []
@@ -478,8 +507,15 @@ class TieringManager:
                     state.failed.add((self._index(job.tier), key))
                     state.sources.pop(key, None)
             self.primary.finish_write(entry, good=good)
+            if entry.attached:
+                self._keep(entry)
         if arrived:
             self._events.append(Event(arrived, removed=False, tier=None))
 
     def _index(self, tier: NamedTier) -> int:
         return self.tiers.index(tier)
+
+
+def _tail_first(entries: Iterable[Entry]) -> list[Entry]:
+    """The end of a prefix first: it is evicted first, as without its start it is useless."""
+    return sorted(entries, key=lambda entry: (key_group(entry.key), entry.end_token), reverse=True)

@@ -117,6 +117,8 @@ class KVStrataManager(OffloadingManager):
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
         self._release_held()
         self._manager.on_step_end()
+        if not self._events:
+            self._manager.take_events()  # nobody may ask for them, and they must not pile up
 
     def has_pending_work(self) -> bool:
         return bool(self._held) or self._manager.has_pending_work()

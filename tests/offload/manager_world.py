@@ -1,0 +1,75 @@
+"""A manager without an engine: pages in plain memory, a clock that stands still."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from kvstrata.offload.config import OffloadConfig
+from kvstrata.offload.manager import Answer, NamedTier, TieringManager
+from kvstrata.tiers.base import PageLayout, RequestView, SecondaryTier, TensorSpec, TierContext
+
+PAGE = 16  # bytes
+TOKENS = 32
+LAYOUTS = {group: PageLayout((TensorSpec("kv", "U8", (PAGE,)),), TOKENS) for group in (0, 1)}
+CONTEXT = TierContext("model", {}, LAYOUTS)
+
+
+def chunk(prefix: int, index: int, group: int = 0) -> tuple[bytes, int]:
+    """Key and end token of a prefix's chunk."""
+    return bytes([0xAA, prefix, index]) + group.to_bytes(4, "big"), (index + 1) * TOKENS
+
+
+def content(key: bytes, epoch: int = 0) -> bytes:
+    """The bytes that a key stands for; `epoch` counts changes of the weights."""
+    return (key + bytes([epoch]) + key)[:PAGE].ljust(PAGE, b"\x55")
+
+
+@dataclass
+class World:
+    """A `TieringManager`, its slots and its clock."""
+
+    tiers: Sequence[SecondaryTier]
+    slots: int = 8
+    config: OffloadConfig = field(default_factory=lambda: OffloadConfig(cpu_bytes=1))
+    weights_fixed: bool = True
+    reopen: Callable[[], Sequence[SecondaryTier]] | None = None
+
+    def __post_init__(self) -> None:
+        self.memory = [bytearray(b"\xee" * PAGE) for _ in range(self.slots)]
+        self.incomplete: set[int] = set()
+        self.now = 0.0
+        self.opened = 0
+        self.manager = TieringManager(
+            self.config,
+            self.slots,
+            lambda slot, group: memoryview(self.memory[slot]),
+            lambda slot: slot not in self.incomplete,
+            self._open,
+            weights_fixed=self.weights_fixed,
+            clock=lambda: self.now,
+        )
+
+    def _open(self) -> list[NamedTier]:
+        tiers = self.reopen() if self.opened and self.reopen else self.tiers
+        self.opened += 1
+        return [NamedTier(f"tier{index}", tier, "STORAGE") for index, tier in enumerate(tiers)]
+
+    def request(self, req_id: str = "r", tiers: frozenset[str] | None = None) -> RequestView:
+        view = RequestView(req_id, {}, tiers)
+        self.manager.on_new_request(view)
+        return view
+
+    def lookup(self, item: tuple[bytes, int], request: RequestView) -> Answer:
+        return self.manager.lookup(*item, request)
+
+    def store(self, items: Sequence[tuple[bytes, int]], request: RequestView) -> None:
+        """Store the pages for good, GPU transfer included."""
+        plan = self.manager.prepare_store(items, request)
+        assert plan is not None
+        for key, slot in zip(plan.keys, plan.slots, strict=True):
+            self.memory[slot][:] = content(key)
+        if plan.keys:
+            self.manager.complete_store(set(plan.keys), request)
+
+    def step(self, times: int = 1) -> None:
+        for _ in range(times):
+            self.manager.on_step_end()

@@ -1,0 +1,687 @@
+"""The manager, one behaviour at a time. Random histories are in test_manager_histories.py."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from kvstrata.offload import manager as manager_module
+from kvstrata.offload.config import OffloadConfig
+from kvstrata.offload.guard import GuardedTier
+from kvstrata.offload.manager import Answer, Event, TieringManager
+from kvstrata.tiers.base import Job, JobResult, Lookup, RequestView, SecondaryTier
+from kvstrata.tiers.memory import MemoryTier
+from kvstrata.tiers.testing import FaultyTier, SlowTier
+from tests.offload.manager_world import CONTEXT, TOKENS, World, chunk, content
+
+HIT, MISS, PENDING, RETRY = Answer.HIT, Answer.MISS, Answer.PENDING, Answer.RETRY
+ITEMS = [chunk(0, index) for index in range(6)]
+KEYS = [key for key, _ in ITEMS]
+
+
+class Recorder(MemoryTier):
+    """A memory tier that remembers what it was told."""
+
+    def __init__(self, *items: tuple[bytes, int]) -> None:
+        super().__init__({}, CONTEXT)
+        self.jobs: list[tuple[str, Job]] = []
+        self.hooks: list[tuple[str, object]] = []
+        for key, _ in items:
+            self._pages[key] = content(key)
+
+    def submit_store(self, job: Job) -> None:
+        self.jobs.append(("store", job))
+        super().submit_store(job)
+
+    def submit_load(self, job: Job) -> None:
+        self.jobs.append(("load", job))
+        super().submit_load(job)
+
+    def touch(self, keys: Sequence[bytes], request: RequestView) -> None:  # type: ignore[override]
+        self.hooks.append(("touch", list(keys)))
+
+    def on_new_request(self, request: RequestView) -> None:
+        self.hooks.append(("new", request.req_id))
+
+    def on_request_finished(self, request: RequestView) -> None:
+        self.hooks.append(("finished", request.req_id))
+
+    def on_step_end(self) -> None:
+        self.hooks.append(("step", None))
+
+    def submitted(self) -> list[tuple[str, str, list[bytes]]]:
+        return [
+            (kind, job.request.req_id, [page.key for page in job.pages]) for kind, job in self.jobs
+        ]
+
+
+class Undecided(Recorder):
+    """Answers RETRY for the keys in `unknown`."""
+
+    def __init__(self, *items: tuple[bytes, int]) -> None:
+        super().__init__(*items)
+        self.unknown: set[bytes] = set()
+
+    def lookup(self, key: bytes, request: RequestView) -> Lookup:
+        return Lookup.RETRY if key in self.unknown else super().lookup(key, request)
+
+
+def config(**more: object) -> OffloadConfig:
+    return OffloadConfig(cpu_bytes=1, **more)  # type: ignore[arg-type]
+
+
+def assert_nothing_is_left(manager: TieringManager) -> None:
+    """No state of finished requests, jobs and promotions; all slots can be had."""
+    manager.on_step_end()
+    manager.on_step_end()
+    assert not manager._requests and not manager._wanted and not manager._jobs
+    assert not manager._promotion_started and not manager._kept
+    assert manager.primary.free + manager.primary.idle == manager.primary.slots
+    assert manager.primary.promoting == 0 and not manager.has_pending_work()
+
+
+# -- store and cascade ------------------------------------------------------------
+
+
+def test_a_stored_page_is_hit_and_cascades_to_every_tier() -> None:
+    tiers = [Recorder(), Recorder(), Recorder()]
+    world = World(tiers)
+    request = world.request()
+    plan = world.manager.prepare_store(ITEMS[:3], request)
+    assert plan is not None and plan.keys == KEYS[:3] and plan.evicted == []
+    assert world.lookup(ITEMS[0], request) is PENDING, "it is being written"
+    assert all(not tier.jobs for tier in tiers), "nothing cascades before the GPU is done"
+    for key, slot in zip(plan.keys, plan.slots, strict=True):
+        world.memory[slot][:] = content(key)
+    world.manager.complete_store(set(plan.keys), request)
+    assert [world.lookup(item, request) for item in ITEMS[:4]] == [HIT, HIT, HIT, MISS]
+    for tier in tiers:
+        assert tier.submitted() == [("store", "r", KEYS[:3])], "in prefix order"
+        pages = tier.jobs[0][1].pages
+        assert [page.end_token for page in pages] == [TOKENS, 2 * TOKENS, 3 * TOKENS]
+        assert [page.slot for page in pages] == plan.slots
+        assert tier._pages == {key: content(key) for key in KEYS[:3]}
+
+
+def test_groups_cascade_with_their_index() -> None:
+    tier = Recorder()
+    world = World([tier])
+    items = [chunk(0, 0, group=1), chunk(0, 1, group=0), chunk(0, 0, group=0)]
+    world.store(items, world.request())
+    pages = [(page.group, page.end_token) for page in tier.jobs[0][1].pages]
+    assert pages == [(0, TOKENS), (0, 2 * TOKENS), (1, TOKENS)]
+
+
+def test_present_pages_are_not_stored_again_nor_evicted_for_the_rest() -> None:
+    world = World([], slots=2)
+    request = world.request()
+    world.store(ITEMS[:2], request)
+    assert world.manager.prepare_store(ITEMS[:2], request) == ([], [], [])
+    world.step(2)
+    plan = world.manager.prepare_store(ITEMS[1:3], request)
+    assert plan is not None and plan.keys == KEYS[2:3] and plan.evicted == KEYS[:1]
+
+
+def test_no_room() -> None:
+    world = World([], slots=2)
+    request = world.request()
+    plan = world.manager.prepare_store(ITEMS[:2], request)
+    assert plan is not None
+    assert world.manager.prepare_store(ITEMS[2:3], request) is None
+    assert world.manager.counters["store_no_room"] == 1
+    world.manager.complete_store(plan.keys, request)
+    assert world.manager.prepare_store(ITEMS[2:3], request) is not None
+
+
+def test_incomplete_pages_go_no_further() -> None:
+    tier = Recorder()
+    world = World([tier])
+    request = world.request()
+    plan = world.manager.prepare_store(ITEMS[:3], request)
+    assert plan is not None
+    world.incomplete = {plan.slots[1]}
+    world.manager.complete_store(plan.keys, request)
+    assert tier.submitted() == [("store", "r", [KEYS[0], KEYS[2]])]
+    assert [world.lookup(item, request) for item in ITEMS[:3]] == [HIT, MISS, HIT]
+    assert world.manager.counters["incomplete_pages"] == 1
+    stored = [event for event in world.manager.take_events() if event.tier is None]
+    assert stored == [Event([KEYS[0], KEYS[2]], False, None)]
+    world.manager.on_request_finished(request)
+    assert_nothing_is_left(world.manager)
+    assert world.manager.primary.free == 6
+
+
+def test_pages_being_cascaded_are_not_evicted() -> None:
+    slow = SlowTier(Recorder(), polls=1000)
+    world = World([slow], slots=2)
+    request = world.request()
+    world.store(ITEMS[:2], request)
+    world.step(3)
+    assert world.manager.prepare_store(ITEMS[2:3], request) is None
+    assert slow.drain(0)
+    world.step()
+    assert world.manager.prepare_store(ITEMS[2:3], request) is not None
+
+
+def test_the_end_of_a_prefix_is_evicted_first() -> None:
+    world = World([Recorder()], slots=4)
+    request = world.request()
+    world.store(ITEMS[:4], request)
+    world.step(3)
+    plan = world.manager.prepare_store([chunk(1, 0), chunk(1, 1)], request)
+    assert plan is not None and plan.evicted == [KEYS[3], KEYS[2]]
+
+
+def test_the_end_of_a_loaded_prefix_is_evicted_first() -> None:
+    world = World([], slots=5)
+    request = world.request()
+    world.store(ITEMS[:4], request)
+    world.store([chunk(1, 0)], request)
+    assert all(world.lookup(item, request) is HIT for item in ITEMS[:4])
+    world.manager.prepare_load(KEYS[:4], request)
+    world.manager.complete_load(set(KEYS[:4]))
+    world.step(3)
+    plan = world.manager.prepare_store([chunk(2, 0), chunk(2, 1)], request)
+    assert plan is not None and plan.evicted == [chunk(1, 0)[0], KEYS[3]]
+
+
+@pytest.mark.parametrize(("threshold", "stored_at"), [(0, 1), (1, 1), (2, 2), (3, 3)])
+def test_store_threshold(threshold: int, stored_at: int) -> None:
+    world = World([], config=config(store_threshold=threshold))
+    for offer in range(1, 5):
+        plan = world.manager.prepare_store(ITEMS[:2], world.request(f"r{offer}"))
+        assert plan is not None
+        assert plan.keys == (KEYS[:2] if offer == stored_at else [])
+
+
+def test_an_offer_that_finds_no_room_is_not_counted() -> None:
+    """vLLM repeats it in the next step, for the same request."""
+    world = World([], slots=1, config=config(store_threshold=2))
+    request = world.request()
+    assert world.manager.prepare_store(ITEMS[:1], request) == ([], [], [])
+    first = world.manager.prepare_store(ITEMS[:1], request)
+    assert first is not None and first.keys == KEYS[:1]
+    assert world.manager.prepare_store(ITEMS[1:2], request) == ([], [], [])
+    assert world.manager.prepare_store([*ITEMS[1:3]], request) is None
+    world.manager.complete_store(first.keys, request)
+    again = world.manager.prepare_store(ITEMS[2:3], request)
+    assert again is not None and again.keys == [], "its first offer that counts"
+
+
+def test_max_tracker_size_forgets_the_oldest() -> None:
+    world = World([], config=config(store_threshold=2, max_tracker_size=2))
+    request = world.request()
+    for item in ITEMS[:3]:
+        world.manager.prepare_store([item], request)
+    assert len(world.manager._offers) == 2
+    plans = [world.manager.prepare_store([item], request) for item in (ITEMS[2], ITEMS[0])]
+    assert [plan and plan.keys for plan in plans] == [[KEYS[2]], []]
+
+
+# -- look-up and promotion --------------------------------------------------------
+
+
+def test_promotion_is_staged() -> None:
+    tier = SlowTier(Recorder(*ITEMS[:2]))
+    world = World([tier])
+    request = world.request()
+    assert world.lookup(ITEMS[0], request) is PENDING
+    assert world.manager.has_pending_work()
+    tier.hang()
+    world.step(3)
+    assert world.lookup(ITEMS[0], request) is PENDING, "the tier is at it"
+    tier.release()
+    world.step()
+    assert world.lookup(ITEMS[0], request) is HIT
+    assert world.manager.source(KEYS[0], request) == "tier0"
+    (slot,) = world.manager.prepare_load(KEYS[:1], request)
+    assert world.memory[slot] == content(KEYS[0])
+    assert world.lookup(ITEMS[2], request) is MISS
+    assert world.manager.source(KEYS[2], request) is None
+
+
+def test_one_batch_per_tier_and_request_in_prefix_order() -> None:
+    near, far = Recorder(*ITEMS[:4:2]), Recorder(*ITEMS[:4])
+    world = World([near, far], slots=16, config=config(promotion_fraction=1.0))
+    one, two = world.request("one"), world.request("two")
+    assert [world.lookup(item, one) for item in ITEMS[:3]] == [PENDING] * 3
+    assert [world.lookup(item, two) for item in ITEMS[:5]] == [PENDING] * 4 + [MISS]
+    assert not near.jobs and not far.jobs, "sent at the end of the step"
+    world.step()
+    assert near.submitted() == [("load", "one", [KEYS[0], KEYS[2]])]
+    assert far.submitted() == [("load", "one", [KEYS[1]]), ("load", "two", [KEYS[3]])]
+    assert [page.end_token for page in near.jobs[0][1].pages] == [TOKENS, 3 * TOKENS]
+    world.step()
+    assert [world.lookup(item, two) for item in ITEMS[:5]] == [HIT] * 4 + [MISS]
+
+
+def test_tiers_that_a_request_excludes_are_not_asked() -> None:
+    tiers = [Recorder(*ITEMS), Recorder(*ITEMS)]
+    world = World(tiers)
+    second, none = world.request("2", frozenset({"tier1"})), world.request("0", frozenset())
+    assert world.lookup(ITEMS[0], none) is MISS
+    assert world.lookup(ITEMS[0], second) is PENDING
+    world.step()
+    assert not tiers[0].jobs and tiers[1].submitted() == [("load", "2", KEYS[:1])]
+    assert "lookups" not in tiers[0].stats().counters
+
+
+def test_quota_of_promotions() -> None:
+    tier = SlowTier(Recorder(*ITEMS), polls=1)
+    world = World([tier], slots=8, config=config(promotion_fraction=0.3))
+    request = world.request()
+    answers = [world.lookup(item, request) for item in ITEMS[:4]]
+    assert answers == [PENDING, PENDING, MISS, MISS], "the start of the prefix goes first"
+    assert world.manager.primary.promoting == 2
+    assert world.manager.counters["promotion_no_room"] == 2
+    world.step(3)
+    answers = [world.lookup(item, request) for item in ITEMS[:5]]
+    assert answers == [HIT, HIT, PENDING, PENDING, MISS]
+
+
+def test_the_least_quota_is_one_page() -> None:
+    world = World([Recorder(*ITEMS)], slots=2, config=config(promotion_fraction=0.001))
+    request = world.request()
+    assert [world.lookup(item, request) for item in ITEMS[:2]] == [PENDING, MISS]
+
+
+def test_nothing_is_reserved_behind_an_undecided_key() -> None:
+    tier = Undecided(*ITEMS)
+    world = World([tier])
+    request = world.request()
+    tier.unknown = {KEYS[1]}
+    answers = [world.lookup(item, request) for item in ITEMS[:4]]
+    assert answers == [PENDING, RETRY, RETRY, RETRY]
+    world.step(2)
+    assert tier.submitted() == [("load", "r", KEYS[:1])]
+    assert world.manager.primary.free == 7
+    tier.unknown = set()
+    assert [world.lookup(item, request) for item in ITEMS[:4]] == [HIT, *[PENDING] * 3]
+
+
+def test_a_later_tier_does_not_overtake_an_undecided_one() -> None:
+    near, far = Undecided(*ITEMS), Recorder(*ITEMS)
+    near.unknown = set(KEYS)
+    world = World([near, far])
+    request = world.request()
+    assert world.lookup(ITEMS[0], request) is RETRY
+    near.unknown = set()
+    world.step()
+    assert world.lookup(ITEMS[0], request) is PENDING
+    world.step()
+    assert near.jobs and not far.jobs
+
+
+def test_lookup_deadline() -> None:
+    near, far = Undecided(*ITEMS), Recorder(*ITEMS[:1])
+    near.unknown = set(KEYS)
+    world = World([near, far], config=config(lookup_deadline_s=1.0))
+    request = world.request()
+    assert world.lookup(ITEMS[0], request) is RETRY
+    world.step()
+    world.now = 0.999
+    assert world.lookup(ITEMS[0], request) is RETRY
+    world.step()
+    world.now = 1.0
+    assert world.lookup(ITEMS[0], request) is PENDING, "the next tier has it"
+    near.unknown = set()
+    assert world.lookup(ITEMS[1], request) is MISS, "this request asks the tier no more"
+    assert world.manager.counters["lookup_timeouts"] == 1
+    assert world.lookup(ITEMS[1], world.request("another")) is PENDING
+
+
+def test_promotion_deadline() -> None:
+    tier = SlowTier(Recorder(*ITEMS[:1]))
+    world = World([tier], config=config(promotion_deadline_s=10.0))
+    request = world.request()
+    assert world.lookup(ITEMS[0], request) is PENDING
+    tier.hang()
+    world.step()
+    world.now = 9.9
+    assert world.lookup(ITEMS[0], request) is PENDING and world.manager.has_pending_work()
+    world.now = 10.0
+    assert world.lookup(ITEMS[0], request) is MISS
+    assert not world.manager.has_pending_work(), "a hung job does not keep the engine stepping"
+    assert world.manager.primary.promoting == 1, "the tier may still write the slot"
+    assert world.manager.prepare_store(ITEMS[:1], request) == ([], [], [])
+    tier.release()
+    world.step(2)
+    assert world.lookup(ITEMS[0], request) is HIT, "late is better than never"
+    assert world.manager.primary.promoting == 0
+
+
+def test_a_hung_store_does_not_keep_the_engine_stepping_for_ever() -> None:
+    tier = SlowTier(Recorder())
+    tier.hang()
+    world = World([tier])
+    world.store(ITEMS[:1], world.request())
+    assert world.manager.has_pending_work()
+    world.now = manager_module.STORE_PATIENCE_S
+    assert not world.manager.has_pending_work()
+
+
+def test_a_failed_page_is_a_miss_for_the_request_but_not_its_neighbours() -> None:
+    tier = FaultyTier(
+        Recorder(*ITEMS[:3]), lambda op, key: "bad" if (op, key) == ("load", KEYS[1]) else None
+    )
+    world = World([tier])
+    request = world.request()
+    for item in ITEMS[:3]:
+        assert world.lookup(item, request) is PENDING
+    world.step(2)
+    for _ in range(3):
+        assert [world.lookup(item, request) for item in ITEMS[:3]] == [HIT, MISS, HIT]
+        world.step()
+    assert world.manager.source(KEYS[1], request) is None
+    assert world.manager.counters["promoted_failed:tier0"] == 1, "no loop"
+    assert world.lookup(ITEMS[1], world.request("another")) is PENDING
+    assert world.manager.primary.free == 5
+
+
+def test_a_failed_page_is_tried_at_the_next_tier() -> None:
+    near = FaultyTier(Recorder(*ITEMS[:1]), lambda op, key: "bad" if op == "load" else None)
+    world = World([near, Recorder(*ITEMS[:1])])
+    request = world.request()
+    assert world.lookup(ITEMS[0], request) is PENDING
+    world.step(2)
+    assert world.lookup(ITEMS[0], request) is PENDING
+    world.step(2)
+    assert world.lookup(ITEMS[0], request) is HIT
+    assert world.manager.source(KEYS[0], request) == "tier1"
+
+
+def test_a_broken_tier_costs_hits_only() -> None:
+    class Broken(Recorder):
+        def submit_load(self, job: Job) -> None:
+            raise OSError("gone")
+
+        submit_store = submit_load
+
+    world = World([GuardedTier("broken", Broken(*ITEMS)), Recorder()])
+    request = world.request()
+    assert world.lookup(ITEMS[0], request) is PENDING
+    world.step(2)
+    assert world.lookup(ITEMS[0], request) is MISS
+    world.store(ITEMS[:1], request)
+    assert world.lookup(ITEMS[0], request) is HIT
+    world.step(2)
+    assert world.manager.counters["cascaded_failed:tier0"] == 1
+    world.manager.on_request_finished(request)
+    assert_nothing_is_left(world.manager)
+
+
+# -- pages that are counted on ----------------------------------------------------
+
+
+def test_a_hit_is_not_evicted_before_it_can_be_loaded() -> None:
+    """vLLM may load it although a later look-up of the same scan began a promotion."""
+    world = World([Recorder(*ITEMS)], slots=2, config=config(promotion_fraction=1.0))
+    request = world.request()
+    world.store(ITEMS[:2], request)
+    world.step(2)
+    answers = [world.lookup(item, request) for item in ITEMS[:3]]
+    assert answers == [HIT, HIT, MISS], "the third page must not push out the others"
+    assert world.manager.prepare_store([chunk(1, 0)], world.request("another")) is None
+    assert len(world.manager.prepare_load(KEYS[:2], request)) == 2
+
+
+def vllm_asks(world: World, items: Sequence[tuple[bytes, int]], request: RequestView) -> int | None:
+    """vLLM's look-up of a prefix: how many pages it would load; None to ask again later."""
+    hits, deferred = 0, False
+    for item in items:
+        answer = world.lookup(item, request)
+        if answer is MISS:
+            break
+        hits += answer is not RETRY
+        deferred |= answer is not HIT
+    return None if deferred else hits
+
+
+@pytest.mark.parametrize("policy", ["lru", "arc"])
+@pytest.mark.parametrize("fraction", [0.3, 0.5, 1.0])
+def test_prefixes_larger_than_the_primary_tier_come_to_an_end(policy: str, fraction: float) -> None:
+    """Two requests must not push out each other's pages, or their own, for ever."""
+    items = [[chunk(prefix, index) for index in range(20)] for prefix in range(2)]
+    world = World(
+        [Recorder(*items[0], *items[1])],
+        slots=10,
+        config=config(promotion_fraction=fraction, eviction_policy=policy),
+    )
+    waiting = {prefix: world.request(str(prefix)) for prefix in range(2)}
+    loaded = {}
+    for _ in range(60):
+        for prefix, request in list(waiting.items()):
+            hits = vllm_asks(world, items[prefix], request)
+            if hits is not None:
+                keys = [key for key, _ in items[prefix][:hits]]
+                slots = world.manager.prepare_load(keys, request)
+                assert [bytes(world.memory[s]) for s in slots] == [content(k) for k in keys]
+                world.manager.complete_load(set(keys))
+                loaded[prefix] = hits
+                del waiting[prefix]
+        world.step()
+    assert not waiting
+    assert max(loaded.values()) >= 5, "as much as fits is used"
+
+
+def test_pages_are_given_up_when_nobody_asks_any_more() -> None:
+    world = World([], slots=1)
+    request = world.request()
+    world.store(ITEMS[:1], request)
+    assert world.lookup(ITEMS[0], request) is HIT
+    world.step()
+    assert world.manager.prepare_store(ITEMS[1:2], request) is None
+    world.step()
+    assert world.manager.prepare_store(ITEMS[1:2], request) is not None
+
+
+def test_load_of_a_page_that_is_not_ready() -> None:
+    world = World([Recorder(*ITEMS)])
+    request = world.request()
+    world.store(ITEMS[1:2], request)
+    world.lookup(ITEMS[0], request)
+    for keys in (KEYS[:2], [KEYS[1], KEYS[5]]):
+        with pytest.raises(KeyError, match="not ready"):
+            world.manager.prepare_load(keys, request)
+    world.step(3)
+    assert world.manager.primary.idle == 2, "nothing is held by a load that was refused"
+
+
+def test_loaded_pages_are_touched_everywhere() -> None:
+    tier = Recorder()
+    world = World([tier])
+    request = world.request()
+    world.store(ITEMS[:2], request)
+    world.manager.prepare_load(KEYS[:2], request)
+    world.manager.touch(KEYS[2:3], request)
+    assert [told for hook, told in tier.hooks if hook == "touch"] == [KEYS[:2], KEYS[2:3]]
+
+
+# -- requests ---------------------------------------------------------------------
+
+
+def test_tiers_hear_of_the_end_when_nothing_more_will_be_submitted() -> None:
+    tier = Recorder()
+    world = World([tier])
+    request = world.request()
+    plan = world.manager.prepare_store(ITEMS[:1], request)
+    assert plan is not None
+    world.manager.on_request_finished(request)
+    assert tier.hooks == [("new", "r")]
+    world.manager.complete_store(plan.keys, request)
+    assert tier.hooks == [("new", "r"), ("finished", "r")] and len(tier.jobs) == 1
+    assert_nothing_is_left(world.manager)
+
+
+def test_no_state_is_kept_of_requests_and_jobs() -> None:
+    tier = Undecided(*ITEMS)
+    world = World([SlowTier(tier, polls=2)], slots=3)
+    for number in range(50):
+        request = world.request(f"r{number}")
+        tier.unknown = {KEYS[number % 6]}
+        for item in ITEMS:
+            world.lookup(item, request)
+        world.store([chunk(9, number)], request) if world.manager.primary.free else None
+        if number % 3:
+            world.step(number % 4)
+            world.now += 1.0
+        world.manager.on_request_finished(request)
+    world.step(10)
+    assert_nothing_is_left(world.manager)
+
+
+def test_events() -> None:
+    tier = Recorder(*ITEMS[3:4])
+    world = World([tier], slots=2)
+    request = world.request()
+    (named,) = world.manager.tiers
+    world.store(ITEMS[:2], request)
+    assert list(world.manager.take_events()) == [Event(KEYS[:2], False, None)]
+    world.step(2)
+    assert list(world.manager.take_events()) == [Event(KEYS[:2], False, named)]
+    assert world.lookup(ITEMS[3], request) is PENDING
+    assert list(world.manager.take_events()) == [Event([KEYS[1]], True, None)]
+    world.step(2)
+    assert list(world.manager.take_events()) == [Event([KEYS[3]], False, None)]
+    tier._removed.append(KEYS[0])
+    assert list(world.manager.take_events()) == [Event([KEYS[0]], True, named)]
+    assert list(world.manager.take_events()) == []
+
+
+# -- reset and shutdown -----------------------------------------------------------
+
+
+def test_reset_keeps_the_secondary_tiers_of_fixed_weights() -> None:
+    tier = Recorder()
+    world = World([tier])
+    request = world.request()
+    world.store(ITEMS[:2], request)
+    assert world.manager.reset() == []
+    assert len(world.manager.primary) == 0 and world.manager.primary.free == 8
+    assert world.manager.tiers[0].tier is tier and list(world.manager.take_events()) == []
+    assert world.lookup(ITEMS[0], request) is PENDING
+    world.step(2)
+    assert world.lookup(ITEMS[0], request) is HIT
+
+
+def test_reset_opens_the_tiers_anew_when_weights_change() -> None:
+    old, new = Recorder(), Recorder()
+    world = World([old], weights_fixed=False, reopen=lambda: [new])
+    request = world.request()
+    world.store(ITEMS[:2], request)
+    world.manager.reset()
+    assert world.manager.tiers[0].tier is new
+    assert world.lookup(ITEMS[0], request) is MISS
+    assert old.lookup(KEYS[0], request) is Lookup.MISS, "it was shut down"
+
+
+def test_reset_survives_tiers_that_cannot_be_opened_again() -> None:
+    def gone() -> Sequence[SecondaryTier]:
+        raise OSError("the disk is gone")
+
+    world = World([Recorder()], weights_fixed=False, reopen=gone)
+    request = world.request()
+    world.manager.reset()
+    world.store(ITEMS[:1], request)
+    assert world.manager.tiers == () and world.lookup(ITEMS[0], request) is HIT
+
+
+@pytest.mark.parametrize("weights_fixed", [True, False])
+def test_reset_with_jobs_in_flight(weights_fixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slots that the GPU or a hung tier may still write find no new owner."""
+    monkeypatch.setattr(manager_module, "STOP_TIMEOUT_S", 0.01)
+    tier = SlowTier(Recorder(chunk(7, 0)))
+    world = World([tier], slots=6, weights_fixed=weights_fixed, reopen=lambda: [Recorder()])
+    request = world.request()
+    world.store(ITEMS[:1], request)
+    world.step()
+    assert world.lookup(chunk(7, 0), request) is PENDING
+    tier.hang()
+    world.step()  # a promotion hangs
+    world.store(ITEMS[1:2], request)  # a cascade hangs
+    plan = world.manager.prepare_store(ITEMS[2:3], request)  # the GPU writes
+    assert plan is not None
+    (read,) = world.manager.prepare_load(KEYS[:1], request)  # the GPU reads
+    reserved = world.manager.primary.promoting
+    held = world.manager.reset()
+    assert sorted(entry.slot for entry in held) == sorted([read, *plan.slots])
+    assert world.manager.primary.free == 2 and world.manager.primary.promoting == reserved == 1
+    taken = world.manager.prepare_store([chunk(3, 0), chunk(3, 1)], request)
+    assert taken is not None
+    busy = {read, *plan.slots}
+    assert not busy & set(taken.slots)
+    assert world.manager.prepare_store([chunk(3, 2)], request) is None
+    for entry in held:
+        world.manager.primary.end_gpu(entry)
+    assert world.manager.primary.free == 2
+    tier.release()
+    world.step(3)
+    assert world.manager.primary.free == 4, "also those of a tier that was replaced"
+    world.manager.complete_store(taken.keys, request)
+    world.manager.on_request_finished(request)
+    assert_nothing_is_left(world.manager)
+
+
+def test_reset_gives_back_what_was_reserved_in_the_step() -> None:
+    world = World([Recorder(*ITEMS)])
+    request = world.request()
+    assert world.lookup(ITEMS[0], request) is PENDING
+    world.manager.reset()
+    world.manager.on_request_finished(request)
+    assert_nothing_is_left(world.manager)
+    assert world.manager.primary.free == 8
+
+
+def test_reset_forgets_finished_requests_with_stores_under_way() -> None:
+    """vLLM reports no completions of transfers from before a reset."""
+    world = World([])
+    request = world.request()
+    plan = world.manager.prepare_store(ITEMS[:1], request)
+    assert plan is not None
+    world.manager.on_request_finished(request)
+    for entry in world.manager.reset():
+        world.manager.primary.end_gpu(entry)
+    assert_nothing_is_left(world.manager)
+
+
+@pytest.mark.parametrize("call", [TieringManager.reset, TieringManager.shutdown])
+def test_a_hung_tier_bounds_reset_and_shutdown(
+    call: Callable[[TieringManager], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manager_module, "STOP_TIMEOUT_S", 0.25)
+    given: list[float] = []
+
+    class Hung(Recorder):
+        def drain(self, timeout_s: float) -> bool:
+            given.append(timeout_s)
+            return False
+
+        def shutdown(self, timeout_s: float) -> bool:
+            given.append(timeout_s)
+            return False
+
+    world = World([Hung(), Hung()])
+    call(world.manager)
+    assert given == [0.25, 0.25]
+
+
+def test_shutdown_takes_the_last_results() -> None:
+    tier = SlowTier(Recorder(), polls=100)
+    world = World([tier])
+    request = world.request()
+    world.store(ITEMS[:1], request)
+    world.manager.on_request_finished(request)
+    world.manager.shutdown()
+    world.manager.shutdown()
+    assert_nothing_is_left(world.manager)
+
+
+def test_results_of_unguarded_strangers_are_errors() -> None:
+    """Only the guard may be lenient: here a wrong job id is a bug."""
+
+    class Stranger(Recorder):
+        def get_finished(self) -> Sequence[JobResult]:
+            return [JobResult(77)]
+
+    with pytest.raises(KeyError):
+        World([Stranger()]).step()
+    World([GuardedTier("stranger", Stranger())]).step()
