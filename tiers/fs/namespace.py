@@ -16,6 +16,7 @@ from kvstrata.tiers.fs.layout import NamespacePaths, directory_name
 from kvstrata.tiers.fs.temporary import temporary_name
 
 _MAX_CONFIG_BYTES = 2**20
+_MAX_CONFIG_DEPTH = 32  # of nested values; far above any namespace, below Python's recursion limit
 
 
 def canonical_json(value: object) -> str:
@@ -93,6 +94,8 @@ def read_config(path: str) -> dict[str, Any]:
             raise ValueError("nested too deep") from None
     if not isinstance(fields, dict):
         raise ValueError("not a JSON object")
+    if not _is_shallow(fields, _MAX_CONFIG_DEPTH):
+        raise ValueError("nested too deep")
     return fields
 
 
@@ -119,6 +122,14 @@ def validate_config(paths: NamespacePaths, fields: Mapping[str, Any]) -> None:
                 f"root_dir: field {name!r} of {paths.config!r} is {shown[0]}, "
                 f"but this engine has {shown[1]}; {remedy}"
             )
+
+
+def _is_shallow(value: object, depth: int) -> bool:
+    """Whether lists and objects are nested at most `depth` levels."""
+    if not isinstance(value, dict | list):
+        return True
+    inner = value.values() if isinstance(value, dict) else value
+    return depth > 0 and all(_is_shallow(each, depth - 1) for each in inner)
 
 
 def _text(value: object) -> str:

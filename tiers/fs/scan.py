@@ -69,6 +69,7 @@ class NamespaceReport:
         model, digest: from the directory's name.
         path: the directory of config.json.
         fields: what config.json holds, None where it is missing or unreadable.
+        oldest, newest: when a page was written, in seconds since the epoch; None without pages.
     """
 
     model: str
@@ -79,6 +80,8 @@ class NamespaceReport:
     bytes: int = 0
     temporary: int = 0
     quarantined: int = 0
+    oldest: float | None = None
+    newest: float | None = None
 
 
 @dataclass(slots=True)
@@ -130,6 +133,7 @@ def list_namespaces(root: str) -> list[NamespaceReport]:
         paths = NamespacePaths(root, name)
         try:
             fields = read_config(paths.config)
+            namespace_digest(fields)  # has none if a number is not finite
         except (OSError, ValueError):
             fields = None
         report = NamespaceReport(match["model"], match["digest"], paths.home, fields)
@@ -137,7 +141,10 @@ def list_namespaces(root: str) -> list[NamespaceReport]:
             if kind == "page":
                 report.files += 1
                 with suppress(OSError):  # it went away meanwhile
-                    report.bytes += entry.stat(follow_symlinks=False).st_size
+                    found = entry.stat(follow_symlinks=False)
+                    report.bytes += found.st_size
+                    report.oldest = min(found.st_mtime, report.oldest or found.st_mtime)
+                    report.newest = max(found.st_mtime, report.newest or found.st_mtime)
             else:
                 _tally(report, kind)
         reports.append(report)
@@ -147,6 +154,7 @@ def list_namespaces(root: str) -> list[NamespaceReport]:
 def check_root(root: str, progress: Callable[[FileReport], None] | None = None) -> RootReport:
     """Verify every page file below `root`, and every namespace's config.json.
 
+    An engine may be at work there: a page that it removes meanwhile does not count.
     `progress` is called with the report of each file as it was read.
 
     Raises:
@@ -157,11 +165,13 @@ def check_root(root: str, progress: Callable[[FileReport], None] | None = None) 
         paths = NamespacePaths(root, name)
         if (config := _check_config(paths)) is not None:
             total.bad.append(config)
-        for kind, entry in _walk(paths):
+        for kind, entry in _walk(paths, total.bad):
             if kind != "page":
                 _tally(total, kind)
                 continue
-            report = _check_place(paths, inspect_file(entry.path))
+            report = check_place(paths, inspect_file(entry.path))
+            if report.cause == "missing":
+                continue
             total.files += 1
             total.bytes += report.size
             if report.cause is not None:
@@ -195,7 +205,7 @@ def _judge(fd: int, size: int, raw: bytes, header: FileHeader) -> None:
         raise BadPage("header", f"safetensors sees the tensors {names}")
 
 
-def _check_place(paths: NamespacePaths, report: FileReport) -> FileReport:
+def check_place(paths: NamespacePaths, report: FileReport) -> FileReport:
     """Compare a sound file's key and namespace with its path."""
     if report.cause is not None or report.header is None:
         return report
@@ -235,10 +245,13 @@ def _namespace_names(root: str) -> list[str]:
     return sorted(names)
 
 
-def _walk(paths: NamespacePaths) -> Iterator[tuple[str, os.DirEntry[str]]]:
+def _walk(
+    paths: NamespacePaths, unreadable: list[FileReport] | None = None
+) -> Iterator[tuple[str, os.DirEntry[str]]]:
     """("page" | "temporary" | "quarantined", entry) of everything in a namespace, by name.
 
-    Directories that cannot be read, and files that are none of the tier's, are passed over.
+    Files that are none of the tier's are passed over. Directories that cannot be read are
+    added to `unreadable`.
     """
     pending = [paths.pages, paths.home]
     while pending:
@@ -246,7 +259,12 @@ def _walk(paths: NamespacePaths) -> Iterator[tuple[str, os.DirEntry[str]]]:
         try:
             with os.scandir(directory) as scan:
                 entries = sorted(scan, key=lambda entry: entry.name)
-        except OSError:
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            if unreadable is not None:
+                why = error.strerror or str(error)
+                unreadable.append(FileReport(directory, 0, error_cause(error), why, None))
             continue
         inside = directory == paths.quarantine
         for entry in entries:
