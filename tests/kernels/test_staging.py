@@ -95,6 +95,9 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(count=st.integers(1, 4), group=st.integers(0, 1))
     def model_runs(self, count: int, group: int) -> None:
+        self.run_model(count, group)
+
+    def run_model(self, count: int, group: int) -> None:
         """The model reads some blocks and then overwrites them, some time later."""
         for _, block in self.free(count, 0, [(group, i) for i in range(BLOCKS)]):
             self.writes += 1
@@ -115,6 +118,7 @@ class AnyOrder(RuleBasedStateMachine):
         kind=st.sampled_from(["store", "load", "expedited"]),
     )
     def submit(self, group: int, count: int, kind: str) -> None:
+        self.run_model(self.random.choice([0, 6]), group)
         slots = self.free(count, 1, list(range(SLOTS)))
         blocks = [i for _, i in self.free(2 * len(slots), 0, [(group, i) for i in range(BLOCKS)])]
         slots = slots[: len(blocks) // 2]
