@@ -37,11 +37,13 @@ class Outcome:
     Attributes:
         cause: why it failed, or None.
         nbytes: bytes of the page that were moved; 0 for a store of a page that was there already.
+        gone: the page, if it was here, cannot be loaded any more.
         stuck: the bad file could not be moved away, so its key must not be believed.
     """
 
     cause: str | None = None
     nbytes: int = 0
+    gone: bool = False
     stuck: bool = False
 
 
@@ -76,7 +78,9 @@ class PageFiles:
             return self._plausible(key, self.paths.page(key))
         except OSError as error:
             self.failures.count(error_cause(error), str(error))
-            return False
+        except Exception as error:
+            self._internal(error)
+        return False
 
     def store(self, key: bytes, view: memoryview, rewrite: bool) -> Outcome:
         """Publish the page unless a plausible file is there and `rewrite` is false."""
@@ -104,12 +108,12 @@ class PageFiles:
             cause = error_cause(error)
             if cause == "missing":
                 self.failures.count(cause, str(error))
-                return Outcome(cause)
+                return Outcome(cause, gone=True)
             if cause in ("symlink", "not-regular", "unreadable"):
                 return self._reject(path, cause, str(error), None)
             # perhaps the disk's fault and not the file's: leave the file, do not believe it
             self.failures.count(cause, str(error))
-            return Outcome(cause, stuck=True)
+            return Outcome(cause, gone=True, stuck=True)
         except Exception as error:
             return self._internal(error)
 
@@ -120,7 +124,7 @@ class PageFiles:
 
     def _reject(self, path: str, cause: str, detail: str, inode: tuple[int, int] | None) -> Outcome:
         self.failures.count(cause, detail)
-        return Outcome(cause, stuck=not self._quarantine.take(path, cause, inode))
+        return Outcome(cause, gone=True, stuck=not self._quarantine.take(path, cause, inode))
 
     def _layout(self, key: bytes) -> PageLayout:
         return self._layouts[key_group(key)]
@@ -196,6 +200,9 @@ class PageFiles:
         except FileNotFoundError:
             make_namespace(self._config, self.paths, self._fields)
             make_directories(directory, self._config.root_dir, self._config.dir_mode)
+            if self._config.durability == "fsync":
+                for parent in (os.path.dirname(directory), self.paths.pages, self.paths.root):
+                    _fsync_directory(parent)
             fd = self._io.open(temporary, flags, self._config.file_mode)
         try:
             try:

@@ -243,10 +243,10 @@ class FsTier(SecondaryTier):
         job.nbytes += outcome.nbytes
         if outcome.cause is not None:
             job.failed[done.key] = outcome.cause
+            if outcome.gone and self._index.discard(done.key):
+                self._removed.append(done.key)
             if outcome.stuck:
                 self._index.refuse(done.key)
-            if not job.store and outcome.cause != "shutdown" and self._index.discard(done.key):
-                self._removed.append(done.key)
             return
         if job.store:
             self._index.accept(done.key)

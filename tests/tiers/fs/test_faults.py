@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstrata.tiers.base import Lookup, Page
+from kvstrata.tiers.base import Job, Lookup, Page
 from kvstrata.tiers.fs import files as files_module
 from kvstrata.tiers.fs import io
 from kvstrata.tiers.fs.layout import NamespacePaths
@@ -16,11 +16,9 @@ from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.testing import (
     CONTEXT,
     REQUEST,
-    Slots,
     finish,
     load,
     make_data,
-    make_job,
     make_key,
     settle,
     store,
@@ -149,17 +147,43 @@ def test_a_lookup_that_fails(open_tier: OpenTier, monkeypatch: pytest.MonkeyPatc
     assert settle(tier, KEY) is Lookup.HIT
 
 
-def test_a_view_that_went_away(open_tier: OpenTier) -> None:
+def test_a_view_that_cannot_be_written(open_tier: OpenTier) -> None:
     tier = open_tier()
-    view = Slots.make(1, CONTEXT.layouts[0].nbytes).view(0)
-    page = Page(KEY, 0, 0, 0, view)
-    job = make_job(1, [KEY], Slots.make(1, view.nbytes), CONTEXT)
-    readonly = Page(KEY, 0, 0, 0, memoryview(bytes(view.nbytes)))
-    assert not store(tier, PAGE).failed
-    tier.submit_load(type(job)(3, (readonly,), REQUEST))
+    store(tier, PAGE)
+    view = memoryview(bytes(CONTEXT.layouts[0].nbytes))
+    tier.submit_load(Job(3, (Page(KEY, 0, 0, 0, view),), REQUEST))
     assert finish(tier)[0].failed == {KEY: "internal"}
-    tier.submit_load(type(job)(4, (page,), REQUEST))
-    assert not finish(tier)[0].failed
+    # that says nothing about the file
+    assert tier.lookup(KEY, REQUEST) is Lookup.HIT and not list(tier.take_removed())
+    assert load(tier, [KEY])[1] == PAGE
+
+
+def test_fsync_comes_before_the_name(
+    open_tier: OpenTier, paths: NamespacePaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier = open_tier(durability="fsync")
+    calls: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def note_fsync(fd: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{fd}")
+        calls.append("page" if path.endswith(".tmp") else os.path.basename(path))
+        fsync(fd)
+
+    def note_rename(source: str, target: str) -> None:
+        calls.append("rename")
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files_module.os, "fsync", note_fsync)
+        patch.setattr(files_module.os, "rename", note_rename)
+        store(tier, PAGE)
+        store(tier, {make_key(2): PAGE[KEY]})
+    home = os.path.basename(paths.pages)
+    assert calls == [
+        *["000", home, "root", "page", "rename", "00_g0"],  # with the new directories
+        *["page", "rename", "00_g0"],
+    ]
 
 
 def test_an_error_nobody_thought_of(open_tier: OpenTier, monkeypatch: pytest.MonkeyPatch) -> None:
