@@ -555,6 +555,7 @@ def test_reset_keeps_the_secondary_tiers_of_fixed_weights() -> None:
     world = World([tier])
     request = world.request()
     world.store(ITEMS[:2], request)
+    assert world.lookup(ITEMS[0], request) is HIT
     assert world.manager.reset() == []
     assert len(world.manager.primary) == 0 and world.manager.primary.free == 8
     assert world.manager.tiers[0].tier is tier and list(world.manager.take_events()) == []

@@ -1,0 +1,305 @@
+"""Random histories of an engine over the manager: no wrong byte, no leak, no wait for ever.
+
+The model is a function: `content(key, epoch)` is what a key's page must hold. Transfers of
+the GPU write and read the slots when they end, as late as they can.
+"""
+
+from dataclasses import dataclass
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from kvstrata.offload.config import OffloadConfig
+from kvstrata.offload.guard import GuardedTier
+from kvstrata.offload.manager import Answer
+from kvstrata.offload.primary import Entry
+from kvstrata.tiers.base import RequestView, SecondaryTier
+from kvstrata.tiers.memory import MemoryTier
+from kvstrata.tiers.testing import FaultyTier, SlowTier
+from tests.offload.manager_world import CONTEXT, PAGE, World, chunk, content
+
+CHUNKS = 5
+ALL_KEYS = [chunk(prefix, index)[0] for prefix in range(2) for index in range(CHUNKS)]
+
+
+@dataclass
+class Request:
+    view: RequestView
+    prefix: int
+    waiting: bool = True  # its look-up is not over
+
+
+@dataclass
+class Transfer:
+    """Of the GPU, under way; `keys` in prefix order."""
+
+    request: Request
+    keys: list[bytes]
+    slots: list[int]
+
+
+class ManagerMachine(RuleBasedStateMachine):
+    """Rules are what vLLM, the GPU, the tiers and time may do."""
+
+    @initialize(
+        slots=st.integers(1, 7),
+        tiers=st.lists(st.integers(0, 3), min_size=1, max_size=2),
+        stock=st.integers(0, CHUNKS),
+        policy=st.sampled_from(["lru", "arc"]),
+        fraction=st.sampled_from([0.2, 0.5, 1.0]),
+        threshold=st.sampled_from([0, 0, 2]),
+        weights_fixed=st.booleans(),
+    )
+    def start(
+        self,
+        slots: int,
+        tiers: list[int],
+        stock: int,
+        policy: str,
+        fraction: float,
+        threshold: int,
+        weights_fixed: bool,
+    ) -> None:
+        self.polls = tiers
+        self.stock = [chunk(prefix, index)[0] for prefix in range(2) for index in range(stock)]
+        self.slow: list[SlowTier] = []
+        self.bad: set[bytes] = set()
+        self.world = World(
+            self.open(),
+            slots,
+            OffloadConfig(
+                cpu_bytes=1,
+                eviction_policy=policy,
+                promotion_fraction=fraction,
+                store_threshold=threshold,
+            ),
+            weights_fixed,
+            self.open,
+        )
+        self.manager = self.world.manager
+        self.quota = max(1, int(slots * fraction))
+        self.epoch = 0
+        self.number = 0
+        self.requests: list[Request] = []
+        self.stores: list[Transfer] = []
+        self.loads: list[Transfer] = []
+        self.left: list[tuple[list[Entry], list[Transfer], list[Transfer]]] = []
+
+    def open(self) -> list[SecondaryTier]:
+        made = []
+        stock, self.stock = self.stock, []  # left by an earlier engine
+        for polls in self.polls:
+            memory = MemoryTier({"max_bytes": 8 * PAGE}, CONTEXT)
+            memory._pages.update((key, content(key)) for key in stock)
+            memory._bytes = len(stock) * PAGE
+            faulty = FaultyTier(memory, self.fault)
+            slow = SlowTier(faulty, polls=polls)
+            self.slow.append(slow)
+            made.append(GuardedTier("tier", slow))
+        return made
+
+    def fault(self, operation: str, key: bytes) -> str | None:
+        return "injected" if operation != "lookup" and key in self.bad else None
+
+    def check(self, transfer: Transfer, epoch: int) -> None:
+        for key, slot in zip(transfer.keys, transfer.slots, strict=True):
+            assert self.world.memory[slot] == content(key, epoch), "a wrong page"
+
+    def items(self, request: Request) -> list[tuple[bytes, int]]:
+        return [chunk(request.prefix, index) for index in range(CHUNKS)]
+
+    # -- vLLM ---------------------------------------------------------------------
+
+    @precondition(lambda self: len(self.requests) < 4)
+    @rule(prefix=st.integers(0, 1), only=st.sampled_from([None, None, "tier0", "none"]))
+    def arrive(self, prefix: int, only: str | None) -> None:
+        self.number += 1
+        tiers = None if only is None else frozenset({only})
+        self.requests.append(Request(self.world.request(str(self.number), tiers), prefix))
+
+    @precondition(lambda self: any(r.waiting for r in self.requests))
+    @rule(data=st.data())
+    def look_up(self, data: st.DataObject) -> None:
+        waiting = [request for request in self.requests if request.waiting]
+        self.ask(data.draw(st.sampled_from(waiting)))
+
+    def ask(self, request: Request) -> None:
+        """vLLM's prefix look-up, and the load of what was hit."""
+        hits: list[bytes] = []
+        deferred = False
+        for item in self.items(request):
+            answer = self.world.lookup(item, request.view)
+            if answer is Answer.MISS:
+                break
+            if answer is Answer.HIT:
+                hits.append(item[0])
+                entry = self.manager.primary.get(item[0])
+                assert entry is not None
+                self.check(Transfer(request, [item[0]], [entry.slot]), self.epoch)
+            deferred |= answer is not Answer.HIT
+        if deferred:
+            return
+        request.waiting = False
+        if hits:
+            slots = self.manager.prepare_load(hits, request.view)
+            self.loads.append(Transfer(request, hits, slots))
+
+    @precondition(lambda self: any(not r.waiting for r in self.requests))
+    @rule(data=st.data(), first=st.integers(0, CHUNKS - 1), count=st.integers(1, CHUNKS))
+    def store(self, data: st.DataObject, first: int, count: int) -> None:
+        running = [request for request in self.requests if not request.waiting]
+        request = data.draw(st.sampled_from(running))
+        items = self.items(request)[first : first + count]
+        absent = [key for key, _ in items if self.manager.primary.get(key) is None]
+        plan = self.manager.prepare_store(items, request.view)
+        if plan is None:
+            return
+        assert set(plan.keys) <= set(absent) and len(plan.keys) == len(plan.slots)
+        assert not set(plan.evicted) & {key for key, _ in items}
+        if plan.keys:
+            self.stores.append(Transfer(request, plan.keys, plan.slots))
+
+    @rule(prefix=st.integers(0, 1))
+    def serve(self, prefix: int) -> None:
+        """A whole life of a request that may load from no tier."""
+        self.number += 1
+        request = Request(self.world.request(str(self.number), frozenset()), prefix, waiting=False)
+        plan = self.manager.prepare_store(self.items(request), request.view)
+        if plan is not None and plan.keys:
+            self.stores.append(Transfer(request, plan.keys, plan.slots))
+            self.end_a_store(len(self.stores) - 1)
+        self.manager.on_request_finished(request.view)
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def finish(self, data: st.DataObject) -> None:
+        request = data.draw(st.sampled_from(self.requests))
+        self.requests.remove(request)
+        self.manager.on_request_finished(request.view)
+
+    @rule(times=st.integers(1, 2))
+    def step(self, times: int) -> None:
+        self.world.step(times)
+
+    @rule()
+    def reset(self) -> None:
+        stores, self.stores = self.stores, []
+        loads, self.loads = self.loads, []
+        held = self.manager.reset()
+        busy = [slot for transfer in (*stores, *loads) for slot in transfer.slots]
+        assert sorted({entry.slot for entry in held}) == sorted(set(busy))
+        self.left.append((held, stores, loads))
+        if not self.world.weights_fixed:
+            self.epoch += 1
+
+    # -- the GPU ------------------------------------------------------------------
+
+    @precondition(lambda self: self.stores)
+    @rule(data=st.data(), torn=st.sampled_from([0, 0, 1, 2]))
+    def end_store(self, data: st.DataObject, torn: int) -> None:
+        self.end_a_store(data.draw(st.integers(0, len(self.stores) - 1)), torn)
+
+    @precondition(lambda self: self.loads)
+    @rule(data=st.data())
+    def end_load(self, data: st.DataObject) -> None:
+        self.end_a_load(data.draw(st.integers(0, len(self.loads) - 1)))
+
+    @precondition(lambda self: self.left)
+    @rule()
+    def end_what_a_reset_left(self) -> None:
+        """The workers are past the transfers that were under way at the oldest reset."""
+        held, stores, loads = self.left.pop(0)
+        written = {slot for transfer in stores for slot in transfer.slots}
+        for transfer in stores:
+            for slot in transfer.slots:
+                self.world.memory[slot][:] = b"\xdd" * PAGE
+        for transfer in loads:
+            for key, slot in zip(transfer.keys, transfer.slots, strict=True):
+                assert slot not in written
+                assert self.world.memory[slot][: len(key)] == key, "written while being read"
+        for entry in held:
+            self.manager.primary.end_gpu(entry)
+
+    # -- tiers and time -----------------------------------------------------------
+
+    @precondition(lambda self: self.slow)
+    @rule(data=st.data(), hang=st.booleans())
+    def hang_or_release(self, data: st.DataObject, hang: bool) -> None:
+        tier = data.draw(st.sampled_from(range(len(self.slow))))
+        if hang:
+            self.slow[tier].hang()
+        else:
+            self.slow[tier].release()
+
+    @rule(bad=st.sets(st.sampled_from(ALL_KEYS), max_size=3))
+    def change_what_fails(self, bad: set[bytes]) -> None:
+        self.bad = bad
+
+    @rule(seconds=st.sampled_from([0.4, 1.0, 11.0]))
+    def wait(self, seconds: float) -> None:
+        self.world.now += seconds
+
+    # -- what must hold -----------------------------------------------------------
+
+    @invariant()
+    def slots_have_one_owner(self) -> None:
+        if not hasattr(self, "manager"):
+            return
+        live = {id(entry): entry.slot for entry in self.manager.primary}
+        for held, _, _ in self.left:
+            live |= {id(entry): entry.slot for entry in held}
+        for job in self.manager._jobs.values():
+            live |= {id(entry): entry.slot for entry in job.entries.values()}
+        assert len(set(live.values())) == len(live)
+        assert self.manager.primary.free == self.world.slots - len(live)
+        assert self.manager.primary.promoting <= self.quota
+
+    def teardown(self) -> None:
+        """Whatever happened: requests come to an end, and nothing stays behind."""
+        if not hasattr(self, "manager"):
+            return
+        for _ in range(60):  # hung tiers stay hung; deadlines must do
+            for request in self.requests:
+                if request.waiting:
+                    self.ask(request)
+            self.world.step()
+            self.world.now += 2.0
+            for transfers, end in ((self.stores, self.end_a_store), (self.loads, self.end_a_load)):
+                while transfers:
+                    end()
+        assert not any(request.waiting for request in self.requests)
+        for request in self.requests:
+            self.manager.on_request_finished(request.view)
+        for tier in self.slow:
+            tier.release()
+        while self.left:
+            self.end_what_a_reset_left()
+        self.world.step(10)
+        manager = self.manager
+        assert not manager._requests and not manager._wanted and not manager._jobs
+        assert not manager._promotion_started and not manager._kept
+        assert not manager.has_pending_work() and manager.primary.promoting == 0
+        assert manager.primary.free + manager.primary.idle == self.world.slots
+        for entry in manager.primary:
+            assert self.world.memory[entry.slot] == content(entry.key, self.epoch)
+
+    def end_a_store(self, index: int = 0, torn: int = 0) -> None:
+        """The workers could not fill the last `torn` pages."""
+        transfer = self.stores.pop(index)
+        whole = len(transfer.keys) - torn
+        for place, (key, slot) in enumerate(zip(transfer.keys, transfer.slots, strict=True)):
+            good = place < whole
+            (self.world.incomplete.discard if good else self.world.incomplete.add)(slot)
+            self.world.memory[slot][:] = content(key, self.epoch) if good else bytes(PAGE)
+        self.manager.complete_store(set(transfer.keys), transfer.request.view)
+
+    def end_a_load(self, index: int = 0) -> None:
+        transfer = self.loads.pop(index)
+        self.check(transfer, self.epoch)
+        self.manager.complete_load(set(transfer.keys))
+
+
+TestManagerHistories = ManagerMachine.TestCase
+
+TestManagerHistories.settings = settings(max_examples=200, stateful_step_count=60)
