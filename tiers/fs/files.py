@@ -174,8 +174,6 @@ class PageFiles:
             self._io.read(fd, (header, view))
         except EOFError:
             raise BadPage("truncated", "it became shorter") from None
-        if header_bytes(bytes(header[:8])) != header_size:
-            raise BadPage("header", "another header length")
         checksum = verify_header(bytes(header), key, self._digest, layout)
         if page_checksum(view) != checksum:
             raise BadPage("checksum", "the data is not what was written")

@@ -74,7 +74,7 @@ class Index:
         waiting = self._waiting.pop(key, set())
         if present:
             self.add(key)
-        elif key not in self._present:
+        else:
             for req_id in waiting:
                 if req_id in self._absent:  # else the request has finished
                     self._absent[req_id][key] = now + ABSENT_FOR_S

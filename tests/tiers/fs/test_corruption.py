@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from kvstrata.tiers.base import Lookup, PageLayout, TensorSpec, TierContext
 from kvstrata.tiers.fs.codec import BadPage, encode_header, page_checksum, parse_header
 from kvstrata.tiers.fs.layout import NamespacePaths
-from kvstrata.tiers.fs.quarantine import MAX_FILES
+from kvstrata.tiers.fs.quarantine import MAX_FILES, Quarantine
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key, settle, store
 
@@ -134,6 +134,7 @@ SPOILT: dict[str, tuple[Spoil, str]] = {
     "header without metadata": (header_fields(lambda f: f.pop("__metadata__")), "header"),
     "metadata a number": (header_fields(lambda f: f.update(__metadata__=1)), "header"),
     "more metadata": (metadata(x="y"), "header"),
+    "tab for a space": (rewrite(lambda raw: raw[: HEADER - 1] + b"\t" + raw[HEADER:]), "header"),
     "NUL padding": (rewrite(lambda raw: raw[: HEADER - 1] + b"\0" + raw[HEADER:]), "header"),
     "another dtype": (header_fields(lambda f: f["kv"].update(dtype="BF16")), "shape"),
     "another shape": (header_fields(lambda f: f["kv"].update(shape=[3, 4, 16, 7])), "shape"),
@@ -269,6 +270,18 @@ def test_the_quarantine_is_bounded(open_tier: OpenTier, paths: NamespacePaths) -
         SPOILT["directory" if index % 10 == 0 else "one byte short"][0](Path(paths.page(key)))
     assert len(load(tier, keys)[0].failed) == len(keys)
     assert len(os.listdir(paths.quarantine)) == MAX_FILES
+
+
+def test_the_quarantine_leaves_a_file_that_came_later(
+    bad_file: Path, paths: NamespacePaths
+) -> None:
+    quarantine = Quarantine(paths, 0o700)
+    found = bad_file.stat()
+    os.replace(paths.page(KEYS[0]), bad_file)  # another process repaired it meanwhile
+    assert quarantine.take(str(bad_file), "checksum", (found.st_dev, found.st_ino))
+    assert bad_file.exists()
+    assert quarantine.take(str(bad_file), "checksum", None) and not bad_file.exists()
+    assert quarantine.take(str(bad_file), "checksum", None)
 
 
 def test_each_cause_is_logged_once(

@@ -52,6 +52,13 @@ def test_inspect_a_flipped_bit(filled: NamespacePaths, position: int, cause: str
     assert inspect_file(path).cause == cause
 
 
+def test_inspect_a_header_in_another_form(filled: NamespacePaths) -> None:
+    path = Path(filled.page(KEYS[0]))
+    raw = path.read_bytes()
+    path.write_bytes(raw[:4095] + b"\t" + raw[4096:])
+    assert inspect_file(str(path)).cause == "header"
+
+
 def test_inspect_other_things(tmp_path: Path, filled: NamespacePaths) -> None:
     (tmp_path / "empty").touch()
     (tmp_path / "text").write_text("no page at all")
