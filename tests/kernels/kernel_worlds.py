@@ -22,6 +22,8 @@ from kvstrata.kernels.plan import LocalLayer, Segment, plan
 LAYOUTS = ("LBHNC", "LBNHC", "LHBNC", "BLHNC", "BLNHC", "BHLNC")
 SPLIT = {"split-outer": "LPBHND", "split-inner": "LBPNHD"}
 GUARD = 64  # elements of guard on both sides of every allocation
+# Where the kernel runs: on a GPU where there is one, else interpreted on the CPU.
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
@@ -74,7 +76,8 @@ class Model:
                             vector = content[layer, index, head, token].tobytes()
                             there = block_ids[chunk, block] >= 0
                             pages += vector if there else bytes(len(vector))
-        return torch.frombuffer(bytearray(pages), dtype=torch.uint8).view(self.chunks, -1)
+        flat = torch.frombuffer(bytearray(pages), dtype=torch.uint8)
+        return flat.view(self.chunks, -1).to(block_ids.device)
 
 
 class Rank:
@@ -95,6 +98,7 @@ class Rank:
         shift: int = 0,
         layers: range | None = None,
         kernel_blocks: int = 1,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.model, self.layout, self.kernel_blocks = model, layout, kernel_blocks
         self.layers = range(model.layers) if layers is None else layers
@@ -113,7 +117,8 @@ class Rank:
             sizes["C"] = 2 * model.dim
         order = SPLIT.get(layout, layout)
         total = int(np.prod(list(sizes.values())))
-        self.buffer = torch.full((total + 2 * GUARD + shift,), 85, dtype=DTYPES[model.size])
+        length, dtype = total + 2 * GUARD + shift, DTYPES[model.size]
+        self.buffer = torch.full((length,), 85, dtype=dtype, device=device)
         memory = self.buffer[GUARD + shift :][:total].view([sizes[axis] for axis in order])
         self.view = memory.permute([order.index(axis) for axis in sizes])
         caches = []
@@ -151,16 +156,19 @@ class Rank:
         return self
 
 
-def some_blocks(model: Model, blocks: int = 9, seed: int = 0) -> torch.Tensor:
+def some_blocks(
+    model: Model, blocks: int = 9, seed: int = 0, device: torch.device = DEVICE
+) -> torch.Tensor:
     """Distinct block ids, int64 [chunks, blocks_per_chunk], in no order."""
     generator = torch.Generator().manual_seed(seed)
     count = model.chunks * model.blocks_per_chunk
-    return torch.randperm(blocks, generator=generator)[:count].view(model.chunks, -1)
+    return torch.randperm(blocks, generator=generator)[:count].view(model.chunks, -1).to(device)
 
 
 def guarded_pages(rows: int, nbytes: int, shift: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """(buffer, pages [rows, nbytes + 32]): pages inside a buffer of a constant, `shift` bytes off
-    an aligned address; the bytes after `nbytes` belong to nobody."""
+    """(buffer, pages [rows, nbytes + 32]) on DEVICE: pages inside a buffer of a constant, `shift`
+    bytes off an aligned address; the bytes after `nbytes` belong to nobody."""
     pitch = nbytes + 32 + (-nbytes) % 16
-    buffer = torch.full((rows * pitch + 128 + shift,), 0xA5, dtype=torch.uint8)
+    length = rows * pitch + 128 + shift
+    buffer = torch.full((length,), 0xA5, dtype=torch.uint8, device=DEVICE)
     return buffer, buffer[64 + shift :][: rows * pitch].view(rows, pitch)

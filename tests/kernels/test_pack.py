@@ -1,10 +1,12 @@
 """Both copies against a naive page, over layouts, topologies, sizes, alignments and gaps."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from kernel_worlds import LAYOUTS, SPLIT, Model, Rank, guarded_pages, some_blocks
+from kernel_worlds import DEVICE, LAYOUTS, SPLIT, Model, guarded_pages, some_blocks
+from kernel_worlds import Rank as AnyRank
 
 from kvstrata.kernels.geometry import (
     head_slabs,
@@ -16,6 +18,9 @@ from kvstrata.kernels.geometry import (
 from kvstrata.kernels.pack import MAX_PROGRAMS, TILE_BYTES, Copy, copy_torch, copy_triton
 from kvstrata.kernels.plan import LocalLayer, PageLayout, plan
 
+Rank = partial(AnyRank, device=DEVICE)
+arange = partial(torch.arange, device=DEVICE)
+zeros = partial(torch.zeros, dtype=torch.uint8, device=DEVICE)
 COPIES = pytest.mark.parametrize("copy", [copy_torch, copy_triton])
 ALL = (*LAYOUTS, *SPLIT)
 
@@ -23,7 +28,7 @@ ALL = (*LAYOUTS, *SPLIT)
 def pack_all(copy: Copy, ranks: list[Rank], ids: torch.Tensor, shift: int = 0) -> torch.Tensor:
     """Pages [chunks, page bytes] that the ranks pack together; checks the bytes around them."""
     model = ranks[0].model
-    rows = torch.arange(model.chunks).flip(0) * 2 + 1  # neither in order nor next to each other
+    rows = arange(model.chunks).flip(0) * 2 + 1  # neither in order nor next to each other
     buffer, pages = guarded_pages(2 * model.chunks + 1, model.page_bytes, shift)
     for rank in ranks:
         for segment in rank.segments:
@@ -38,7 +43,7 @@ def check_unpack(
     copy: Copy, rank: Rank, empty: Rank, pages: torch.Tensor, ids: torch.Tensor
 ) -> None:
     """Unpack into `rank`; `empty` is its twin, which then gets the content element by element."""
-    rows = torch.arange(len(pages))
+    rows = arange(len(pages))
     for segment in rank.segments:
         copy(segment, segment.in_page, pages, rows, ids, unpack=True)
     torch.testing.assert_close(rank.buffer, empty.write(ids).buffer, rtol=0, atol=0)
@@ -111,15 +116,15 @@ def test_repeated_ids(copy: Copy) -> None:
     rank = Rank(model, "LBHNC").write(ids)
     (segment,) = rank.segments
     repeated = ids[0, :1].expand(3, 2).contiguous()
-    pages = torch.zeros(3, model.page_bytes, dtype=torch.uint8)
-    copy(segment, segment.in_page, pages, torch.arange(3), repeated, unpack=False)
+    pages = zeros(3, model.page_bytes)
+    copy(segment, segment.in_page, pages, arange(3), repeated, unpack=False)
     sizes = (3, model.heads, model.layers, model.blocks_per_chunk, -1)
     parts = pages.view(sizes)
     wanted = model.naive_pages(ids).view(2, *sizes[1:])[:1, :, :, :1]
     assert torch.equal(parts, wanted.expand_as(parts))
 
     empty = Rank(model, "LBHNC")
-    copy(empty.segments[0], segment.in_page, pages, torch.arange(3), repeated, unpack=True)
+    copy(empty.segments[0], segment.in_page, pages, arange(3), repeated, unpack=True)
     only = ids.clone()
     only[0, 1:], only[1:] = -1, -1
     assert torch.equal(empty.buffer, Rank(model, "LBHNC").write(only).buffer)
@@ -178,8 +183,8 @@ def test_a_part_alone_is_the_shard_of_the_page(copy: Copy) -> None:
     for layers in (range(4), range(1, 3)):
         rank = Rank(model, "LBNHC", tp=2, rank=1, layers=layers).write(ids)
         (segment,) = rank.segments
-        staged = torch.zeros(2, 16 + segment.shard_bytes, dtype=torch.uint8)
-        copy(segment, segment.packed(16), staged, torch.arange(2), ids, unpack=False)
+        staged = zeros(2, 16 + segment.shard_bytes)
+        copy(segment, segment.packed(16), staged, arange(2), ids, unpack=False)
         shard = segment.shard
         ranges = [
             model.naive_pages(ids)[:, start : start + shard.length]
@@ -203,8 +208,8 @@ def test_layers_with_different_strides_share_a_segment(copy: Copy) -> None:
         held[part.names[0]] = LocalLayer(rank.caches[0], 0)
     (segment,) = plan(model.shapes(), held, model.blocks_per_chunk)
     assert [s.positions for s in segment.sets] == [(0, 2), (1,)]
-    pages = torch.zeros(2, model.page_bytes, dtype=torch.uint8)
-    copy(segment, segment.in_page, pages, torch.arange(2), ids, unpack=False)
+    pages = zeros(2, model.page_bytes)
+    copy(segment, segment.in_page, pages, arange(2), ids, unpack=False)
     assert torch.equal(pages, model.naive_pages(ids))
 
 
@@ -212,11 +217,12 @@ def test_layers_with_different_strides_share_a_segment(copy: Copy) -> None:
 @pytest.mark.parametrize("kind", ["mla", "slabs", "opaque"])
 def test_other_contents(copy: Copy, kind: str) -> None:
     """MLA rows, head slabs and opaque bytes, two layers, two ranks where there are ranks."""
-    blocks, chunk = 5, torch.tensor([[3, 1]])
+    blocks, chunk = 5, torch.tensor([[3, 1]], device=DEVICE)
     generator = torch.Generator().manual_seed(0)
 
     def memory(*sizes: int) -> torch.Tensor:
-        return torch.randint(0, 2**15, sizes, generator=generator, dtype=torch.int16)
+        numbers = torch.randint(0, 2**15, sizes, generator=generator, dtype=torch.int16)
+        return numbers.to(DEVICE)
 
     if kind == "mla":  # [B, N, C] of one latent head, both layers in one allocation
         raw = memory(blocks, 2, 4, 9)
@@ -242,35 +248,41 @@ def test_other_contents(copy: Copy, kind: str) -> None:
         first = rank * caches[0].view.shape[1]
         (segment,) = plan(shapes, {c.name: LocalLayer(c, first) for c in caches}, 2)
         segments.append((segment, caches))
-        copy(segment, segment.in_page, pages, torch.arange(1), chunk, unpack=False)
+        copy(segment, segment.in_page, pages, arange(1), chunk, unpack=False)
     assert torch.equal(pages[0], page)
 
     for segment, caches in segments:
         before = [c.view.clone() for c in caches]
         for cache in caches:
             cache.view[[3, 1]] = 0
-        copy(segment, segment.in_page, pages, torch.arange(1), chunk, unpack=True)
+        copy(segment, segment.in_page, pages, arange(1), chunk, unpack=True)
         assert all(torch.equal(c.view, b) for c, b in zip(caches, before, strict=True))
 
 
 @COPIES
 def test_offsets_beyond_two_to_the_31(copy: Copy, tmp_path: Path) -> None:
-    """Blocks, heads and V lie 3 GiB apart in a sparse file, and the pages too."""
-    gap = 3 << 30
+    """Blocks, heads, V and pages lie more than 2^31 words of one byte apart, in a sparse file."""
+    gap = (2 << 30) + 16
     path = tmp_path / "sparse"
     with path.open("wb") as file:
         file.truncate(gap * 9)
     memory = torch.from_file(str(path), shared=True, size=gap * 9, dtype=torch.uint8)
+    if DEVICE.type == "cuda":
+        if torch.cuda.mem_get_info()[0] < 2 * memory.nbytes:
+            pytest.skip("needs 40 GiB of GPU memory")
+        memory = torch.empty_like(memory, device=DEVICE)
     # [B=2, H=2, N=2, 2, D=16]: V is 4 gaps after K, block 1 is 2 gaps after block 0
-    key = memory.as_strided((2, 2, 2, 16), (2 * gap, gap, 16, 1))
-    value = memory.as_strided((2, 2, 2, 16), (2 * gap, gap, 16, 1), 4 * gap)
+    key = memory.as_strided((2, 2, 2, 16), (2 * gap, gap, 16, 1), 1)
+    value = memory.as_strided((2, 2, 2, 16), (2 * gap, gap, 16, 1), 1 + 4 * gap)
     cache = split_kv("layer", key, value)
     (segment,) = plan([cache.shape(2)], {"layer": LocalLayer(cache, 0)}, 2)
+    assert segment.word_bytes == 1
     pages = memory.as_strided((2, 256), (gap, 1), 1 << 20)
     content = torch.randint(0, 256, (2, 2, 2, 2, 16), dtype=torch.uint8)  # [J, H, N, K/V, D]
+    content = content.to(DEVICE)
     key.copy_(content[:, :, :, 0])
     value.copy_(content[:, :, :, 1])
-    row, ids = torch.tensor([1]), torch.tensor([[0, 1]])
+    row, ids = arange(1, 2), arange(2).view(1, 2)
     copy(segment, segment.in_page, pages, row, ids, unpack=False)
     assert torch.equal(pages[1], content.transpose(0, 1).flatten())
     key.zero_()
@@ -283,8 +295,8 @@ def test_offsets_beyond_two_to_the_31(copy: Copy, tmp_path: Path) -> None:
 def test_arguments_that_do_not_fit_are_refused(copy: Copy) -> None:
     (segment,) = Rank(Model(), "LBHNC").segments
     size = Model().page_bytes
-    pages = torch.zeros(3, size, dtype=torch.uint8)
-    rows, ids = torch.arange(2), torch.zeros(2, 2, dtype=torch.int64)
+    pages = zeros(3, size)
+    rows, ids = arange(2), zeros(2, 2, dtype=torch.int64)
     good = (segment, segment.in_page, pages, rows, ids)
     bad = {
         "too short": (*good[:2], pages[:, :-1], rows, ids),

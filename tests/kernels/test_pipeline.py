@@ -14,7 +14,7 @@ MODEL = Model()
 
 
 def store_and_load(work_slots: list[int]) -> tuple[GroupWork, torch.Tensor]:
-    ids = some_blocks(MODEL)
+    ids = some_blocks(MODEL, device=torch.device("cpu"))
     return GroupWork(0, np.array(work_slots, dtype=np.int64), ids.numpy()), ids
 
 

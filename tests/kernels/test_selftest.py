@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_worlds import LAYOUTS, SPLIT, Model, Rank
+from kernel_worlds import DEVICE, LAYOUTS, SPLIT, Model, Rank
 
 from kvstrata.kernels import selftest
 from kvstrata.kernels.geometry import GeometryError, head_slabs, opaque, token_major
@@ -24,7 +24,7 @@ def test_sound_caches_pass_and_keep_their_content(layout: str) -> None:
 
 def test_the_kernel_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selftest, "copy_for", lambda device: copy_triton)
-    check_round_trip(Rank(Model(), "LBNHC", tp=2, rank=1).segments)
+    check_round_trip(Rank(Model(), "LBNHC", tp=2, rank=1, device=DEVICE).segments)
 
 
 def test_other_contents_and_fewer_blocks_than_a_chunk_pass() -> None:
@@ -62,7 +62,7 @@ def wrong_strides(segment: Segment, change: dict) -> Segment:
 @pytest.mark.parametrize("axis", range(3))
 def test_wrong_strides_of_the_production_copy(axis: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selftest, "copy_for", lambda device: copy_triton)
-    (segment,) = Rank(Model(), "LBNHC").segments
+    (segment,) = Rank(Model(), "LBNHC", device=DEVICE).segments
     strides = list(segment.sets[0].strides)
     strides[axis] //= 2
     with pytest.raises(GeometryError, match=r"layer\.0"):

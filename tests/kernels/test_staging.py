@@ -183,7 +183,7 @@ class AnyOrder(RuleBasedStateMachine):
 
 
 TestAnyOrder = AnyOrder.TestCase
-TestAnyOrder.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+TestAnyOrder.settings = settings(max_examples=80, stateful_step_count=25, deadline=None)
 
 
 def test_a_job_id_under_way_is_refused() -> None:
