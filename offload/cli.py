@@ -119,7 +119,10 @@ def check(root: Root, as_json: AsJson = False) -> None:
             report = check_root(root, advance)
     except OSError as error:
         _fail(root, error)
-    bad_files = [{"path": bad.path, "reason": f"{bad.cause}: {bad.detail}"} for bad in report.bad]
+    bad_files = [
+        {"path": bad.path, "reason": f"{bad.cause}: {bad.detail}"}
+        for bad in sorted(report.bad, key=lambda bad: bad.path)
+    ]
     if as_json:
         totals = {"files": report.files, "bytes": report.bytes, "bad": len(report.bad)}
         _print_json({**totals, "temporary": report.temporary, "bad_files": bad_files})
@@ -136,7 +139,7 @@ def check(root: Root, as_json: AsJson = False) -> None:
 @app.command()
 def doctor(
     path: Annotated[
-        str, typer.Argument(metavar="[PATH]", help="The root_dir of the filesystem tier to be.")
+        str, typer.Argument(metavar="PATH", help="The root_dir of the filesystem tier to be.")
     ] = ".",
     as_json: AsJson = False,
 ) -> None:
@@ -195,8 +198,8 @@ def _show_namespaces(namespaces: list[NamespaceReport]) -> None:
         settings = "its config.json is missing or unreadable"
         if (fields := each.fields) is not None:
             settings = (
-                f"KV dtype {fields.get('kv_dtype')}, tokens per chunk "
-                f"{fields.get('tokens_per_chunk')}, weights {str(fields.get('weights'))[:12]}"
+                f"KV dtype {fields.get('kv_dtype')!s:.40}, tokens per chunk "
+                f"{fields.get('tokens_per_chunk')!s:.40}, weights {fields.get('weights')!s:.12}"
             )
         files = f"{each.files} files, {_size(each.bytes)}"
         if each.oldest is not None and each.newest is not None:

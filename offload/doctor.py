@@ -199,7 +199,7 @@ def check_memory(shm: Path) -> Iterator[Check]:
         yield Check("shared memory", PROBLEM, str(shm), why)
         return
     text = f"{size_text(free)} free of {size_text(total)} in {shm}"
-    if not os.access(shm, os.W_OK | os.X_OK):
+    if not os.access(shm, os.W_OK | os.X_OK, effective_ids=True):
         yield Check("shared memory", PROBLEM, text, "the CPU tier lives there; it is not writable")
     elif free < _LITTLE:
         remedy = "make it larger (containers: --shm-size)"
