@@ -57,6 +57,10 @@ def work_of(
     Returns:
         For each group with pages the slots and block ids int64 [pages, blocks_per_chunk],
         -1 where a page has no block.
+
+    Raises:
+        ValueError: the blocks of a load do not fit its pages; loading nothing instead would
+            leave the request with wrong content.
     """
     work: list[GroupWork] = []
     start = 0
@@ -71,7 +75,12 @@ def work_of(
         table = np.full(room, MISSING, dtype=np.int64)
         lead = blocks.block_indices[index] % blocks_per_chunk
         end = lead + count
-        if end == room or (not store and room - blocks_per_chunk < end < room):
+        if not store and not room - blocks_per_chunk < end <= room:
+            raise ValueError(
+                f"group {group}: {count} blocks from block {blocks.block_indices[index]} on "
+                f"do not end in the last of {len(slots)} pages"
+            )
+        if end == room or not store:
             table[lead:end] = ids
             table[table == NULL_BLOCK] = MISSING
         work.append(GroupWork(group, slots, table.reshape(len(slots), blocks_per_chunk)))

@@ -1,0 +1,274 @@
+"""The namespace: equal exactly when pages may be shared."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+
+from kvstrata.kernels.geometry import HEAD_SLABS, OPAQUE, TOKEN_MAJOR, LayerShape  # noqa: E402
+from kvstrata.offload.vllm_plugin.namespace import (  # noqa: E402
+    NamespaceError,
+    check_secondary_tiers,
+    namespace_fields,
+    weights_fingerprint,
+    weights_fixed,
+)
+from kvstrata.offload.vllm_plugin.pages import layout_of  # noqa: E402
+
+MIB = 2**20
+
+
+class TextConfig:
+    """Stands for a Hugging Face configuration."""
+
+    def __init__(self, **fields: Any) -> None:
+        self.fields = fields
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.fields
+
+
+def model_of(folder: Path, **more: Any) -> Any:
+    text = TextConfig(rope_theta=10_000.0, hidden_size=8, _name_or_path=str(folder))
+    fields = {
+        "model": str(folder),
+        "revision": None,
+        "quantization": None,
+        "dtype": "torch.float32",
+        "seed": 0,
+        "hf_text_config": text,
+    }
+    return SimpleNamespace(**{**fields, **more})
+
+
+def engine_of(model: Any, **more: Any) -> Any:
+    fields = {
+        "model_config": model,
+        "load_config": SimpleNamespace(load_format="auto"),
+        "cache_config": SimpleNamespace(prefix_caching_hash_algo="sha256"),
+        "speculative_config": None,
+        "weight_transfer_config": None,
+    }
+    return SimpleNamespace(**{**fields, **more})
+
+
+def fingerprint(folder: Path, load_format: str = "auto", **more: Any) -> str:
+    model = model_of(folder, **more)
+    return weights_fingerprint(
+        model, engine_of(model, load_config=SimpleNamespace(load_format=load_format))
+    )
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """Two weight files, one of them of three MiB, and files that are no weights."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model-00001.safetensors").write_bytes(os.urandom(3 * MIB))
+    (folder / "model-00002.safetensors").write_bytes(os.urandom(100))
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def flip(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+def test_equal_on_every_host(weights: Path, tmp_path: Path) -> None:
+    """Neither the directory nor times nor other files count."""
+    copy = tmp_path / "elsewhere" / "copy"
+    shutil.copytree(weights, copy)
+    for path in copy.iterdir():
+        os.utime(path, (1, 1))
+    (copy / "README.md").write_text("more")
+    assert fingerprint(copy) == fingerprint(weights) == fingerprint(weights)
+
+
+def test_equal_behind_links(weights: Path, tmp_path: Path) -> None:
+    """Hugging Face's cache links snapshots to blobs."""
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for path in weights.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    assert fingerprint(snapshot) == fingerprint(weights)
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "first byte": lambda folder: flip(folder / "model-00001.safetensors", 0),
+    "end of the first MiB": lambda folder: flip(folder / "model-00001.safetensors", MIB - 1),
+    "start of the last MiB": lambda folder: flip(folder / "model-00001.safetensors", 2 * MIB),
+    "last byte": lambda folder: flip(folder / "model-00001.safetensors", 3 * MIB - 1),
+    "small file": lambda folder: flip(folder / "model-00002.safetensors", 50),
+    "name": lambda folder: (folder / "model-00002.safetensors").rename(folder / "b.safetensors"),
+    "size": lambda folder: os.truncate(folder / "model-00001.safetensors", 3 * MIB + 1),
+    "size, same ends": lambda folder: (folder / "model-00001.safetensors").write_bytes(
+        (data := (folder / "model-00001.safetensors").read_bytes())[:MIB] + data[2 * MIB :]
+    ),
+    "one more": lambda folder: (folder / "x.safetensors").write_bytes(b""),
+    "one less": lambda folder: (folder / "model-00002.safetensors").unlink(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_other_weights_have_another_fingerprint(change: str, weights: Path) -> None:
+    before = fingerprint(weights)
+    CHANGES[change](weights)
+    assert fingerprint(weights) != before
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"quantization": "fp8"}, {"dtype": "torch.bfloat16"}, {"load_format": "bitsandbytes"}],
+    ids=str,
+)
+def test_how_weights_are_read_counts(more: dict[str, Any], weights: Path) -> None:
+    assert fingerprint(weights, **more) != fingerprint(weights)
+
+
+def test_seed_of_real_weights_does_not_count(weights: Path) -> None:
+    assert fingerprint(weights, seed=1) == fingerprint(weights)
+
+
+def test_a_single_file_model(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"weights")
+    before = fingerprint(file)
+    assert fingerprint(file) == before
+    flip(file, 3)
+    assert fingerprint(file) != before
+
+
+def test_safetensors_go_before_other_formats(weights: Path) -> None:
+    before = fingerprint(weights)
+    (weights / "pytorch_model.bin").write_bytes(b"x")
+    assert fingerprint(weights) == before
+
+
+def test_unknown_weights_are_never_equal(weights: Path, tmp_path: Path) -> None:
+    """Dummy weights, a directory without weights, a model that is nowhere on this host."""
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for made in (
+        lambda: fingerprint(weights, load_format="dummy"),
+        lambda: fingerprint(empty),
+        lambda: fingerprint(Path("no-such/model")),
+    ):
+        assert made() != made()
+
+
+# -- fields -----------------------------------------------------------------------
+
+
+def fields(model: Any, *, content: Any = TOKEN_MAJOR, order: str = "", **more: Any) -> Any:
+    dtype, tokens = ("BF16", 16) if content == TOKEN_MAJOR else ("U8", 1)
+    shapes = {0: [LayerShape(name, content, dtype, 4, tokens, 64) for name in ("a", "b")]}
+    config = SimpleNamespace(
+        model=SimpleNamespace(dtype="bfloat16"),
+        cache=SimpleNamespace(tokens_per_hash=16, blocks_per_chunk=2),
+        groups=(SimpleNamespace(tokens_per_block=16, group_id=0),),
+        parallel=SimpleNamespace(tp_size=more.get("tp", 1), pp_size=1, pcp_size=1, dcp_size=1),
+        kv_cache_layout="LBHNC",
+    )
+    layouts = {0: layout_of(shapes[0], 2, 32)}
+    orders = {"a": order, "b": order}
+    engine = engine_of(model, **more.get("engine", {}))
+    return namespace_fields(config, engine, layouts, shapes, orders)  # type: ignore[arg-type]
+
+
+def test_fields_are_json_and_repeat(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    found = fields(model_of(weights))
+    assert json.loads(json.dumps(found)) == found == fields(model_of(weights))
+    assert found["tokens_per_chunk"] == [32] and found["hash_seed"] == "vllm-default"
+    assert found["draft_weights"] is None
+    assert found["groups"]["0"]["layers"] == ["a", "b"]
+    assert str(weights) not in json.dumps(found)
+
+
+def test_topology_counts_for_opaque_pages_only(weights: Path) -> None:
+    model = model_of(weights)
+    assert fields(model, tp=2) == fields(model)
+    opaque = fields(model, content=OPAQUE, order="opaque")
+    assert opaque["topology"]["tp"] == 1
+    assert fields(model, content=OPAQUE, order="opaque", tp=2) != opaque
+    assert fields(model, content=HEAD_SLABS, order="isa", tp=2)["topology"] is None
+
+
+def test_block_size_counts_for_content_of_the_backend_only(weights: Path) -> None:
+    model = model_of(weights)
+    assert fields(model)["tokens_per_block"] is None
+    slabs = fields(model, content=HEAD_SLABS, order="amx")
+    assert slabs["tokens_per_block"] == [16]
+    assert slabs["groups"]["0"]["orders"] == ["amx"]
+
+
+def test_model_configuration_counts_but_not_where_it_came_from(weights: Path) -> None:
+    def digest(**text: Any) -> str:
+        return fields(model_of(weights, hf_text_config=TextConfig(**text)))["text_config"]
+
+    plain = digest(rope_theta=1.0)
+    assert digest(rope_theta=1.0, _name_or_path="/x", transformers_version="5") == plain
+    assert digest(rope_theta=2.0) != plain
+    assert digest(rope_theta=1.0, rope_scaling={"factor": 2}) != plain
+
+
+def test_hash_settings_count(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(weights)
+    monkeypatch.setenv("PYTHONHASHSEED", "7")
+    assert fields(model)["hash_seed"] == "7"
+    other = {"cache_config": SimpleNamespace(prefix_caching_hash_algo="sha256_cbor")}
+    assert fields(model, engine=other)["hash_algorithm"] == "sha256_cbor"
+
+
+def test_draft_model_counts(weights: Path, tmp_path: Path) -> None:
+    draft = tmp_path / "draft"
+    draft.mkdir()
+    (draft / "d.safetensors").write_bytes(b"1")
+    engine = {"speculative_config": SimpleNamespace(draft_model_config=model_of(draft))}
+    model = model_of(weights)
+    before = fields(model, engine=engine)
+    assert before["draft_weights"] is not None
+    flip(draft / "d.safetensors", 0)
+    assert (
+        fields(model, engine=engine)
+        == before | {"draft_weights": fields(model, engine=engine)["draft_weights"]}
+        != before
+    )
+
+
+# -- refusals ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ["xxhash", "xxhash_cbor"])
+def test_random_hashes_refuse_secondary_tiers(
+    algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = SimpleNamespace(prefix_caching_hash_algo=algorithm)
+    engine = engine_of(model_of(tmp_path), cache_config=cache)
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    with pytest.raises(NamespaceError, match=rf"{algorithm}.*set PYTHONHASHSEED.*or use .*sha256"):
+        check_secondary_tiers(engine)
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+    check_secondary_tiers(engine)
+
+
+def test_cryptographic_hashes_need_no_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    check_secondary_tiers(engine_of(model_of(tmp_path)))
+
+
+def test_weights_are_fixed_unless_the_engine_can_receive_new_ones(tmp_path: Path) -> None:
+    plain = engine_of(model_of(tmp_path))
+    transfer = engine_of(model_of(tmp_path), weight_transfer_config=object())
+    assert weights_fixed(None, plain) and not weights_fixed(None, transfer)
+    assert weights_fixed(True, transfer) and not weights_fixed(False, plain)
