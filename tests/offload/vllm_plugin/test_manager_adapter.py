@@ -1,0 +1,209 @@
+"""vLLM's calls in front of the manager: tickets, slots left by a reset, filters, events."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+
+from vllm.v1.kv_offload.base import (  # noqa: E402
+    Locality,
+    LookupResult,
+    Medium,
+    OffloadingEvent,
+    OffloadKey,
+    ReqContext,
+    ScheduleEndContext,
+    TierFilter,
+    TierMatcher,
+)
+from vllm.v1.metrics.cache_hit_source import CacheHitSource  # noqa: E402
+
+from kvstrata.offload.manager import TieringManager  # noqa: E402
+from kvstrata.offload.region import Region, create_region  # noqa: E402
+from kvstrata.offload.vllm_plugin.manager import KVStrataManager  # noqa: E402
+from kvstrata.offload.vllm_plugin.transfer import PageSlots  # noqa: E402
+from kvstrata.tiers.memory import MemoryTier  # noqa: E402
+from tests.offload.manager_world import CONTEXT, World, chunk, content  # noqa: E402
+
+KEYS = [OffloadKey(chunk(0, index)[0]) for index in range(4)]
+STEP = ScheduleEndContext((), ())
+
+
+def context(req_id: str = "r", **more: Any) -> ReqContext:
+    made = ReqContext(req_id, **more)
+    for index, key in enumerate(KEYS):
+        made.set_offload_key_position(key, chunk(0, index)[1])
+    return made
+
+
+class Adapter:
+    """The adapter over a world of `slots` slots, and a region of two workers."""
+
+    def __init__(self, folder: Path, slots: int = 4, events: bool = True) -> None:
+        self.tier = MemoryTier({}, CONTEXT)
+        self.world = World([self.tier], slots)
+        fields = {"slots": slots, "slot_bytes": 4096, "workers": 2}
+        self.region: Region = create_region("e", fields, text_bytes=500, directory=folder)
+        self.manager = KVStrataManager(self.world.manager, self.region, events=events)
+
+    @property
+    def inner(self) -> TieringManager:
+        return self.world.manager
+
+    def store(self, keys: list[OffloadKey], request: ReqContext) -> PageSlots | None:
+        plan = self.manager.prepare_store(keys, request)
+        if plan is None:
+            return None
+        assert isinstance(plan.store_spec, PageSlots)
+        return plan.store_spec
+
+    def complete(self, keys: list[OffloadKey], spec: PageSlots, request: ReqContext) -> None:
+        for key, slot in zip(keys, spec.slots, strict=True):
+            self.world.memory[slot][:] = content(key)
+        self.manager.complete_store(set(keys), request)
+
+    def reach(self, *tickets: int) -> None:
+        for rank, ticket in enumerate(tickets):
+            self.region.set_watermark(rank, ticket)
+        self.manager.on_schedule_end(STEP)
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Adapter:
+    return Adapter(tmp_path)
+
+
+def test_tickets_have_no_gaps(adapter: Adapter) -> None:
+    """A plan without keys makes no transfer, so it must not take a ticket."""
+    request = context()
+    adapter.manager.on_new_request(request)
+    tickets = []
+    for keys in ([KEYS[0]], [KEYS[0]], [KEYS[1], KEYS[2]]):
+        spec = adapter.store(keys, request)
+        assert spec is not None
+        tickets.append(spec.ticket)
+        if spec.ticket:
+            adapter.complete(keys, spec, request)
+    load = adapter.manager.prepare_load(KEYS[:2], request)
+    assert isinstance(load, PageSlots)
+    assert [*tickets, load.ticket] == [1, 0, 2, 3]
+    assert load.groups.tolist() == [0, 0]
+    assert [adapter.world.memory[slot] for slot in load.slots] == [content(k) for k in KEYS[:2]]
+
+
+def test_answers_and_sources(adapter: Adapter) -> None:
+    request = context()
+    adapter.tier._pages[KEYS[1]] = content(KEYS[1])
+    spec = adapter.store([KEYS[0]], request)
+    assert spec is not None
+    assert adapter.manager.lookup(KEYS[0], request) is LookupResult.HIT_PENDING
+    adapter.complete([KEYS[0]], spec, request)
+    assert adapter.manager.lookup(KEYS[0], request) is LookupResult.HIT
+    assert adapter.manager.lookup(KEYS[1], request) is LookupResult.HIT_PENDING
+    assert adapter.manager.lookup(KEYS[2], request) is LookupResult.MISS
+    adapter.manager.on_schedule_end(STEP)
+    assert adapter.manager.lookup(KEYS[1], request) is LookupResult.HIT
+    assert adapter.manager.get_load_source(KEYS[0], request) is CacheHitSource.HOST
+    assert adapter.manager.get_load_source(KEYS[1], request) is CacheHitSource.DISK
+    entry = adapter.inner.primary.get(KEYS[1])
+    assert entry is not None and entry.end_token == chunk(0, 1)[1]
+
+
+def test_slots_of_a_reset_come_back_when_all_workers_are_past_it(adapter: Adapter) -> None:
+    request = context()
+    spec = adapter.store(KEYS, request)
+    assert spec is not None and spec.ticket == 1
+    adapter.manager.reset_cache()
+    assert adapter.manager.has_pending_work(), "steps are needed to learn of the workers' end"
+    assert adapter.store(KEYS[:1], request) is None
+    adapter.reach(1, 0)
+    assert adapter.store(KEYS[:1], request) is None, "one worker may still write"
+    adapter.reach(1, 1)
+    assert not adapter.manager.has_pending_work()
+    again = adapter.store(KEYS[:1], request)
+    assert again is not None and again.ticket == 2
+
+
+def test_each_reset_waits_for_its_own_transfers(adapter: Adapter) -> None:
+    request = context()
+    assert adapter.store(KEYS[:1], request)  # ticket 1
+    adapter.manager.reset_cache()
+    assert adapter.store(KEYS[1:3], request)  # ticket 2
+    adapter.manager.reset_cache()
+    assert adapter.inner.primary.free == 1
+    adapter.reach(1, 1)
+    assert adapter.inner.primary.free == 2
+    adapter.reach(2, 2)
+    assert adapter.inner.primary.free == 4
+
+
+def test_reset_flushed(adapter: Adapter) -> None:
+    """vLLM 0.33 says so itself; the watermark then has nothing left to free."""
+    assert adapter.store(KEYS[:2], context())
+    adapter.manager.reset_cache()
+    adapter.manager.on_reset_flushed()
+    assert adapter.inner.primary.free == 4 and not adapter.manager.has_pending_work()
+    adapter.reach(1, 1)
+    assert adapter.inner.primary.free == 4
+
+
+@pytest.mark.parametrize(
+    ("matchers", "found"),
+    [
+        ((), LookupResult.MISS),
+        ((TierMatcher(Medium.STORAGE),), LookupResult.HIT_PENDING),
+        ((TierMatcher(Medium.CPU),), LookupResult.MISS),
+        ((TierMatcher(None, Locality.REMOTE),), LookupResult.MISS),
+        ((TierMatcher(None, Locality.LOCAL),), LookupResult.HIT_PENDING),
+    ],
+    ids=repr,
+)
+def test_load_tier_filter(
+    matchers: tuple[TierMatcher, ...], found: LookupResult, adapter: Adapter
+) -> None:
+    adapter.tier._pages[KEYS[0]] = content(KEYS[0])
+    request = context(load_tier_filter=TierFilter(matchers))
+    adapter.manager.on_new_request(request)
+    assert adapter.manager.lookup(KEYS[0], request) is found
+
+
+def listed(events: Iterable[OffloadingEvent]) -> list[tuple[Any, ...]]:
+    return [(e.keys, e.medium, e.removed, e.locality, e.ownership) for e in events]
+
+
+def test_events(adapter: Adapter) -> None:
+    request = context()
+    spec = adapter.store(KEYS[:1], request)
+    assert spec is not None
+    adapter.complete(KEYS[:1], spec, request)
+    adapter.manager.on_schedule_end(STEP)
+    adapter.manager.on_schedule_end(STEP)
+    assert listed(adapter.manager.take_events()) == [
+        (KEYS[:1], Medium.CPU, False, Locality.LOCAL, None),
+        (KEYS[:1], Medium.STORAGE, False, Locality.LOCAL, "tier0"),
+    ]
+
+
+def test_events_that_nobody_asked_for_do_not_pile_up(tmp_path: Path) -> None:
+    adapter = Adapter(tmp_path, events=False)
+    request = context()
+    spec = adapter.store(KEYS[:1], request)
+    assert spec is not None
+    adapter.complete(KEYS[:1], spec, request)
+    adapter.manager.on_schedule_end(STEP)
+    assert list(adapter.manager.take_events()) == []
+    assert adapter.inner._events == []
+
+
+def test_stats_are_increments(adapter: Adapter) -> None:
+    request = context()
+    spec = adapter.store(KEYS[:2], request)
+    assert spec is not None
+    adapter.complete(KEYS[:2], spec, request)
+    first, second = adapter.manager.get_stats(), adapter.manager.get_stats()
+    assert first is not None and second is not None
+    assert "stored_pages" in str(first.data) and "stored_pages" not in str(second.data)
