@@ -26,6 +26,8 @@ from typing import Any
 
 import numpy as np
 
+from kvstrata.tiers.base import PageRegion
+
 ALIGNMENT = 4096  # of slots and of the first slot; the unit of O_DIRECT
 _MAGIC = b"kvstrat1"
 _PREFIX = struct.Struct("<8sQ")
@@ -90,10 +92,14 @@ class Region:
         self._marks = marks.reshape(workers, _CACHE_LINE // 8)[:, 0]
         start += workers * _CACHE_LINE
         self._incomplete = whole[start : start + self.slots]
-        start = _header_bytes(text, workers, self.slots)
+        start = self._first_slot = _header_bytes(text, workers, self.slots)
         self.pages = whole[start : start + self.slots * self.slot_bytes].reshape(
             self.slots, self.slot_bytes
         )
+
+    def page_region(self) -> PageRegion:
+        """Where the slots lie in the file, for other processes; valid until `close`."""
+        return PageRegion(self._fd, self._first_slot, self.slot_bytes, self.slots)
 
     def view(self, slot: int, nbytes: int) -> memoryview:
         """The first `nbytes` of a slot, writable and without a copy."""

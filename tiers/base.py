@@ -78,6 +78,27 @@ class PageLayout:
 
 
 @dataclass(frozen=True, slots=True)
+class PageRegion:
+    """The shared memory in which the pages of all jobs lie.
+
+    With it a tier can let other processes move the pages: they map the file themselves.
+
+    Attributes:
+        fd: the file, open for reading and writing while the tier is being made; a tier that
+            wants it longer duplicates it.
+        offset: where slot 0 begins, in bytes; a multiple of 4096.
+        slot_bytes: size of a slot in bytes, a multiple of 4096. Slot s begins at
+            `offset + s * slot_bytes`, and a page at the start of its slot.
+        slots: number of slots.
+    """
+
+    fd: int
+    offset: int
+    slot_bytes: int
+    slots: int
+
+
+@dataclass(frozen=True, slots=True)
 class TierContext:
     """What a tier must know of the model whose pages it keeps.
 
@@ -86,11 +107,14 @@ class TierContext:
         namespace: JSON-serialisable fields; pages are interchangeable between two
             engines exactly when these fields are equal.
         layouts: page layout by KV cache group index.
+        region: where the pages lie; None if in memory that cannot be shared, which a tier
+            may refuse.
     """
 
     model: str
     namespace: Mapping[str, Any]
     layouts: Mapping[int, PageLayout]
+    region: PageRegion | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +137,7 @@ class Page(NamedTuple):
         key: the offload key, chunk hash + 4-byte big-endian group index.
         group: KV cache group index.
         end_token: position in the request of the chunk's end, in tokens; 0 if unknown.
-        slot: index of the page's slot in the primary tier.
+        slot: index of the page's slot in the primary tier (in `TierContext.region`).
         view: exactly the page's bytes (uint8, contiguous, 4096-aligned), readable for
             stores and writable for loads. Valid until the job's result is taken.
     """

@@ -10,7 +10,9 @@ class TestMyTier(TierContract):
 from __future__ import annotations
 
 import mmap
+import os
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,6 +23,7 @@ from kvstrata.tiers.base import (
     Lookup,
     Page,
     PageLayout,
+    PageRegion,
     RequestView,
     SecondaryTier,
     TensorSpec,
@@ -62,6 +65,26 @@ MakeTier = Callable[[TierContext], SecondaryTier]
 
 REQUEST = RequestView("request")
 
+_FILL = 0xEE
+_GUARD = 4096
+
+
+class _Memory:
+    """Shared memory for small pages, with a guard at the end of each slot."""
+
+    SLOTS, SLOT_BYTES = 4096, 256 * 1024  # takes only the memory that is touched
+
+    def __init__(self) -> None:
+        fd = os.memfd_create("kvstrata-test-pages")
+        self.region = PageRegion(fd, _GUARD, self.SLOT_BYTES, self.SLOTS)
+        os.ftruncate(fd, _GUARD + self.SLOTS * self.SLOT_BYTES)
+        self.map = mmap.mmap(fd, 0)
+        self.view = memoryview(self.map)
+        self.free = list(reversed(range(self.SLOTS)))
+
+
+_MEMORY = _Memory()
+
 # One tensor with a size that is no multiple of 512, two tensors, and whole 4096-byte blocks.
 CONTEXT = TierContext(
     model="org/model",
@@ -74,6 +97,7 @@ CONTEXT = TierContext(
         ),
         2: PageLayout((TensorSpec("kv", "U8", (1, 8192)),), tokens=16),
     },
+    region=_MEMORY.region,
 )
 
 
@@ -88,44 +112,53 @@ def make_data(number: int, nbytes: int) -> bytes:
     return b"".join(word.to_bytes(4, "little") for word in words)[:nbytes]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Slots:
-    """Page-aligned memory with a guard block before, between and after the slots."""
+    """Some slots of `CONTEXT.region`, for pages of `nbytes` bytes, with guards around them.
 
-    memory: memoryview
+    The slots are free for others when this object is gone.
+    """
+
     nbytes: int
-    stride: int
-    fill: int
+    numbers: tuple[int, ...]
 
     @classmethod
-    def make(cls, count: int, nbytes: int, fill: int = 0xEE) -> Slots:
-        """`count` slots of `nbytes` bytes; everything is set to `fill`."""
-        stride = -(-nbytes // 4096) * 4096 + 4096
-        memory = memoryview(mmap.mmap(-1, 4096 + count * stride))
-        memory[:] = bytes([fill]) * memory.nbytes
-        return cls(memory, nbytes, stride, fill)
+    def make(cls, count: int, nbytes: int) -> Slots:
+        """`count` slots of `nbytes` bytes; everything is set to 0xEE."""
+        assert nbytes <= _Memory.SLOT_BYTES - _GUARD, "the pages of tests are small"
+        numbers = tuple(_MEMORY.free.pop() for _ in range(count))
+        slots = cls(nbytes, numbers)
+        weakref.finalize(slots, _MEMORY.free.extend, numbers)
+        for index in range(count):
+            slots._guarded(index)[:] = bytes([_FILL]) * (nbytes + 2 * _GUARD)
+        return slots
 
-    def view(self, slot: int) -> memoryview:
-        """The slot's bytes."""
-        start = 4096 + slot * self.stride
-        return self.memory[start : start + self.nbytes]
+    def view(self, index: int) -> memoryview:
+        """The bytes of the page in the slot."""
+        return self._guarded(index)[_GUARD : _GUARD + self.nbytes]
+
+    def page(self, key: bytes, index: int) -> Page:
+        """The page of this key in the slot."""
+        group = int.from_bytes(key[-4:], "big")
+        return Page(key, group, 0, self.numbers[index], self.view(index))
 
     def check_guards(self) -> None:
-        """Assert that nothing outside the slots was written."""
-        outside = bytes(self.memory[:4096])
-        for start in range(4096, self.memory.nbytes, self.stride):
-            outside += bytes(self.memory[start + self.nbytes : start + self.stride])
-        assert outside == bytes([self.fill]) * len(outside)
+        """Assert that nothing around the pages was written."""
+        for index in range(len(self.numbers)):
+            guarded = bytes(self._guarded(index))
+            assert guarded[:_GUARD] == guarded[-_GUARD:] == bytes([_FILL]) * _GUARD
+
+    def _guarded(self, index: int) -> memoryview:
+        """The page with a guard before it, at the end of the slot before, and one after it."""
+        start = self.numbers[index] * _Memory.SLOT_BYTES
+        return _MEMORY.view[start : start + self.nbytes + 2 * _GUARD]
 
 
 def make_job(job_id: int, keys: Sequence[bytes], slots: Slots, context: TierContext) -> Job:
     """A job that moves `keys[i]` from or to slot i; the keys are of one group."""
-    pages = [
-        Page(key, int.from_bytes(key[-4:], "big"), 0, slot, slots.view(slot))
-        for slot, key in enumerate(keys)
-    ]
+    pages = tuple(slots.page(key, index) for index, key in enumerate(keys))
     assert all(slots.nbytes == context.layouts[page.group].nbytes for page in pages)
-    return Job(job_id, tuple(pages), REQUEST)
+    return Job(job_id, pages, REQUEST)
 
 
 def finish(tier: SecondaryTier, count: int = 1, timeout_s: float = 60.0) -> list[JobResult]:
@@ -238,15 +271,15 @@ class TierContract:
         tier = make_tier(CONTEXT)
         good = make_key(1)
         store(tier, {good: make_data(1, CONTEXT.layouts[0].nbytes)})
-        view = Slots.make(1, CONTEXT.layouts[0].nbytes).view(0)
+        slots = Slots.make(1, CONTEXT.layouts[0].nbytes)
         strange = [
-            Page(make_key(2, group=9), 9, 0, 0, view),  # no such group
-            Page(make_key(3), 0, 0, 0, view[:-1]),  # a page too short
-            Page(b"\0\0\0\0", 0, 0, 0, view),  # no hash
-            Page(b"", 0, 0, 0, view),
+            slots.page(make_key(2, group=9), 0),  # no such group
+            slots.page(make_key(3), 0)._replace(view=slots.view(0)[:-1]),  # a page too short
+            slots.page(b"\0\0\0\0", 0),  # no hash
+            slots.page(b"", 0),
         ]
         for submit in (tier.submit_store, tier.submit_load):
-            pages = (*strange, Page(good, 0, 0, 0, view))
+            pages = (*strange, slots.page(good, 0))
             submit(Job(5, pages, REQUEST))
             (result,) = finish(tier)
             assert set(result.failed) == {page.key for page in strange}
@@ -284,7 +317,7 @@ class TierContract:
         store(tier, {key: data})
         slots = Slots.make(4, len(data))
         tier.submit_load(make_job(11, [key] * 2, slots, CONTEXT))
-        pages = tuple(Page(key, 0, 0, slot, slots.view(slot)) for slot in (2, 3))
+        pages = tuple(slots.page(key, index) for index in (2, 3))
         tier.submit_load(Job(12, pages, REQUEST))
         assert not any(result.failed for result in finish(tier, 2))
         assert all(bytes(slots.view(slot)) == data for slot in range(4))
@@ -330,7 +363,7 @@ class TierContract:
         tier.submit_store(make_job(3, [make_key(2)], slots, CONTEXT))
         failed = {result.job_id: dict(result.failed) for result in finish(tier, 2)}
         assert failed == {2: {key: "shutdown"}, 3: {make_key(2): "shutdown"}}
-        assert bytes(slots.view(0)) == b"\xee" * slots.nbytes
+        assert bytes(slots.view(0)) == bytes([_FILL]) * slots.nbytes
 
     def test_stats_only_grow(self, make_tier: MakeTier) -> None:
         tier = make_tier(CONTEXT)

@@ -223,7 +223,7 @@ def open_manager(
         namespace = dict(fields["namespace"] or {})
         if not fixed:
             namespace["epoch"] = secrets.token_hex(8)
-        context = TierContext(fields["model"], namespace, layouts)
+        context = TierContext(fields["model"], namespace, layouts, region.page_region())
         opened: list[NamedTier] = []
         for entry in entries:
             cls: type[SecondaryTier] = tier_class(entry.entry)

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def run_json(*arguments: object, exit_code: int = 0) -> Any:
 def fill(root: Path, context: TierContext = CONTEXT) -> NamespacePaths:
     """Two pages of group 0 and one of group 1, stored by the tier."""
     options = {"root_dir": str(root), "n_read_threads": 1, "n_write_threads": 1}
-    tier = FsTier(options, context)
+    tier = FsTier(options, replace(context, region=CONTEXT.region))
     for number, key in enumerate(KEYS):
         data = make_data(number, context.layouts[key[-1]].nbytes)
         assert not store(tier, {key: data}).failed

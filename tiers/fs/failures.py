@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import threading
 from collections import Counter
 
 logger = logging.getLogger("kvstrata.tiers.fs")
@@ -29,21 +28,17 @@ def error_cause(error: OSError) -> str:
 
 
 class Failures:
-    """Failures by cause since the start; safe to use from any thread."""
+    """Failures by cause since the start, in the engine's process."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
 
-    def count(self, cause: str, detail: str) -> None:
-        """Count one failure; the first of each cause is logged with its detail."""
-        with self._lock:
-            self._counts[cause] += 1
-            first = self._counts[cause] == 1
-        if first:
+    def count(self, cause: str, detail: str, number: int = 1) -> None:
+        """Count failures; the first of each cause is logged with its detail."""
+        if not self._counts[cause]:
             logger.warning("%s: %s (logged once per cause; counted from now on)", cause, detail)
+        self._counts[cause] += number
 
     def totals(self) -> dict[str, int]:
         """A copy of the counts."""
-        with self._lock:
-            return dict(self._counts)
+        return dict(self._counts)

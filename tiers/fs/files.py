@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 
 from kvstrata.tiers.base import PageLayout, TierContext, key_group
 from kvstrata.tiers.fs.codec import (
@@ -17,67 +17,55 @@ from kvstrata.tiers.fs.codec import (
     verify_header,
 )
 from kvstrata.tiers.fs.config import FsConfig
-from kvstrata.tiers.fs.failures import Failures, error_cause
+from kvstrata.tiers.fs.failures import error_cause
 from kvstrata.tiers.fs.io import FileIO
-from kvstrata.tiers.fs.layout import is_key
+from kvstrata.tiers.fs.messages import Outcome
 from kvstrata.tiers.fs.namespace import (
     make_directories,
     namespace_digest,
     namespace_paths,
 )
 from kvstrata.tiers.fs.quarantine import Quarantine
-from kvstrata.tiers.fs.startup import make_namespace, open_namespace
+from kvstrata.tiers.fs.startup import make_namespace
 from kvstrata.tiers.fs.temporary import temporary_name
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of a page.
+class PageFiles:
+    """The files of one namespace. Its methods block on the disk; any thread may call them.
 
-    Attributes:
-        cause: why it failed, or None.
-        nbytes: bytes of the page that were moved; 0 for a store of a page that was there already.
-        gone: the page, if it was here, cannot be loaded any more.
-        stuck: the bad file could not be moved away, so its key must not be believed.
+    Args:
+        config: the tier's options.
+        context: the namespace, which must be open, and its layouts. All keys must be of it.
+        direct: whether O_DIRECT is to be used, from `open_namespace`.
+        report: is told cause and detail of each failure, on any thread.
     """
 
-    cause: str | None = None
-    nbytes: int = 0
-    gone: bool = False
-    stuck: bool = False
-
-
-class PageFiles:
-    """The files of one namespace. Its methods block on the disk; any thread may call them."""
-
-    def __init__(self, config: FsConfig, context: TierContext) -> None:
-        """Open the namespace.
-
-        Raises:
-            TierConfigError: the directory cannot be used, or config.json differs.
-        """
-        self.failures = Failures()
+    def __init__(
+        self,
+        config: FsConfig,
+        context: TierContext,
+        direct: bool,
+        report: Callable[[str, str], None],
+    ) -> None:
+        self._report = report
         self._config = config
         self._fields = dict(context.namespace)
         self._layouts = dict(context.layouts)
         self._digest = namespace_digest(self._fields)
         self.paths = namespace_paths(config.root_dir, context.model, self._fields)
         self._quarantine = Quarantine(self.paths, config.dir_mode)
-        self._io = FileIO(open_namespace(config, self.paths, self._fields))
+        self._io = FileIO(direct, cached_first=config.io == "auto")
 
-    def fits(self, key: bytes, nbytes: int | None = None) -> str | None:
-        """None if a page of this key (and size) can be here, else the cause why not."""
-        layout = self._layouts.get(key_group(key)) if is_key(key) else None
-        if layout is None:
-            return "key"
-        return "shape" if nbytes not in (None, layout.nbytes) else None
+    def page_bytes(self, key: bytes) -> int:
+        """Size of the page of this key."""
+        return self._layout(key).nbytes
 
     def exists(self, key: bytes) -> bool:
         """Whether a plausible file of the page is there; implausible ones are moved away."""
         try:
             return self._plausible(key, self.paths.page(key))
         except OSError as error:
-            self.failures.count(error_cause(error), str(error))
+            self._report(error_cause(error), str(error))
         except Exception as error:
             self._internal(error)
         return False
@@ -88,11 +76,12 @@ class PageFiles:
         try:
             if not rewrite and self._plausible(key, path):
                 return Outcome()
-            return Outcome(nbytes=self._write(path, key, view))
+            self._write(path, key, view)
+            return Outcome(moved=True)
         except OSError as error:
             cause = error_cause(error)
             cause = {"missing": "no-directory", "unreadable": "denied"}.get(cause, cause)
-            self.failures.count(cause, str(error))
+            self._report(cause, str(error))
             return Outcome(cause)
         except Exception as error:
             return self._internal(error)
@@ -101,29 +90,30 @@ class PageFiles:
         """Fill the view from the page's file and verify it."""
         path = self.paths.page(key)
         try:
-            return Outcome(nbytes=self._read(path, key, view))
+            self._read(path, key, view)
+            return Outcome(moved=True)
         except BadPage as bad:
             return self._reject(path, bad.cause, f"{path}: {bad.detail}", bad.inode)
         except OSError as error:
             cause = error_cause(error)
             if cause == "missing":
-                self.failures.count(cause, str(error))
+                self._report(cause, str(error))
                 return Outcome(cause, gone=True)
             if cause in ("symlink", "not-regular", "unreadable"):
                 return self._reject(path, cause, str(error), None)
             # perhaps the disk's fault and not the file's: leave the file, do not believe it
-            self.failures.count(cause, str(error))
+            self._report(cause, str(error))
             return Outcome(cause, gone=True, stuck=True)
         except Exception as error:
             return self._internal(error)
 
     def _internal(self, error: Exception) -> Outcome:
         """A mistake in this code, or a view that went away, must not cost a result."""
-        self.failures.count("internal", f"{type(error).__name__}: {error}")
+        self._report("internal", f"{type(error).__name__}: {error}")
         return Outcome("internal")
 
     def _reject(self, path: str, cause: str, detail: str, inode: tuple[int, int] | None) -> Outcome:
-        self.failures.count(cause, detail)
+        self._report(cause, detail)
         return Outcome(cause, gone=True, stuck=not self._quarantine.take(path, cause, inode))
 
     def _layout(self, key: bytes) -> PageLayout:
@@ -150,19 +140,19 @@ class PageFiles:
         self._reject(path, cause, path, (found.st_dev, found.st_ino))
         return False
 
-    def _read(self, path: str, key: bytes, view: memoryview) -> int:
+    def _read(self, path: str, key: bytes, view: memoryview) -> None:
         fd = self._io.open(path, os.O_RDONLY)
         try:
             found = os.fstat(fd)
             try:
-                return self._read_open(fd, found, key, view)
+                self._read_open(fd, found, key, view)
             except BadPage as bad:
                 bad.inode = (found.st_dev, found.st_ino)
                 raise
         finally:
             os.close(fd)
 
-    def _read_open(self, fd: int, found: os.stat_result, key: bytes, view: memoryview) -> int:
+    def _read_open(self, fd: int, found: os.stat_result, key: bytes, view: memoryview) -> None:
         if not stat.S_ISREG(found.st_mode):
             raise BadPage("not-regular", f"mode {found.st_mode:o}")
         layout = self._layout(key)
@@ -177,7 +167,6 @@ class PageFiles:
         checksum = verify_header(bytes(header), key, self._digest, layout)
         if page_checksum(view) != checksum:
             raise BadPage("checksum", "the data is not what was written")
-        return view.nbytes
 
     def _blame_size(self, fd: int, size: int, key: bytes, layout: PageLayout) -> None:
         """Find the best word for a file of the wrong size; always raises BadPage."""
@@ -188,7 +177,7 @@ class PageFiles:
         too_short = length > size or size - length < layout.nbytes
         raise BadPage("truncated" if too_short else "size", f"{size} bytes")
 
-    def _write(self, path: str, key: bytes, view: memoryview) -> int:
+    def _write(self, path: str, key: bytes, view: memoryview) -> None:
         header = encode_header(key, self._digest, self._layout(key), page_checksum(view))
         directory = os.path.dirname(path)
         temporary = os.path.join(directory, temporary_name())
@@ -220,7 +209,6 @@ class PageFiles:
             raise
         if self._config.durability == "fsync":
             _fsync_directory(directory)
-        return view.nbytes
 
 
 def _fsync_directory(path: str) -> None:

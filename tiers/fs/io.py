@@ -20,6 +20,8 @@ from kvstrata.tiers.fs.temporary import temporary_name
 
 logger = logging.getLogger("kvstrata.tiers.fs")
 
+_READAHEAD = 2**17  # what Linux reads ahead at most, by default, when asked for one block
+
 _Call = Callable[[int, Sequence[memoryview], int], int]
 
 
@@ -56,10 +58,14 @@ def probe_direct(directory: str) -> bool:
 
 
 class FileIO:
-    """Opens, reads and writes whole files; `direct` says whether O_DIRECT is in use."""
+    """Opens, reads and writes whole files; `direct` says whether O_DIRECT is in use.
 
-    def __init__(self, direct: bool) -> None:
+    With `cached_first`, what the page cache holds is read from there.
+    """
+
+    def __init__(self, direct: bool, cached_first: bool = False) -> None:
         self.direct = direct
+        self._cached_first = direct and cached_first
         self._local = threading.local()
 
     def open(self, path: str, flags: int, mode: int = 0o600) -> int:
@@ -69,7 +75,7 @@ class FileIO:
             OSError: as `os.open`.
         """
         flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        if self.direct:
+        if self.direct and not (self._cached_first and flags & os.O_ACCMODE == os.O_RDONLY):
             try:
                 return os.open(path, flags | os.O_DIRECT, mode)
             except OSError as error:
@@ -92,7 +98,16 @@ class FileIO:
             EOFError: the file is shorter.
             OSError: the file system failed.
         """
-        self._move(os.preadv, fd, buffers)
+        if not self._cached_first:
+            self._move(os.preadv, fd, buffers, 0)
+            return
+        position = self._read_cached(fd, buffers)
+        if position < _size(buffers):
+            _enter_direct(fd)
+            self._move(os.preadv, fd, buffers, position)
+        if position == 0:
+            # the readahead that the first look set off; it must not pass for a cached file
+            os.posix_fadvise(fd, 0, _READAHEAD, os.POSIX_FADV_DONTNEED)
 
     def write(self, fd: int, buffers: Sequence[memoryview]) -> None:
         """Write the buffers, one after the other, from the start of the file.
@@ -101,7 +116,7 @@ class FileIO:
             OSError: the file system failed.
         """
         try:
-            self._move(os.pwritev, fd, buffers)
+            self._move(os.pwritev, fd, buffers, 0)
         except EOFError:
             raise OSError(errno.EIO, "nothing was written") from None
 
@@ -114,10 +129,29 @@ class FileIO:
         _leave_direct(fd)
         return os.pread(fd, size, 0)
 
-    def _move(self, call: _Call, fd: int, buffers: Sequence[memoryview]) -> None:
-        total = sum(buffer.nbytes for buffer in buffers)
+    def _read_cached(self, fd: int, buffers: Sequence[memoryview]) -> int:
+        """Fill the buffers from the page cache; up to which multiple of 4096, or the end.
+
+        The first buffer, the header, is asked for alone: RWF_NOWAIT does not wait, yet it
+        starts to read what is missing, and a page would come from the device twice (measured
+        on Linux 6.18 and ext4).
+        """
+        total, position = _size(buffers), 0
+        try:
+            position = os.preadv(fd, buffers[:1], 0, os.RWF_NOWAIT)
+            if position == buffers[0].nbytes:
+                position += os.preadv(fd, buffers[1:], position, os.RWF_NOWAIT)
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+            self._cached_first = False  # not on this file system
+        return position if position == total else position - position % ALIGNMENT
+
+    def _move(self, call: _Call, fd: int, buffers: Sequence[memoryview], position: int) -> None:
+        total = _size(buffers)
         direct = bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
-        position = 0
         while position < total:
             if direct and (position % ALIGNMENT or total - position < ALIGNMENT):
                 direct = _leave_direct(fd)
@@ -139,6 +173,16 @@ class FileIO:
             if moved == 0:
                 raise EOFError
             position += moved
+
+
+def _size(buffers: Sequence[memoryview]) -> int:
+    return sum(buffer.nbytes for buffer in buffers)
+
+
+def _enter_direct(fd: int) -> None:
+    """Switch the descriptor to O_DIRECT, if its file knows it."""
+    with suppress(OSError):
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
 
 
 def _leave_direct(fd: int) -> bool:

@@ -1,35 +1,43 @@
 """The filesystem tier: every page a safetensors file.
 
-The scheduler's thread only touches dicts and queues; files are the pool's business. Workers
-put what they did on deques, and the next call on the scheduler's thread takes it from there,
-so the index and the jobs need no lock.
+The scheduler's thread only touches dicts and sends packets; files are the business of the I/O
+processes, which map the page region themselves. What they did is taken from them by the next
+call on the scheduler's thread, so there are no other threads here and no locks.
 """
 
 from __future__ import annotations
 
-import threading
+import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvstrata.tiers.base import (
     Job,
     JobResult,
     Lookup,
+    Page,
     RequestView,
     SecondaryTier,
+    TierConfigError,
     TierContext,
     TierStats,
+    key_group,
 )
 from kvstrata.tiers.fs.config import FsConfig
-from kvstrata.tiers.fs.files import Outcome, PageFiles
+from kvstrata.tiers.fs.failures import Failures
 from kvstrata.tiers.fs.index import Index
-from kvstrata.tiers.fs.pool import Pool
-from kvstrata.tiers.fs.temporary import sweep
+from kvstrata.tiers.fs.layout import is_key
+from kvstrata.tiers.fs.messages import MOST_PAGES, Kind, Outcome, PageRef, Setup
+from kvstrata.tiers.fs.namespace import namespace_paths
+from kvstrata.tiers.fs.processes import IoProcesses, Task
+from kvstrata.tiers.fs.startup import open_namespace
 
+# A job is cut into tasks of about so many bytes: small enough that one long prefix keeps many
+# threads busy, large enough that small pages do not cost a packet each.
+_TASK_BYTES = 2**20
 _KEYS_PER_CHECK = 256  # a long prefix is checked by several threads
 _MAX_REMOVED = 2**16
 
@@ -46,56 +54,6 @@ class _OpenJob:
     end: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Done:
-    """One page of a job is done with; its view is touched no more."""
-
-    job_id: int
-    key: bytes
-    outcome: Outcome
-    start: float
-    end: float
-
-
-@dataclass(frozen=True, slots=True)
-class _PageTask:
-    """Move one page on a thread of the pool."""
-
-    job_id: int
-    key: bytes
-    move: Callable[[], Outcome]
-    done: deque[_Done]
-
-    def run(self) -> None:
-        start = time.monotonic()
-        outcome = self.move()
-        self.done.append(_Done(self.job_id, self.key, outcome, start, time.monotonic()))
-
-    def drop(self) -> None:
-        self.end(Outcome("shutdown"))
-
-    def end(self, outcome: Outcome) -> None:
-        """The page was never moved."""
-        now = time.monotonic()
-        self.done.append(_Done(self.job_id, self.key, outcome, now, now))
-
-
-@dataclass(frozen=True, slots=True)
-class _CheckTask:
-    """Ask the disk for some keys."""
-
-    keys: Sequence[bytes]
-    files: PageFiles
-    answers: deque[tuple[bytes, bool]]
-
-    def run(self) -> None:
-        for key in self.keys:
-            self.answers.append((key, self.files.exists(key)))
-
-    def drop(self) -> None:
-        self.answers.extend((key, False) for key in self.keys)
-
-
 class FsTier(SecondaryTier):
     """Pages as files below `root_dir`; for the options see `FsConfig`."""
 
@@ -109,25 +67,37 @@ class FsTier(SecondaryTier):
     def __init__(self, options: Mapping[str, Any], context: TierContext) -> None:
         """See `SecondaryTier.__init__`."""
         config = FsConfig.parse(options)
-        self._files = PageFiles(config, context)
+        if context.region is None:
+            raise TierConfigError(
+                "fs tier: the pages are not in shared memory, which the I/O processes need; "
+                "give it a TierContext with a region"
+            )
+        fields = dict(context.namespace)
+        self.paths = namespace_paths(config.root_dir, context.model, fields)
+        direct = open_namespace(config, self.paths, fields)
+        self._layouts = dict(context.layouts)
+        self._region = replace(context.region, fd=os.dup(context.region.fd))
         self._index = Index()
         self._jobs: dict[int, _OpenJob] = {}
         self._finished: list[JobResult] = []
         self._removed: deque[bytes] = deque(maxlen=_MAX_REMOVED)
         self._counters: Counter[str] = Counter()
-        self._done: deque[_Done] = deque()
-        self._answers: deque[tuple[bytes, bool]] = deque()
-        self._closed = threading.Event()
-        self._pool = Pool(config.n_read_threads, config.n_write_threads)
-        self._swept = 0
-        self._sweeper = threading.Thread(target=self._sweep, name="kvstrata-fs-sweep", daemon=True)
-        self._sweeper.start()
+        self._failures = Failures()
+        self._closed = False
+        plain = TierContext(context.model, fields, self._layouts)
+        setup = Setup(config, plain, direct, self._region, readers=True, threads=1)
+        try:
+            self._processes = IoProcesses(
+                setup, config.n_read_threads, config.n_write_threads, self._failures
+            )
+        except OSError as error:
+            os.close(self._region.fd)
+            raise TierConfigError(f"fs tier: no I/O process can be started ({error})") from error
 
     def lookup(self, key: bytes, request: RequestView) -> Lookup:
         """HIT and MISS from memory; RETRY while the disk is being asked."""
-        self._collect()
         self._counters["lookups"] += 1
-        if self._closed.is_set() or self._files.fits(key):
+        if self._closed or self._layout_nbytes(key) is None:
             return Lookup.MISS
         if self._index.is_unsent(key):
             self._send_checks()
@@ -137,16 +107,11 @@ class FsTier(SecondaryTier):
 
     def submit_store(self, job: Job) -> None:
         """See `SecondaryTier.submit_store`."""
-        refused = self._index.is_refused
-        moves = [
-            partial(self._files.store, page.key, page.view, refused(page.key)) for page in job.pages
-        ]
-        self._pool.submit_writes(self._open(job, moves, store=True))
+        self._submit(job, Kind.STORE)
 
     def submit_load(self, job: Job) -> None:
         """See `SecondaryTier.submit_load`."""
-        moves = [partial(self._files.load, page.key, page.view) for page in job.pages]
-        self._pool.submit_reads(self._open(job, moves, store=False))
+        self._submit(job, Kind.LOAD)
 
     def get_finished(self) -> Sequence[JobResult]:
         """See `SecondaryTier.get_finished`."""
@@ -175,20 +140,29 @@ class FsTier(SecondaryTier):
 
     def drain(self, timeout_s: float) -> bool:
         """See `SecondaryTier.drain`."""
-        return self._pool.wait_idle(timeout_s)
+        self._send_checks()
+        return self._processes.wait_idle(timeout_s)
 
     def shutdown(self, timeout_s: float) -> bool:
         """See `SecondaryTier.shutdown`."""
-        self._closed.set()
-        return self._pool.close(timeout_s)
+        self._closed = True
+        stopped = self._processes.close(timeout_s)
+        if stopped and self._region.fd >= 0:
+            os.close(self._region.fd)
+            self._region = replace(self._region, fd=-1)
+        return stopped
 
     def stats(self) -> TierStats:
         """See `SecondaryTier.stats`."""
         self._collect()
-        reads, writes = self._pool.queued()
+        reads, writes = self._processes.unfinished()
         return TierStats(
-            counters={**self._counters, "swept_temporaries": self._swept},
-            failures=self._files.failures.totals(),
+            counters={
+                **self._counters,
+                "swept_temporaries": self._processes.swept,
+                "restarted_processes": self._processes.restarts,
+            },
+            failures=self._failures.totals(),
             gauges={
                 "read_queue": float(reads),
                 "write_queue": float(writes),
@@ -197,63 +171,86 @@ class FsTier(SecondaryTier):
             },
         )
 
-    def _open(
-        self, job: Job, moves: Sequence[Callable[[], Outcome]], store: bool
-    ) -> list[_PageTask]:
-        """Note the job; the tasks for those of its pages that can be here at all."""
-        if not job.pages:
-            self._finished.append(JobResult(job.job_id))
-            return []
-        self._jobs[job.job_id] = _OpenJob(store, len(job.pages))
-        tasks = []
-        for page, move in zip(job.pages, moves, strict=True):
-            task = _PageTask(job.job_id, page.key, move, self._done)
-            cause = self._files.fits(page.key, page.view.nbytes)
-            if cause is None:
-                tasks.append(task)
+    def _layout_nbytes(self, key: bytes) -> int | None:
+        """Size of the key's page; None if it is none of this model's keys."""
+        layout = self._layouts.get(key_group(key)) if is_key(key) else None
+        return None if layout is None else layout.nbytes
+
+    def _unfit(self, page: Page) -> str | None:
+        """Why the page cannot be here; None if it can."""
+        nbytes = self._layout_nbytes(page.key)
+        if nbytes is None:
+            return "key"
+        fits = nbytes == page.view.nbytes <= self._region.slot_bytes
+        return None if fits and 0 <= page.slot < self._region.slots else "shape"
+
+    def _submit(self, job: Job, kind: Kind) -> None:
+        """Note the job, and send off those of its pages that can be here at all."""
+        opened = self._jobs[job.job_id] = _OpenJob(kind is Kind.STORE, len(job.pages))
+        good = []
+        for page in job.pages:
+            if cause := self._unfit(page):
+                self._failures.count(cause, f"page {page.key.hex()} is none of this model")
+                opened.failed[page.key] = cause
+                opened.pending -= 1
             else:
-                self._files.failures.count(cause, f"page {page.key.hex()} is none of this model")
-                task.end(Outcome(cause))
-        return tasks
+                good.append(page)
+        self._finish_if_over(job.job_id, opened)
+        self._processes.submit(self._tasks(kind, good, job.job_id))
+
+    def _tasks(self, kind: Kind, pages: Iterable[Page], job_id: int) -> Iterator[Task]:
+        """The pages in order, cut into tasks."""
+        refs: list[PageRef] = []
+        nbytes = 0
+        for page in pages:
+            full = nbytes + page.view.nbytes > _TASK_BYTES or len(refs) == MOST_PAGES
+            if refs and full:
+                yield Task(kind, refs, job_id)
+                refs, nbytes = [], 0
+            rewrite = kind is Kind.STORE and self._index.is_refused(page.key)
+            refs.append(PageRef(page.key, page.slot, rewrite))
+            nbytes += page.view.nbytes
+        if refs:
+            yield Task(kind, refs, job_id)
 
     def _send_checks(self) -> None:
-        keys = self._index.take_unsent()
-        batches = [keys[i : i + _KEYS_PER_CHECK] for i in range(0, len(keys), _KEYS_PER_CHECK)]
-        self._pool.submit_reads(_CheckTask(b, self._files, self._answers) for b in batches)
+        refs = [PageRef(key) for key in self._index.take_unsent()]
+        batches = [refs[i : i + _KEYS_PER_CHECK] for i in range(0, len(refs), _KEYS_PER_CHECK)]
+        self._processes.submit(Task(Kind.CHECK, batch) for batch in batches)
 
     def _collect(self) -> None:
-        """Take what the workers did since the last call."""
-        while self._answers:
-            key, present = self._answers.popleft()
-            self._index.answer(key, present, time.monotonic())
-        while self._done:
-            done = self._done.popleft()
-            job = self._jobs[done.job_id]
-            self._count(job, done)
-            job.pending -= 1
-            if job.pending == 0:
-                del self._jobs[done.job_id]
-                self._finished.append(
-                    JobResult(done.job_id, job.failed, job.nbytes, job.end - job.start)
-                )
+        """Take what the I/O processes did since the last call."""
+        for ended in self._processes.collect():
+            pairs = zip(ended.task.pages, ended.outcomes, strict=True)
+            if ended.task.kind is Kind.CHECK:
+                for page, outcome in pairs:
+                    self._index.answer(page.key, outcome.moved, time.monotonic())
+                continue
+            job = self._jobs[ended.task.job_id]
+            for page, outcome in pairs:
+                self._count(job, page.key, outcome)
+            job.start, job.end = min(job.start, ended.start), max(job.end, ended.end)
+            job.pending -= len(ended.outcomes)
+            self._finish_if_over(ended.task.job_id, job)
 
-    def _count(self, job: _OpenJob, done: _Done) -> None:
-        outcome = done.outcome
-        job.start, job.end = min(job.start, done.start), max(job.end, done.end)
-        job.nbytes += outcome.nbytes
+    def _finish_if_over(self, job_id: int, job: _OpenJob) -> None:
+        if job.pending == 0:
+            del self._jobs[job_id]
+            seconds = max(0.0, job.end - job.start)
+            self._finished.append(JobResult(job_id, job.failed, job.nbytes, seconds))
+
+    def _count(self, job: _OpenJob, key: bytes, outcome: Outcome) -> None:
         if outcome.cause is not None:
-            job.failed[done.key] = outcome.cause
-            if outcome.gone and self._index.discard(done.key):
-                self._removed.append(done.key)
+            job.failed[key] = outcome.cause
+            if outcome.gone and self._index.discard(key):
+                self._removed.append(key)
             if outcome.stuck:
-                self._index.refuse(done.key)
+                self._index.refuse(key)
             return
         if job.store:
-            self._index.accept(done.key)
+            self._index.accept(key)
+        nbytes = self._layouts[key_group(key)].nbytes if outcome.moved else 0
+        job.nbytes += nbytes
         word = "stored" if job.store else "loaded"
         self._counters[f"{word}_pages"] += 1
-        self._counters[f"{word}_bytes"] += outcome.nbytes
-
-    def _sweep(self) -> None:
-        for directory in (self._files.paths.home, self._files.paths.pages):
-            self._swept += sweep(directory, self._closed)
+        self._counters[f"{word}_bytes"] += nbytes

@@ -1,12 +1,16 @@
+import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import kvstrata.tiers.fs.process as process_module
 from kvstrata.tiers.base import TierContext
 from kvstrata.tiers.fs.layout import NamespacePaths
 from kvstrata.tiers.fs.namespace import namespace_paths
@@ -32,12 +36,42 @@ def open_tier(root: Path) -> Iterator[Callable[..., FsTier]]:
 
     def make(context: TierContext = CONTEXT, **options: Any) -> FsTier:
         defaults = {"root_dir": str(root), "n_read_threads": 2, "n_write_threads": 2}
+        context = replace(context, region=CONTEXT.region)
         made.append(FsTier({**defaults, **options}, context))
         return made[-1]
 
     yield make
     for tier in made:
         assert tier.shutdown(60.0)
+
+
+class Faults:
+    """What happens at the calls of the I/O processes, see `faulty_worker.CALLS`.
+
+    An errno, or "hang" (until something else is set), "surprise" (no OSError), "crash". The
+    entry "euid" is no call: the process becomes that user.
+    """
+
+    def __init__(self, control: Path) -> None:
+        self.control = control
+        self.set()
+
+    def set(self, **faults: int | str) -> None:
+        """From now on these, and no others."""
+        new = self.control.with_suffix(".new")
+        new.write_text(json.dumps(faults))
+        new.rename(self.control)
+
+
+@pytest.fixture
+def faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
+    """Faults of the tiers that are made from now on."""
+    faults = Faults(tmp_path / "faults.json")
+    script = str(Path(__file__).with_name("faulty_worker.py"))
+    command = (sys.executable, "-P", script, str(faults.control))
+    monkeypatch.setattr(process_module, "COMMAND", command)
+    yield faults
+    faults.set()
 
 
 @pytest.fixture
@@ -53,7 +87,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def another_user() -> Callable[[], AbstractContextManager[None]]:
+def another_user(faults: Faults) -> Callable[[], AbstractContextManager[None]]:
     """Makes a context without root's right to open everything; changes nothing for others."""
 
     @contextmanager
@@ -61,10 +95,12 @@ def another_user() -> Callable[[], AbstractContextManager[None]]:
         if os.geteuid() != 0:
             yield
             return
+        faults.set(euid=65534)
         os.seteuid(65534)
         try:
             yield
         finally:
             os.seteuid(0)
+            faults.set(euid=0)
 
     return change

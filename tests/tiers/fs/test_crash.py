@@ -30,7 +30,8 @@ from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key, store
 SIZE = CONTEXT.layouts[0].nbytes
 KEYS = [make_key(n) for n in range(64)]
 
-# Stores the 64 pages over and over, each time from scratch, and says when it begins.
+# Stores the 64 pages over and over, each time from scratch. After the first time it says so,
+# and what its I/O processes are.
 WRITER = textwrap.dedent("""
     import os, shutil, sys
     from kvstrata.tiers.fs.tier import FsTier
@@ -39,21 +40,29 @@ WRITER = textwrap.dedent("""
     tier = FsTier({"root_dir": root, "n_read_threads": 1, "n_write_threads": 4}, CONTEXT)
     size = CONTEXT.layouts[0].nbytes
     data = {make_key(n): make_data(n, size) for n in range(64)}
-    print("ready", flush=True)
-    for _ in range(rounds):
+    for number in range(rounds):
         assert not store(tier, data).failed
+        if number == 0:
+            print(*tier._processes.pids(), flush=True)
         for key in data if rounds > 1 else ():
-            os.unlink(tier._files.paths.page(key))
+            os.unlink(tier.paths.page(key))
     assert tier.shutdown(60.0)
     assert not tier.stats().failures, tier.stats()
 """)
 
 
-def start_writer(root: Path, rounds: int) -> subprocess.Popen[bytes]:
+def start_writer(root: Path, rounds: int) -> tuple[subprocess.Popen[bytes], list[int]]:
+    """A writer that has begun, and its I/O processes."""
     arguments = [sys.executable, "-c", WRITER, str(root), str(rounds)]
     writer = subprocess.Popen(arguments, stdout=subprocess.PIPE)
-    assert writer.stdout is not None and writer.stdout.readline() == b"ready\n"
-    return writer
+    assert writer.stdout is not None
+    pids = [int(word) for word in writer.stdout.readline().split()]
+    assert len(pids) == 2
+    return writer, pids
+
+
+def is_alive(pid: int) -> bool:
+    return temporary._process(pid)[0] not in ("", "Z", "X")
 
 
 def temporaries(root: Path) -> list[str]:
@@ -75,10 +84,13 @@ def check_pages(result: JobResult, arrived: dict[bytes, bytes]) -> None:
 def test_killed_writers_leave_nothing_bad(root: Path, open_tier: Callable[..., FsTier]) -> None:
     left_behind = 0
     for attempt in range(20):
-        writer = start_writer(root, rounds=10**6)
+        writer, pids = start_writer(root, rounds=10**6)
         time.sleep(0.002 * (attempt % 5))
+        if attempt % 4 == 3:  # what sleeps cannot see the engine go
+            os.kill(pids[1], signal.SIGSTOP)
         writer.send_signal(signal.SIGKILL)
         writer.wait()
+        wait_until(lambda pids=pids: not any(is_alive(pid) for pid in pids))
         left_behind += len(temporaries(root))
         report = check_root(str(root))
         assert report.bad == []
@@ -92,7 +104,7 @@ def test_killed_writers_leave_nothing_bad(root: Path, open_tier: Callable[..., F
 def test_two_processes_store_the_same_keys(root: Path, open_tier: Callable[..., FsTier]) -> None:
     for _ in range(3):
         writers = [start_writer(root, rounds=1) for _ in range(2)]
-        assert [writer.wait(60.0) for writer in writers] == [0, 0]
+        assert [writer.wait(60.0) for writer, _ in writers] == [0, 0]
     result, arrived = load(open_tier(), KEYS)
     assert not result.failed
     check_pages(result, arrived)

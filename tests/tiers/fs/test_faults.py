@@ -5,18 +5,21 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from kvstrata.tiers.base import Job, Lookup, Page
+from kvstrata.tiers.base import Lookup
 from kvstrata.tiers.fs import files as files_module
-from kvstrata.tiers.fs import io
+from kvstrata.tiers.fs.config import FsConfig
+from kvstrata.tiers.fs.files import PageFiles
 from kvstrata.tiers.fs.layout import NamespacePaths
+from kvstrata.tiers.fs.messages import Outcome
+from kvstrata.tiers.fs.startup import open_namespace
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.testing import (
     CONTEXT,
     REQUEST,
-    finish,
     load,
     make_data,
     make_key,
@@ -27,13 +30,6 @@ from kvstrata.tiers.testing import (
 OpenTier = Callable[..., FsTier]
 KEY = make_key(1)
 PAGE = {KEY: make_data(1, CONTEXT.layouts[0].nbytes)}
-
-
-def fail(number: int) -> Callable[..., int]:
-    def raise_it(*args: object) -> int:
-        raise OSError(number, os.strerror(number))
-
-    return raise_it
 
 
 def names_below(root: Path) -> list[str]:
@@ -90,23 +86,19 @@ def test_a_directory_is_a_dangling_link(open_tier: OpenTier, paths: NamespacePat
         (errno.EMFILE, "io-error"),
     ],
 )
-@pytest.mark.parametrize("call", ["open", "pwritev", "rename"])
 def test_stores_that_fail(
-    open_tier: OpenTier,
-    root: Path,
-    call: str,
-    number: int,
-    cause: str,
-    monkeypatch: pytest.MonkeyPatch,
+    open_tier: OpenTier, root: Path, number: int, cause: str, faults: Any
 ) -> None:
     tier = open_tier()
     store(tier, {make_key(2): PAGE[KEY]})
-    with monkeypatch.context() as patch:
-        patch.setattr(files_module.os, call, fail(number))
+    for times, call in enumerate(("open", "pwritev", "rename"), start=1):
+        faults.set(**{call: number})
         assert store(tier, PAGE).failed == {KEY: cause}
+        tier.on_request_finished(REQUEST)
         assert settle(tier, KEY) is Lookup.MISS
-    assert tier.stats().failures == {cause: 1}
-    assert not [name for name in names_below(root) if name.endswith(".tmp")]
+        assert tier.stats().failures == {cause: times}
+        assert not [name for name in names_below(root) if name.endswith(".tmp")]
+    faults.set()
     assert not store(tier, PAGE).failed
     assert load(tier, [KEY])[1] == PAGE
 
@@ -122,46 +114,45 @@ def test_a_disk_that_fills_up(open_tier: OpenTier, small_disk: Path) -> None:
     assert not [name for name in names_below(small_disk) if name.endswith(".tmp")]
 
 
-def test_a_disk_that_cannot_be_read(open_tier: OpenTier, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_cannot_be_read(open_tier: OpenTier, faults: Any) -> None:
     tier = open_tier()
     store(tier, PAGE)
-    with monkeypatch.context() as patch:
-        patch.setattr(io.os, "preadv", fail(errno.EIO))
-        assert load(tier, [KEY])[0].failed == {KEY: "io-error"}
+    faults.set(preadv=errno.EIO)
+    assert load(tier, [KEY])[0].failed == {KEY: "io-error"}
     # the file is left, but not believed until it was written again
     assert settle(tier, KEY) is Lookup.MISS
+    faults.set()
     assert not store(tier, PAGE).failed
     assert settle(tier, KEY) is Lookup.HIT
     assert load(tier, [KEY])[1] == PAGE
 
 
-def test_a_lookup_that_fails(open_tier: OpenTier, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lookup_that_fails(open_tier: OpenTier, faults: Any) -> None:
     store(open_tier(), PAGE)
     tier = open_tier()
-    assert tier.drain(60.0)
-    with monkeypatch.context() as patch:
-        patch.setattr(files_module.os, "lstat", fail(errno.EIO))
-        assert settle(tier, KEY) is Lookup.MISS
+    faults.set(lstat=errno.EIO)
+    assert settle(tier, KEY) is Lookup.MISS
+    faults.set()
     assert tier.stats().failures == {"io-error": 1}
     tier.on_request_finished(REQUEST)
     assert settle(tier, KEY) is Lookup.HIT
 
 
-def test_a_view_that_cannot_be_written(open_tier: OpenTier) -> None:
+def test_an_error_nobody_thought_of(open_tier: OpenTier, faults: Any) -> None:
     tier = open_tier()
-    store(tier, PAGE)
-    view = memoryview(bytes(CONTEXT.layouts[0].nbytes))
-    tier.submit_load(Job(3, (Page(KEY, 0, 0, 0, view),), REQUEST))
-    assert finish(tier)[0].failed == {KEY: "internal"}
-    # that says nothing about the file
-    assert tier.lookup(KEY, REQUEST) is Lookup.HIT and not list(tier.take_removed())
-    assert load(tier, [KEY])[1] == PAGE
+    faults.set(pwritev="surprise")
+    assert store(tier, PAGE).failed == {KEY: "internal"}
+    faults.set()
+    assert tier.stats().failures == {"internal": 1}
+    assert not store(tier, PAGE).failed
 
 
 def test_fsync_comes_before_the_name(
-    open_tier: OpenTier, paths: NamespacePaths, monkeypatch: pytest.MonkeyPatch
+    root: Path, paths: NamespacePaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tier = open_tier(durability="fsync")
+    config = FsConfig(str(root), durability="fsync")
+    open_namespace(config, paths, CONTEXT.namespace)
+    files = PageFiles(config, CONTEXT, False, lambda cause, detail: None)
     calls: list[str] = []
     fsync, rename = os.fsync, os.rename
 
@@ -174,11 +165,11 @@ def test_fsync_comes_before_the_name(
         calls.append("rename")
         rename(source, target)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(files_module.os, "fsync", note_fsync)
-        patch.setattr(files_module.os, "rename", note_rename)
-        store(tier, PAGE)
-        store(tier, {make_key(2): PAGE[KEY]})
+    monkeypatch.setattr(files_module.os, "fsync", note_fsync)
+    monkeypatch.setattr(files_module.os, "rename", note_rename)
+    for number in (1, 2):
+        view = memoryview(bytearray(PAGE[KEY]))
+        assert files.store(make_key(number), view, rewrite=False) == Outcome(moved=True)
     home = os.path.basename(paths.pages)
     assert calls == [
         *["000", home, "root", "page", "rename", "00_g0"],  # with the new directories
@@ -186,13 +177,13 @@ def test_fsync_comes_before_the_name(
     ]
 
 
-def test_an_error_nobody_thought_of(open_tier: OpenTier, monkeypatch: pytest.MonkeyPatch) -> None:
-    def surprise(*args: object) -> str:
-        raise RuntimeError("surprise")
-
-    tier = open_tier()
-    with monkeypatch.context() as patch:
-        patch.setattr(files_module, "page_checksum", surprise)
-        assert store(tier, PAGE).failed == {KEY: "internal"}
-    assert tier.stats().failures == {"internal": 1}
-    assert not store(tier, PAGE).failed
+def test_a_view_that_cannot_be_written(root: Path, paths: NamespacePaths) -> None:
+    """That says nothing about the file."""
+    config = FsConfig(str(root))
+    reported: list[str] = []
+    direct = open_namespace(config, paths, CONTEXT.namespace)
+    files = PageFiles(config, CONTEXT, direct, lambda cause, detail: reported.append(cause))
+    view = memoryview(PAGE[KEY])
+    assert files.store(KEY, view, rewrite=False) == Outcome(moved=True)
+    assert files.load(KEY, view) == Outcome("internal")
+    assert reported == ["internal"] and files.exists(KEY)

@@ -1,18 +1,19 @@
 """What may be answered from memory, and for how long."""
 
 import os
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kvstrata.tiers.base import Lookup, RequestView
 from kvstrata.tiers.fs import index as index_module
-from kvstrata.tiers.fs.files import PageFiles
 from kvstrata.tiers.fs.index import ABSENT_FOR_S, CHECK_WITHIN_S, Index
 from kvstrata.tiers.fs.layout import NamespacePaths
+from kvstrata.tiers.fs.messages import Kind
+from kvstrata.tiers.fs.processes import Task
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.testing import (
     CONTEXT,
@@ -118,23 +119,32 @@ def test_a_late_negative_answer_does_not_undo_a_store() -> None:
     assert index.lookup(A, "r", 0.2) is Lookup.HIT
 
 
-def test_lookup_leaves_the_disk_to_the_pool(
+def test_lookup_leaves_the_disk_to_the_processes(
     open_tier: Callable[..., FsTier], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tier = open_tier()
     store(tier, PAGE)
-    asked: list[bytes] = []
-    monkeypatch.setattr(PageFiles, "exists", lambda self, key: bool(asked.append(key)))
+    sent: list[Task] = []
+    submit = tier._processes.submit
+
+    def note(tasks: Iterable[Task]) -> None:
+        sent.extend(tasks := list(tasks))
+        submit(tasks)
+
+    monkeypatch.setattr(tier._processes, "submit", note)
     for name in ("open", "stat", "lstat", "listdir", "scandir"):
         monkeypatch.delattr(os, name)
     try:
         assert tier.lookup(next(iter(PAGE)), REQUEST) is Lookup.HIT
-        for number in range(2, 10):
-            assert tier.lookup(make_key(number), REQUEST) is Lookup.RETRY
-        assert tier.drain(60.0) and asked == []  # nothing was sent off yet
+        keys = [make_key(number) for number in range(2, 10)]
+        for key in keys:
+            assert tier.lookup(key, REQUEST) is Lookup.RETRY
+        assert not sent  # a step's keys go together
         tier.on_step_end()
-        assert tier.drain(60.0) and asked == [make_key(n) for n in range(2, 10)]
-        assert tier.lookup(make_key(2), REQUEST) is Lookup.MISS
+        assert [(t.kind, [page.key for page in t.pages]) for t in sent] == [(Kind.CHECK, keys)]
+        assert tier.drain(60.0)
+        tier.on_step_end()
+        assert tier.lookup(keys[0], REQUEST) is Lookup.MISS
     finally:
         monkeypatch.undo()
 
@@ -144,7 +154,9 @@ def test_asking_again_sends_the_batch_off(open_tier: Callable[..., FsTier]) -> N
     key = make_key(1)
     assert tier.lookup(key, REQUEST) is Lookup.RETRY
     tier.lookup(key, REQUEST)
+    assert tier._processes.unfinished() == (1, 0)
     assert tier.drain(60.0)
+    tier.get_finished()
     assert tier.lookup(key, REQUEST) is Lookup.MISS
 
 
@@ -175,30 +187,19 @@ def test_a_page_that_vanished_leaves_the_index(
 
 
 def test_a_disk_that_hangs_blocks_nobody(
-    open_tier: Callable[..., FsTier], monkeypatch: pytest.MonkeyPatch
+    open_tier: Callable[..., FsTier], faults: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate = threading.Event()
-    hanging = threading.Semaphore(0)
-
-    def hang(files: PageFiles, key: bytes) -> bool:
-        hanging.release()
-        return gate.wait(60.0)
-
-    monkeypatch.setattr(PageFiles, "exists", hang)
     monkeypatch.setattr(index_module, "CHECK_WITHIN_S", 0.05)
-    tier = open_tier()  # of four threads
+    tier = open_tier()  # of two processes with two threads each
+    faults.set(lstat="hang")
     keys = [make_key(n) for n in range(2000)]
     for key in keys:
         tier.lookup(key, REQUEST)
     tier.on_step_end()
-    assert all(hanging.acquire(timeout=60.0) for _ in range(4))
     slots = Slots.make(1, CONTEXT.layouts[0].nbytes)
     tier.submit_store(make_job(1, [make_key(1)], slots, CONTEXT))
     time.sleep(0.06)
-    answers = {tier.lookup(key, REQUEST) for key in keys}
+    assert {tier.lookup(key, REQUEST) for key in keys} == {Lookup.MISS}
     assert not tier.drain(0.0)
-    assert not tier.shutdown(0.05)
-    gate.set()
-    assert answers == {Lookup.MISS}
-    assert tier.shutdown(60.0)
+    assert tier.shutdown(0.5)  # they are killed
     assert tier.get_finished()[0].failed == {make_key(1): "shutdown"}

@@ -1,0 +1,191 @@
+"""What the engine and its I/O processes say to each other, one packet after the other.
+
+To the process: first a `Setup`, then tasks. To the engine: records, as many as fit into a
+packet. Both ends are the same program on the same machine, so nothing is checked.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from kvstrata.tiers.base import PageRegion, TierContext
+from kvstrata.tiers.fs.config import FsConfig
+
+MOST_PAGES = 512  # of a task, so that it fits into a packet
+MAX_PACKET = 2**16
+MAX_SETUP = 2**20
+
+_TASK = struct.Struct("<BI")  # kind, task id
+_PAGE = struct.Struct("<IBB")  # slot, rewrite, length of the key
+_DONE = struct.Struct("<BIddH")  # type, task id, start, end, pages
+_FAILURE = struct.Struct("<BBH")  # type, length of the cause, length of the detail
+_SWEPT = struct.Struct("<BI")  # type, files
+_TYPE_DONE, _TYPE_FAILURE, _TYPE_SWEPT, _TYPE_READY = range(4)
+READY = bytes([_TYPE_READY])
+_MOVED, _GONE, _STUCK, _FAILED = 1, 2, 4, 8
+
+
+class Kind(enum.IntEnum):
+    """What a task does with its pages."""
+
+    LOAD = 0
+    STORE = 1
+    CHECK = 2  # whether their files are there; no slot is touched
+
+
+class PageRef(NamedTuple):
+    """A page of a task. `rewrite`: a store replaces a file that is there."""
+
+    key: bytes
+    slot: int = 0
+    rewrite: bool = False
+
+
+class Outcome(NamedTuple):
+    """What became of a page.
+
+    Attributes:
+        cause: why it failed, or None.
+        moved: its bytes were read or written. Not so for a store of a page that was there
+            already. Of a check: the file is there.
+        gone: the page, if it was here, cannot be loaded any more.
+        stuck: the bad file could not be moved away, so its key must not be believed.
+    """
+
+    cause: str | None = None
+    moved: bool = False
+    gone: bool = False
+    stuck: bool = False
+
+
+class Done(NamedTuple):
+    """A task has ended; `start` and `end` are of the clock `time.monotonic`, in seconds."""
+
+    task_id: int
+    outcomes: Sequence[Outcome]
+    start: float
+    end: float
+
+
+class Failure(NamedTuple):
+    """Something failed; the detail is empty if the cause was reported before."""
+
+    cause: str
+    detail: str
+
+
+class Ready(NamedTuple):
+    """The process has started."""
+
+
+class Swept(NamedTuple):
+    """So many temporaries of dead writers were removed."""
+
+    files: int
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """All that an I/O process must know.
+
+    Attributes:
+        config: the tier's options.
+        context: the engine's context without its region.
+        direct: whether O_DIRECT is to be used.
+        region: the region; `fd` is the process's own descriptor.
+        readers: whether the process prefers reads to writes.
+        threads: number of its threads.
+    """
+
+    config: FsConfig
+    context: TierContext
+    direct: bool
+    region: PageRegion
+    readers: bool
+    threads: int
+
+
+def pack_task(kind: Kind, task_id: int, pages: Iterable[PageRef]) -> bytes:
+    """A task of at most `MOST_PAGES` pages."""
+    parts = [_TASK.pack(kind, task_id)]
+    for key, slot, rewrite in pages:
+        parts += (_PAGE.pack(slot, rewrite, len(key)), key)
+    return b"".join(parts)
+
+
+def unpack_task(packet: bytes) -> tuple[Kind, int, list[PageRef]]:
+    """Kind, id and pages of a task."""
+    kind, task_id = _TASK.unpack_from(packet)
+    pages, position = [], _TASK.size
+    while position < len(packet):
+        slot, rewrite, size = _PAGE.unpack_from(packet, position)
+        position += _PAGE.size
+        pages.append(PageRef(packet[position : position + size], slot, bool(rewrite)))
+        position += size
+    return Kind(kind), task_id, pages
+
+
+def pack_done(done: Done) -> bytes:
+    """The record of a task's end."""
+    flags = bytes(
+        _MOVED * o.moved + _GONE * o.gone + _STUCK * o.stuck + _FAILED * (o.cause is not None)
+        for o in done.outcomes
+    )
+    parts = [_DONE.pack(_TYPE_DONE, done.task_id, done.start, done.end, len(flags)), flags]
+    for outcome in done.outcomes:
+        if outcome.cause is not None:
+            parts.append(len(outcome.cause).to_bytes() + outcome.cause.encode())
+    return b"".join(parts)
+
+
+def pack_failure(failure: Failure) -> bytes:
+    """The record of a failure; the detail is cut to 1,000 bytes."""
+    cause, detail = failure.cause.encode(), failure.detail.encode("utf-8", "replace")[:1000]
+    return _FAILURE.pack(_TYPE_FAILURE, len(cause), len(detail)) + cause + detail
+
+
+def pack_swept(swept: Swept) -> bytes:
+    """The record of a sweep's end."""
+    return _SWEPT.pack(_TYPE_SWEPT, swept.files)
+
+
+def unpack_records(packet: bytes) -> Iterator[Done | Failure | Swept | Ready]:
+    """The records of a packet."""
+    position = 0
+    while position < len(packet):
+        kind = packet[position]
+        if kind == _TYPE_DONE:
+            _, task_id, start, end, count = _DONE.unpack_from(packet, position)
+            position += _DONE.size
+            flags = packet[position : position + count]
+            position += count
+            outcomes = []
+            for flag in flags:
+                cause = None
+                if flag & _FAILED:
+                    size = packet[position]
+                    cause = packet[position + 1 : position + 1 + size].decode()
+                    position += 1 + size
+                outcomes.append(_outcome(flag, cause))
+            yield Done(task_id, outcomes, start, end)
+        elif kind == _TYPE_FAILURE:
+            _, cause_size, size = _FAILURE.unpack_from(packet, position)
+            middle = position + _FAILURE.size + cause_size
+            cause = packet[position + _FAILURE.size : middle].decode()
+            position = middle + size
+            yield Failure(cause, packet[middle:position].decode("utf-8", "replace"))
+        elif kind == _TYPE_SWEPT:
+            _, files = _SWEPT.unpack_from(packet, position)
+            position += _SWEPT.size
+            yield Swept(files)
+        else:
+            position += len(READY)
+            yield Ready()
+
+
+def _outcome(flag: int, cause: str | None) -> Outcome:
+    return Outcome(cause, bool(flag & _MOVED), bool(flag & _GONE), bool(flag & _STUCK))

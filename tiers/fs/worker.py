@@ -1,0 +1,177 @@
+"""The I/O process: moves pages between files and the page region it shares with the engine.
+
+Started by `process.IoProcess` as `python -m kvstrata.tiers.fs.worker SOCKET REGION` with two
+descriptors. It ends when the engine closes the socket, and the kernel kills it when the
+engine dies, also if it is stopped or forked copies of the engine keep the socket open.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import pickle
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from queue import SimpleQueue
+
+from kvstrata.tiers.base import PageRegion
+from kvstrata.tiers.fs.files import PageFiles
+from kvstrata.tiers.fs.messages import (
+    MAX_PACKET,
+    MAX_SETUP,
+    READY,
+    Done,
+    Failure,
+    Kind,
+    Outcome,
+    PageRef,
+    Setup,
+    Swept,
+    pack_done,
+    pack_failure,
+    pack_swept,
+    unpack_task,
+)
+from kvstrata.tiers.fs.pool import Pool
+from kvstrata.tiers.fs.temporary import sweep
+
+_PR_SET_PDEATHSIG = 1  # prctl(2), linux/prctl.h
+
+
+class Outbox:
+    """Sends records to the engine from a thread of its own, so that no I/O thread waits."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self._control = control
+        self._records: SimpleQueue[bytes | None] = SimpleQueue()
+        self._known: set[str] = set()
+        self._sender = threading.Thread(target=self._send, name="kvstrata-fs-send", daemon=True)
+        self._sender.start()
+
+    def put(self, record: bytes) -> None:
+        """Send a record some time soon, after those put before."""
+        self._records.put(record)
+
+    def report(self, cause: str, detail: str) -> None:
+        """Send a failure; the detail once per cause."""
+        self.put(pack_failure(Failure(cause, "" if cause in self._known else detail)))
+        self._known.add(cause)
+
+    def close(self) -> None:
+        """Wait until all is sent."""
+        self._records.put(None)
+        self._sender.join()
+
+    def _send(self) -> None:
+        with suppress(ConnectionError):  # the engine is gone
+            while records := self._take():
+                self._control.send(b"".join(records))
+
+    def _take(self) -> list[bytes]:
+        """Wait for records; what there is, up to about a packet. None after `close`."""
+        records: list[bytes] = []
+        size = 0
+        while size < MAX_PACKET // 2 and (not records or not self._records.empty()):
+            record = self._records.get()
+            if record is None:
+                self._records.put(None)
+                break
+            records.append(record)
+            size += len(record)
+        return records
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """Pages that one thread moves, one after the other."""
+
+    task_id: int
+    pages: Sequence[PageRef]
+    move: Callable[[PageRef], Outcome]
+    outbox: Outbox
+
+    def run(self) -> None:
+        start = time.monotonic()
+        self._end([self.move(page) for page in self.pages], start)
+
+    def drop(self) -> None:
+        self._end([Outcome("shutdown")] * len(self.pages), time.monotonic())
+
+    def _end(self, outcomes: list[Outcome], start: float) -> None:
+        self.outbox.put(pack_done(Done(self.task_id, outcomes, start, time.monotonic())))
+
+
+class _Mover:
+    """Does the three kinds of tasks, page by page."""
+
+    def __init__(self, files: PageFiles, region: PageRegion) -> None:
+        self._files = files
+        self._region = region
+        self._memory = memoryview(mmap.mmap(region.fd, 0))
+
+    def of_kind(self, kind: Kind) -> Callable[[PageRef], Outcome]:
+        return {Kind.LOAD: self._load, Kind.STORE: self._store, Kind.CHECK: self._check}[kind]
+
+    def _load(self, page: PageRef) -> Outcome:
+        return self._files.load(page.key, self._view(page))
+
+    def _store(self, page: PageRef) -> Outcome:
+        return self._files.store(page.key, self._view(page), page.rewrite)
+
+    def _check(self, page: PageRef) -> Outcome:
+        return Outcome(moved=self._files.exists(page.key))
+
+    def _view(self, page: PageRef) -> memoryview:
+        start = self._region.offset + page.slot * self._region.slot_bytes
+        return self._memory[start : start + self._files.page_bytes(page.key)]
+
+
+def serve(control: socket.socket, region_fd: int) -> None:
+    """Do the engine's tasks until it closes the socket."""
+    setup: Setup = pickle.loads(control.recv(MAX_SETUP))
+    outbox = Outbox(control)
+    outbox.put(READY)
+    files = PageFiles(setup.config, setup.context, setup.direct, outbox.report)
+    mover = _Mover(files, setup.region)
+    os.close(region_fd)
+    pool = Pool(setup.threads, 0) if setup.readers else Pool(0, setup.threads)
+    closing = threading.Event()
+
+    def remove_temporaries() -> None:
+        removed = sum(sweep(place, closing) for place in (files.paths.home, files.paths.pages))
+        outbox.put(pack_swept(Swept(removed)))
+
+    if not setup.readers:
+        name = "kvstrata-fs-sweep"
+        threading.Thread(target=remove_temporaries, name=name, daemon=True).start()
+    while packet := control.recv(MAX_PACKET):
+        kind, task_id, pages = unpack_task(packet)
+        task = _Task(task_id, pages, mover.of_kind(kind), outbox)
+        if kind is Kind.STORE:
+            pool.submit_writes([task])
+        else:
+            pool.submit_reads([task])
+    closing.set()
+    pool.close(threading.TIMEOUT_MAX)
+    outbox.close()
+
+
+def main() -> None:
+    """See the module's text."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    control, region_fd = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
+    for fd in (control.fileno(), region_fd):
+        os.set_inheritable(fd, False)
+    with suppress(ConnectionError):  # the engine is gone
+        serve(control, region_fd)
+
+
+if __name__ == "__main__":
+    main()
