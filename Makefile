@@ -2,7 +2,7 @@
 # The targets share one virtual environment and few cores, so -j changes nothing.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help install lint format types test-unit test-engine test demo
+.PHONY: help install lint format types test-unit test-engine test bench-fs demo
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -68,6 +68,10 @@ test-engine: install ## the tests that start a real vLLM engine
 	$(BIN)/pytest -m vllm
 
 test: lint types test-unit test-engine ## everything CI runs
+
+BENCH_DIR := .bench
+bench-fs: install ## the filesystem tier against stock vLLM's (BENCH_DIR=... on the disk to measure)
+	$(BIN)/python -m kvstrata.tiers.fs.bench --root $(BENCH_DIR) --csv $(BENCH_DIR)/fs.csv
 
 demo: install ## serve real prompts with a real small model and show the tiers at work
 	$(BIN)/python docs/demo/demo.py

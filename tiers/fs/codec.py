@@ -7,6 +7,7 @@ needed only to name what is wrong, and for readers that do not know what to expe
 
 from __future__ import annotations
 
+import functools
 import json
 import struct
 from dataclasses import dataclass
@@ -75,12 +76,21 @@ def encode_header(
         layout: the tensors of the page.
         checksum: what `page_checksum` gives for the page.
     """
+    template, position = _template(len(key), key_group(key), namespace, layout)
+    text = key.hex().encode()
+    parts = (template[:_CHECKSUM_START], checksum.encode(), template[_CHECKSUM_END:position])
+    return b"".join((*parts, text, template[position + len(text) :]))
+
+
+@functools.lru_cache(maxsize=256)
+def _template(key_bytes: int, group: int, namespace: str, layout: PageLayout) -> tuple[bytes, int]:
+    """The header of a key of zeros without checksum, and where its key stands."""
     header: dict[str, Any] = {
         "__metadata__": {
-            "checksum": checksum,
+            "checksum": _NO_CHECKSUM,
             "format_version": FORMAT_VERSION,
-            "group": str(key_group(key)),
-            "key": key.hex(),
+            "group": str(group),
+            "key": bytes(key_bytes).hex(),
             "namespace": namespace,
             "tokens": str(layout.tokens),
         }
@@ -96,7 +106,7 @@ def encode_header(
         start = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    return struct.pack("<Q", len(text)) + text
+    return struct.pack("<Q", len(text)) + text, 8 + text.index(b'"key":"') + len('"key":"')
 
 
 def header_bytes(start: bytes) -> int:

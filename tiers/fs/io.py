@@ -99,12 +99,11 @@ class FileIO:
             OSError: the file system failed.
         """
         if not self._cached_first:
-            self._move(os.preadv, fd, buffers, 0)
+            self._move(os.preadv, fd, buffers, 0, _is_direct(fd))
             return
         position = self._read_cached(fd, buffers)
         if position < _size(buffers):
-            _enter_direct(fd)
-            self._move(os.preadv, fd, buffers, position)
+            self._move(os.preadv, fd, buffers, position, _enter_direct(fd))
         if position == 0:
             # the readahead that the first look set off; it must not pass for a cached file
             os.posix_fadvise(fd, 0, _READAHEAD, os.POSIX_FADV_DONTNEED)
@@ -116,7 +115,7 @@ class FileIO:
             OSError: the file system failed.
         """
         try:
-            self._move(os.pwritev, fd, buffers, 0)
+            self._move(os.pwritev, fd, buffers, 0, _is_direct(fd))
         except EOFError:
             raise OSError(errno.EIO, "nothing was written") from None
 
@@ -149,9 +148,10 @@ class FileIO:
             self._cached_first = False  # not on this file system
         return position if position == total else position - position % ALIGNMENT
 
-    def _move(self, call: _Call, fd: int, buffers: Sequence[memoryview], position: int) -> None:
+    def _move(
+        self, call: _Call, fd: int, buffers: Sequence[memoryview], position: int, direct: bool
+    ) -> None:
         total = _size(buffers)
-        direct = bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
         while position < total:
             if direct and (position % ALIGNMENT or total - position < ALIGNMENT):
                 direct = _leave_direct(fd)
@@ -179,10 +179,17 @@ def _size(buffers: Sequence[memoryview]) -> int:
     return sum(buffer.nbytes for buffer in buffers)
 
 
-def _enter_direct(fd: int) -> None:
-    """Switch the descriptor to O_DIRECT, if its file knows it."""
-    with suppress(OSError):
-        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
+def _is_direct(fd: int) -> bool:
+    return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
+
+
+def _enter_direct(fd: int) -> bool:
+    """Switch a descriptor of `FileIO.open` to O_DIRECT; False if its file does not know it."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, os.O_NONBLOCK | os.O_DIRECT)
+    except OSError:
+        return False
+    return True
 
 
 def _leave_direct(fd: int) -> bool:

@@ -1,14 +1,15 @@
 """What the engine and its I/O processes say to each other, one packet after the other.
 
-To the process: first a `Setup`, then tasks. To the engine: records, as many as fit into a
-packet. Both ends are the same program on the same machine, so nothing is checked.
+To the process: first a `Setup`, then tasks. To the engine: records. A packet holds as many as
+there are: each system call hands the engine's GIL to whoever waits for it. Both ends are the
+same program on the same machine, so nothing is checked.
 """
 
 from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ MOST_PAGES = 512  # of a task, so that it fits into a packet
 MAX_PACKET = 2**16
 MAX_SETUP = 2**20
 
-_TASK = struct.Struct("<BI")  # kind, task id
+_TASK = struct.Struct("<BIH")  # kind, task id, pages
 _PAGE = struct.Struct("<IBB")  # slot, rewrite, length of the key
 _DONE = struct.Struct("<BIddH")  # type, task id, start, end, pages
 _FAILURE = struct.Struct("<BBH")  # type, length of the cause, length of the detail
@@ -109,24 +110,27 @@ class Setup:
     threads: int
 
 
-def pack_task(kind: Kind, task_id: int, pages: Iterable[PageRef]) -> bytes:
+def pack_task(kind: Kind, task_id: int, pages: Sequence[PageRef]) -> bytes:
     """A task of at most `MOST_PAGES` pages."""
-    parts = [_TASK.pack(kind, task_id)]
+    parts = [_TASK.pack(kind, task_id, len(pages))]
     for key, slot, rewrite in pages:
         parts += (_PAGE.pack(slot, rewrite, len(key)), key)
     return b"".join(parts)
 
 
-def unpack_task(packet: bytes) -> tuple[Kind, int, list[PageRef]]:
-    """Kind, id and pages of a task."""
-    kind, task_id = _TASK.unpack_from(packet)
-    pages, position = [], _TASK.size
+def unpack_tasks(packet: bytes) -> Iterator[tuple[Kind, int, list[PageRef]]]:
+    """Kind, id and pages of the tasks of a packet."""
+    position = 0
     while position < len(packet):
-        slot, rewrite, size = _PAGE.unpack_from(packet, position)
-        position += _PAGE.size
-        pages.append(PageRef(packet[position : position + size], slot, bool(rewrite)))
-        position += size
-    return Kind(kind), task_id, pages
+        kind, task_id, count = _TASK.unpack_from(packet, position)
+        position += _TASK.size
+        pages = []
+        for _ in range(count):
+            slot, rewrite, size = _PAGE.unpack_from(packet, position)
+            position += _PAGE.size
+            pages.append(PageRef(packet[position : position + size], slot, bool(rewrite)))
+            position += size
+        yield Kind(kind), task_id, pages
 
 
 def pack_done(done: Done) -> bytes:

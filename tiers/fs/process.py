@@ -44,6 +44,7 @@ class IoProcess:
             self._socket.close()
             raise
         self.pid = self._process.pid
+        self.broken = False  # it takes no packets any more; `receive` has its last ones
 
     @property
     def fd(self) -> int:
@@ -54,7 +55,10 @@ class IoProcess:
         """Send a packet; False if it does not take one now."""
         try:
             self._socket.send(packet)
-        except OSError:  # full, or it has ended: `receive` tells
+        except BlockingIOError:
+            return False
+        except OSError:
+            self.broken = True
             return False
         return True
 

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from kvstrata.tiers.fs.failures import Failures
 from kvstrata.tiers.fs.messages import (
+    MAX_PACKET,
     Done,
     Failure,
     Kind,
@@ -80,9 +81,15 @@ class _Running:
     process: IoProcess
     progress: float  # when it last ended a task, or got one while idle (stall clock)
     sent: dict[int, _Sent] = field(default_factory=dict)  # oldest first
+    unsent: list[tuple[int, Task]] = field(default_factory=list)  # chosen for it just now
     ready: bool = False  # it has started
     proven: bool = False  # it ended a task
     cause: str | None = None  # why it was given up
+
+    @property
+    def load(self) -> int:
+        """Tasks that it has, or gets with the next packet."""
+        return len(self.sent) + len(self.unsent)
 
 
 class _Group:
@@ -202,13 +209,16 @@ class IoProcesses:
         now = time.monotonic()
         self._clock += min(now - self._looked, _TICK_S)
         self._looked = now
+        due = self._clock >= self._check_at
         for group in self._groups:
             for running in group.running():
-                self._receive(running)
+                # who has nothing to do has nothing to say; a look costs a system call
+                if running.sent or running.process.broken or running.cause or due:
+                    self._receive(running)
             self._bury(group)
-            if group.current and group.current.process.fd < 0:
+            if group.current and (group.current.process.fd < 0 or group.current.process.broken):
                 self._give_up(group, "shutdown" if self._closed else "crashed")
-        if self._clock >= self._check_at and not self._closed:
+        if due and not self._closed:
             self._check_at = self._clock + _CHECK_EVERY_S
             for group in self._groups:
                 if group.current and self._stalls(group.current):
@@ -230,6 +240,8 @@ class IoProcesses:
                     self._failures.count(record.cause, record.detail)
                 else:
                     self.swept += record.files
+            if not (running.sent or running.cause or self._closed):
+                break  # nothing is due
 
     def _end(self, running: _Running, done: Done) -> None:
         task = running.sent.pop(done.task_id).task
@@ -294,20 +306,35 @@ class IoProcesses:
         readers, writers = self._groups
         for own, other in ((readers, writers), (writers, readers)):
             while own.queue and (running := self._choose(own, other)):
-                task = own.queue[0]
-                if not running.process.send(pack_task(task.kind, self._next_id, task.pages)):
-                    break
-                own.queue.popleft()
-                if not running.sent:
-                    running.progress = self._clock
-                running.sent[self._next_id] = _Sent(task)
                 self._next_id = (self._next_id + 1) % 2**32
+                running.unsent.append((self._next_id, own.queue.popleft()))
+            for group in self._groups:
+                if group.current and group.current.unsent:
+                    self._send(group.current, own)
+
+    def _send(self, running: _Running, own: _Group) -> None:
+        """Send what was chosen for the process; what it does not take goes back to `own`."""
+        unsent, running.unsent = running.unsent, []
+        packets = [pack_task(task.kind, task_id, task.pages) for task_id, task in unsent]
+        start = 0
+        while start < len(unsent):
+            end, size = start, 0
+            while end < len(unsent) and size + len(packets[end]) <= MAX_PACKET:
+                size += len(packets[end])
+                end += 1
+            if not running.process.send(b"".join(packets[start:end])):
+                own.queue.extendleft(task for _, task in reversed(unsent[start:]))
+                return
+            if not running.sent:
+                running.progress = self._clock
+            running.sent.update((task_id, _Sent(task)) for task_id, task in unsent[start:end])
+            start = end
 
     def _choose(self, own: _Group, other: _Group) -> _Running | None:
         """Who takes the next task of `own`; None if nobody does now."""
-        load = len(own.current.sent) if own.current else MOST_SENT
+        load = own.current.load if own.current else MOST_SENT
         if other.current and not other.queue:
-            theirs = len(other.current.sent)
+            theirs = other.current.load
             if theirs < other.setup.threads and load > 2 * theirs + 1:
                 return other.current
         return own.current if load < MOST_SENT else None
@@ -326,6 +353,7 @@ class IoProcesses:
             poll.register(fd, select.POLLIN)
         undead = any(group.given_up for group in self._groups)
         poll.poll(1000 * min(timeout_s, 0.002 if undead else 0.05))
+        self._check_at = 0.0
 
     def _fds(self) -> Iterator[int]:
         for group in self._groups:

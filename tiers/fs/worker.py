@@ -37,7 +37,7 @@ from kvstrata.tiers.fs.messages import (
     pack_done,
     pack_failure,
     pack_swept,
-    unpack_task,
+    unpack_tasks,
 )
 from kvstrata.tiers.fs.pool import Pool
 from kvstrata.tiers.fs.temporary import sweep
@@ -152,12 +152,12 @@ def serve(control: socket.socket, region_fd: int) -> None:
         name = "kvstrata-fs-sweep"
         threading.Thread(target=remove_temporaries, name=name, daemon=True).start()
     while packet := control.recv(MAX_PACKET):
-        kind, task_id, pages = unpack_task(packet)
-        task = _Task(task_id, pages, mover.of_kind(kind), outbox)
-        if kind is Kind.STORE:
-            pool.submit_writes([task])
-        else:
-            pool.submit_reads([task])
+        for kind, task_id, pages in unpack_tasks(packet):
+            task = _Task(task_id, pages, mover.of_kind(kind), outbox)
+            if kind is Kind.STORE:
+                pool.submit_writes([task])
+            else:
+                pool.submit_reads([task])
     closing.set()
     pool.close(threading.TIMEOUT_MAX)
     outbox.close()

@@ -37,7 +37,10 @@ WRITER = textwrap.dedent("""
     from kvstrata.tiers.fs.tier import FsTier
     from kvstrata.tiers.testing import CONTEXT, make_data, make_key, store
     root, rounds = sys.argv[1], int(sys.argv[2])
-    tier = FsTier({"root_dir": root, "n_read_threads": 1, "n_write_threads": 4}, CONTEXT)
+    options = {"root_dir": root, "n_read_threads": 1, "n_write_threads": 4}
+    if rounds > 1:
+        options["durability"] = "fsync"  # most of the time is spent before the rename
+    tier = FsTier(options, CONTEXT)
     size = CONTEXT.layouts[0].nbytes
     data = {make_key(n): make_data(n, size) for n in range(64)}
     for number in range(rounds):

@@ -17,11 +17,11 @@ from kvstrata.tiers.testing import Slots, finish, make_data, make_job, make_key
 SIZES = [1, 511, 512, 513, 4095, 4096, 4097, 8192, 8200, 12288 + 2048, 3 * 4096 + 7]
 
 
-@pytest.fixture(params=[True, False], ids=["direct", "buffered"])
+@pytest.fixture(params=["auto", "direct", "buffered"])
 def file_io(request: pytest.FixtureRequest, tmp_path: Path) -> FileIO:
-    if request.param and not probe_direct(str(tmp_path)):
+    if request.param != "buffered" and not probe_direct(str(tmp_path)):
         pytest.skip("no O_DIRECT here")
-    return FileIO(request.param)
+    return FileIO(request.param != "buffered", cached_first=request.param == "auto")
 
 
 def buffers(size: int) -> list[memoryview]:
@@ -54,10 +54,10 @@ def test_short_transfers(
     writev, readv = os.pwritev, os.preadv
 
     def short(call: Callable[..., int]) -> Callable[..., int]:
-        def transfer(fd: int, parts: Sequence[memoryview], position: int) -> int:
+        def transfer(fd: int, parts: Sequence[memoryview], position: int, *flags: int) -> int:
             direct = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT
             size = max(most, 4096) // 4096 * 4096 if direct else most
-            return call(fd, [parts[0][:size]], position)
+            return call(fd, [parts[0][:size]], position, *flags)
 
         return transfer
 
@@ -84,6 +84,54 @@ def test_falls_back_once(
         write_then_read(file_io, tmp_path / f"file{number}", 8192)
     assert not file_io.direct
     assert len(caplog.records) == 1 and "buffered" in caplog.text
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_what_is_cached_is_read_from_there(
+    tmp_path: Path, cached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not probe_direct(str(tmp_path)):
+        pytest.skip("no O_DIRECT here")
+    path, data = tmp_path / "file", make_data(1, 4096) + make_data(2, 2**18)
+    path.write_bytes(data)
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    if not cached:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
+    ways: list[str] = []
+    readv = os.preadv
+
+    def note(fd: int, parts: Sequence[memoryview], position: int, *flags: int) -> int:
+        ways.append("direct" if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT else "buffered")
+        return readv(fd, parts, position, *flags)
+
+    monkeypatch.setattr(io.os, "preadv", note)
+    file_io = FileIO(True, cached_first=True)
+    for _ in range(2):  # that it was read directly leaves nothing in the cache
+        ways.clear()
+        fd = file_io.open(str(path), os.O_RDONLY)
+        back = buffers(2**18)
+        file_io.read(fd, back)
+        os.close(fd)
+        assert b"".join(back) == data
+        assert ways == (["buffered", "buffered"] if cached else ["buffered", "direct"])
+
+
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EINVAL])
+def test_a_file_system_without_nowait(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readv = os.preadv
+
+    def refuse(fd: int, parts: Sequence[memoryview], position: int, *flags: int) -> int:
+        if flags:
+            raise OSError(number, os.strerror(number))
+        return readv(fd, parts, position)
+
+    monkeypatch.setattr(io.os, "preadv", refuse)
+    for _ in range(2):
+        write_then_read(FileIO(True, cached_first=True), tmp_path / "file", 9000)
 
 
 def test_misaligned_memory_is_served_all_the_same(tmp_path: Path) -> None:
