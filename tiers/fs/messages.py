@@ -100,6 +100,7 @@ class Setup:
         region: the region; `fd` is the process's own descriptor.
         readers: whether the process prefers reads to writes.
         threads: number of its threads.
+        engine: process id of the engine.
     """
 
     config: FsConfig
@@ -108,6 +109,7 @@ class Setup:
     region: PageRegion
     readers: bool
     threads: int
+    engine: int
 
 
 def pack_task(kind: Kind, task_id: int, pages: Sequence[PageRef]) -> bytes:

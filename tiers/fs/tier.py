@@ -85,7 +85,9 @@ class FsTier(SecondaryTier):
         self._failures = Failures()
         self._closed = False
         plain = TierContext(context.model, fields, self._layouts)
-        setup = Setup(config, plain, direct, self._region, readers=True, threads=1)
+        setup = Setup(
+            config, plain, direct, self._region, readers=True, threads=1, engine=os.getpid()
+        )
         try:
             self._processes = IoProcesses(
                 setup, config.n_read_threads, config.n_write_threads, self._failures

@@ -136,6 +136,8 @@ class _Mover:
 def serve(control: socket.socket, region_fd: int) -> None:
     """Do the engine's tasks until it closes the socket."""
     setup: Setup = pickle.loads(control.recv(MAX_SETUP))
+    if os.getppid() != setup.engine:
+        return  # it died before the kernel was asked to tell
     outbox = Outbox(control)
     outbox.put(READY)
     files = PageFiles(setup.config, setup.context, setup.direct, outbox.report)

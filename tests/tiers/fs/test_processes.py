@@ -350,9 +350,10 @@ def test_others_inherit_nothing(open_tier: OpenTier) -> None:
 ENGINE = """
 import os, sys, time
 from kvstrata.tiers.fs.tier import FsTier
-from kvstrata.tiers.testing import CONTEXT, make_data, make_key, store
+from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key, store
 tier = FsTier({"root_dir": sys.argv[1]}, CONTEXT)
 store(tier, {make_key(1): make_data(1, CONTEXT.layouts[0].nbytes)})
+assert not load(tier, [make_key(1)])[0].failed  # both processes have started
 if os.fork() == 0:
     time.sleep(60)  # keeps the engine's ends of the sockets open
     os._exit(0)
