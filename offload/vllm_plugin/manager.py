@@ -32,9 +32,14 @@ from kvstrata.offload.manager import Answer, NamedTier, TieringManager
 from kvstrata.offload.primary import Entry
 from kvstrata.offload.region import Region, open_region
 from kvstrata.offload.vllm_plugin.metrics import StatsReader
-from kvstrata.offload.vllm_plugin.pages import layouts_from_json
 from kvstrata.offload.vllm_plugin.transfer import PageSlots
-from kvstrata.tiers.base import RequestView, SecondaryTier, TierContext, key_group
+from kvstrata.tiers.base import (
+    RequestView,
+    SecondaryTier,
+    TierContext,
+    key_group,
+    layouts_from_json,
+)
 from kvstrata.tiers.registry import tier_class, tier_options
 
 logger = logging.getLogger("kvstrata")

@@ -14,7 +14,7 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.v1.kv_offload.config import OffloadingConfig
 
 from kvstrata.kernels.geometry import OPAQUE, LayerShape
-from kvstrata.tiers.base import PageLayout
+from kvstrata.tiers.base import PageLayout, layouts_to_json
 
 FORMAT_VERSION = 1
 _MIB = 1 << 20
@@ -55,9 +55,7 @@ def namespace_fields(
         "text_config": _config_digest(model),
         "kv_dtype": config.model.dtype,
         "tokens_per_hash": config.cache.tokens_per_hash,
-        "tokens_per_chunk": [
-            group.tokens_per_block * config.cache.blocks_per_chunk for group in config.groups
-        ],
+        "pages": layouts_to_json(layouts),
         "tokens_per_block": (
             [group.tokens_per_block for group in config.groups] if blocked else None
         ),
@@ -65,9 +63,8 @@ def namespace_fields(
             str(group): {
                 "layers": [shape.name for shape in shapes[group]],
                 "orders": sorted({orders[shape.name] for shape in shapes[group]}),
-                "tensors": [[t.name, t.dtype, list(t.shape)] for t in layout.tensors],
             }
-            for group, layout in layouts.items()
+            for group in layouts
         },
         "topology": (
             {
