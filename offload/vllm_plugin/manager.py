@@ -28,9 +28,10 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvstrata.offload.config import OffloadConfig
 from kvstrata.offload.guard import GuardedTier
-from kvstrata.offload.manager import Answer, NamedTier, TieringManager
+from kvstrata.offload.manager import Answer, TieringManager
 from kvstrata.offload.primary import Entry
 from kvstrata.offload.region import Region, open_region
+from kvstrata.offload.tier_jobs import NamedTier
 from kvstrata.offload.vllm_plugin.metrics import StatsReader
 from kvstrata.offload.vllm_plugin.transfer import PageSlots
 from kvstrata.tiers.base import (

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from kvstrata.offload import manager as manager_module
+from kvstrata.offload import tier_jobs
 from kvstrata.offload.config import OffloadConfig
 from kvstrata.offload.guard import GuardedTier
 from kvstrata.offload.manager import Answer, Event, TieringManager
@@ -355,7 +355,7 @@ def test_a_hung_store_does_not_keep_the_engine_stepping_for_ever() -> None:
     world = World([tier])
     world.store(ITEMS[:1], world.request())
     assert world.manager.has_pending_work()
-    world.now = manager_module.STORE_PATIENCE_S
+    world.now = tier_jobs.STORE_PATIENCE_S
     assert not world.manager.has_pending_work()
 
 
@@ -589,7 +589,7 @@ def test_reset_survives_tiers_that_cannot_be_opened_again() -> None:
 @pytest.mark.parametrize("weights_fixed", [True, False])
 def test_reset_with_jobs_in_flight(weights_fixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slots that the GPU or a hung tier may still write find no new owner."""
-    monkeypatch.setattr(manager_module, "STOP_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(tier_jobs, "STOP_TIMEOUT_S", 0.01)
     tier = SlowTier(Recorder(chunk(7, 0)))
     world = World([tier], slots=6, weights_fixed=weights_fixed, reopen=lambda: [Recorder()])
     request = world.request()
@@ -648,7 +648,7 @@ def test_reset_forgets_finished_requests_with_stores_under_way() -> None:
 def test_a_hung_tier_bounds_reset_and_shutdown(
     call: Callable[[TieringManager], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(manager_module, "STOP_TIMEOUT_S", 0.25)
+    monkeypatch.setattr(tier_jobs, "STOP_TIMEOUT_S", 0.25)
     given: list[float] = []
 
     class Hung(Recorder):

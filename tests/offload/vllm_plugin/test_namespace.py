@@ -189,7 +189,7 @@ def test_fields_are_json_and_repeat(weights: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("PYTHONHASHSEED", raising=False)
     found = fields(model_of(weights))
     assert json.loads(json.dumps(found)) == found == fields(model_of(weights))
-    assert found["tokens_per_chunk"] == [32] and found["hash_seed"] == "vllm-default"
+    assert found["pages"]["0"]["tokens"] == 32 and found["hash_seed"] == "vllm-default"
     assert found["draft_weights"] is None
     assert found["groups"]["0"]["layers"] == ["a", "b"]
     assert str(weights) not in json.dumps(found)
