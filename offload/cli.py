@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -199,7 +199,7 @@ def _show_namespaces(namespaces: list[NamespaceReport]) -> None:
         if (fields := each.fields) is not None:
             settings = (
                 f"KV dtype {fields.get('kv_dtype')!s:.40}, tokens per chunk "
-                f"{fields.get('tokens_per_chunk')!s:.40}, weights {fields.get('weights')!s:.12}"
+                f"{_tokens(fields)}, weights {fields.get('weights')!s:.12}"
             )
         files = f"{each.files} files, {_size(each.bytes)}"
         if each.oldest is not None and each.newest is not None:
@@ -209,6 +209,17 @@ def _show_namespaces(namespaces: list[NamespaceReport]) -> None:
         typer.echo(f"{_printable(each.model)} {each.digest}")
         typer.echo(f"    {_printable(settings)}")
         typer.echo(f"    {files}; {others}")
+
+
+def _tokens(fields: Mapping[str, Any]) -> str:
+    """Tokens per chunk of each group, where config.json tells."""
+    from kvstrata.tiers.base import layouts_from_json
+
+    try:
+        layouts = layouts_from_json(fields["pages"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "unknown"
+    return ", ".join(str(tokens) for tokens in sorted({x.tokens for x in layouts.values()}))
 
 
 def _namespace_json(report: NamespaceReport) -> dict[str, Any]:

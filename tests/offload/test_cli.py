@@ -21,7 +21,8 @@ from kvstrata.tiers.testing import CONTEXT
 from tests.offload.cli_world import KEYS, another_user, fill, flip, run, run_json
 
 SCRIPT = Path(sysconfig.get_path("scripts"), "kvstrata")
-FIELDS = {"kv_dtype": "bfloat16", "tokens_per_chunk": [32], "weights": "0123456789abcdef"}
+PAGES = {"0": {"tokens": 32, "tensors": []}, "1": {"tokens": 64, "tensors": []}}
+FIELDS = {"kv_dtype": "bfloat16", "pages": PAGES, "weights": "0123456789abcdef"}
 
 
 @pytest.fixture
@@ -71,11 +72,11 @@ def test_ls(root: Path, paths: NamespacePaths, page: Path) -> None:
     shown = run("ls", root).splitlines()
     assert shown[:3] == [
         f"org_model {paths.name[-12:]}",
-        "    KV dtype None, tokens per chunk None, weights None",
+        "    KV dtype None, tokens per chunk 16, weights None",
         f"    3 files, {size}, the oldest written 2 h ago, the newest 0 s ago; "
         "1 temporary, 1 quarantined",
     ]
-    assert shown[4] == "    KV dtype bfloat16, tokens per chunk [32], weights 0123456789ab"
+    assert shown[4] == "    KV dtype bfloat16, tokens per chunk 32, 64, weights 0123456789ab"
 
 
 def test_ls_without_config_or_pages(root: Path, paths: NamespacePaths) -> None:
