@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import enum
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kvstrata.offload.config import OffloadConfig
@@ -21,10 +21,15 @@ from kvstrata.offload.eviction import POLICIES
 from kvstrata.offload.kept import KeptPages, tail_first
 from kvstrata.offload.offers import Offers
 from kvstrata.offload.primary import Entry, PrimaryTier, Writer
+from kvstrata.offload.request import RequestState
 from kvstrata.offload.tier_jobs import NamedTier, Running, TierJobs
 from kvstrata.tiers.base import JobResult, Lookup, RequestView
 
 logger = logging.getLogger("kvstrata.manager")
+
+# Largest share of the primary tier that pages on their way to one secondary tier may hold:
+# a tier that hangs must leave room for the GPU's pages.
+MOST_CASCADING = 0.75
 
 
 class Answer(enum.Enum):
@@ -50,22 +55,6 @@ class Event(NamedTuple):
     keys: list[bytes]
     removed: bool
     tier: NamedTier | None
-
-
-@dataclass(slots=True)
-class _Request:
-    """What is remembered of a request until it ends."""
-
-    view: RequestView
-    # (tier index, key) that did not arrive: not tried again for this request
-    failed: set[tuple[int, bytes]] = field(default_factory=set)
-    # (tier index, key) -> when the tier first answered RETRY
-    first_retry: dict[tuple[int, bytes], float] = field(default_factory=dict)
-    silent: set[int] = field(default_factory=set)  # tiers past their look-up deadline
-    sources: dict[bytes, str] = field(default_factory=dict)  # promoted key -> tier name
-    awaits: bool = False  # some look-up of this step was answered RETRY
-    open_stores: int = 0
-    finished: bool = False
 
 
 class TieringManager:
@@ -99,8 +88,9 @@ class TieringManager:
         self._clock = clock
         self.primary = PrimaryTier(slots, POLICIES[config.eviction_policy](slots))
         self._most_promoting = max(1, int(slots * config.promotion_fraction))
+        self._most_cascading = math.ceil(slots * MOST_CASCADING)
         self._jobs = TierJobs(open_tiers, view, clock)
-        self._requests: dict[str, _Request] = {}
+        self._requests: dict[str, RequestState] = {}
         self._wanted: dict[tuple[int, str], list[Entry]] = {}  # (tier index, request)
         self._promotion_started: dict[bytes, float] = {}
         self._offers = Offers(config.store_threshold, config.max_tracker_size)
@@ -206,10 +196,13 @@ class TieringManager:
             None when there is no room now. Otherwise `complete_store` must follow if
             the plan has keys.
         """
-        self._poll()
+        # vLLM asks after the end of the step: this must not pass for the next step's poll.
+        self._take_results()
         ends = dict(keys)
         new = [key for key in ends if self.primary.get(key) is None]
         wanted = [key for key in new if self._offers.is_wanted(key)]
+        # More than could ever fit: its beginning is better than nothing.
+        del wanted[self.primary.slots - (len(ends) - len(new)) :]
         taken = self.primary.allocate(
             [(key, ends[key]) for key in wanted], Writer.GPU, protected=ends
         )
@@ -243,9 +236,7 @@ class TieringManager:
             self.counters["stored_pages"] += len(stored)
             self._events.append(Event([e.key for e in stored], removed=False, tier=None))
             for named in self.tiers:
-                for entry in stored:
-                    self.primary.begin_read(entry, gpu=False)
-                self._jobs.submit(named, stored, request, promotion=False)
+                self._cascade(named, stored, request)
         state = self._state(request)
         state.open_stores -= 1
         self._forget_if_over(state)
@@ -254,7 +245,7 @@ class TieringManager:
 
     def on_new_request(self, request: RequestView) -> None:
         """A request arrived."""
-        self._requests[request.req_id] = _Request(request)
+        self._requests[request.req_id] = RequestState(request)
         for named in self.tiers:
             named.tier.on_new_request(request)
 
@@ -318,30 +309,43 @@ class TieringManager:
             state.sources.clear()
             self._forget_if_over(state)
         if not self._weights_fixed:
-            self.shutdown()
+            self._jobs.stop()
+            self._take_results()
             self._jobs.reopen()
         return held
 
     def shutdown(self) -> None:
-        """Stop the secondary tiers; bounded even if one hangs."""
+        """Let the secondary tiers end what is under way, and stop them; bounded."""
+        self._jobs.drain()
         self._jobs.stop()
         self._take_results()
 
     # -- inside -------------------------------------------------------------------
 
-    def _state(self, request: RequestView) -> _Request:
+    def _state(self, request: RequestView) -> RequestState:
         state = self._requests.get(request.req_id)
         if state is None:
-            state = self._requests[request.req_id] = _Request(request)
+            state = self._requests[request.req_id] = RequestState(request)
         return state
 
-    def _forget_if_over(self, state: _Request) -> None:
+    def _forget_if_over(self, state: RequestState) -> None:
         if state.finished and state.open_stores <= 0:
             self._requests.pop(state.view.req_id, None)
             for named in self.tiers:
                 named.tier.on_request_finished(state.view)
 
-    def _may_retry(self, state: _Request, index: int, key: bytes) -> bool:
+    def _cascade(self, named: NamedTier, stored: Sequence[Entry], request: RequestView) -> None:
+        """Hand pages to a tier, as far as it does not hold too much of the primary tier."""
+        room = self._most_cascading - self._jobs.cascading(named)
+        entries = stored[: max(0, room)]
+        self.counters[f"cascade_skipped:{named.name}"] += len(stored) - len(entries)
+        if not entries:
+            return
+        for entry in entries:
+            self.primary.begin_read(entry, gpu=False)
+        self._jobs.submit(named, entries, request, promotion=False)
+
+    def _may_retry(self, state: RequestState, index: int, key: bytes) -> bool:
         """Whether the request may still wait for the tier's answer."""
         now = self._clock()
         since = state.first_retry.setdefault((index, key), now)
@@ -361,7 +365,7 @@ class TieringManager:
         started = self._promotion_started.get(key, self._clock())
         return self._clock() - started < self._config.promotion_deadline_s
 
-    def _promote(self, index: int, key: bytes, end_token: int, state: _Request) -> Answer:
+    def _promote(self, index: int, key: bytes, end_token: int, state: RequestState) -> Answer:
         taken = None
         if self.primary.promoting < self._most_promoting:
             taken = self.primary.allocate([(key, end_token)], Writer.TIER)

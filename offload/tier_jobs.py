@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -58,6 +59,7 @@ class TierJobs:
         self.tiers = tuple(open_tiers())
         self._running: dict[int, Running] = {}
         self._next_job = 0
+        self._cascading: Counter[NamedTier] = Counter()
         self._left_behind: list[NamedTier] = []  # did not stop in time; may still end jobs
 
     def __len__(self) -> int:
@@ -72,13 +74,24 @@ class TierJobs:
         by_key = {entry.key: entry for entry in entries}
         self._running[job_id] = Running(tier, by_key, promotion, self._clock(), request)
         job = Job(job_id, tuple(self._page(entry) for entry in entries), request)
-        (tier.tier.submit_load if promotion else tier.tier.submit_store)(job)
+        if promotion:
+            tier.tier.submit_load(job)
+        else:
+            self._cascading[tier] += len(entries)
+            tier.tier.submit_store(job)
 
     def results(self) -> Iterator[tuple[Running, JobResult]]:
         """The jobs that ended since the last call."""
         for named in (*self.tiers, *self._left_behind):
             for result in named.tier.get_finished():
-                yield self._running.pop(result.job_id), result
+                job = self._running.pop(result.job_id)
+                if not job.promotion:
+                    self._cascading[named] -= len(job.entries)
+                yield job, result
+
+    def cascading(self, tier: NamedTier) -> int:
+        """How many pages the tier is storing."""
+        return self._cascading[tier]
 
     def any_in_time(self, promotion_deadline_s: float) -> bool:
         """Whether a job is under way that has not outrun its time."""

@@ -245,4 +245,12 @@ def open_manager(
         open_tiers,
         weights_fixed=fixed,
     )
+    gib = region.slots * region.slot_bytes / 2**30
+    logger.info(
+        "kvstrata: CPU tier of %d pages of %d bytes (%.1f GiB); secondary tiers: %s",
+        region.slots,
+        region.slot_bytes,
+        gib,
+        ", ".join(named.name for named in manager.tiers) or "none",
+    )
     return KVStrataManager(manager, region, events=events)

@@ -19,8 +19,18 @@ def register() -> None:
     try:
         from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 
+        _log_like_vllm()
         OffloadingSpecFactory.register_spec(SPEC_NAME, SPEC_MODULE, SPEC_NAME)
     except ValueError:
         pass  # registered before
     except Exception as error:
         logger.warning("kvstrata is not available in this vLLM: %s", error)
+
+
+def _log_like_vllm() -> None:
+    """Send our lines where vLLM's go, unless somebody configured our logger."""
+    theirs = logging.getLogger("vllm")
+    if theirs.handlers and not logger.handlers and logger.level == logging.NOTSET:
+        logger.handlers = list(theirs.handlers)
+        logger.setLevel(theirs.level)
+        logger.propagate = False

@@ -162,6 +162,37 @@ def test_pages_being_cascaded_are_not_evicted() -> None:
     assert world.manager.prepare_store(ITEMS[2:3], request) is not None
 
 
+def test_a_tier_that_hangs_leaves_room_for_stores() -> None:
+    """It gets the beginning of what was stored, up to its share of the primary tier."""
+    slow = SlowTier(Recorder(), polls=1000)
+    world = World([slow], slots=4)
+    request = world.request()
+    world.store(ITEMS[:4], request)
+    assert world.manager.counters["cascade_skipped:tier0"] == 1
+    world.step(3)
+    plan = world.manager.prepare_store(ITEMS[4:5], request)
+    assert plan is not None
+    assert plan.evicted == [KEYS[3]]
+
+
+def test_more_than_ever_fits_is_stored_as_far_as_it_fits() -> None:
+    world = World([Recorder()], slots=4)
+    plan = world.manager.prepare_store(ITEMS[:6], world.request())
+    assert plan is not None
+    assert plan.keys == KEYS[:4]
+
+
+def test_what_arrives_while_a_step_is_stored_counts_in_the_next_step() -> None:
+    """vLLM asks for stores after the end of the step."""
+    world = World([SlowTier(Recorder(*ITEMS[:1]), polls=2)])
+    request = world.request()
+    assert world.lookup(ITEMS[0], request) is PENDING
+    world.step()
+    for _ in range(4):
+        world.manager.prepare_store([], request)
+    assert world.lookup(ITEMS[0], request) is HIT
+
+
 def test_the_end_of_a_prefix_is_evicted_first() -> None:
     world = World([Recorder()], slots=4)
     request = world.request()
@@ -644,9 +675,11 @@ def test_reset_forgets_finished_requests_with_stores_under_way() -> None:
     assert_nothing_is_left(world.manager)
 
 
-@pytest.mark.parametrize("call", [TieringManager.reset, TieringManager.shutdown])
+@pytest.mark.parametrize(
+    ("call", "waits"), [(TieringManager.reset, 2), (TieringManager.shutdown, 4)]
+)
 def test_a_hung_tier_bounds_reset_and_shutdown(
-    call: Callable[[TieringManager], object], monkeypatch: pytest.MonkeyPatch
+    call: Callable[[TieringManager], object], waits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tier_jobs, "STOP_TIMEOUT_S", 0.25)
     given: list[float] = []
@@ -662,7 +695,7 @@ def test_a_hung_tier_bounds_reset_and_shutdown(
 
     world = World([Hung(), Hung()])
     call(world.manager)
-    assert given == [0.25, 0.25]
+    assert given == [0.25] * waits
 
 
 def test_shutdown_takes_the_last_results() -> None:

@@ -41,7 +41,11 @@ class Failures:
             self._counts[cause] += 1
             first = self._counts[cause] == 1
         if first:
-            logger.warning("%s: %s (logged once per cause; counted from now on)", cause, detail)
+            logger.warning(
+                "kvstrata fs tier: %s: %s (logged once per cause; counted from now on)",
+                cause,
+                detail,
+            )
 
     def totals(self) -> dict[str, int]:
         """A copy of the counts."""
