@@ -28,9 +28,5 @@ def register() -> None:
 
 
 def _log_like_vllm() -> None:
-    """Send our lines where vLLM's go, unless somebody configured our logger."""
-    theirs = logging.getLogger("vllm")
-    if theirs.handlers and not logger.handlers and logger.level == logging.NOTSET:
-        logger.handlers = list(theirs.handlers)
-        logger.setLevel(theirs.level)
-        logger.propagate = False
+    """Send our lines where vLLM's go; it configures its logger later than this."""
+    logger.parent = logging.getLogger("vllm")
