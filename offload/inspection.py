@@ -104,7 +104,15 @@ def inspect(path: str) -> Inspection:
         return _page(path, "page", check_place(place, report, known_layouts(place)))
     if report.header is not None:
         return _page(path, "page", report)
-    return _foreign(path, report) or _page(path, "unknown", report)
+    return _foreign(path, report) or _no_page(path, report)
+
+
+def _no_page(path: str, report: FileReport) -> Inspection:
+    """A file that neither its place nor its header makes a page."""
+    inspection = _page(path, "unknown", report)
+    if report.cause in ("truncated", "header"):  # else it was not read, or has another version
+        return replace(inspection, reason=f"not a page file: {report.detail}")
+    return inspection
 
 
 def _page(path: str, kind: str, report: FileReport) -> Inspection:

@@ -86,8 +86,9 @@ class NamespaceReport:
 
 @dataclass(slots=True)
 class RootReport:
-    """Totals over a root. `bad` holds the reports of the files that are not sound."""
+    """Totals over the namespaces of a root; `bad` holds the reports of files that are not sound."""
 
+    namespaces: int = 0
     files: int = 0
     bytes: int = 0
     temporary: int = 0
@@ -163,6 +164,7 @@ def check_root(root: str, progress: Callable[[FileReport], None] | None = None) 
     total = RootReport()
     for name in _namespace_names(root):
         paths = NamespacePaths(root, name)
+        total.namespaces += 1
         if (config := _check_config(paths)) is not None:
             total.bad.append(config)
         layouts = known_layouts(paths)

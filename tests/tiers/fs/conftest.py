@@ -1,7 +1,5 @@
-import os
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +10,6 @@ from kvstrata.tiers.fs.layout import NamespacePaths
 from kvstrata.tiers.fs.namespace import namespace_paths
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.testing import CONTEXT
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "root"
 
 
 @pytest.fixture
@@ -50,21 +43,3 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("a file system cannot be mounted here")
     yield disk
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
-
-
-@pytest.fixture
-def another_user() -> Callable[[], AbstractContextManager[None]]:
-    """Makes a context without root's right to open everything; changes nothing for others."""
-
-    @contextmanager
-    def change() -> Iterator[None]:
-        if os.geteuid() != 0:
-            yield
-            return
-        os.seteuid(65534)
-        try:
-            yield
-        finally:
-            os.seteuid(0)
-
-    return change
