@@ -233,6 +233,7 @@ def test_copies_are_claimed_where_all_layers_are_alike(
         {"num_key_value_heads": 4, "swa_num_key_value_heads": 8},
         {"num_key_value_heads": 4, "num_global_key_value_heads": 2},
         {"num_key_value_heads_per_layer": [4, 8]},
+        {"num_key_value_heads": {"full": 4, "window": 8}},
         {"num_attention_groups": 4, "attention_other_setting": {"num_attention_groups": 8}},
         {"block_configs": [BlockConfig(n_heads_in_group=8)]},
     ],
