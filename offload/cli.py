@@ -7,9 +7,10 @@ where something is missing.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -90,33 +91,38 @@ def inspect(
 def list_root(root: Root, as_json: AsJson = False) -> None:
     """List the namespaces: for which model and settings files are kept, and how many.
 
-    Exits with 2 if ROOT is no readable directory.
+    Says so on stderr if there is none. Exits with 2 if ROOT is no readable directory.
     """
     from kvstrata.tiers.fs.scan import list_namespaces
 
     try:
         namespaces = list_namespaces(root)
+        if not namespaces:
+            _no_namespaces(root)
     except OSError as error:
         _fail(root, error)
     if as_json:
         _print_json({"namespaces": [_namespace_json(each) for each in namespaces]})
-    elif namespaces:
-        _show_namespaces(namespaces)
     else:
-        typer.echo(f"no namespaces in {_printable(root)}")
+        _show_namespaces(namespaces)
 
 
 @app.command()
 def check(root: Root, as_json: AsJson = False) -> None:
     """Verify every file, reading it whole.
 
-    Exits with 1 if a file is bad, with 2 if ROOT is no readable directory.
+    Exits with 1 if a file is bad, with 2 if ROOT is no readable directory, or holds things but
+    no namespace.
     """
     from kvstrata.tiers.fs.scan import check_root
+
+    misplaced = False
 
     try:
         with _progress(root, shown=not as_json and sys.stderr.isatty()) as advance:
             report = check_root(root, advance)
+        if not report.namespaces:
+            misplaced = _no_namespaces(root)
     except OSError as error:
         _fail(root, error)
     bad_files = [
@@ -126,14 +132,14 @@ def check(root: Root, as_json: AsJson = False) -> None:
     if as_json:
         totals = {"files": report.files, "bytes": report.bytes, "bad": len(report.bad)}
         _print_json({**totals, "temporary": report.temporary, "bad_files": bad_files})
-    else:
+    elif not misplaced:
         for bad in bad_files:
             typer.echo(f"bad: {_printable(bad['path'])}: {_printable(bad['reason'])}")
         typer.echo(
             f"{report.files} files, {_size(report.bytes)}, {len(report.bad)} bad, "
             f"{report.temporary} temporary"
         )
-    raise typer.Exit(1 if report.bad else 0)
+    raise typer.Exit(2 if misplaced else 1 if report.bad else 0)
 
 
 @app.command()
@@ -199,7 +205,7 @@ def _show_namespaces(namespaces: list[NamespaceReport]) -> None:
         if (fields := each.fields) is not None:
             settings = (
                 f"KV dtype {fields.get('kv_dtype')!s:.40}, tokens per chunk "
-                f"{fields.get('tokens_per_chunk')!s:.40}, weights {fields.get('weights')!s:.12}"
+                f"{_tokens(fields)}, weights {fields.get('weights')!s:.12}"
             )
         files = f"{each.files} files, {_size(each.bytes)}"
         if each.oldest is not None and each.newest is not None:
@@ -209,6 +215,17 @@ def _show_namespaces(namespaces: list[NamespaceReport]) -> None:
         typer.echo(f"{_printable(each.model)} {each.digest}")
         typer.echo(f"    {_printable(settings)}")
         typer.echo(f"    {files}; {others}")
+
+
+def _tokens(fields: Mapping[str, Any]) -> str:
+    """Tokens per chunk of each group, where config.json tells."""
+    from kvstrata.tiers.base import layouts_from_json
+
+    try:
+        layouts = layouts_from_json(fields["pages"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "unknown"
+    return ", ".join(str(tokens) for tokens in sorted({x.tokens for x in layouts.values()}))
 
 
 def _namespace_json(report: NamespaceReport) -> dict[str, Any]:
@@ -266,6 +283,18 @@ def _printable(text: str) -> str:
 
 def _print_json(value: object) -> None:
     typer.echo(json.dumps(value, indent=2))
+
+
+def _no_namespaces(root: str) -> bool:
+    """Say on stderr that there are none; whether that is since `root` is something else.
+
+    Raises:
+        OSError: `root` cannot be listed.
+    """
+    misplaced = not set(os.listdir(root)) <= {"lost+found"}  # which a fresh ext4 disk has
+    remedy = ": give the root_dir of the fs tier" if misplaced else ""
+    typer.echo(f"kvstrata: no namespaces below {root!r}{remedy}", err=True)
+    return misplaced
 
 
 def _fail(path: str, error: OSError) -> NoReturn:

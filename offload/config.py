@@ -108,6 +108,7 @@ def _parse(extra: Mapping[str, Any]) -> OffloadConfig:
     for key in ("block_size", "blocks_per_chunk"):
         if extra.get(key) is not None:
             _integer(extra, key, 1, least=1)
+    _integer(extra, "sync_load_budget_bytes", 0, least=0)
     for key in ("offload_prompt_only", "self_describing_kv_events"):
         _flag(extra, key)
     policy = extra.get("eviction_policy", "lru")
@@ -144,6 +145,11 @@ def _parse_tiers(value: Any) -> tuple[TierEntry, ...]:
             tier_class(entry).check_options(tier_options(entry))
         except TierConfigError as error:
             raise ConfigError(f"secondary_tiers[{index}]: {error}") from None
+        if dict(entry) in [tier.entry for tier in tiers]:
+            raise ConfigError(
+                f"secondary_tiers[{index}]={dict(entry)!r} is listed twice: every page would be "
+                "stored twice; remove one"
+            )
         type_name = str(entry["type"])
         same = sum(1 for tier in tiers if tier.entry["type"] == type_name)
         tiers.append(TierEntry(f"{type_name}-{same + 1}" if same else type_name, dict(entry)))

@@ -21,7 +21,7 @@ from kvstrata.tiers.fs.layout import (
     NamespacePaths,
 )
 from kvstrata.tiers.fs.namespace import namespace_digest, read_config
-from kvstrata.tiers.fs.scan import FileReport, check_place, inspect_file
+from kvstrata.tiers.fs.scan import FileReport, check_place, inspect_file, known_layouts
 from kvstrata.tiers.fs.temporary import is_abandoned, is_temporary
 
 # Files of whole models have headers of up to a few MiB; the library would take 100 MB.
@@ -101,10 +101,18 @@ def inspect(path: str) -> Inspection:
     place = _namespace_of(where)
     report = inspect_file(where)
     if place is not None:
-        return _page(path, "page", check_place(place, report))
+        return _page(path, "page", check_place(place, report, known_layouts(place)))
     if report.header is not None:
         return _page(path, "page", report)
-    return _foreign(path, report) or _page(path, "unknown", report)
+    return _foreign(path, report) or _no_page(path, report)
+
+
+def _no_page(path: str, report: FileReport) -> Inspection:
+    """A file that neither its place nor its header makes a page."""
+    inspection = _page(path, "unknown", report)
+    if report.cause in ("truncated", "header"):  # else it was not read, or has another version
+        return replace(inspection, reason=f"not a page file: {report.detail}")
+    return inspection
 
 
 def _page(path: str, kind: str, report: FileReport) -> Inspection:

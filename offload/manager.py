@@ -10,23 +10,26 @@ from __future__ import annotations
 
 import enum
 import logging
+import math
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kvstrata.offload.config import OffloadConfig
 from kvstrata.offload.eviction import POLICIES
+from kvstrata.offload.kept import KeptPages, tail_first
+from kvstrata.offload.offers import Offers
 from kvstrata.offload.primary import Entry, PrimaryTier, Writer
-from kvstrata.tiers.base import Job, JobResult, Lookup, Page, RequestView, SecondaryTier, key_group
+from kvstrata.offload.request import RequestState
+from kvstrata.offload.tier_jobs import NamedTier, Running, TierJobs
+from kvstrata.tiers.base import JobResult, Lookup, RequestView
 
 logger = logging.getLogger("kvstrata.manager")
 
-# A tier gets this long to end its jobs at a reset or shutdown; then it is left behind.
-STOP_TIMEOUT_S = 5.0
-# A store that takes longer no longer keeps an otherwise idle engine stepping.
-STORE_PATIENCE_S = 60.0
+# Largest share of the primary tier that pages on their way to one secondary tier may hold:
+# a tier that hangs must leave room for the GPU's pages.
+MOST_CASCADING = 0.75
 
 
 class Answer(enum.Enum):
@@ -36,15 +39,6 @@ class Answer(enum.Enum):
     MISS = enum.auto()
     PENDING = enum.auto()  # the page is coming
     RETRY = enum.auto()  # a tier does not know yet
-
-
-@dataclass(frozen=True, slots=True)
-class NamedTier:
-    """A secondary tier and the name it has in requests, logs and metrics."""
-
-    name: str
-    tier: SecondaryTier
-    medium: str | None = None  # vLLM's word: "CPU", "STORAGE", or None for anything else
 
 
 class StorePlan(NamedTuple):
@@ -61,33 +55,6 @@ class Event(NamedTuple):
     keys: list[bytes]
     removed: bool
     tier: NamedTier | None
-
-
-@dataclass(slots=True)
-class _Running:
-    """A job under way at a tier."""
-
-    tier: NamedTier
-    entries: dict[bytes, Entry]
-    promotion: bool
-    started: float
-    request: RequestView
-
-
-@dataclass(slots=True)
-class _Request:
-    """What is remembered of a request until it ends."""
-
-    view: RequestView
-    # (tier index, key) that did not arrive: not tried again for this request
-    failed: set[tuple[int, bytes]] = field(default_factory=set)
-    # (tier index, key) -> when the tier first answered RETRY
-    first_retry: dict[tuple[int, bytes], float] = field(default_factory=dict)
-    silent: set[int] = field(default_factory=set)  # tiers past their look-up deadline
-    sources: dict[bytes, str] = field(default_factory=dict)  # promoted key -> tier name
-    awaits: bool = False  # some look-up of this step was answered RETRY
-    open_stores: int = 0
-    finished: bool = False
 
 
 class TieringManager:
@@ -116,27 +83,26 @@ class TieringManager:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
-        self._view = view
         self._valid = valid
-        self._open_tiers = open_tiers
         self._weights_fixed = weights_fixed
         self._clock = clock
         self.primary = PrimaryTier(slots, POLICIES[config.eviction_policy](slots))
         self._most_promoting = max(1, int(slots * config.promotion_fraction))
-        self.tiers = tuple(open_tiers())
-        self._jobs: dict[int, _Running] = {}
-        self._next_job = 0
-        self._requests: dict[str, _Request] = {}
+        self._most_cascading = math.ceil(slots * MOST_CASCADING)
+        self._jobs = TierJobs(open_tiers, view, clock)
+        self._requests: dict[str, RequestState] = {}
         self._wanted: dict[tuple[int, str], list[Entry]] = {}  # (tier index, request)
         self._promotion_started: dict[bytes, float] = {}
-        self._offers: OrderedDict[bytes, int] = OrderedDict()
+        self._offers = Offers(config.store_threshold, config.max_tracker_size)
         self._events: list[Event] = []
-        # Ready pages that requests count on, and the step of the last one; oldest first
-        self._kept: OrderedDict[Entry, int] = OrderedDict()
-        self._step = 0
-        self._left_behind: list[NamedTier] = []  # did not stop in time; may still end jobs
+        self._kept = KeptPages(self.primary)
         self._polled = False  # results were taken in this step
         self.counters: Counter[str] = Counter()
+
+    @property
+    def tiers(self) -> tuple[NamedTier, ...]:
+        """The secondary tiers in the order of look-up."""
+        return self._jobs.tiers
 
     # -- look-up and load ---------------------------------------------------------
 
@@ -150,7 +116,7 @@ class TieringManager:
         entry = self.primary.get(key)
         if entry is not None:
             if entry.ready:
-                self._keep(entry)
+                self._kept.keep(entry)
                 self.counters["primary_hits"] += 1
                 return Answer.HIT
             if entry.writer is Writer.GPU or self._in_time(key):
@@ -206,7 +172,7 @@ class TieringManager:
         """The GPU has the pages."""
         entries = [entry for key in keys if (entry := self.primary.get(key)) is not None]
         assert len(entries) == len(keys), "a page held by prepare_load cannot leave"
-        for entry in _tail_first(entries):
+        for entry in tail_first(entries):
             self.primary.end_read(entry, gpu=True)
 
     def touch(self, keys: Collection[bytes], request: RequestView) -> None:
@@ -230,17 +196,20 @@ class TieringManager:
             None when there is no room now. Otherwise `complete_store` must follow if
             the plan has keys.
         """
-        self._poll()
+        # vLLM asks after the end of the step: this must not pass for the next step's poll.
+        self._take_results()
         ends = dict(keys)
         new = [key for key in ends if self.primary.get(key) is None]
-        wanted = [key for key in new if self._is_wanted(key)]
+        wanted = [key for key in new if self._offers.is_wanted(key)]
+        # More than could ever fit: its beginning is better than nothing.
+        del wanted[self.primary.slots - (len(ends) - len(new)) :]
         taken = self.primary.allocate(
             [(key, ends[key]) for key in wanted], Writer.GPU, protected=ends
         )
         if taken is None:
             self.counters["store_no_room"] += 1
             return None
-        self._count_offers(new)
+        self._offers.count(new)
         self.counters["stores_skipped"] += len(new) - len(wanted)
         entries, evicted = taken
         if entries:
@@ -254,7 +223,7 @@ class TieringManager:
         """The GPU's pages of one plan have arrived: make them loadable, and cascade."""
         stored: list[Entry] = []
         entries = [entry for key in keys if (entry := self.primary.get(key)) is not None]
-        for entry in _tail_first(entries):
+        for entry in tail_first(entries):
             assert entry.writer is Writer.GPU
             good = self._valid(entry.slot)
             self.primary.finish_write(entry, good=good)
@@ -266,8 +235,8 @@ class TieringManager:
         if stored:
             self.counters["stored_pages"] += len(stored)
             self._events.append(Event([e.key for e in stored], removed=False, tier=None))
-            for index in range(len(self.tiers)):
-                self._submit(index, {e.key: e for e in stored}, request, promotion=False)
+            for named in self.tiers:
+                self._cascade(named, stored, request)
         state = self._state(request)
         state.open_stores -= 1
         self._forget_if_over(state)
@@ -276,7 +245,7 @@ class TieringManager:
 
     def on_new_request(self, request: RequestView) -> None:
         """A request arrived."""
-        self._requests[request.req_id] = _Request(request)
+        self._requests[request.req_id] = RequestState(request)
         for named in self.tiers:
             named.tier.on_new_request(request)
 
@@ -290,26 +259,20 @@ class TieringManager:
         """A scheduler step ended: send off the promotions of the step as batches."""
         self._poll()
         self._polled = False
-        self._let_go(before=self._step)
-        self._step += 1
+        self._kept.end_step()
         for state in self._requests.values():
             state.awaits = False
         wanted, self._wanted = self._wanted, {}
         for (index, req_id), entries in wanted.items():
             asker = self._requests.get(req_id)
             view = asker.view if asker is not None else RequestView(req_id)
-            self._submit(index, {e.key: e for e in entries}, view, promotion=True)
+            self._jobs.submit(self.tiers[index], entries, view, promotion=True)
         for named in self.tiers:
             named.tier.on_step_end()
 
     def has_pending_work(self) -> bool:
         """Whether steps are needed although no request runs. Hung jobs do not count."""
-        now = self._clock()
-        return bool(self._wanted) or any(
-            now - job.started
-            < (self._config.promotion_deadline_s if job.promotion else STORE_PATIENCE_S)
-            for job in self._jobs.values()
-        )
+        return bool(self._wanted) or self._jobs.any_in_time(self._config.promotion_deadline_s)
 
     def take_events(self) -> Iterable[Event]:
         """What came and went since the last call."""
@@ -329,15 +292,13 @@ class TieringManager:
             Entries that GPU transfers may still touch; give them to
             `primary.end_gpu` once the workers are past those transfers.
         """
-        for named in self.tiers:
-            if not named.tier.drain(STOP_TIMEOUT_S):
-                logger.warning("tier %s did not drain within %g s", named.name, STOP_TIMEOUT_S)
+        self._jobs.drain()
         self._take_results()
         for entries in self._wanted.values():  # reserved, never submitted
             for entry in entries:
                 self.primary.finish_write(entry, good=False)
         self._wanted.clear()
-        self._let_go(before=self._step + 1)
+        self._kept.clear()
         held = self.primary.reset()
         self._promotion_started.clear()
         self._offers.clear()
@@ -348,40 +309,43 @@ class TieringManager:
             state.sources.clear()
             self._forget_if_over(state)
         if not self._weights_fixed:
-            self._stop_tiers()
-            try:
-                self.tiers = tuple(self._open_tiers())
-            except Exception:  # the engine goes on, whatever a medium does
-                logger.exception("secondary tiers cannot be opened again: they are off")
-                self.tiers = ()
+            self._jobs.stop()
+            self._take_results()
+            self._jobs.reopen()
         return held
 
     def shutdown(self) -> None:
-        """Stop the secondary tiers; bounded even if one hangs."""
-        self._stop_tiers()
-
-    def _stop_tiers(self) -> None:
-        for named in self.tiers:
-            if not named.tier.shutdown(STOP_TIMEOUT_S):
-                logger.warning("tier %s did not stop within %g s", named.name, STOP_TIMEOUT_S)
-                self._left_behind.append(named)
+        """Let the secondary tiers end what is under way, and stop them; bounded."""
+        self._jobs.drain()
+        self._jobs.stop()
         self._take_results()
 
     # -- inside -------------------------------------------------------------------
 
-    def _state(self, request: RequestView) -> _Request:
+    def _state(self, request: RequestView) -> RequestState:
         state = self._requests.get(request.req_id)
         if state is None:
-            state = self._requests[request.req_id] = _Request(request)
+            state = self._requests[request.req_id] = RequestState(request)
         return state
 
-    def _forget_if_over(self, state: _Request) -> None:
+    def _forget_if_over(self, state: RequestState) -> None:
         if state.finished and state.open_stores <= 0:
             self._requests.pop(state.view.req_id, None)
             for named in self.tiers:
                 named.tier.on_request_finished(state.view)
 
-    def _may_retry(self, state: _Request, index: int, key: bytes) -> bool:
+    def _cascade(self, named: NamedTier, stored: Sequence[Entry], request: RequestView) -> None:
+        """Hand pages to a tier, as far as it does not hold too much of the primary tier."""
+        room = self._most_cascading - self._jobs.cascading(named)
+        entries = stored[: max(0, room)]
+        self.counters[f"cascade_skipped:{named.name}"] += len(stored) - len(entries)
+        if not entries:
+            return
+        for entry in entries:
+            self.primary.begin_read(entry, gpu=False)
+        self._jobs.submit(named, entries, request, promotion=False)
+
+    def _may_retry(self, state: RequestState, index: int, key: bytes) -> bool:
         """Whether the request may still wait for the tier's answer."""
         now = self._clock()
         since = state.first_retry.setdefault((index, key), now)
@@ -401,7 +365,7 @@ class TieringManager:
         started = self._promotion_started.get(key, self._clock())
         return self._clock() - started < self._config.promotion_deadline_s
 
-    def _promote(self, index: int, key: bytes, end_token: int, state: _Request) -> Answer:
+    def _promote(self, index: int, key: bytes, end_token: int, state: RequestState) -> Answer:
         taken = None
         if self.primary.promoting < self._most_promoting:
             taken = self.primary.allocate([(key, end_token)], Writer.TIER)
@@ -417,59 +381,6 @@ class TieringManager:
         self._wanted.setdefault((index, state.view.req_id), []).extend(entries)
         return Answer.PENDING
 
-    def _is_wanted(self, key: bytes) -> bool:
-        """Whether the offer now being made is the one to store the key at."""
-        return self._offers.get(key, 0) + 1 >= self._config.store_threshold
-
-    def _count_offers(self, keys: list[bytes]) -> None:
-        if self._config.store_threshold <= 1:
-            return
-        for key in keys:
-            self._offers[key] = self._offers.pop(key, 0) + 1
-        while len(self._offers) > self._config.max_tracker_size:
-            self._offers.popitem(last=False)
-
-    def _keep(self, entry: Entry) -> None:
-        """No eviction of the page in this step and the next.
-
-        A page answered HIT must stay until it is loaded, and while a request waits for the
-        rest of its prefix: otherwise two prefixes could push each other out for ever.
-        """
-        if self._kept.pop(entry, None) is None:
-            self.primary.begin_read(entry, gpu=False)
-        self._kept[entry] = self._step
-
-    def _let_go(self, before: int) -> None:
-        """Give up the pages that no request counted on since the step `before`."""
-        old: list[Entry] = []
-        while self._kept and next(iter(self._kept.values())) < before:
-            old.append(self._kept.popitem(last=False)[0])
-        for entry in _tail_first(old):
-            self.primary.end_read(entry, gpu=False)
-
-    def _submit(
-        self, index: int, entries: dict[bytes, Entry], request: RequestView, *, promotion: bool
-    ) -> None:
-        named = self.tiers[index]
-        if not promotion:
-            for entry in entries.values():
-                self.primary.begin_read(entry, gpu=False)
-        job_id = self._next_job
-        self._next_job += 1
-        self._jobs[job_id] = _Running(named, entries, promotion, self._clock(), request)
-        pages = tuple(
-            Page(
-                key,
-                key_group(key),
-                entry.end_token,
-                entry.slot,
-                self._view(entry.slot, key_group(key)),
-            )
-            for key, entry in entries.items()
-        )
-        job = Job(job_id, pages, request)
-        (named.tier.submit_load if promotion else named.tier.submit_store)(job)
-
     def _poll(self) -> None:
         """Take the tiers' results, once per step."""
         if not self._polled:
@@ -477,19 +388,17 @@ class TieringManager:
             self._take_results()
 
     def _take_results(self) -> None:
-        for named in (*self.tiers, *self._left_behind):
-            for result in named.tier.get_finished():
-                self._end(result)
+        for job, result in self._jobs.results():
+            self._end(job, result)
 
-    def _end(self, result: JobResult) -> None:
-        job = self._jobs.pop(result.job_id)
+    def _end(self, job: Running, result: JobResult) -> None:
         direction = "promoted" if job.promotion else "cascaded"
         name = job.tier.name
         self.counters[f"{direction}_pages:{name}"] += len(job.entries) - len(result.failed)
         self.counters[f"{direction}_failed:{name}"] += len(result.failed)
         self.counters[f"{direction}_bytes:{name}"] += result.nbytes
         if not job.promotion:
-            for entry in reversed(job.entries.values()):
+            for entry in reversed(list(job.entries.values())):
                 self.primary.end_read(entry, gpu=False)
             stored = [key for key in job.entries if key not in result.failed]
             if stored and job.tier in self.tiers:
@@ -504,18 +413,10 @@ class TieringManager:
                 if good:
                     arrived.append(key)
                 elif state is not None:
-                    state.failed.add((self._index(job.tier), key))
+                    state.failed.add((self.tiers.index(job.tier), key))
                     state.sources.pop(key, None)
             self.primary.finish_write(entry, good=good)
             if entry.attached:
-                self._keep(entry)
+                self._kept.keep(entry)
         if arrived:
             self._events.append(Event(arrived, removed=False, tier=None))
-
-    def _index(self, tier: NamedTier) -> int:
-        return self.tiers.index(tier)
-
-
-def _tail_first(entries: Iterable[Entry]) -> list[Entry]:
-    """The end of a prefix first: it is evicted first, as without its start it is useless."""
-    return sorted(entries, key=lambda entry: (key_group(entry.key), entry.end_token), reverse=True)

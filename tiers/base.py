@@ -77,6 +77,32 @@ class PageLayout:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
+def layouts_to_json(layouts: Mapping[int, PageLayout]) -> dict[str, Any]:
+    """JSON-serialisable form, read back by `layouts_from_json`; the namespace's field `pages`."""
+    return {
+        str(group): {
+            "tokens": layout.tokens,
+            "tensors": [[t.name, t.dtype, list(t.shape)] for t in layout.tensors],
+        }
+        for group, layout in layouts.items()
+    }
+
+
+def layouts_from_json(fields: Mapping[str, Any]) -> dict[int, PageLayout]:
+    """The inverse of `layouts_to_json`.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: the fields describe no layouts.
+    """
+    return {
+        int(group): PageLayout(
+            tuple(TensorSpec(n, dtype, tuple(shape)) for n, dtype, shape in layout["tensors"]),
+            layout["tokens"],
+        )
+        for group, layout in fields.items()
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class PageRegion:
     """The shared memory in which the pages of all jobs lie.
@@ -105,7 +131,8 @@ class TierContext:
     Attributes:
         model: the model's name, for display only.
         namespace: JSON-serialisable fields; pages are interchangeable between two
-            engines exactly when these fields are equal.
+            engines exactly when these fields are equal. The field `pages` is
+            `layouts_to_json(layouts)`, so that a tool can tell what a page must be.
         layouts: page layout by KV cache group index.
         region: where the pages lie; None if in memory that cannot be shared, which a tier
             may refuse.

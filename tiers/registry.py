@@ -32,7 +32,7 @@ def tier_class(entry: Mapping[str, Any]) -> type[SecondaryTier]:
     name = entry.get("type")
     if not isinstance(name, str) or not name:
         raise TierConfigError(
-            f'secondary_tiers: "type": {name!r} is wrong; give one of {", ".join(_known())}, '
+            f'"type": {name!r} is wrong; give one of {", ".join(_known())}, '
             "or a class name together with module_path"
         )
     module = entry.get("module_path")
@@ -46,7 +46,7 @@ def tier_class(entry: Mapping[str, Any]) -> type[SecondaryTier]:
         return _import(point.value, name)
     known = _known()
     raise TierConfigError(
-        f"secondary_tiers: unknown type {name!r}{nearest(name, known)}; known types: "
+        f"unknown type {name!r}{nearest(name, known)}; known types: "
         f"{', '.join(known)}; for a class of your own give module_path as well"
     )
 
@@ -66,11 +66,8 @@ def _import(target: str, name: str) -> type[SecondaryTier]:
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # the module is foreign code and may raise anything
         raise TierConfigError(
-            f"secondary_tiers: type {name!r} cannot be imported from {module!r}: "
-            f"{type(error).__name__}: {error}"
+            f"type {name!r} cannot be imported from {module!r}: {type(error).__name__}: {error}"
         ) from error
     if not isinstance(found, type) or not issubclass(found, SecondaryTier):
-        raise TierConfigError(
-            f"secondary_tiers: {target!r} is not a subclass of kvstrata.tiers.base.SecondaryTier"
-        )
+        raise TierConfigError(f"{target!r} is not a subclass of kvstrata.tiers.base.SecondaryTier")
     return found

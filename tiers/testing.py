@@ -29,6 +29,7 @@ from kvstrata.tiers.base import (
     TensorSpec,
     TierConfigError,
     TierContext,
+    layouts_to_json,
 )
 from kvstrata.tiers.faults import FaultyTier, SlowTier
 
@@ -86,17 +87,18 @@ class _Memory:
 _MEMORY = _Memory()
 
 # One tensor with a size that is no multiple of 512, two tensors, and whole 4096-byte blocks.
+_LAYOUTS = {
+    0: PageLayout((TensorSpec("kv", "F16", (4, 3, 16, 7)),), tokens=16),
+    1: PageLayout(
+        (TensorSpec("kv", "BF16", (2, 2, 16, 64)), TensorSpec("kv1", "U8", (1, 1, 16, 5))),
+        tokens=16,
+    ),
+    2: PageLayout((TensorSpec("kv", "U8", (1, 8192)),), tokens=16),
+}
 CONTEXT = TierContext(
     model="org/model",
-    namespace={"test": 1, "groups": ["a", "b", "c"]},
-    layouts={
-        0: PageLayout((TensorSpec("kv", "F16", (4, 3, 16, 7)),), tokens=16),
-        1: PageLayout(
-            (TensorSpec("kv", "BF16", (2, 2, 16, 64)), TensorSpec("kv1", "U8", (1, 1, 16, 5))),
-            tokens=16,
-        ),
-        2: PageLayout((TensorSpec("kv", "U8", (1, 8192)),), tokens=16),
-    },
+    namespace={"test": 1, "groups": ["a", "b", "c"], "pages": layouts_to_json(_LAYOUTS)},
+    layouts=_LAYOUTS,
     region=_MEMORY.region,
 )
 

@@ -8,8 +8,9 @@ inside is the backend's, or to opaque bytes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
 
 import torch
@@ -44,6 +45,12 @@ _TOKEN_MAJOR_MLA = frozenset(
 )
 # vLLM's CPU attention: one slab per head, K transposed in an order of the ISA, then V.
 _HEAD_SLABS = frozenset({"CPU_ATTN"})
+# Names of configuration fields that give a number of KV heads, or of query heads for each:
+# of the whole model, of some layers (swa_num_key_value_heads, num_global_key_value_heads,
+# attention_other_setting.num_attention_groups), or of each layer.
+_KV_HEADS = re.compile(
+    "kv_head|key_value_head|heads?_kv|attention_group|query_group|heads_in_group"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +64,16 @@ class WorkerLayer:
 
 @dataclass(frozen=True, slots=True)
 class _Rank:
-    """This worker's place. `heads` are the model's KV heads over all TP ranks."""
+    """This worker's place.
+
+    heads: the model's KV heads over all TP ranks.
+    uniform: whether all layers are known to have that many.
+    """
 
     tp: int
     tp_rank: int
     heads: int
+    uniform: bool
     context_parallel: bool
     ranks: int
     rank: int
@@ -79,33 +91,40 @@ def collect_layers(
     """
     parallel = config.parallel
     per_stage = parallel.tp_size * parallel.pcp_size
-    rank = _Rank(
-        tp=parallel.tp_size,
-        tp_rank=parallel.rank % parallel.tp_size,
-        heads=vllm_config.model_config.get_total_num_kv_heads(),
-        context_parallel=parallel.dcp_size > 1 or parallel.pcp_size > 1,
-        ranks=per_stage,
-        rank=parallel.rank % per_stage,
-    )
     modules: Mapping[str, Any] = get_layers_from_vllm_config(
         vllm_config,
         AttentionLayerBase,
     )
+    names = [name for group in config.groups for name in group.layer_names]
+    specs = [modules[name].get_kv_cache_spec(vllm_config) for name in names if name in modules]
+    rank = _Rank(
+        tp=parallel.tp_size,
+        tp_rank=parallel.rank % parallel.tp_size,
+        heads=vllm_config.model_config.get_total_num_kv_heads(),
+        uniform=_is_uniform(specs, vllm_config),
+        context_parallel=parallel.dcp_size > 1 or parallel.pcp_size > 1,
+        ranks=per_stage,
+        rank=parallel.rank % per_stage,
+    )
     blocks = caches.tensors[0].tensor.shape[0]
     groups: dict[int, list[WorkerLayer]] = {}
     for group, refs in zip(config.groups, caches.group_data_refs, strict=True):
-        names = group.layer_names
+        tokens = group.tokens_per_block
         raw = [caches.tensors[ref.tensor_idx].tensor[:, : ref.page_size_bytes] for ref in refs]
         layers: list[WorkerLayer] = []
         seen: set[tuple[int, tuple[int, ...]]] = set()
         # A packed cache comes as one tensor for all layers; it stays whole.
-        if len(raw) != len(names):
+        if len(raw) != len(group.layer_names):
+            packed = [modules.get(name) for name in group.layer_names]
+            order = _opaque_order(packed, tokens, blocks)
             for index, tensor in enumerate(raw):
-                layers.append(_opaque_layer(f"{names[0]}+{index}", tensor, rank, blocks))
+                name = f"{group.layer_names[0]}+{index}"
+                layers.append(_opaque_layer(name, tensor, rank, blocks, order))
             groups[group.group_id] = layers
             continue
-        for name, tensor in zip(names, raw, strict=True):
-            layer = _worker_layer(name, modules.get(name), tensor, blocks, vllm_config, rank)
+        for name, tensor in zip(group.layer_names, raw, strict=True):
+            module = modules.get(name)
+            layer = _worker_layer(name, module, tensor, blocks, tokens, vllm_config, rank)
             view = layer.local.cache.view
             place = (view.data_ptr(), tuple(view.stride()))
             if place not in seen:
@@ -120,13 +139,15 @@ def _worker_layer(
     module: Any,
     raw: torch.Tensor,
     blocks: int,
+    tokens: int,
     vllm_config: VllmConfig,
     rank: _Rank,
 ) -> WorkerLayer:
+    opaque_order = _opaque_order([module], tokens, blocks)
     view = getattr(module, "kv_cache", None)
     spec = module.get_kv_cache_spec(vllm_config) if module is not None else None
     if not isinstance(view, torch.Tensor) or not isinstance(spec, AttentionSpec):
-        return _opaque_layer(name, raw, rank, blocks)
+        return _opaque_layer(name, raw, rank, blocks, opaque_order)
     if view.shape[0] % blocks == 0:
         raw = view  # vLLM's raw bytes are right only where a block is one run
     if view.dim() == 3:  # MLA binds its cache without the head axis
@@ -134,7 +155,7 @@ def _worker_layer(
     backend = module.get_attn_backend().get_name()
     heads = _heads_of(spec, rank)
     if heads is None or not _is_plain(spec, view, blocks):
-        return _opaque_layer(name, raw, rank, blocks)
+        return _opaque_layer(name, raw, rank, blocks, opaque_order)
     total, first, replicas, replica = heads
     if backend in _TOKEN_MAJOR_MLA or (backend in _TOKEN_MAJOR and not _is_mla(spec)):
         cache = token_major(name, _typed(view, vllm_config))
@@ -145,32 +166,84 @@ def _worker_layer(
         sizes = f"block{spec.block_size}/kernel{view.shape[2]}"
         order = f"cpu_attn/{isa}/{sizes}/{view.dtype}{_scales(module, view)}"
     else:
-        return _opaque_layer(name, raw, rank, blocks)
+        return _opaque_layer(name, raw, rank, blocks, opaque_order)
     cache = split_kernel_blocks(cache, blocks)
     return WorkerLayer(cache.shape(total), LocalLayer(cache, first, replicas, replica), order)
 
 
-def _opaque_layer(name: str, raw: torch.Tensor, rank: _Rank, blocks: int) -> WorkerLayer:
+def _opaque_layer(
+    name: str, raw: torch.Tensor, rank: _Rank, blocks: int, order: str
+) -> WorkerLayer:
     cache = split_kernel_blocks(opaque(name, raw), blocks)
-    return WorkerLayer(cache.shape(rank.ranks), LocalLayer(cache, rank.rank), "opaque")
+    return WorkerLayer(cache.shape(rank.ranks), LocalLayer(cache, rank.rank), order)
+
+
+def _opaque_order(modules: Sequence[Any], tokens: int, blocks: int) -> str:
+    """What is known of the bytes' order: `opaque/<backend>/block<tokens>/kernel<tokens>/<dtype>`
+    and the scales, of each kind of `modules` that the bytes belong to.
+    """
+    kinds = []
+    for module in modules:
+        backend = module.get_attn_backend().get_name() if module is not None else "unknown"
+        cache = getattr(module, "kv_cache", ())
+        views = [cache] if isinstance(cache, torch.Tensor) else list(cache)
+        facts = [
+            f"kernel{tokens * blocks // max(1, view.shape[0])}/{view.dtype}{_scales(module, view)}"
+            for view in views
+        ]
+        kinds.append(f"{backend}/block{tokens}/{'+'.join(facts) or 'unknown'}")
+    return "opaque/" + ",".join(dict.fromkeys(kinds))
 
 
 def _heads_of(spec: AttentionSpec, rank: _Rank) -> tuple[int, int, int, int] | None:
-    """(total heads, first local head, replicas, replica), or None if it cannot be told."""
+    """(total heads, first local head, replicas, replica), or None if it cannot be told.
+
+    vLLM gives a rank max(1, total // TP) heads of a layer. One head on each of several ranks
+    may thus be a copy; a layer's own total is not to be had, only that of the whole model.
+    """
     if rank.context_parallel:
         return None
     if _is_mla(spec):
         return 1, 0, rank.tp, rank.tp_rank
     local = spec.num_kv_heads
-    if rank.heads == local * rank.tp:
-        return rank.heads, rank.tp_rank * local, 1, 0
-    if local == 1 and rank.heads < rank.tp and rank.tp % rank.heads == 0:
-        replicas = rank.tp // rank.heads
-        return rank.heads, rank.tp_rank // replicas, replicas, rank.tp_rank % replicas
-    # Layers with a head count of their own (not the model's) shard the same way.
-    if local * rank.tp > rank.heads and local > 1:
+    if local > 1 or rank.tp == 1:
         return local * rank.tp, rank.tp_rank * local, 1, 0
-    return None
+    if not rank.uniform or rank.heads < 1 or rank.tp % rank.heads:
+        return None
+    replicas = rank.tp // rank.heads
+    return rank.heads, rank.tp_rank // replicas, replicas, rank.tp_rank % replicas
+
+
+def _is_uniform(specs: Iterable[Any], vllm_config: VllmConfig) -> bool:
+    """Whether every layer has the model's number of KV heads, as far as can be seen: in the
+    heads on this rank and in all that the configurations of the model and its draft say.
+    """
+    local = {
+        spec.num_kv_heads for spec in specs if isinstance(spec, AttentionSpec) and not _is_mla(spec)
+    }
+    model = vllm_config.model_config
+    draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
+    heads = model.get_total_num_kv_heads()
+    said = {heads}
+    for part in (model, draft):
+        if part is not None:
+            said.add(part.get_total_num_kv_heads())
+            said.update(_kv_heads_in(part.hf_text_config.to_dict()))
+    return len(local) <= 1 and said == {heads}
+
+
+def _kv_heads_in(value: Any, *, named: bool = False) -> Iterator[Any]:
+    """The values that a configuration gives for numbers of KV heads, at any depth."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _kv_heads_in(item, named=named or bool(_KV_HEADS.search(str(key))))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _kv_heads_in(item, named=named)
+    elif named and value is not None:
+        yield value
 
 
 def _is_mla(spec: AttentionSpec) -> bool:
@@ -209,7 +282,10 @@ def _scales(module: Any, view: torch.Tensor) -> str:
     """fp8 content means something only together with its scales."""
     if view.dtype.is_floating_point and view.element_size() > 1:
         return ""
-    scales = [float(getattr(module, name, 1.0)) for name in ("_k_scale", "_v_scale")]
+    scales = [
+        torch.as_tensor(getattr(module, name, 1.0)).flatten().tolist()
+        for name in ("_k_scale", "_v_scale")
+    ]
     return "/scales-" + hashlib.sha256(repr(scales).encode()).hexdigest()[:12]
 
 

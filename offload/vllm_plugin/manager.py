@@ -28,13 +28,19 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvstrata.offload.config import OffloadConfig
 from kvstrata.offload.guard import GuardedTier
-from kvstrata.offload.manager import Answer, NamedTier, TieringManager
+from kvstrata.offload.manager import Answer, TieringManager
 from kvstrata.offload.primary import Entry
 from kvstrata.offload.region import Region, open_region
+from kvstrata.offload.tier_jobs import NamedTier
 from kvstrata.offload.vllm_plugin.metrics import StatsReader
-from kvstrata.offload.vllm_plugin.pages import layouts_from_json
 from kvstrata.offload.vllm_plugin.transfer import PageSlots
-from kvstrata.tiers.base import RequestView, SecondaryTier, TierContext, key_group
+from kvstrata.tiers.base import (
+    RequestView,
+    SecondaryTier,
+    TierContext,
+    key_group,
+    layouts_from_json,
+)
 from kvstrata.tiers.registry import tier_class, tier_options
 
 logger = logging.getLogger("kvstrata")
@@ -238,5 +244,13 @@ def open_manager(
         region.is_complete,
         open_tiers,
         weights_fixed=fixed,
+    )
+    gib = region.slots * region.slot_bytes / 2**30
+    logger.info(
+        "kvstrata: CPU tier of %d pages of %d bytes (%.1f GiB); secondary tiers: %s",
+        region.slots,
+        region.slot_bytes,
+        gib,
+        ", ".join(named.name for named in manager.tiers) or "none",
     )
     return KVStrataManager(manager, region, events=events)

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from vllm.config import ModelConfig, VllmConfig
 from vllm.v1.kv_offload.config import OffloadingConfig
 
 from kvstrata.kernels.geometry import OPAQUE, LayerShape
-from kvstrata.tiers.base import PageLayout
+from kvstrata.tiers.base import PageLayout, layouts_to_json
+
+logger = logging.getLogger("kvstrata")
 
 FORMAT_VERSION = 1
 _MIB = 1 << 20
+_SAMPLE_BYTES = 4096
+_SAMPLES = 1024
+# A safetensors file begins with the size of its JSON header, a little-endian uint64; the
+# format's own reader refuses a header of more than 100 MB.
+_HEADER_SIZE_BYTES = 8
+_MAX_HEADER_BYTES = 100_000_000
 _WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 # Says where a configuration came from or how to print it, not what the model computes.
 _NOT_CONTENT = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype"})
@@ -55,9 +64,7 @@ def namespace_fields(
         "text_config": _config_digest(model),
         "kv_dtype": config.model.dtype,
         "tokens_per_hash": config.cache.tokens_per_hash,
-        "tokens_per_chunk": [
-            group.tokens_per_block * config.cache.blocks_per_chunk for group in config.groups
-        ],
+        "pages": layouts_to_json(layouts),
         "tokens_per_block": (
             [group.tokens_per_block for group in config.groups] if blocked else None
         ),
@@ -65,9 +72,8 @@ def namespace_fields(
             str(group): {
                 "layers": [shape.name for shape in shapes[group]],
                 "orders": sorted({orders[shape.name] for shape in shapes[group]}),
-                "tensors": [[t.name, t.dtype, list(t.shape)] for t in layout.tensors],
             }
-            for group, layout in layouts.items()
+            for group in layouts
         },
         "topology": (
             {
@@ -113,7 +119,15 @@ def weights_fixed(configured: bool | None, vllm_config: VllmConfig) -> bool:
 
 
 def weights_fingerprint(model: ModelConfig, vllm_config: VllmConfig) -> str:
-    """SHA-256 over the weight files' names, sizes, first and last MiB, and how they are read.
+    """SHA-256 over the weight files' names, sizes, samples of content, and how they are read.
+
+    The samples of a file are its first and last MiB, and
+    - of a safetensors file the header and the middle 4 KiB of each tensor;
+    - of any other file 4 KiB at 1024 evenly spaced positions.
+    The first design took the first and last MiB alone. A fine-tune that keeps the embeddings
+    (or whichever tensors lie at the ends) has the sizes and the ends of its base, so the two
+    would have shared pages and answered with each other's attention. Not all bytes are read
+    because that costs minutes for a large model.
 
     Times and paths are left out, so that it is equal on every host and for every TP size.
     A model whose weight files cannot be seen gets a value of its own at every start.
@@ -123,7 +137,17 @@ def weights_fingerprint(model: ModelConfig, vllm_config: VllmConfig) -> str:
     if load_format == "None":
         load_format = str(vllm_config.load_config.load_format)
     facts = [load_format, str(model.quantization), str(model.dtype)]
-    files = [] if load_format == "dummy" else _weight_files(model)
+    files: list[tuple[str, Path]] = []
+    if load_format != "dummy":
+        try:
+            files = _weight_files(model, vllm_config.load_config.download_dir)
+        except FileNotFoundError as error:
+            logger.warning(
+                "kvstrata cannot tell which weights %s has, so its files in secondary tiers will "
+                "not be found after a restart: %s",
+                model.model,
+                error,
+            )
     if not files:
         facts += [str(model.seed), secrets.token_hex(16)]
     digest.update(json.dumps(facts).encode())
@@ -131,37 +155,85 @@ def weights_fingerprint(model: ModelConfig, vllm_config: VllmConfig) -> str:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             digest.update(f"{name}\0{size}\0".encode())
-            digest.update(file.read(_MIB))
-            file.seek(max(0, size - _MIB))
-            digest.update(file.read(_MIB))
+            for start, count in _samples(name, file, size):
+                file.seek(start)
+                digest.update(file.read(count))
     return digest.hexdigest()
 
 
-def _weight_files(model: ModelConfig) -> list[tuple[str, Path]]:
-    """(name inside the model, path) of the weight files on this host, sorted by name."""
+def _samples(name: str, file: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
+    """(offset, bytes) of what is hashed of a weight file."""
+    yield 0, _MIB
+    yield max(0, size - _MIB), _MIB
+    tensors = None
+    if name.endswith(".safetensors"):
+        header_end, tensors = _safetensors(file, size)
+    if tensors is None:
+        room = max(0, size - _SAMPLE_BYTES)
+        starts: Iterable[int] = {room * index // (_SAMPLES - 1) for index in range(_SAMPLES)}
+        yield from ((start, _SAMPLE_BYTES) for start in sorted(starts))
+        return
+    yield 0, header_end
+    for begin, end in tensors:
+        count = min(_SAMPLE_BYTES, end - begin)
+        yield begin + (end - begin - count) // 2, count
+
+
+def _safetensors(file: BinaryIO, size: int) -> tuple[int, list[tuple[int, int]] | None]:
+    """Where the header ends, and begin and end of each tensor in the file, in order.
+
+    None in place of the tensors if the header is broken.
+    """
+    file.seek(0)
+    data = _HEADER_SIZE_BYTES + int.from_bytes(file.read(_HEADER_SIZE_BYTES), "little")
+    if data > min(size, _MAX_HEADER_BYTES):
+        return 0, None
+    try:
+        header = json.loads(file.read(data - _HEADER_SIZE_BYTES))
+        offsets = [
+            entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"
+        ]
+        tensors = sorted((data + begin, data + end) for begin, end in offsets)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return 0, None
+    if not all(
+        type(begin) is type(end) is int and data <= begin <= end <= size for begin, end in tensors
+    ):
+        return 0, None
+    return data, tensors
+
+
+def _weight_files(model: ModelConfig, download_dir: str | None) -> list[tuple[str, Path]]:
+    """(name inside the model, path) of the weight files on this host, sorted by name.
+
+    Raises:
+        FileNotFoundError: there are none; the message says where they were looked for.
+    """
     root = Path(model.model)
     if root.is_file():
         return [(root.name, root)]
     if not root.is_dir():
-        found = _downloaded(model)
-        if found is None:
-            return []
-        root = found
+        root = _downloaded(model, download_dir)
     for pattern in _WEIGHT_PATTERNS:
         paths = sorted(root.rglob(pattern))
         if paths:
             return [(path.relative_to(root).as_posix(), path) for path in paths]
-    return []
+    raise FileNotFoundError(f"{root} has no {', '.join(_WEIGHT_PATTERNS)}")
 
 
-def _downloaded(model: ModelConfig) -> Path | None:
-    """Where Hugging Face's cache holds the model; None if it does not."""
+def _downloaded(model: ModelConfig, download_dir: str | None) -> Path:
+    """Where Hugging Face's cache, or `download_dir`, holds the model."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model.model, revision=model.revision, local_files_only=True))
-    except Exception:  # the library raises many kinds; not there is the only answer we need
-        return None
+        return Path(
+            snapshot_download(
+                model.model, revision=model.revision, cache_dir=download_dir, local_files_only=True
+            )
+        )
+    except Exception as error:  # the library raises many kinds
+        place = download_dir or "Hugging Face's cache"
+        raise FileNotFoundError(f"{place} does not hold the model: {error}") from error
 
 
 def _draft_fingerprint(vllm_config: VllmConfig) -> str | None:

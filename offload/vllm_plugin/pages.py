@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from kvstrata.kernels.geometry import LayerShape, segment_shapes
 from kvstrata.offload.region import ALIGNMENT, round_up
@@ -46,25 +45,3 @@ def layout_of(layers: Sequence[LayerShape], blocks_per_chunk: int, tokens: int) 
 def slot_bytes_of(layouts: Mapping[int, PageLayout]) -> int:
     """Size of a slot: the largest group's page, rounded up to 4096 bytes."""
     return round_up(max(layout.nbytes for layout in layouts.values()), ALIGNMENT)
-
-
-def layouts_to_json(layouts: Mapping[int, PageLayout]) -> dict[str, Any]:
-    """JSON-serialisable form, read back by `layouts_from_json`."""
-    return {
-        str(group): {
-            "tokens": layout.tokens,
-            "tensors": [[t.name, t.dtype, list(t.shape)] for t in layout.tensors],
-        }
-        for group, layout in layouts.items()
-    }
-
-
-def layouts_from_json(fields: Mapping[str, Any]) -> dict[int, PageLayout]:
-    """The inverse of `layouts_to_json`."""
-    return {
-        int(group): PageLayout(
-            tuple(TensorSpec(n, dtype, tuple(shape)) for n, dtype, shape in layout["tensors"]),
-            layout["tokens"],
-        )
-        for group, layout in fields.items()
-    }

@@ -19,8 +19,14 @@ def register() -> None:
     try:
         from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 
+        _log_like_vllm()
         OffloadingSpecFactory.register_spec(SPEC_NAME, SPEC_MODULE, SPEC_NAME)
     except ValueError:
         pass  # registered before
     except Exception as error:
         logger.warning("kvstrata is not available in this vLLM: %s", error)
+
+
+def _log_like_vllm() -> None:
+    """Send our lines where vLLM's go; it configures its logger later than this."""
+    logger.parent = logging.getLogger("vllm")

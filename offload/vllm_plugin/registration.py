@@ -36,11 +36,11 @@ from kvstrata.offload.vllm_plugin.namespace import (
 )
 from kvstrata.offload.vllm_plugin.pages import (
     layout_of,
-    layouts_to_json,
     merge_layers,
     slot_bytes_of,
 )
 from kvstrata.offload.vllm_plugin.worker import KVStrataWorker
+from kvstrata.tiers.base import layouts_to_json
 
 # Bound of the header's JSON text: names and shapes of a hundred layers take about 20 KiB.
 HEADER_TEXT_BYTES = 1 << 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -18,6 +19,9 @@ from typing import Any
 MARK = "@@kvstrata "
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 240.0
+# Tells this run's engines from others that may run on the machine.
+RUN = f"test-{os.getpid()}"
+_numbers = itertools.count()
 BLOCK = 32  # tokens per block of the engines that use vLLM's CPU attention
 
 
@@ -32,6 +36,7 @@ def connector(**extra: Any) -> dict[str, Any]:
     return {
         "kv_connector": "OffloadingConnector",
         "kv_role": "kv_both",
+        "engine_id": f"{RUN}-{next(_numbers)}",
         "kv_connector_extra_config": {
             "spec_name": "KVStrataSpec",
             "cpu_bytes_to_use": "64MiB",
@@ -54,8 +59,8 @@ def engine_environment(tp: int = 1) -> dict[str, str]:
 
 
 def region_files() -> list[str]:
-    """Our files in /dev/shm."""
-    return sorted(path.name for path in Path("/dev/shm").glob("kvstrata_*"))
+    """The page regions in /dev/shm of this run's engines."""
+    return sorted(path.name for path in Path("/dev/shm").glob(f"kvstrata_*_{RUN}-*"))
 
 
 class Engine:

@@ -1,9 +1,6 @@
 """A root that the filesystem tier filled, and the commands run on it."""
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,16 +46,3 @@ def flip(path: Path, position: int) -> None:
     raw = bytearray(path.read_bytes())
     raw[position] ^= 1
     path.write_bytes(raw)
-
-
-@contextmanager
-def another_user() -> Iterator[None]:
-    """Without root's right to read everything."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)

@@ -1,5 +1,6 @@
 """The command line: exit codes, JSON to the letter, help, and the console script."""
 
+import json
 import os
 import pty
 import shutil
@@ -7,37 +8,31 @@ import subprocess
 import sys
 import sysconfig
 import time
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from kvstrata.offload.cli import app
 from kvstrata.tiers.base import TierContext
 from kvstrata.tiers.fs import scan
 from kvstrata.tiers.fs.layout import NamespacePaths
 from kvstrata.tiers.fs.temporary import temporary_name
 from kvstrata.tiers.testing import CONTEXT
-from tests.offload.cli_world import KEYS, another_user, fill, flip, run, run_json
+from tests.offload.cli_world import KEYS, fill, flip, run, run_json
 
 SCRIPT = Path(sysconfig.get_path("scripts"), "kvstrata")
-FIELDS = {"kv_dtype": "bfloat16", "tokens_per_chunk": [32], "weights": "0123456789abcdef"}
+PAGES = {"0": {"tokens": 32, "tensors": []}, "1": {"tokens": 64, "tensors": []}}
+FIELDS = {"kv_dtype": "bfloat16", "pages": PAGES, "weights": "0123456789abcdef"}
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "root"
-
-
-@pytest.fixture
-def paths(root: Path) -> NamespacePaths:
-    return fill(root)
-
-
-@pytest.fixture
-def page(paths: NamespacePaths) -> Path:
-    """The file of KEYS[0]."""
-    return Path(paths.page(KEYS[0]))
+def outcome(*arguments: object) -> tuple[int, str, str]:
+    """The exit code, and what a command printed on stdout and stderr."""
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    return result.exit_code, result.stdout, result.stderr
 
 
 # ---- ls ----
@@ -71,11 +66,11 @@ def test_ls(root: Path, paths: NamespacePaths, page: Path) -> None:
     shown = run("ls", root).splitlines()
     assert shown[:3] == [
         f"org_model {paths.name[-12:]}",
-        "    KV dtype None, tokens per chunk None, weights None",
+        "    KV dtype None, tokens per chunk 16, weights None",
         f"    3 files, {size}, the oldest written 2 h ago, the newest 0 s ago; "
         "1 temporary, 1 quarantined",
     ]
-    assert shown[4] == "    KV dtype bfloat16, tokens per chunk [32], weights 0123456789ab"
+    assert shown[4] == "    KV dtype bfloat16, tokens per chunk 32, 64, weights 0123456789ab"
 
 
 def test_ls_without_config_or_pages(root: Path, paths: NamespacePaths) -> None:
@@ -91,9 +86,25 @@ def test_ls_without_config_or_pages(root: Path, paths: NamespacePaths) -> None:
 
 
 def test_a_root_without_namespaces(paths: NamespacePaths) -> None:
-    assert run_json("ls", paths.home) == {"namespaces": []}
-    assert run("ls", paths.home) == f"no namespaces in {paths.home}\n"
-    assert run("check", paths.home) == "0 files, 0 B, 0 bad, 0 temporary\n"
+    """A namespace's own directories look like roots."""
+    nothing = {"files": 0, "bytes": 0, "bad": 0, "temporary": 0, "bad_files": []}
+    for misplaced in (paths.home, paths.pages):
+        remedy = f"no namespaces below '{misplaced}': give the root_dir of the fs tier\n"
+        assert outcome("ls", misplaced) == (0, "", f"kvstrata: {remedy}")
+        assert outcome("check", misplaced) == (2, "", f"kvstrata: {remedy}")
+        code, out, err = outcome("ls", misplaced, "--json")
+        assert (code, json.loads(out), err) == (0, {"namespaces": []}, f"kvstrata: {remedy}")
+        code, out, err = outcome("check", misplaced, "--json")
+        assert (code, json.loads(out), err) == (2, nothing, f"kvstrata: {remedy}")
+
+
+@pytest.mark.parametrize("content", [[], ["lost+found"]])
+def test_an_empty_root_holds_nothing_bad(tmp_path: Path, content: list[str]) -> None:
+    for name in content:
+        (tmp_path / name).mkdir()
+    said = f"kvstrata: no namespaces below '{tmp_path}'\n"
+    assert outcome("ls", tmp_path) == (0, "", said)
+    assert outcome("check", tmp_path) == (0, "0 files, 0 B, 0 bad, 0 temporary\n", said)
 
 
 @pytest.mark.parametrize("command", ["ls", "check"])
@@ -134,7 +145,9 @@ def test_a_page_that_an_engine_removes_meanwhile_is_not_bad(
     assert (run_json("check", root)["files"], page.exists()) == (2, False)
 
 
-def test_what_cannot_be_read_is_not_called_sound(root: Path, page: Path) -> None:
+def test_what_cannot_be_read_is_not_called_sound(
+    root: Path, page: Path, another_user: Callable[[], AbstractContextManager[None]]
+) -> None:
     for directory in (root, *root.parents):
         if directory.stat().st_uid == os.geteuid() and directory != Path("/"):
             directory.chmod(0o755)

@@ -176,11 +176,17 @@ def test_tiers_of_one_type_get_distinct_names() -> None:
             {"type": "fs", "root_dir": "/a"},
             {"type": "memory", "max_bytes": 5},
             {"type": "fs", "root_dir": "/b"},
-            {"type": "memory"},
+            {"type": "memory", "max_bytes": 6},
         ]
     ).tiers
     assert [tier.name for tier in tiers] == ["memory", "fs", "memory-2", "fs-2", "memory-3"]
     assert tiers[2].entry == {"type": "memory", "max_bytes": 5}
+
+
+def test_a_tier_listed_twice_is_refused() -> None:
+    entry = {"type": "fs", "root_dir": "/a"}
+    with pytest.raises(ConfigError, match=r"secondary_tiers\[1\]=.*'/a'.* listed twice.*remove"):
+        parse(secondary_tiers=[entry, dict(entry)])
 
 
 def test_entry_is_a_copy() -> None:

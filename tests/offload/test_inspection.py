@@ -20,24 +20,7 @@ from kvstrata.tiers.fs.layout import NamespacePaths
 from kvstrata.tiers.fs.namespace import namespace_digest
 from kvstrata.tiers.fs.temporary import temporary_name
 from kvstrata.tiers.testing import CONTEXT
-from tests.offload.cli_world import HEADER, KEYS, SIZE, fill, flip, run, run_json
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "root"
-
-
-@pytest.fixture
-def paths(root: Path) -> NamespacePaths:
-    return fill(root)
-
-
-@pytest.fixture
-def page(paths: NamespacePaths) -> Path:
-    """The file of KEYS[0]."""
-    return Path(paths.page(KEYS[0]))
-
+from tests.offload.cli_world import HEADER, KEYS, SIZE, flip, run, run_json
 
 NOTHING = {
     "ok": True,
@@ -143,17 +126,45 @@ WHOLE = {"key": KEYS[0].hex(), "tensors": TENSORS, "data_offset": HEADER}
 
 # how the file is spoilt, the start of the reason, and what is still known of it
 SPOILT: dict[str, tuple[Callable[[Path], object], str, dict[str, Any]]] = {
-    "empty": (rewrite(lambda raw: b""), "truncated: no header length", HEADER_UNREAD),
+    "empty": (
+        rewrite(lambda raw: b""),
+        "truncated: the file has fewer than 8 bytes",
+        HEADER_UNREAD,
+    ),
     "cut in the header": (rewrite(lambda raw: raw[:1000]), "truncated: the header", HEADER_UNREAD),
     "cut in the data": (rewrite(lambda raw: raw[:-1]), "truncated: 6783 bytes instead of", CUT),
     "longer": (rewrite(lambda raw: raw + b"\0"), "size: 6785 bytes instead of 6784", CUT),
     "flipped bit": (lambda path: flip(path, -1), "checksum: ", {**WHOLE, "checksum": "bad"}),
-    "zeros": (rewrite(lambda raw: bytes(len(raw))), "header: header length 0", HEADER_UNREAD),
-    "length -1": (header_length(-1), "header: header length 18446744073709551615", HEADER_UNREAD),
-    "length huge": (header_length(2**62), "header: header length", HEADER_UNREAD),
-    "length 99 MB": (header_length(99_999_992), "header: header length", HEADER_UNREAD),
-    "nested": (rewrite(lambda raw: raw[:8] + b"[" * HEADER), "header: Rec", HEADER_UNREAD),
-    "no metadata": (header_fields(lambda f: f.pop("__metadata__")), "header: Key", HEADER_UNREAD),
+    "zeros": (
+        rewrite(lambda raw: bytes(len(raw))),
+        "header: its first 8 bytes give 0 as",
+        HEADER_UNREAD,
+    ),
+    "length -1": (
+        header_length(-1),
+        "header: its first 8 bytes give 18446744073709551615 as",
+        HEADER_UNREAD,
+    ),
+    "length huge": (
+        header_length(2**62),
+        "header: its first 8 bytes give 4611686018427387904 as",
+        HEADER_UNREAD,
+    ),
+    "length 99 MB": (
+        header_length(99_999_992),
+        "header: its first 8 bytes give 99999992 as",
+        HEADER_UNREAD,
+    ),
+    "nested": (
+        rewrite(lambda raw: raw[:8] + b"[" * HEADER),
+        "header: the header is nested too deep",
+        HEADER_UNREAD,
+    ),
+    "no metadata": (
+        header_fields(lambda f: f.pop("__metadata__")),
+        "header: the header lacks the field '__metadata__'",
+        HEADER_UNREAD,
+    ),
     "another version": (
         header_fields(lambda fields: fields["__metadata__"].update(format_version="2")),
         "version: format version '2'",
@@ -171,7 +182,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str, dict[str, Any]]] = {
     ),
     "foreign": (
         replace_by(lambda path: save_file({"a": np.zeros(3)}, path)),
-        "header: header length",
+        "header: its first 8 bytes give",
         HEADER_UNREAD,
     ),
 }
@@ -315,6 +326,26 @@ def test_inspect_hides_what_could_control_a_terminal(tmp_path: Path) -> None:
     assert run_json("inspect", path)["path"] == str(path)
     path.unlink()
     assert "\\udcff\\x1b[2J" in run("inspect", path, exit_code=2)
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (b"hello\n", "the file has fewer than 8 bytes"),
+        (b"some notes of mine\n", "its first 8 bytes give 8390045716234202995 as the header's"),
+        (struct.pack("<Q", HEADER - 8) + b"{}".ljust(99), "the header is cut off"),
+        (struct.pack("<Q", HEADER - 8) + b"{".ljust(HEADER), "the header is not JSON"),
+        (struct.pack("<Q", HEADER - 8) + b"\xff" * HEADER, "the header is not JSON"),
+        (struct.pack("<Q", HEADER - 8) + b"[]".ljust(HEADER), "the values in the header are"),
+    ],
+    ids=range(6),
+)
+def test_inspect_what_is_no_page_at_all(tmp_path: Path, raw: bytes, reason: str) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_bytes(raw)
+    found = run_json("inspect", path, exit_code=1)
+    assert found["reason"].startswith(f"not a page file: {reason}")
+    assert f"bad: not a page file: {reason}" in run("inspect", path, exit_code=1)
 
 
 raw_files = st.one_of(

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from kvstrata.offload import manager as manager_module
+from kvstrata.offload import tier_jobs
 from kvstrata.offload.config import OffloadConfig
 from kvstrata.offload.guard import GuardedTier
 from kvstrata.offload.manager import Answer, Event, TieringManager
@@ -160,6 +160,37 @@ def test_pages_being_cascaded_are_not_evicted() -> None:
     assert slow.drain(0)
     world.step()
     assert world.manager.prepare_store(ITEMS[2:3], request) is not None
+
+
+def test_a_tier_that_hangs_leaves_room_for_stores() -> None:
+    """It gets the beginning of what was stored, up to its share of the primary tier."""
+    slow = SlowTier(Recorder(), polls=1000)
+    world = World([slow], slots=4)
+    request = world.request()
+    world.store(ITEMS[:4], request)
+    assert world.manager.counters["cascade_skipped:tier0"] == 1
+    world.step(3)
+    plan = world.manager.prepare_store(ITEMS[4:5], request)
+    assert plan is not None
+    assert plan.evicted == [KEYS[3]]
+
+
+def test_more_than_ever_fits_is_stored_as_far_as_it_fits() -> None:
+    world = World([Recorder()], slots=4)
+    plan = world.manager.prepare_store(ITEMS[:6], world.request())
+    assert plan is not None
+    assert plan.keys == KEYS[:4]
+
+
+def test_what_arrives_while_a_step_is_stored_counts_in_the_next_step() -> None:
+    """vLLM asks for stores after the end of the step."""
+    world = World([SlowTier(Recorder(*ITEMS[:1]), polls=2)])
+    request = world.request()
+    assert world.lookup(ITEMS[0], request) is PENDING
+    world.step()
+    for _ in range(4):
+        world.manager.prepare_store([], request)
+    assert world.lookup(ITEMS[0], request) is HIT
 
 
 def test_the_end_of_a_prefix_is_evicted_first() -> None:
@@ -355,7 +386,7 @@ def test_a_hung_store_does_not_keep_the_engine_stepping_for_ever() -> None:
     world = World([tier])
     world.store(ITEMS[:1], world.request())
     assert world.manager.has_pending_work()
-    world.now = manager_module.STORE_PATIENCE_S
+    world.now = tier_jobs.STORE_PATIENCE_S
     assert not world.manager.has_pending_work()
 
 
@@ -589,7 +620,7 @@ def test_reset_survives_tiers_that_cannot_be_opened_again() -> None:
 @pytest.mark.parametrize("weights_fixed", [True, False])
 def test_reset_with_jobs_in_flight(weights_fixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slots that the GPU or a hung tier may still write find no new owner."""
-    monkeypatch.setattr(manager_module, "STOP_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(tier_jobs, "STOP_TIMEOUT_S", 0.01)
     tier = SlowTier(Recorder(chunk(7, 0)))
     world = World([tier], slots=6, weights_fixed=weights_fixed, reopen=lambda: [Recorder()])
     request = world.request()
@@ -644,11 +675,13 @@ def test_reset_forgets_finished_requests_with_stores_under_way() -> None:
     assert_nothing_is_left(world.manager)
 
 
-@pytest.mark.parametrize("call", [TieringManager.reset, TieringManager.shutdown])
+@pytest.mark.parametrize(
+    ("call", "waits"), [(TieringManager.reset, 2), (TieringManager.shutdown, 4)]
+)
 def test_a_hung_tier_bounds_reset_and_shutdown(
-    call: Callable[[TieringManager], object], monkeypatch: pytest.MonkeyPatch
+    call: Callable[[TieringManager], object], waits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(manager_module, "STOP_TIMEOUT_S", 0.25)
+    monkeypatch.setattr(tier_jobs, "STOP_TIMEOUT_S", 0.25)
     given: list[float] = []
 
     class Hung(Recorder):
@@ -662,7 +695,7 @@ def test_a_hung_tier_bounds_reset_and_shutdown(
 
     world = World([Hung(), Hung()])
     call(world.manager)
-    assert given == [0.25, 0.25]
+    assert given == [0.25] * waits
 
 
 def test_shutdown_takes_the_last_results() -> None:

@@ -249,7 +249,7 @@ class ManagerMachine(RuleBasedStateMachine):
         live = {id(entry): entry.slot for entry in self.manager.primary}
         for held, _, _ in self.left:
             live |= {id(entry): entry.slot for entry in held}
-        for job in self.manager._jobs.values():
+        for job in self.manager._jobs._running.values():
             live |= {id(entry): entry.slot for entry in job.entries.values()}
         assert len(set(live.values())) == len(live)
         assert self.manager.primary.free == self.world.slots - len(live)

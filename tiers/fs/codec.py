@@ -116,10 +116,10 @@ def header_bytes(start: bytes) -> int:
         BadPage: fewer than 8 bytes ("truncated"), or not a length that this format has.
     """
     if len(start) < 8:
-        raise BadPage("truncated", "no header length")
+        raise BadPage("truncated", "the file has fewer than 8 bytes")
     size = 8 + int(struct.unpack_from("<Q", start)[0])
     if size > MAX_HEADER_BYTES or size % ALIGNMENT:
-        raise BadPage("header", f"header length {size - 8}")
+        raise BadPage("header", f"its first 8 bytes give {size - 8} as the header's length")
     return size
 
 
@@ -155,7 +155,7 @@ def parse_header(raw: bytes) -> FileHeader:
         if metadata["format_version"] != FORMAT_VERSION:
             raise BadPage("version", f"format version {metadata['format_version']!r}")
         if sorted(metadata) != _METADATA or not all(type(v) is str for v in metadata.values()):
-            raise ValueError("metadata fields")
+            raise BadPage("header", "the fields of __metadata__ are not those of a page")
         tensors, start = [], 0
         for name, entry in fields.items():
             tensor = _tensor(name, entry, start)
@@ -168,18 +168,24 @@ def parse_header(raw: bytes) -> FileHeader:
             checksum=metadata["checksum"],
         )
         if metadata["group"] != str(key_group(header.key)):
-            raise ValueError("group is not the key's")
+            raise BadPage("header", "the group is not the one in the key")
         return header
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise BadPage("header", f"{type(error).__name__}: {str(error)[:200]}") from None
+    except KeyError as error:
+        raise BadPage("header", f"the header lacks the field {error.args[0]!r}") from None
+    except RecursionError:
+        raise BadPage("header", "the header is nested too deep") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise BadPage("header", "the header is not JSON") from None
+    except (ValueError, TypeError, AttributeError):
+        raise BadPage("header", "the values in the header are not those of a page") from None
 
 
 def _tensor(name: str, entry: Any, start: int) -> TensorSpec:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     numbers = [*shape, *offsets]
     if dtype not in DTYPE_BYTES or not all(type(n) is int and n >= 0 for n in numbers):
-        raise ValueError(f"tensor {name!r:.50}")
+        raise BadPage("header", f"tensor {name!r:.50} has a wrong dtype, shape or place")
     tensor = TensorSpec(name, dtype, tuple(shape))
     if offsets != [start, start + tensor.nbytes]:
-        raise ValueError(f"offsets of tensor {name!r:.50}")
+        raise BadPage("header", f"tensor {name!r:.50} is not where it must be")
     return tensor

@@ -19,6 +19,7 @@ _KEYS = (
     "durability",
     "io",
 )
+_DISK_BUDGET = ("max_bytes", "max_files", "min_free_bytes")
 _MAX_THREADS = 1024
 
 
@@ -50,6 +51,9 @@ class FsConfig:
         Raises:
             TierConfigError: naming the key, the value and the remedy.
         """
+        for key in options:
+            if key in _DISK_BUDGET:
+                raise TierConfigError(f"{key}: this version has no disk budget; remove the key")
         check_keys("fs tier", options, _KEYS)
         get = options.get
         return cls(

@@ -36,7 +36,11 @@ class Failures:
     def count(self, cause: str, detail: str, number: int = 1) -> None:
         """Count failures; the first of each cause is logged with its detail."""
         if not self._counts[cause]:
-            logger.warning("%s: %s (logged once per cause; counted from now on)", cause, detail)
+            logger.warning(
+                "kvstrata fs tier: %s: %s (logged once per cause; counted from now on)",
+                cause,
+                detail,
+            )
         self._counts[cause] += number
 
     def totals(self) -> dict[str, int]:

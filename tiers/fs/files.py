@@ -19,11 +19,11 @@ from kvstrata.tiers.fs.codec import (
 from kvstrata.tiers.fs.config import FsConfig
 from kvstrata.tiers.fs.failures import error_cause
 from kvstrata.tiers.fs.io import FileIO
+from kvstrata.tiers.fs.layout import NamespacePaths
 from kvstrata.tiers.fs.messages import Outcome
 from kvstrata.tiers.fs.namespace import (
     make_directories,
     namespace_digest,
-    namespace_paths,
 )
 from kvstrata.tiers.fs.quarantine import Quarantine
 from kvstrata.tiers.fs.startup import make_namespace
@@ -36,6 +36,7 @@ class PageFiles:
     Args:
         config: the tier's options.
         context: the namespace, which must be open, and its layouts. All keys must be of it.
+        paths: where the namespace lies.
         direct: whether O_DIRECT is to be used, from `open_namespace`.
         report: is told cause and detail of each failure, on any thread.
     """
@@ -44,6 +45,7 @@ class PageFiles:
         self,
         config: FsConfig,
         context: TierContext,
+        paths: NamespacePaths,
         direct: bool,
         report: Callable[[str, str], None],
     ) -> None:
@@ -52,7 +54,7 @@ class PageFiles:
         self._fields = dict(context.namespace)
         self._layouts = dict(context.layouts)
         self._digest = namespace_digest(self._fields)
-        self.paths = namespace_paths(config.root_dir, context.model, self._fields)
+        self.paths = paths
         self._quarantine = Quarantine(self.paths, config.dir_mode)
         self._io = FileIO(direct, cached_first=config.io == "auto")
 

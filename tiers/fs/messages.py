@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from kvstrata.tiers.base import PageRegion, TierContext
 from kvstrata.tiers.fs.config import FsConfig
+from kvstrata.tiers.fs.layout import NamespacePaths
 
 MOST_PAGES = 512  # of a task, so that it fits into a packet
 MAX_PACKET = 2**16
@@ -96,6 +97,7 @@ class Setup:
     Attributes:
         config: the tier's options.
         context: the engine's context without its region.
+        paths: where the namespace lies.
         direct: whether O_DIRECT is to be used.
         region: the region; `fd` is the process's own descriptor.
         readers: whether the process prefers reads to writes.
@@ -105,6 +107,7 @@ class Setup:
 
     config: FsConfig
     context: TierContext
+    paths: NamespacePaths
     direct: bool
     region: PageRegion
     readers: bool

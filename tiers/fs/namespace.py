@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 from kvstrata.tiers.base import TierConfigError
-from kvstrata.tiers.fs.layout import NamespacePaths, directory_name
+from kvstrata.tiers.fs.layout import NAMESPACE_DIR, NamespacePaths, directory_name
 from kvstrata.tiers.fs.temporary import temporary_name
 
 _MAX_CONFIG_BYTES = 2**20
@@ -30,8 +30,20 @@ def namespace_digest(fields: Mapping[str, Any]) -> str:
 
 
 def namespace_paths(root: str, model: str, fields: Mapping[str, Any]) -> NamespacePaths:
-    """Where the namespace with these fields lies below `root`."""
-    return NamespacePaths(root, directory_name(model, namespace_digest(fields)))
+    """Where the namespace with these fields lies below `root`, or is to lie.
+
+    The model's name in the directory's is for display only: a directory that was made under
+    another name, with its config.json, serves unless there is one of exactly this name.
+    """
+    digest = namespace_digest(fields)
+    ours = NamespacePaths(root, directory_name(model, digest))
+    others: list[NamespacePaths] = []
+    with suppress(OSError):  # what is wrong with the root is said when it is opened
+        for name in sorted(os.listdir(root)):
+            match = NAMESPACE_DIR.fullmatch(name)
+            if match is not None and match["digest"] == digest:
+                others.append(NamespacePaths(root, name))
+    return next((paths for paths in (ours, *others) if os.path.lexists(paths.config)), ours)
 
 
 def make_directories(path: str, root: str, mode: int) -> None:

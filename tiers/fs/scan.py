@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import xxhash
 from safetensors import SafetensorError, safe_open
 
-from kvstrata.tiers.base import TensorSpec, key_group
+from kvstrata.tiers.base import PageLayout, TensorSpec, key_group, layouts_from_json
 from kvstrata.tiers.fs.codec import BadPage, FileHeader, format_checksum, header_bytes, parse_header
 from kvstrata.tiers.fs.failures import error_cause
 from kvstrata.tiers.fs.layout import (
@@ -86,8 +86,9 @@ class NamespaceReport:
 
 @dataclass(slots=True)
 class RootReport:
-    """Totals over a root. `bad` holds the reports of the files that are not sound."""
+    """Totals over the namespaces of a root; `bad` holds the reports of files that are not sound."""
 
+    namespaces: int = 0
     files: int = 0
     bytes: int = 0
     temporary: int = 0
@@ -163,13 +164,15 @@ def check_root(root: str, progress: Callable[[FileReport], None] | None = None) 
     total = RootReport()
     for name in _namespace_names(root):
         paths = NamespacePaths(root, name)
+        total.namespaces += 1
         if (config := _check_config(paths)) is not None:
             total.bad.append(config)
+        layouts = known_layouts(paths)
         for kind, entry in _walk(paths, total.bad):
             if kind != "page":
                 _tally(total, kind)
                 continue
-            report = check_place(paths, inspect_file(entry.path))
+            report = check_place(paths, inspect_file(entry.path), layouts)
             if report.cause == "missing":
                 continue
             total.files += 1
@@ -205,8 +208,18 @@ def _judge(fd: int, size: int, raw: bytes, header: FileHeader) -> None:
         raise BadPage("header", f"safetensors sees the tensors {names}")
 
 
-def check_place(paths: NamespacePaths, report: FileReport) -> FileReport:
-    """Compare a sound file's key and namespace with its path."""
+def known_layouts(paths: NamespacePaths) -> Mapping[int, PageLayout]:
+    """What the pages of a namespace must be, as far as its config.json tells."""
+    try:
+        return layouts_from_json(read_config(paths.config)["pages"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def check_place(
+    paths: NamespacePaths, report: FileReport, layouts: Mapping[int, PageLayout]
+) -> FileReport:
+    """Compare a sound file's key and namespace with its path, and its layout with `layouts`."""
     if report.cause is not None or report.header is None:
         return report
     header = report.header
@@ -215,6 +228,8 @@ def check_place(paths: NamespacePaths, report: FileReport) -> FileReport:
         cause, detail = "namespace", f"of namespace {header.namespace!r}"
     elif not is_key(header.key) or report.path != paths.page(header.key):
         cause, detail = "key", f"the page of key {header.key.hex()}"
+    elif layouts.get(key_group(header.key), header.layout) != header.layout:
+        cause, detail = "shape", f"holds {header.layout}"
     return report if cause is None else FileReport(report.path, report.size, cause, detail, header)
 
 

@@ -86,7 +86,14 @@ class FsTier(SecondaryTier):
         self._closed = False
         plain = TierContext(context.model, fields, self._layouts)
         setup = Setup(
-            config, plain, direct, self._region, readers=True, threads=1, engine=os.getpid()
+            config,
+            plain,
+            self.paths,
+            direct,
+            self._region,
+            readers=True,
+            threads=1,
+            engine=os.getpid(),
         )
         try:
             self._processes = IoProcesses(

@@ -140,7 +140,7 @@ def serve(control: socket.socket, region_fd: int) -> None:
         return  # it died before the kernel was asked to tell
     outbox = Outbox(control)
     outbox.put(READY)
-    files = PageFiles(setup.config, setup.context, setup.direct, outbox.report)
+    files = PageFiles(setup.config, setup.context, setup.paths, setup.direct, outbox.report)
     mover = _Mover(files, setup.region)
     os.close(region_fd)
     pool = Pool(setup.threads, 0) if setup.readers else Pool(0, setup.threads)

@@ -1,6 +1,7 @@
 """The namespace: equal exactly when pages may be shared."""
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -8,7 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -52,7 +55,7 @@ def model_of(folder: Path, **more: Any) -> Any:
 def engine_of(model: Any, **more: Any) -> Any:
     fields = {
         "model_config": model,
-        "load_config": SimpleNamespace(load_format="auto"),
+        "load_config": SimpleNamespace(load_format="auto", download_dir=None),
         "cache_config": SimpleNamespace(prefix_caching_hash_algo="sha256"),
         "speculative_config": None,
         "weight_transfer_config": None,
@@ -60,11 +63,12 @@ def engine_of(model: Any, **more: Any) -> Any:
     return SimpleNamespace(**{**fields, **more})
 
 
-def fingerprint(folder: Path, load_format: str = "auto", **more: Any) -> str:
+def fingerprint(
+    folder: Path, load_format: str = "auto", download_dir: str | None = None, **more: Any
+) -> str:
     model = model_of(folder, **more)
-    return weights_fingerprint(
-        model, engine_of(model, load_config=SimpleNamespace(load_format=load_format))
-    )
+    load = SimpleNamespace(load_format=load_format, download_dir=download_dir)
+    return weights_fingerprint(model, engine_of(model, load_config=load))
 
 
 @pytest.fixture
@@ -166,6 +170,144 @@ def test_unknown_weights_are_never_equal(weights: Path, tmp_path: Path) -> None:
         assert made() != made()
 
 
+def test_a_restart_without_known_weights_is_warned_of(
+    weights: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once, with the reason; dummy weights are not meant to be found again."""
+    caplog.set_level(logging.WARNING, "kvstrata")
+    fingerprint(weights)
+    fingerprint(weights, load_format="dummy")
+    assert not caplog.records
+    fingerprint(Path("no-such/model"), download_dir=str(tmp_path))
+    [record] = caplog.records
+    text = record.getMessage()
+    assert "no-such/model" in text and f"{tmp_path} does not hold the model" in text
+    assert "not be found after a restart" in text
+    caplog.clear()
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    fingerprint(empty)
+    assert f"{empty} has no *.safetensors, *.bin" in caplog.records[0].getMessage()
+
+
+def test_downloads_are_found_where_vllm_puts_them(weights: Path, tmp_path: Path) -> None:
+    """`download_dir` stands for Hugging Face's cache."""
+    commit = "0123456789abcdef" * 2 + "01234567"
+    repository = tmp_path / "downloads" / "models--some--model"
+    shutil.copytree(weights, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    found = fingerprint(Path("some/model"), download_dir=str(tmp_path / "downloads"))
+    assert found == fingerprint(weights)
+
+
+# -- samples of weight files --------------------------------------------------------
+
+
+@pytest.fixture
+def tensors(tmp_path: Path) -> Path:
+    """Embeddings at both ends of the file and three tensors between them."""
+    file = tmp_path / "model.safetensors"
+    kinds = {"a.embed": 2 * MIB, "b": 3 * MIB, "c": 9, "d": 5000, "z.head": 2 * MIB}
+    save_file({name: np.zeros(size, np.uint8) for name, size in kinds.items()}, file)
+    return file
+
+
+def spans_of(file: Path) -> dict[str, tuple[int, int]]:
+    data = file.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    return {
+        name: (start + entry["data_offsets"][0], start + entry["data_offsets"][1])
+        for name, entry in header.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["a.embed", "b", "c", "d", "z.head"])
+def test_every_tensor_of_a_fine_tune_counts(name: str, tensors: Path) -> None:
+    """A change in its middle 4 KiB is seen, though sizes and both ends stay."""
+    before = fingerprint(tensors)
+    begin, end = spans_of(tensors)[name]
+    middle = (begin + end) // 2
+    for offset in {middle, max(begin, middle - 2047), min(end - 1, middle + 2047)}:
+        flip(tensors, offset)
+        assert fingerprint(tensors) != before
+        flip(tensors, offset)
+    assert fingerprint(tensors) == before
+
+
+def test_the_end_of_a_long_header_counts(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    names = [f"{'x' * 200}{index}" for index in range(6000)]
+    save_file({name: np.zeros(500, np.uint8) for name in names}, file)
+    before = fingerprint(file)
+    header = int.from_bytes(file.read_bytes()[:8], "little")
+    assert MIB < header < file.stat().st_size - MIB
+    data = file.read_bytes()
+    at = data.rindex(b"x" * 200)
+    assert MIB < at < file.stat().st_size - MIB
+    flip(file, at)
+    assert fingerprint(file) != before
+
+
+def raw_file(header: bytes, *, size: int | None = None) -> bytes:
+    length = len(header) if size is None else size
+    return length.to_bytes(8, "little") + header + bytes(4 * MIB)
+
+
+BROKEN = {
+    "no header": bytes(4 * MIB),
+    "larger than the file": raw_file(b"{}", size=2**40),
+    "2**64 - 1": raw_file(b"{}", size=2**64 - 1),
+    "no JSON": raw_file(b"{nonsense"),
+    "no text": raw_file(b"\xff\xfe"),
+    "a list": raw_file(b"[1]"),
+    "no object": raw_file(b'{"a": 1}'),
+    "no offsets": raw_file(b'{"a": {}}'),
+    "three offsets": raw_file(b'{"a": {"data_offsets": [0, 1, 2]}}'),
+    "text": raw_file(b'{"a": {"data_offsets": ["0", "1"]}}'),
+    "fractions": raw_file(b'{"a": {"data_offsets": [0.5, 1.5]}}'),
+    "negative": raw_file(b'{"a": {"data_offsets": [-9, 1]}}'),
+    "backwards": raw_file(b'{"a": {"data_offsets": [9, 1]}}'),
+    "past the end": raw_file(b'{"a": {"data_offsets": [0, 9999999]}}'),
+    "deep": raw_file(b"[" * 200_000),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_headers_fall_back(kind: str, tmp_path: Path) -> None:
+    """Positions over the whole file stand in for the tensors."""
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(BROKEN[kind])
+    before = fingerprint(file)
+    assert fingerprint(file) == before
+    flip(file, file.stat().st_size // 2 + 100)  # 4 MiB: every byte lies in a sample
+    assert fingerprint(file) != before
+
+
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097, 3 * MIB, 4 * MIB])
+def test_files_up_to_4_mib_are_read_whole(size: int, tmp_path: Path) -> None:
+    file = tmp_path / "model.bin"
+    file.write_bytes(bytes(size))
+    before = fingerprint(file)
+    for offset in {0, size // 3, size // 2, size - 1} if size else set():
+        flip(file, offset)
+        assert fingerprint(file) != before
+        flip(file, offset)
+    assert fingerprint(file) == before
+
+
+def test_samples_of_large_files_are_spread_evenly(tmp_path: Path) -> None:
+    size = 16 * MIB
+    file = tmp_path / "model.bin"
+    file.write_bytes(bytes(size))
+    before = fingerprint(file)
+    for index in (100, 511, 900):  # the first bytes of samples 100, 511 and 900 of 1024
+        flip(file, (size - 4096) * index // 1023)
+        assert fingerprint(file) != before
+        flip(file, (size - 4096) * index // 1023)
+
+
 # -- fields -----------------------------------------------------------------------
 
 
@@ -173,7 +315,7 @@ def fields(model: Any, *, content: Any = TOKEN_MAJOR, order: str = "", **more: A
     dtype, tokens = ("BF16", 16) if content == TOKEN_MAJOR else ("U8", 1)
     shapes = {0: [LayerShape(name, content, dtype, 4, tokens, 64) for name in ("a", "b")]}
     config = SimpleNamespace(
-        model=SimpleNamespace(dtype="bfloat16"),
+        model=SimpleNamespace(dtype=more.get("kv_dtype", "bfloat16")),
         cache=SimpleNamespace(tokens_per_hash=16, blocks_per_chunk=2),
         groups=(SimpleNamespace(tokens_per_block=16, group_id=0),),
         parallel=SimpleNamespace(tp_size=more.get("tp", 1), pp_size=1, pcp_size=1, dcp_size=1),
@@ -189,10 +331,17 @@ def test_fields_are_json_and_repeat(weights: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("PYTHONHASHSEED", raising=False)
     found = fields(model_of(weights))
     assert json.loads(json.dumps(found)) == found == fields(model_of(weights))
-    assert found["tokens_per_chunk"] == [32] and found["hash_seed"] == "vllm-default"
+    assert found["pages"]["0"]["tokens"] == 32 and found["hash_seed"] == "vllm-default"
     assert found["draft_weights"] is None
     assert found["groups"]["0"]["layers"] == ["a", "b"]
     assert str(weights) not in json.dumps(found)
+
+
+def test_kv_dtype_counts(weights: Path) -> None:
+    model = model_of(weights)
+    found = {kind: fields(model, kv_dtype=kind) for kind in ("bfloat16", "fp8", "fp8_e5m2")}
+    for kind, got in found.items():
+        assert got == found["bfloat16"] | {"kv_dtype": kind}
 
 
 def test_topology_counts_for_opaque_pages_only(weights: Path) -> None:

@@ -9,12 +9,16 @@ from hypothesis import strategies as st
 from kvstrata.kernels.geometry import HEAD_SLABS, OPAQUE, TOKEN_MAJOR, LayerShape
 from kvstrata.offload.vllm_plugin.pages import (
     layout_of,
-    layouts_from_json,
-    layouts_to_json,
     merge_layers,
     slot_bytes_of,
 )
-from kvstrata.tiers.base import DTYPE_BYTES, PageLayout, TensorSpec
+from kvstrata.tiers.base import (
+    DTYPE_BYTES,
+    PageLayout,
+    TensorSpec,
+    layouts_from_json,
+    layouts_to_json,
+)
 
 
 def layer(name: str, heads: int = 4, width: int = 128, dtype: str = "BF16") -> LayerShape:

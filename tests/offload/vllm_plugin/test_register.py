@@ -37,6 +37,28 @@ def put_factory(monkeypatch: pytest.MonkeyPatch, factory: object) -> None:
         sys.modules[FACTORY].OffloadingSpecFactory = factory  # type: ignore[attr-defined]
 
 
+@pytest.fixture(autouse=True)
+def own_logger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`register` changes where our log lines go; undo it after each test."""
+    monkeypatch.setattr(logging.getLogger("kvstrata"), "parent", logging.getLogger())
+
+
+def test_log_lines_go_where_vllm_sends_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    put_factory(monkeypatch, Factory())
+    register()
+    seen: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            seen.append(record.getMessage())
+
+    theirs = logging.getLogger("vllm")  # configured only after the plugins were loaded
+    monkeypatch.setattr(theirs, "handlers", [Handler()])
+    monkeypatch.setattr(theirs, "propagate", False)
+    logging.getLogger("kvstrata.tiers.fs").warning("a line")
+    assert seen == ["a line"]
+
+
 def test_entry_point_leads_here() -> None:
     (point,) = entry_points(group="vllm.general_plugins", name="kvstrata")
     assert point.load() is register

@@ -19,11 +19,6 @@ from kvstrata.tiers.testing import CONTEXT
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "root"
-
-
-@pytest.fixture
 def paths(root: Path) -> NamespacePaths:
     """The paths of the contract's namespace."""
     return namespace_paths(str(root), CONTEXT.model, CONTEXT.namespace)

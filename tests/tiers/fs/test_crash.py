@@ -88,7 +88,7 @@ def test_killed_writers_leave_nothing_bad(root: Path, open_tier: Callable[..., F
     left_behind = 0
     for attempt in range(20):
         writer, pids = start_writer(root, rounds=10**6)
-        time.sleep(0.002 * (attempt % 5))
+        time.sleep(0.01 * (attempt % 5))
         if attempt % 4 == 3:  # what sleeps cannot see the engine go
             os.kill(pids[1], signal.SIGSTOP)
         writer.send_signal(signal.SIGKILL)

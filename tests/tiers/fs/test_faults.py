@@ -152,7 +152,7 @@ def test_fsync_comes_before_the_name(
 ) -> None:
     config = FsConfig(str(root), durability="fsync")
     open_namespace(config, paths, CONTEXT.namespace)
-    files = PageFiles(config, CONTEXT, False, lambda cause, detail: None)
+    files = PageFiles(config, CONTEXT, paths, False, lambda cause, detail: None)
     calls: list[str] = []
     fsync, rename = os.fsync, os.rename
 
@@ -182,7 +182,7 @@ def test_a_view_that_cannot_be_written(root: Path, paths: NamespacePaths) -> Non
     config = FsConfig(str(root))
     reported: list[str] = []
     direct = open_namespace(config, paths, CONTEXT.namespace)
-    files = PageFiles(config, CONTEXT, direct, lambda cause, detail: reported.append(cause))
+    files = PageFiles(config, CONTEXT, paths, direct, lambda cause, detail: reported.append(cause))
     view = memoryview(PAGE[KEY])
     assert files.store(KEY, view, rewrite=False) == Outcome(moved=True)
     assert files.load(KEY, view) == Outcome("internal")

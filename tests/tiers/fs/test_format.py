@@ -59,7 +59,7 @@ def test_the_official_library_reads_the_tensors(
 def test_the_place_of_a_page(open_tier: Callable[..., FsTier], root: Path) -> None:
     key = bytes.fromhex("0123456789abcdef") + (1).to_bytes(4, "big")
     store(open_tier(), {key: make_data(1, CONTEXT.layouts[1].nbytes)})
-    text = json.dumps({"groups": ["a", "b", "c"], "test": 1}, separators=(",", ":"))
+    text = json.dumps(CONTEXT.namespace, sort_keys=True, separators=(",", ":"))
     home = f"org_model_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
     assert (root / f"{home}_r0/012/34_g1/0123456789abcdef.safetensors").is_file()
     assert (root / home / "config.json").is_file()

@@ -14,6 +14,7 @@ import pytest
 from kvstrata.tiers.base import TierConfigError, TierContext
 from kvstrata.tiers.fs import io, startup
 from kvstrata.tiers.fs.layout import NamespacePaths
+from kvstrata.tiers.fs.namespace import namespace_paths
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key, store
 
@@ -30,7 +31,10 @@ PAGE = {make_key(1): make_data(1, CONTEXT.layouts[0].nbytes)}
         ({"root_dir": "/a\0b"}, "root_dir: .* is wrong"),
         ({"root_dir": "kv"}, "root_dir: 'kv' is relative; give an absolute path"),
         ({"root_dir": "/x", "rootdir": "/y"}, r"'rootdir' \(did you mean 'root_dir'\?\)"),
-        ({"root_dir": "/x", "max_bytes": "1GiB"}, "unknown key 'max_bytes'"),
+        (
+            {"root_dir": "/x", "max_bytes": "1GiB"},
+            "max_bytes: this version has no disk budget; remove",
+        ),
         ({"root_dir": "/x", "n_read_threads": 0}, "n_read_threads: 0 is wrong"),
         ({"root_dir": "/x", "n_write_threads": "many"}, "n_write_threads: 'many' is wrong"),
         ({"root_dir": "/x", "file_mode": "0999"}, "file_mode: '0999' is not"),
@@ -127,14 +131,47 @@ def test_the_same_namespace_opens_again(open_tier: OpenTier, paths: NamespacePat
     assert os.stat(paths.config).st_mtime_ns == before
 
 
+def test_another_model_name_finds_the_same_pages(open_tier: OpenTier, root: Path) -> None:
+    store(open_tier(), PAGE)
+    before = sorted(os.listdir(root))
+    tier = open_tier(TierContext("/models/copy", CONTEXT.namespace, CONTEXT.layouts))
+    assert load(tier, list(PAGE))[1] == PAGE
+    assert sorted(os.listdir(root)) == before
+    other = TierContext("/models/copy", {**CONTEXT.namespace, "test": 2}, CONTEXT.layouts)
+    assert load(open_tier(other), list(PAGE))[0].failed.keys() == PAGE.keys()
+    assert len(os.listdir(root)) == len(before) + 2
+
+
+def test_which_directory_of_a_namespace(root: Path, paths: NamespacePaths) -> None:
+    def chosen(model: str) -> str:
+        return namespace_paths(str(root), model, CONTEXT.namespace).name
+
+    digest = paths.name.removeprefix("org_model_")
+    assert chosen("m") == f"m_{digest}"  # there is no root yet
+    for name in (f"y_{digest}", f"b_{digest}", f"a_{digest}_r0", "a_0123456789ab", f"x{digest}"):
+        (root / name).mkdir(parents=True)
+        (root / name / "config.json").touch()
+    (root / f"m_{digest}").mkdir()
+    assert chosen("m") == f"b_{digest}"  # its own has no config.json
+    assert chosen("y") == f"y_{digest}"
+    (root / f"m_{digest}/config.json").touch()
+    assert chosen("m") == f"m_{digest}"
+    assert chosen("other") == f"b_{digest}"
+
+
+def with_fields(**changes: object) -> str:
+    """The contract's namespace with other fields, as JSON."""
+    return json.dumps({**CONTEXT.namespace, **changes})
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"test": 2, "groups": ["a", "b", "c"]}', "field 'test' of .* is 2, .* has 1; move"),
-        ('{"test": true, "groups": ["a", "b", "c"]}', "field 'test' of .* is true, .* has 1"),
-        ('{"test": NaN, "groups": ["a", "b", "c"]}', "field 'test' of .* is NaN, .* has 1"),
+        (with_fields(test=2), "field 'test' of .* is 2, .* has 1; move"),
+        (with_fields(test=True), "field 'test' of .* is true, .* has 1"),
+        (with_fields(test=float("nan")), "field 'test' of .* is NaN, .* has 1"),
         ('{"test": 1}', "field 'groups' of .* is absent, .* has "),
-        ('{"test": 1, "groups": ["a", "b", "c"], "x": 0}', "field 'x' of .* is 0, .* has absent"),
+        (with_fields(x=0), "field 'x' of .* is 0, .* has absent"),
         ("", "is unreadable"),
         ("{", "is unreadable"),
         ("[]", r"is unreadable \(not a JSON object\)"),

@@ -1,0 +1,40 @@
+"""Counts how often a chunk was offered, for `store_threshold`."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+
+
+class Offers:
+    """Keys and how often they were offered; the least recently offered are forgotten first.
+
+    Args:
+        threshold: a key is wanted from this many offers on; 0 and 1 want every key.
+        capacity: how many keys are remembered.
+    """
+
+    def __init__(self, threshold: int, capacity: int) -> None:
+        self._threshold = threshold
+        self._capacity = capacity
+        self._counts: OrderedDict[bytes, int] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    def is_wanted(self, key: bytes) -> bool:
+        """Whether the offer now being made is the one to store the key at."""
+        return self._counts.get(key, 0) + 1 >= self._threshold
+
+    def count(self, keys: Iterable[bytes]) -> None:
+        """The keys were offered."""
+        if self._threshold <= 1:
+            return
+        for key in keys:
+            self._counts[key] = self._counts.pop(key, 0) + 1
+        while len(self._counts) > self._capacity:
+            self._counts.popitem(last=False)
+
+    def clear(self) -> None:
+        """Forget all counts."""
+        self._counts.clear()
