@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
-from kvstrata.kernels.plan import LayerSet, PageLayout, Segment
+from kvstrata.kernels.plan import LayerSet, RowLayout, Segment
 
 try:
     import triton
@@ -34,7 +34,7 @@ class Copy(Protocol):
     def __call__(
         self,
         segment: Segment,
-        layout: PageLayout,
+        layout: RowLayout,
         pages: torch.Tensor,
         rows: torch.Tensor,
         block_ids: torch.Tensor,
@@ -53,7 +53,7 @@ MAX_PROGRAMS = 32  # few enough to leave the SMs to the model
 
 def copy_torch(
     segment: Segment,
-    layout: PageLayout,
+    layout: RowLayout,
     pages: torch.Tensor,
     rows: torch.Tensor,
     block_ids: torch.Tensor,
@@ -104,7 +104,7 @@ def copy_torch(
 
 def _check(
     segment: Segment,
-    layout: PageLayout,
+    layout: RowLayout,
     pages: torch.Tensor,
     rows: torch.Tensor,
     block_ids: torch.Tensor,
@@ -124,7 +124,7 @@ def _check(
         )
 
 
-def _word_bytes(segment: Segment, layout: PageLayout, pages: torch.Tensor) -> int:
+def _word_bytes(segment: Segment, layout: RowLayout, pages: torch.Tensor) -> int:
     numbers = (pages.data_ptr(), pages.storage_offset(), *pages.stride()[:1], *pages.shape[1:])
     return gcd(segment.word_bytes, *numbers, *layout)
 
@@ -206,7 +206,7 @@ if triton is not None:
 
 
 def kernel_constants(
-    segment: Segment, layers: LayerSet, layout: PageLayout, alignment: int, *, unpack: bool
+    segment: Segment, layers: LayerSet, layout: RowLayout, alignment: int, *, unpack: bool
 ) -> dict[str, Any]:
     """The compile-time arguments of the kernel for one set of layers.
 
@@ -238,7 +238,7 @@ def kernel_constants(
 
 def copy_triton(
     segment: Segment,
-    layout: PageLayout,
+    layout: RowLayout,
     pages: torch.Tensor,
     rows: torch.Tensor,
     block_ids: torch.Tensor,

@@ -32,7 +32,7 @@ class LocalLayer:
     replica: int = 0
 
 
-class PageLayout(NamedTuple):
+class RowLayout(NamedTuple):
     """Where one worker's part of a segment lies in a row of pages.
 
     offset: bytes from the row's start to the first local head's first local layer.
@@ -120,14 +120,14 @@ class Segment:
         return self.local_heads * self.local_layers * self.slab_bytes
 
     @property
-    def in_page(self) -> PageLayout:
+    def in_page(self) -> RowLayout:
         """The place of this worker's part in a page."""
         skipped = self.first_head * self.head_bytes + self.first_layer * self.slab_bytes
-        return PageLayout(self.page_offset + skipped, self.head_bytes)
+        return RowLayout(self.page_offset + skipped, self.head_bytes)
 
-    def packed(self, offset: int) -> PageLayout:
+    def packed(self, offset: int) -> RowLayout:
         """The place of this worker's part alone, without gaps, `offset` bytes into a row."""
-        return PageLayout(offset, self.local_layers * self.slab_bytes)
+        return RowLayout(offset, self.local_layers * self.slab_bytes)
 
     @property
     def shard(self) -> Shard:

@@ -7,7 +7,7 @@ import torch
 
 from kvstrata.kernels.geometry import GeometryError
 from kvstrata.kernels.pack import Copy, copy_for, copy_torch
-from kvstrata.kernels.plan import PageLayout, Segment
+from kvstrata.kernels.plan import RowLayout, Segment
 
 _UNTOUCHED = 0xA5  # what scratch pages hold before the copy
 
@@ -57,7 +57,7 @@ class _Trial:
         random = np.random.default_rng(seed).integers(0, 256, sizes, dtype=np.uint8)
         self.pattern = torch.from_numpy(random).to(device)
         # A CPU worker copies straight into pages, a GPU worker into its own part of them.
-        self.layout: PageLayout = segment.in_page if device.type == "cpu" else segment.packed(0)
+        self.layout: RowLayout = segment.in_page if device.type == "cpu" else segment.packed(0)
         self.saved: list[torch.Tensor] = []
 
     def blocks(self) -> Iterator[tuple[int, int, int, torch.Tensor]]:

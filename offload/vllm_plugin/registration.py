@@ -151,9 +151,13 @@ def _create_region(
         )
         for group in config.groups
     }
-    orders = {
-        shape.name: order for part in parts for layers in part.values() for shape, order in layers
-    }
+    # Ranks may differ, for example in the scales of their heads: all of them count.
+    found: dict[str, set[str]] = {}
+    for part in parts:
+        for layers in part.values():
+            for shape, order in layers:
+                found.setdefault(shape.name, set()).add(order)
+    orders = {name: "|".join(sorted(each)) for name, each in found.items()}
     blocks = config.cache.blocks_per_chunk
     layouts = {
         group.group_id: layout_of(shapes[group.group_id], blocks, group.tokens_per_block * blocks)

@@ -23,7 +23,7 @@ from kvstrata.kernels.geometry import (
     split_kv,
     token_major,
 )
-from kvstrata.kernels.plan import LocalLayer, PageLayout, Shard, plan
+from kvstrata.kernels.plan import LocalLayer, RowLayout, Shard, plan
 
 FULL = LayerShape("full", TOKEN_MAJOR, "BF16", 8, 16, 256)
 
@@ -158,8 +158,8 @@ def test_numbers_of_a_plan() -> None:
     (segment,) = Rank(model, "LBHNC", tp=2, rank=1).segments
     slab, head = 2 * 2 * 32, 3 * 2 * 2 * 32
     assert segment.shard == Shard(2 * head, 2 * head, 2 * head, 1)
-    assert segment.in_page == PageLayout(2 * head, head)
-    assert segment.packed(5) == PageLayout(5, head)
+    assert segment.in_page == RowLayout(2 * head, head)
+    assert segment.packed(5) == RowLayout(5, head)
     (part,) = segment.sets
     assert (part.rows, part.parts, part.part_bytes) == (1, 1, 2 * 32), "tokens were not joined"
     assert segment.word_bytes == 16

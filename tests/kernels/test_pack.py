@@ -16,7 +16,7 @@ from kvstrata.kernels.geometry import (
     token_major,
 )
 from kvstrata.kernels.pack import MAX_PROGRAMS, TILE_BYTES, Copy, copy_torch, copy_triton
-from kvstrata.kernels.plan import LocalLayer, PageLayout, plan
+from kvstrata.kernels.plan import LocalLayer, RowLayout, plan
 
 Rank = partial(AnyRank, device=DEVICE)
 arange = partial(torch.arange, device=DEVICE)
@@ -305,8 +305,8 @@ def test_arguments_that_do_not_fit_are_refused(copy: Copy) -> None:
         "one row less": (*good[:4], ids[:1]),
         "32-bit ids": (*good[:4], ids.int()),
         "32-bit rows": (*good[:3], rows.int(), ids),
-        "before the page": (segment, PageLayout(-1, size), *good[2:]),
-        "overlapping heads": (segment, PageLayout(0, 16), *good[2:]),
+        "before the page": (segment, RowLayout(-1, size), *good[2:]),
+        "overlapping heads": (segment, RowLayout(0, 16), *good[2:]),
     }
     for what, arguments in bad.items():
         with pytest.raises(ValueError):
