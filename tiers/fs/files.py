@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 from kvstrata.tiers.base import PageLayout, TierContext, key_group
 from kvstrata.tiers.fs.codec import (
@@ -26,8 +29,13 @@ from kvstrata.tiers.fs.namespace import (
     namespace_paths,
 )
 from kvstrata.tiers.fs.quarantine import Quarantine
-from kvstrata.tiers.fs.startup import make_namespace, open_namespace
+from kvstrata.tiers.fs.space.limits import file_cost
+from kvstrata.tiers.fs.space.space import Space
+from kvstrata.tiers.fs.startup import make_namespace, open_namespace, open_space
 from kvstrata.tiers.fs.temporary import temporary_name
+
+_T = TypeVar("_T")
+_MKDIR_TRIES = 5  # eviction removes directories that became empty, perhaps this one again
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,19 +47,21 @@ class Outcome:
         nbytes: bytes of the page that were moved; 0 for a store of a page that was there already.
         gone: the page, if it was here, cannot be loaded any more.
         stuck: the bad file could not be moved away, so its key must not be believed.
+        cost: bytes of the budget that the new file took; 0 without a budget.
     """
 
     cause: str | None = None
     nbytes: int = 0
     gone: bool = False
     stuck: bool = False
+    cost: int = 0
 
 
 class PageFiles:
     """The files of one namespace. Its methods block on the disk; any thread may call them."""
 
     def __init__(self, config: FsConfig, context: TierContext) -> None:
-        """Open the namespace.
+        """Open the namespace, and the budget if there is one.
 
         Raises:
             TierConfigError: the directory cannot be used, or config.json differs.
@@ -64,6 +74,7 @@ class PageFiles:
         self.paths = namespace_paths(config.root_dir, context.model, self._fields)
         self._quarantine = Quarantine(self.paths, config.dir_mode)
         self._io = FileIO(open_namespace(config, self.paths, self._fields))
+        self.space = open_space(config, self.paths, self.failures)
 
     def fits(self, key: bytes, nbytes: int | None = None) -> str | None:
         """None if a page of this key (and size) can be here, else the cause why not."""
@@ -88,6 +99,8 @@ class PageFiles:
         try:
             if not rewrite and self._plausible(key, path):
                 return Outcome()
+            if self.space is not None:
+                return self._write_within(self.space, path, key, view)
             return Outcome(nbytes=self._write(path, key, view))
         except OSError as error:
             cause = error_cause(error)
@@ -103,28 +116,54 @@ class PageFiles:
         try:
             return Outcome(nbytes=self._read(path, key, view))
         except BadPage as bad:
-            return self._reject(path, bad.cause, f"{path}: {bad.detail}", bad.inode)
+            return self._reject(key, bad.cause, f"{path}: {bad.detail}", bad.inode)
         except OSError as error:
             cause = error_cause(error)
             if cause == "missing":
                 self.failures.count(cause, str(error))
+                if self.space is not None:
+                    self.space.gone(key)
                 return Outcome(cause, gone=True)
             if cause in ("symlink", "not-regular", "unreadable"):
-                return self._reject(path, cause, str(error), None)
+                return self._reject(key, cause, str(error), None)
             # perhaps the disk's fault and not the file's: leave the file, do not believe it
             self.failures.count(cause, str(error))
             return Outcome(cause, gone=True, stuck=True)
         except Exception as error:
             return self._internal(error)
 
+    def _write_within(self, space: Space, path: str, key: bytes, view: memoryview) -> Outcome:
+        """Write the page if the budget has room for it."""
+        grant = space.admission.admit(self._cost(key))
+        if grant is None:
+            self.failures.count("budget", "the disk budget has no room for a page")
+            return Outcome("budget")
+        try:
+            return Outcome(nbytes=self._write(path, key, view, grant.spare), cost=grant.cost)
+        except BaseException as error:
+            full = isinstance(error, OSError) and error_cause(error) == "no-space"
+            space.admission.cancel(grant, full)
+            raise
+
     def _internal(self, error: Exception) -> Outcome:
         """A mistake in this code, or a view that went away, must not cost a result."""
         self.failures.count("internal", f"{type(error).__name__}: {error}")
         return Outcome("internal")
 
-    def _reject(self, path: str, cause: str, detail: str, inode: tuple[int, int] | None) -> Outcome:
+    def _reject(
+        self, key: bytes, cause: str, detail: str, inode: tuple[int, int] | None
+    ) -> Outcome:
         self.failures.count(cause, detail)
-        return Outcome(cause, gone=True, stuck=not self._quarantine.take(path, cause, inode))
+        moved = self._quarantine.take(self.paths.page(key), cause, inode)
+        if moved and self.space is not None:
+            self.space.quarantined(self._cost(key))
+            self.space.gone(key)
+        return Outcome(cause, gone=True, stuck=not moved)
+
+    def _cost(self, key: bytes) -> int:
+        """What the page's file takes from the budget, in bytes."""
+        layout = self._layout(key)
+        return file_cost(len(encode_header(key, self._digest, layout)) + layout.nbytes)
 
     def _layout(self, key: bytes) -> PageLayout:
         return self._layouts[key_group(key)]
@@ -147,7 +186,7 @@ class PageFiles:
         cause = "symlink" if stat.S_ISLNK(found.st_mode) else kind
         if kind == "size" and found.st_size < size:
             cause = "truncated"
-        self._reject(path, cause, path, (found.st_dev, found.st_ino))
+        self._reject(key, cause, path, (found.st_dev, found.st_ino))
         return False
 
     def _read(self, path: str, key: bytes, view: memoryview) -> int:
@@ -188,23 +227,22 @@ class PageFiles:
         too_short = length > size or size - length < layout.nbytes
         raise BadPage("truncated" if too_short else "size", f"{size} bytes")
 
-    def _write(self, path: str, key: bytes, view: memoryview) -> int:
+    def _write(self, path: str, key: bytes, view: memoryview, spare: str | None = None) -> int:
+        """Write the page into a new file, or over `spare`, and give it its name."""
         header = encode_header(key, self._digest, self._layout(key), page_checksum(view))
         directory = os.path.dirname(path)
-        temporary = os.path.join(directory, temporary_name())
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        try:
-            fd = self._io.open(temporary, flags, self._config.file_mode)
-        except FileNotFoundError:
-            make_namespace(self._config, self.paths, self._fields)
-            make_directories(directory, self._config.root_dir, self._config.dir_mode)
-            if self._config.durability == "fsync":
-                for parent in (os.path.dirname(directory), self.paths.pages, self.paths.root):
-                    _fsync_directory(parent)
-            fd = self._io.open(temporary, flags, self._config.file_mode)
+        temporary, fd = spare, None
+        if spare is not None:
+            fd = self._open_spare(spare, len(header) + view.nbytes)
+        if fd is None or temporary is None:
+            temporary = os.path.join(directory, temporary_name())
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+            fd = self._in_directory(
+                directory, lambda: self._io.open(temporary, flags, self._config.file_mode)
+            )
         try:
             try:
-                if self._config.file_mode & 0o077:
+                if spare is not None or self._config.file_mode & 0o077:
                     os.fchmod(fd, self._config.file_mode)  # what the umask took away
                 buffer = self._io.header_buffer(len(header))
                 buffer[:] = header
@@ -213,7 +251,7 @@ class PageFiles:
                     os.fsync(fd)
             finally:
                 os.close(fd)
-            os.rename(temporary, path)
+            self._in_directory(directory, lambda: os.rename(temporary, path))
         except BaseException:
             with suppress(OSError):
                 os.unlink(temporary)
@@ -221,6 +259,49 @@ class PageFiles:
         if self._config.durability == "fsync":
             _fsync_directory(directory)
         return view.nbytes
+
+    def _in_directory(self, directory: str, action: Callable[[], _T]) -> _T:
+        """Do what needs the directory; where it is missing, make it first.
+
+        Raises:
+            OSError: the directory cannot be made, or the action failed.
+        """
+        for _ in range(_MKDIR_TRIES):
+            try:
+                return action()
+            except FileNotFoundError:
+                make_namespace(self._config, self.paths, self._fields)
+                with suppress(FileNotFoundError):
+                    make_directories(directory, self._config.root_dir, self._config.dir_mode)
+                    if self._config.durability == "fsync":
+                        for parent in (
+                            os.path.dirname(directory),
+                            self.paths.pages,
+                            self.paths.root,
+                        ):
+                            _fsync_directory(parent)
+        return action()
+
+    def _open_spare(self, spare: str, size: int) -> int | None:
+        """A descriptor of a file to overwrite; None, and the file gone, where it cannot serve."""
+        try:
+            fd = self._io.open(spare, os.O_WRONLY)
+            try:
+                found = os.fstat(fd)
+                # a second name would see its content change; another's file stays another's
+                if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+                    raise OSError(errno.EINVAL, "not a plain file", spare)
+                if found.st_uid != os.geteuid():
+                    raise OSError(errno.EPERM, "another user's file", spare)
+                if found.st_size != size:
+                    os.ftruncate(fd, size)
+            except BaseException:
+                os.close(fd)
+                raise
+            return fd
+        except OSError:
+            os.unlink(spare)
+            return None
 
 
 def _fsync_directory(path: str) -> None:

@@ -5,13 +5,18 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 from kvstrata.tiers.base import TierConfigError
 from kvstrata.tiers.fs.config import FsConfig
+from kvstrata.tiers.fs.failures import Failures
 from kvstrata.tiers.fs.io import probe_direct
 from kvstrata.tiers.fs.layout import NamespacePaths
 from kvstrata.tiers.fs.namespace import make_directories, validate_config, write_config
+from kvstrata.tiers.fs.space.limits import Limits
+from kvstrata.tiers.fs.space.space import Space
+from kvstrata.tiers.fs.space.walk import BOOKS_NAME
 
 _NOT_A_DIRECTORY = ("is not a directory", "give a directory, or a path where one can be made")
 _NOT_WRITABLE = ("is not writable by this user", "change its owner or mode, or choose another")
@@ -52,6 +57,30 @@ def open_namespace(config: FsConfig, paths: NamespacePaths, fields: Mapping[str,
             "O_DIRECT; give 'auto' or 'buffered'"
         )
     return direct and config.io != "buffered"
+
+
+def open_space(config: FsConfig, paths: NamespacePaths, failures: Failures) -> Space | None:
+    """Join the disk budget of the root; None where neither we nor others want one.
+
+    Raises:
+        TierConfigError: its files cannot be used.
+    """
+    wanted = config.max_bytes or config.max_files or config.min_free_bytes
+    if not wanted and not os.path.isdir(os.path.join(config.root_dir, BOOKS_NAME)):
+        return None
+    try:
+        least = config.min_free_bytes
+        if isinstance(least, Fraction):
+            disk = os.statvfs(config.root_dir)
+            least = int(disk.f_blocks * disk.f_frsize * least)
+        limits = Limits(config.max_bytes, config.max_files, least)
+        modes = config.file_mode, config.dir_mode
+        return Space(config.root_dir, paths.name, limits, *modes, failures)
+    except OSError as error:
+        raise TierConfigError(
+            f"root_dir: {config.root_dir!r} cannot keep a disk budget ({error}); "
+            "choose a file system with locks, or leave the budget's options out"
+        ) from error
 
 
 def make_namespace(config: FsConfig, paths: NamespacePaths, fields: Mapping[str, Any]) -> None:

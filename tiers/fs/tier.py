@@ -40,6 +40,8 @@ class _OpenJob:
 
     store: bool
     pending: int
+    access: int
+    depths: dict[bytes, int]
     failed: dict[bytes, str] = field(default_factory=dict)
     nbytes: int = 0
     start: float = float("inf")
@@ -110,6 +112,8 @@ class FsTier(SecondaryTier):
         """See `SecondaryTier.__init__`."""
         config = FsConfig.parse(options)
         self._files = PageFiles(config, context)
+        self._space = self._files.space
+        self._accesses = 0  # an access is a job or a touch; its pages count as used together
         self._index = Index()
         self._jobs: dict[int, _OpenJob] = {}
         self._finished: list[JobResult] = []
@@ -132,7 +136,10 @@ class FsTier(SecondaryTier):
         if self._index.is_unsent(key):
             self._send_checks()
         found = self._index.lookup(key, request.req_id, time.monotonic())
-        self._counters["hits"] += found is Lookup.HIT
+        if found is Lookup.HIT:
+            self._counters["hits"] += 1
+            if self._space is not None:
+                self._space.promised(key)
         return found
 
     def submit_store(self, job: Job) -> None:
@@ -155,8 +162,12 @@ class FsTier(SecondaryTier):
         return finished
 
     def touch(self, keys: Collection[bytes], request: RequestView) -> None:
-        """Keep the keys in the index of known pages."""
-        self._index.touch(keys)
+        """Keep the keys in the index of known pages, and their files on the disk."""
+        known = self._index.touch(keys)
+        if self._space is not None:
+            self._accesses += 1
+            for key in known:
+                self._space.used(key, 0, self._accesses)
 
     def on_request_finished(self, request: RequestView) -> None:
         """Forget the negative answers given to the request."""
@@ -180,14 +191,23 @@ class FsTier(SecondaryTier):
     def shutdown(self, timeout_s: float) -> bool:
         """See `SecondaryTier.shutdown`."""
         self._closed.set()
-        return self._pool.close(timeout_s)
+        deadline = time.monotonic() + timeout_s
+        stopped = self._pool.close(timeout_s)
+        if self._space is not None:
+            self._collect()
+            stopped &= self._space.close(deadline - time.monotonic())
+        return stopped
 
     def stats(self) -> TierStats:
         """See `SecondaryTier.stats`."""
         self._collect()
         reads, writes = self._pool.queued()
         return TierStats(
-            counters={**self._counters, "swept_temporaries": self._swept},
+            counters={
+                **self._counters,
+                **(self._space.counters() if self._space is not None else {}),
+                "swept_temporaries": self._swept,
+            },
             failures=self._files.failures.totals(),
             gauges={
                 "read_queue": float(reads),
@@ -204,7 +224,9 @@ class FsTier(SecondaryTier):
         if not job.pages:
             self._finished.append(JobResult(job.job_id))
             return []
-        self._jobs[job.job_id] = _OpenJob(store, len(job.pages))
+        depths = {page.key: page.end_token for page in job.pages}
+        self._accesses += 1
+        self._jobs[job.job_id] = _OpenJob(store, len(job.pages), self._accesses, depths)
         tasks = []
         for page, move in zip(job.pages, moves, strict=True):
             task = _PageTask(job.job_id, page.key, move, self._done)
@@ -226,6 +248,10 @@ class FsTier(SecondaryTier):
         while self._answers:
             key, present = self._answers.popleft()
             self._index.answer(key, present, time.monotonic())
+        if self._space is not None:
+            for key in self._space.take_evicted():
+                if self._index.discard(key):
+                    self._removed.append(key)
         while self._done:
             done = self._done.popleft()
             job = self._jobs[done.job_id]
@@ -248,6 +274,12 @@ class FsTier(SecondaryTier):
             if outcome.stuck:
                 self._index.refuse(done.key)
             return
+        if self._space is not None:
+            depth = job.depths.get(done.key, 0)
+            if outcome.cost:
+                self._space.stored(done.key, outcome.cost, depth, job.access)
+            else:
+                self._space.used(done.key, depth, job.access)
         if job.store:
             self._index.accept(done.key)
         word = "stored" if job.store else "loaded"
