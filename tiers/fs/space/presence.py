@@ -12,7 +12,7 @@ import fcntl
 import os
 import time
 
-SILENT_S = 60.0  # a beat comes every 2 s; disks that stall for half a minute are seen
+SILENT_S = 60.0  # a beat comes every second; disks that stall for half a minute are seen
 
 
 def presence_path(directory: str, server: bytes) -> str:

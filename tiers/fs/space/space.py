@@ -27,7 +27,7 @@ from kvstrata.tiers.fs.temporary import host_name
 TICK_S = 0.05
 SLICE_S = 0.005  # of a scan; then the engine has the interpreter for as long, or four times so
 REPEAT_S = 1.0  # a page that is used again within this time is not noted again
-_BEAT_S = 2.0
+_BEAT_S = 1.0
 _MAX_PENDING = 2**16  # records that could not be written yet; uses above that are dropped
 
 
