@@ -300,7 +300,8 @@ class PageFiles:
                 raise
             return fd
         except OSError:
-            os.unlink(spare)
+            with suppress(OSError):
+                os.unlink(spare)
             return None
 
 

@@ -18,6 +18,7 @@ SPARE_NAME = "spare"  # below the books' directory: files `<cost>-<16 hex digits
 # ask only once for as long: pages that wait hold memory of the engine.
 WAIT_S = 2.0
 _POLL_S = 0.002
+_FULL_DISK_FILES = 4  # evicted for each store that the disk had no room for, and for the books
 
 
 class Grant(NamedTuple):
@@ -88,7 +89,7 @@ class Admission:
             if row is not None:
                 row.reserved_bytes = max(0, row.reserved_bytes - grant.cost)
                 row.reserved_files = max(0, row.reserved_files - 1)
-                row.pressed += grant.cost if disk_full else 0
+                row.pressed += _FULL_DISK_FILES * grant.cost if disk_full else 0
         self._wake()
 
     def noted(self, nbytes: int, files: int) -> None:

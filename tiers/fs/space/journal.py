@@ -125,12 +125,14 @@ class Journal:
             return
         if self._length >= ROTATE_BYTES:
             self._number, self._length = self._number + 1, 0
-        if self._length == 0:
-            content = self._header + content
-        path = os.path.join(self._directory, journal_name(self._server, self._number))
-        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        fd = os.open(path, flags, self._mode)
+        fd = self._open()
         try:
+            if os.fstat(fd).st_size < self._length:  # somebody deleted it, or cut it off
+                os.close(fd)
+                self._number, self._length = self._number + 1, 0
+                fd = self._open()
+            if self._length == 0:
+                content = self._header + content
             position = self._length
             while content:
                 written = os.pwrite(fd, content, position)
@@ -138,3 +140,8 @@ class Journal:
         finally:
             os.close(fd)
         self._length = position
+
+    def _open(self) -> int:
+        path = os.path.join(self._directory, journal_name(self._server, self._number))
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        return os.open(path, flags, self._mode)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import stat
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from kvstrata.tiers.fs.space.limits import BLOCK, HIGH, LOW, room
 from kvstrata.tiers.fs.space.presence import Watch, presence_path
 from kvstrata.tiers.fs.space.walk import Walked, walk
 
-# Spares are kept for this many bytes of stores, but at most for 2 % of the budget. The keeper
+# Spares are kept for this many bytes of stores, but at most 2 % of all. The keeper
 # looks every 50 ms, so 64 MiB feed 1.3 GB/s, also where it cannot be woken.
 AHEAD_BYTES = 64 * 2**20
 PROTECT_S = 5.0  # a page that a lookup promised is not evicted for so long
@@ -170,8 +171,11 @@ class Keeper:
             row = books.rows.get(server)
             for record in decode(raw):
                 position += RECORD_BYTES
-                if record is not None and prefix is not None:
-                    fresh = row if row and (number, position) > row.booked else None
+                fresh = row if row and (number, position) > row.booked else None
+                if record is None or prefix is None:
+                    if fresh is not None:
+                        self._count_anew(books)
+                else:
                     self._apply(record, prefix + record.key, server, books, fresh)
             self._read[server] = (number, position)
             if row is not None:
@@ -202,6 +206,11 @@ class Keeper:
             self._other = (self._other[0] + cost, self._other[1] + 1)
             books.base_bytes += cost
             books.base_files += 1
+
+    def _count_anew(self, books: Books) -> None:
+        """What a server did cannot be read: let nothing in until a scan has seen it."""
+        books.known = self.complete = False
+        self._scan, self._scan_due = None, 0.0
 
     def _forget(self, name: bytes, books: Books) -> None:
         """The file is not there any more, and not through us."""
@@ -264,7 +273,7 @@ class Keeper:
             self._scan_due = 0.0
 
     def _seen(self, name: bytes, cost: int, mtime: int) -> None:
-        self._catalog.seen(name, cost, max(0, min(mtime, self._stamp, time.time_ns())))
+        self._catalog.seen(name, cost, max(0, min(mtime, time.time_ns())))
 
     def _is_writing(self, name: str) -> bool:
         return name.split("-")[1] in self._hosts
@@ -325,7 +334,7 @@ class Keeper:
             limits, usage = books.limits(), books.usage(self._root)
             pages = {row.wanted or row.page for row in books.rows.values()} - {0}
             largest = max(pages, default=0)
-            ahead = max(largest, min(AHEAD_BYTES, limits.max_bytes // 50 or AHEAD_BYTES))
+            ahead = max(largest, min(AHEAD_BYTES, usage.nbytes // 50))
             nbytes, files = pressed, 0
             if not room(limits, usage).holds(largest):
                 low = room(limits, usage, LOW)
@@ -393,7 +402,7 @@ class Keeper:
             if name is None:
                 break
             cost = self._catalog.cost(name)
-            if cost not in short:
+            if cost not in short or not self._is_plain(name):
                 doomed.append(name)
                 room_made += cost
                 continue
@@ -402,6 +411,13 @@ class Keeper:
                 spares[cost] += 1
                 short = {each for each in short if spares[each] * each < ahead}
         return doomed
+
+    def _is_plain(self, name: bytes) -> bool:
+        """Whether a regular file is there, or nothing."""
+        path = self._names.path(name)
+        with suppress(OSError):
+            return path is None or stat.S_ISREG(os.lstat(os.path.join(self._root, path)).st_mode)
+        return True
 
     def _claim(self, name: bytes, cost: int, books: Books) -> bool:
         path = self._names.path(name)
@@ -430,9 +446,13 @@ class Keeper:
             try:
                 if path is None:
                     raise FileNotFoundError
-                os.unlink(os.path.join(self._root, path))
+                path = os.path.join(self._root, path)
+                try:
+                    os.unlink(path)
+                except IsADirectoryError:
+                    os.rmdir(path)
                 gone.append((name, True))
-                _remove_empty(os.path.join(self._root, os.path.dirname(path)))
+                _remove_empty(os.path.dirname(path))
             except FileNotFoundError:
                 gone.append((name, False))
             except OSError:

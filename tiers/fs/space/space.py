@@ -172,7 +172,10 @@ class Space:
 
     def _tick(self) -> bool:
         """One round; True if there is more to do at once."""
-        self._note()
+        try:
+            self._note()
+        except OSError as error:  # on a full disk it is for the keeper to make room
+            self._failures.count("books", str(error))
         if not self._join():
             return False
         if self._keeper is None:
