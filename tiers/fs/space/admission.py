@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
 
 from kvstrata.tiers.fs.space.ledger import Books, Ledger, Row
-from kvstrata.tiers.fs.space.limits import HIGH, room
+from kvstrata.tiers.fs.space.limits import HIGH, room, spares_wanted
 from kvstrata.tiers.fs.temporary import temporary_name
 
 SPARE_NAME = "spare"  # below the books' directory: files `<cost>-<16 hex digits>` to overwrite
@@ -17,7 +18,7 @@ SPARE_NAME = "spare"  # below the books' directory: files `<cost>-<16 hex digits
 # A store waits this long for room, in seconds. After one that waited in vain, the next ones
 # ask only once for as long: pages that wait hold memory of the engine.
 WAIT_S = 2.0
-_POLL_S = 0.002
+_POLL_S = 0.001
 _FULL_DISK_FILES = 4  # evicted for each store that the disk had no room for, and for the books
 
 
@@ -49,6 +50,7 @@ class Admission:
         self._wake = wake
         self._spares: list[str] = []
         self._hopeless_until = 0.0
+        self._turn = threading.Lock()
 
     def admit(self, cost: int) -> Grant | None:
         """Reserve `cost` bytes for one file; None if in `WAIT_S` seconds there was no room.
@@ -57,21 +59,23 @@ class Admission:
             OSError: the ledger cannot be used.
         """
         deadline = time.monotonic() + WAIT_S
-        while True:
-            with self._ledger.locked() as books:
-                row = books.rows.get(self._server)
-                grant = self._try(books, row, cost) if row and books.known else None
-                low = books.spare_bytes < cost * 4
-            if grant is not None:
-                if grant.spare is not None and low:
-                    self._wake()
-                return grant
-            self._wake()
-            now = time.monotonic()
-            if now > deadline or now < self._hopeless_until:
-                self._hopeless_until = max(self._hopeless_until, now + WAIT_S)
-                return None
-            time.sleep(_POLL_S)
+        grant = self._attempt(cost)
+        if grant is not None or time.monotonic() < self._hopeless_until:
+            return grant
+        # one thread asks again and again, the others queue behind it
+        if not self._turn.acquire(timeout=WAIT_S):
+            return None
+        try:
+            while (grant := self._attempt(cost)) is None:
+                self._wake()
+                now = time.monotonic()
+                if now > deadline:
+                    self._hopeless_until = now + WAIT_S
+                    return None
+                time.sleep(_POLL_S)
+            return grant
+        finally:
+            self._turn.release()
 
     def cancel(self, grant: Grant, disk_full: bool) -> None:
         """Nothing was written for the grant; `disk_full`: since the disk had no room.
@@ -98,11 +102,18 @@ class Admission:
             self.open_bytes -= nbytes
             self.open_files -= files
 
+    def _attempt(self, cost: int) -> Grant | None:
+        with self._ledger.locked() as books:
+            row = books.rows.get(self._server)
+            return self._try(books, row, cost) if row and books.known else None
+
     def _try(self, books: Books, row: Row, cost: int) -> Grant | None:
         limits, usage = books.limits(), books.usage(self._root)
         spare = None
         if not room(limits, usage, HIGH).holds(cost):
             spare = self._take_spare(books, cost)
+            if books.spare_bytes < max(4 * cost, spares_wanted(usage) // 2):
+                self._wake()
             if spare is None and not room(limits, usage).holds(cost):
                 row.wanted = cost
                 return None

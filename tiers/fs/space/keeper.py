@@ -23,13 +23,10 @@ from kvstrata.tiers.fs.space.journal import (
     read_namespace,
 )
 from kvstrata.tiers.fs.space.ledger import Books, Ledger, Row
-from kvstrata.tiers.fs.space.limits import BLOCK, HIGH, LOW, room
+from kvstrata.tiers.fs.space.limits import BLOCK, HIGH, LOW, room, spares_wanted
 from kvstrata.tiers.fs.space.presence import Watch, presence_path
 from kvstrata.tiers.fs.space.walk import Walked, walk
 
-# Spares are kept for this many bytes of stores, but at most 2 % of all. The keeper
-# looks every 50 ms, so 64 MiB feed 1.3 GB/s, also where it cannot be woken.
-AHEAD_BYTES = 64 * 2**20
 PROTECT_S = 5.0  # a page that a lookup promised is not evicted for so long
 RESCAN_S = 600.0  # between two scans for what was changed by others
 _FOLD_BYTES = 2**18  # journal read at once under the lock: some milliseconds
@@ -78,12 +75,13 @@ class Keeper:
         self._watch = Watch(directory)
         self._saved_at = 0  # bytes of the journals at the last snapshot
         self._hosts: set[str] = set()
+        self._left: list[str] = []  # directories that victims were taken from
 
     def __len__(self) -> int:
         return len(self._catalog)
 
     def work(self, slice_s: float) -> bool:
-        """Do what is due, the scan for at most `slice_s` seconds; True if more is to be done.
+        """Do what is due, the scan for at most `slice_s` seconds; True if more is due.
 
         Raises:
             OSError: the books cannot be read or written.
@@ -92,7 +90,12 @@ class Keeper:
         self._scan_some(slice_s)
         more |= self._make_room()
         self._save_if_due()
-        return more or self._scan is not None or self._scan_due == 0.0
+        return more
+
+    @property
+    def scanning(self) -> bool:
+        """Whether a scan is under way or due at once."""
+        return self._scan is not None or self._scan_due == 0.0
 
     def finish(self) -> None:
         """The server leaves: book what is there and write the snapshot.
@@ -325,6 +328,8 @@ class Keeper:
     def _make_room(self) -> bool:
         """Claim and delete a batch of files if that is needed; True if more is."""
         doomed: list[bytes] = []
+        self._left.clear()
+        claimed = self.evicted_files
         with self._ledger.locked() as books:
             if books.keeper != self._server or not books.known:
                 return False
@@ -334,11 +339,12 @@ class Keeper:
             limits, usage = books.limits(), books.usage(self._root)
             pages = {row.wanted or row.page for row in books.rows.values()} - {0}
             largest = max(pages, default=0)
-            ahead = max(largest, min(AHEAD_BYTES, usage.nbytes // 50))
+            ahead = max(largest, spares_wanted(usage))
             nbytes, files = pressed, 0
-            if not room(limits, usage).holds(largest):
+            full = room(limits, usage)
+            if full.nbytes < 0 or full.files < 0:
                 low = room(limits, usage, LOW)
-                nbytes, files = max(nbytes, largest - low.nbytes), max(0, 1 - low.files)
+                nbytes, files = max(nbytes, -low.nbytes), max(0, -low.files)
             soft = room(limits, usage, HIGH)
             spares = self._count_spares(books)
             if nbytes > 0 or files > 0:
@@ -349,7 +355,10 @@ class Keeper:
                 doomed = self._claim_spares(books, spares, pages, ahead)
             else:
                 return False
-        return self._unlink(doomed)
+        claimed = self.evicted_files - claimed
+        for directory in self._left:
+            _remove_empty(directory)
+        return self._unlink(doomed) or claimed > 0
 
     def _count_spares(self, books: Books) -> Counter[int]:
         if books.spare_files <= 0:
@@ -436,7 +445,7 @@ class Keeper:
         books.spare_bytes += cost
         books.spare_files += 1
         self._count(name, cost)
-        _remove_empty(os.path.dirname(path))
+        self._left.append(os.path.dirname(path))
         return True
 
     def _unlink(self, doomed: list[bytes]) -> bool:

@@ -22,6 +22,8 @@ BLOCK = 4096  # bytes: what ext4, XFS and tmpfs allocate in
 # 2 GB/s 100 MB, 2 % of 5 GB) and what is evicted at once must stay a small part of the cache.
 HIGH, LOW = Fraction(98, 100), Fraction(96, 100)
 
+_AHEAD_BYTES = 64 * 2**20
+
 _SHARE = re.compile(r"([0-9]{1,2}(?:\.[0-9]{1,6})?) ?%")
 
 
@@ -86,6 +88,15 @@ class Usage(NamedTuple):
     nbytes: int
     files: int
     free_bytes: int
+
+
+def spares_wanted(usage: Usage) -> int:
+    """Bytes of victims to be claimed ahead of the stores that will overwrite them.
+
+    The keeper looks every 50 ms, so 64 MiB feed 1.3 GB/s, also where it cannot be woken; in a
+    small budget they are at most 5 % of what is there.
+    """
+    return min(_AHEAD_BYTES, usage.nbytes // 20)
 
 
 class Room(NamedTuple):

@@ -189,9 +189,9 @@ class Space:
             )
         self._keeper.protected = self._protected
         more = self._keeper.work(SLICE_S)
-        if more:
-            self._stop.wait(SLICE_S * (4 if self._keeper.complete else 1))
-        return more
+        if self._keeper.scanning and not more:
+            self._wake.wait(SLICE_S * (4 if self._keeper.complete else 1))
+        return more or self._keeper.scanning
 
     def _join(self) -> bool:
         """See to our row in the ledger; True if we are the keeper."""
