@@ -98,6 +98,8 @@ class PageFiles:
         path = self.paths.page(key)
         try:
             if not rewrite and self._plausible(key, path):
+                if self.space is not None:
+                    self.space.wanted(key)
                 return Outcome()
             if self.space is not None:
                 return self._write_within(self.space, path, key, view)

@@ -153,6 +153,9 @@ class FsTier(SecondaryTier):
     def submit_load(self, job: Job) -> None:
         """See `SecondaryTier.submit_load`."""
         moves = [partial(self._files.load, page.key, page.view) for page in job.pages]
+        if self._space is not None:
+            for page in job.pages:
+                self._space.wanted(page.key)
         self._pool.submit_reads(self._open(job, moves, store=False))
 
     def get_finished(self) -> Sequence[JobResult]:

@@ -21,8 +21,6 @@ from typing import NamedTuple
 from kvstrata.tiers.fs.layout import MAX_HASH_BYTES
 from kvstrata.tiers.fs.space.names import NAMESPACE
 
-ROTATE_BYTES = 2**18  # about 3,000 records; what was read and is in a snapshot can be deleted
-
 _MAX_KEY = MAX_HASH_BYTES + 4
 _BODY = struct.Struct(f"<BBxxIII{_MAX_KEY}s")
 _RECORD = struct.Struct(f"{_BODY.size}sI")
@@ -101,11 +99,14 @@ def read_namespace(header: bytes) -> str | None:
 class Journal:
     """The journal of one server. One thread only; blocks on the disk."""
 
-    def __init__(self, directory: str, server: bytes, namespace: str, mode: int) -> None:
+    def __init__(
+        self, directory: str, server: bytes, namespace: str, mode: int, rotate_bytes: int
+    ) -> None:
         self._directory = directory
         self._server = server
         self._header = _HEADER.pack(_MAGIC, namespace.encode("ascii"))
         self._mode = mode
+        self._rotate_bytes = rotate_bytes
         self._number = 1
         self._length = 0
 
@@ -123,7 +124,7 @@ class Journal:
         content = b"".join(record.encode() for record in records)
         if not content:
             return
-        if self._length >= ROTATE_BYTES:
+        if self._length >= self._rotate_bytes:
             self._number, self._length = self._number + 1, 0
         fd = self._open()
         try:

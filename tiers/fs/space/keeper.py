@@ -7,7 +7,7 @@ import secrets
 import stat
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 
 from kvstrata.tiers.fs.space import snapshot
@@ -23,17 +23,23 @@ from kvstrata.tiers.fs.space.journal import (
     read_namespace,
 )
 from kvstrata.tiers.fs.space.ledger import Books, Ledger, Row
-from kvstrata.tiers.fs.space.limits import BLOCK, HIGH, LOW, room, spares_wanted
+from kvstrata.tiers.fs.space.limits import (
+    BLOCK,
+    HIGH,
+    LOW,
+    Limits,
+    room,
+    rotate_bytes,
+    spares_wanted,
+)
 from kvstrata.tiers.fs.space.presence import Watch, presence_path
 from kvstrata.tiers.fs.space.walk import Walked, walk
 
-PROTECT_S = 5.0  # a page that a lookup promised is not evicted for so long
 RESCAN_S = 600.0  # between two scans for what was changed by others
 _FOLD_BYTES = 2**18  # journal read at once under the lock: some milliseconds
 _CLAIM_FILES = 16  # renamed at once under the lock: some milliseconds
 _UNLINK_FILES = 64  # 2 MiB files take up to 4 ms each
 _MAX_TOLD = 2**16  # evictions that the tier was not told yet
-_SNAPSHOT_BYTES = 2**20  # journals at least this long before a snapshot is worth its time
 
 
 class Keeper:
@@ -47,14 +53,18 @@ class Keeper:
         ledger: Ledger,
         file_mode: int,
         dir_mode: int,
+        protected: Mapping[bytes, float],
     ) -> None:
-        """Take over from the last keeper: read its snapshot. A scan begins with the first work."""
+        """Take over from the last keeper: read its snapshot. A scan begins with the first work.
+
+        `protected` says by offload key until when, on the monotonic clock, a page is spared.
+        """
         self.evicted_files = 0
         self.evicted_bytes = 0
         self.swept = 0
         self.complete = False  # a scan has seen everything, so the ledger's base is exact
-        self.protected: dict[bytes, float] = {}  # by offload key, until when
         self.evicted: deque[tuple[str, bytes]] = deque(maxlen=_MAX_TOLD)  # namespace and key
+        self._protected = protected
         self._root = root
         self._directory = directory
         self._spares = os.path.join(directory, SPARE_NAME)
@@ -75,6 +85,7 @@ class Keeper:
         self._watch = Watch(directory)
         self._saved_at = 0  # bytes of the journals at the last snapshot
         self._hosts: set[str] = set()
+        self._limits = Limits()
         self._left: list[str] = []  # directories that victims were taken from
 
     def __len__(self) -> int:
@@ -249,7 +260,7 @@ class Keeper:
     def _save_if_due(self) -> None:
         # writing a snapshot costs as much as it is long
         grown = self._journal_bytes() - self._saved_at
-        if grown > max(_SNAPSHOT_BYTES, 64 * len(self._catalog)):
+        if grown > max(rotate_bytes(self._limits), 64 * len(self._catalog)):
             self.save()
 
     # -- scans
@@ -337,6 +348,7 @@ class Keeper:
             for row in books.rows.values():
                 pressed, row.pressed = pressed + row.pressed, 0
             limits, usage = books.limits(), books.usage(self._root)
+            self._limits = limits
             pages = {row.wanted or row.page for row in books.rows.values()} - {0}
             largest = max(pages, default=0)
             ahead = max(largest, spares_wanted(usage))
@@ -388,7 +400,8 @@ class Keeper:
         """Victims that take so many bytes and files, at most `_UNLINK_FILES`; still there."""
         chosen: list[bytes] = []
         while (nbytes > 0 or files > 0) and len(chosen) < _UNLINK_FILES:
-            name = self._victim(chosen)
+            # where a limit was passed it comes before any promise: a lost page is a miss
+            name = self._victim(chosen) or self._catalog.take_victim(chosen.__contains__)
             if name is None:
                 break
             chosen.append(name)
@@ -492,7 +505,7 @@ class Keeper:
     def _victim(self, chosen: list[bytes]) -> bytes | None:
         now = time.monotonic()
         return self._catalog.take_victim(
-            lambda name: name in chosen or self.protected.get(name[2:], 0.0) > now
+            lambda name: name in chosen or self._protected.get(name[2:], 0.0) > now
         )
 
 

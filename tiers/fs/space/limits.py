@@ -99,6 +99,11 @@ def spares_wanted(usage: Usage) -> int:
     return min(_AHEAD_BYTES, usage.nbytes // 20)
 
 
+def rotate_bytes(limits: Limits) -> int:
+    """How long a journal may become, in bytes: long where that is a small part of the budget."""
+    return min(2**20, max(2**15, limits.max_bytes // 1024)) if limits.max_bytes else 2**20
+
+
 class Room(NamedTuple):
     """What is left below a mark, in bytes and files; negative above it."""
 

@@ -17,16 +17,18 @@ from contextlib import suppress
 from kvstrata.tiers.fs.failures import Failures
 from kvstrata.tiers.fs.space.admission import SPARE_NAME, Admission
 from kvstrata.tiers.fs.space.journal import Journal, Op, Record
-from kvstrata.tiers.fs.space.keeper import PROTECT_S, Keeper, boot_id
+from kvstrata.tiers.fs.space.keeper import Keeper, boot_id
 from kvstrata.tiers.fs.space.ledger import MAX_ROWS, Books, Ledger, Row
-from kvstrata.tiers.fs.space.limits import BLOCK, Limits, room
+from kvstrata.tiers.fs.space.limits import BLOCK, Limits, room, rotate_bytes
 from kvstrata.tiers.fs.space.presence import Presence, Watch
 from kvstrata.tiers.fs.space.walk import BOOKS_NAME
 from kvstrata.tiers.fs.temporary import host_name
 
 TICK_S = 0.05
 SLICE_S = 0.005  # of a scan; then the engine has the interpreter for as long, or four times so
+PROTECT_S = 5.0  # a page that somebody was told is here is not evicted for so long
 REPEAT_S = 1.0  # a page that is used again within this time is not noted again
+_RELEASE = -1  # in place of the cost where a page was used or is gone
 _BEAT_S = 1.0
 _MAX_PENDING = 2**16  # records that could not be written yet; uses above that are dropped
 
@@ -74,7 +76,9 @@ class Space:
         self._ledger = Ledger(os.path.join(self._directory, "ledger"), file_mode, dir_mode)
         self._watch = Watch(self._directory)
         self._journal = (
-            Journal(self._directory, self._server, namespace, file_mode) if namespace else None
+            Journal(self._directory, self._server, namespace, file_mode, rotate_bytes(limits))
+            if namespace
+            else None
         )
         self.admission = Admission(
             self._ledger, self._server, root, self._directory, self._wake.set
@@ -83,23 +87,28 @@ class Space:
         self._thread = threading.Thread(target=self._run, name="kvstrata-fs-space", daemon=True)
         self._thread.start()
 
-    # Called on the scheduler's thread or by I/O threads: one append each.
+    # Called on the scheduler's thread or by I/O threads: one append or two each.
 
     def stored(self, key: bytes, cost: int, depth: int, access: int) -> None:
         """The page was written and renamed; `cost` is that of its grant."""
         self._events.append((Op.STORED, key, cost, depth, access))
 
     def used(self, key: bytes, depth: int, access: int) -> None:
-        """The page was loaded, or used in another tier."""
-        self._events.append((Op.USED, key, 0, depth, access))
+        """The page was loaded, or used in another tier; it needs to be spared no longer."""
+        self._events.append((Op.USED, key, _RELEASE, depth, access))
+
+    def wanted(self, key: bytes) -> None:
+        """The page is about to be read: it is spared until it was used, or for a while."""
+        self._protected[key] = time.monotonic() + PROTECT_S
 
     def promised(self, key: bytes) -> None:
-        """A lookup said that the page is here: it counts as used and is spared for a while."""
-        self._events.append((Op.USED, key, -1, 0, 0))
+        """Somebody was told that the page is here: it counts as used and is spared for a while."""
+        self._protected[key] = time.monotonic() + PROTECT_S
+        self._events.append((Op.USED, key, 0, 0, 0))
 
     def gone(self, key: bytes) -> None:
         """The page's file is not there any more."""
-        self._events.append((Op.GONE, key, 0, 0, 0))
+        self._events.append((Op.GONE, key, _RELEASE, 0, 0))
 
     def quarantined(self, cost: int) -> None:
         """A file that took `cost` bytes was moved to the quarantine."""
@@ -128,18 +137,27 @@ class Space:
             return {"evicted_files": 0, "evicted_bytes": 0}
         return {"evicted_files": keeper.evicted_files, "evicted_bytes": keeper.evicted_bytes}
 
-    def is_within(self) -> bool | None:
-        """Whether everything below the root is within the limits; None until it was counted.
+    def usage(self) -> tuple[int, bool]:
+        """Bytes taken by everything below the root, and whether all limits hold.
 
         Raises:
             OSError: the ledger cannot be read.
         """
         with self._ledger.locked() as books:
-            if not books.known:
-                return None
             limits, usage = books.limits(), books.usage(self._root)
         left = room(limits, usage)
-        return left.nbytes >= 0 and left.files >= 0
+        return usage.nbytes, left.nbytes >= 0 and left.files >= 0
+
+    def is_counted(self) -> bool:
+        """Whether a scan by the keeper, this server or another, has ended.
+
+        Raises:
+            OSError: the ledger cannot be read.
+        """
+        with self._ledger.locked() as books:
+            known, ours = books.known, books.keeper == self._server
+        keeper = self._keeper
+        return known and (not ours or (keeper is not None and keeper.complete))
 
     # The background thread.
 
@@ -186,8 +204,8 @@ class Space:
                 self._ledger,
                 self._file_mode,
                 self._dir_mode,
+                self._protected,
             )
-        self._keeper.protected = self._protected
         more = self._keeper.work(SLICE_S)
         if self._keeper.scanning and not more:
             self._wake.wait(SLICE_S * (4 if self._keeper.complete else 1))
@@ -240,11 +258,14 @@ class Space:
         if now - self._recent_since > REPEAT_S:
             self._recent.clear()
             self._recent_since = now
-            self._protected = {k: t for k, t in self._protected.items() if t > now}
+            for key, until in list(self._protected.items()):  # others add to it meanwhile
+                if until < now:
+                    self._protected.pop(key, None)
         while self._events:
             op, key, cost, depth, access = self._events.popleft()
-            if cost < 0:
-                self._protected[key], cost = now + PROTECT_S, 0
+            if cost == _RELEASE:
+                self._protected.pop(key, None)  # the keeper reads the journal before it evicts
+                cost = 0
             if op == Op.USED:
                 if key in self._recent or len(self._pending) > _MAX_PENDING:
                     continue

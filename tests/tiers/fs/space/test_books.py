@@ -51,7 +51,7 @@ def test_any_bytes_are_a_journal(raw: bytes) -> None:
 
 
 def test_a_journal_goes_on_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written = Journal(str(tmp_path), SERVER, SPACE, 0o600)
+    written = Journal(str(tmp_path), SERVER, SPACE, 0o600, 2**18)
     entries = [Record(Op.USED, make_key(n)) for n in range(3)]
     written.append(entries[:1])
     real = os.pwrite
@@ -72,7 +72,7 @@ def test_a_journal_goes_on_after_an_error(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_long_journal_goes_on_in_another_file(tmp_path: Path) -> None:
-    written = Journal(str(tmp_path), SERVER, SPACE, 0o640)
+    written = Journal(str(tmp_path), SERVER, SPACE, 0o640, 2**18)
     for number in range(4):
         written.append([Record(Op.USED, make_key(number))] * 2000)
     found = sorted(os.listdir(tmp_path))

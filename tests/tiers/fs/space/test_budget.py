@@ -455,10 +455,8 @@ def test_the_books_follow_the_modes(root: Path, open_tier: OpenTier) -> None:
 
 
 def test_nothing_grows(root: Path, open_tier: OpenTier, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvstrata.tiers.fs.space import journal, keeper
-
-    monkeypatch.setattr(journal, "ROTATE_BYTES", 4096)
-    monkeypatch.setattr(keeper, "_SNAPSHOT_BYTES", 16384)
+    for module in ("keeper", "space"):
+        monkeypatch.setattr(f"kvstrata.tiers.fs.space.{module}.rotate_bytes", lambda _: 4096)
     tier = open_tier(max_bytes=BUDGET)
     open_before = None
     for start in range(0, 1000, 100):
