@@ -5,10 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from kvstrata.tiers.base import TierConfigError
-from kvstrata.tiers.options import check_keys, parse_choice, parse_count, parse_mode
+from kvstrata.tiers.fs.space.limits import parse_min_free
+from kvstrata.tiers.options import (
+    check_keys,
+    parse_bytes,
+    parse_choice,
+    parse_count,
+    parse_mode,
+)
 
 _KEYS = (
     "root_dir",
@@ -18,9 +26,12 @@ _KEYS = (
     "dir_mode",
     "durability",
     "io",
+    "max_bytes",
+    "max_files",
+    "min_free_bytes",
 )
-_DISK_BUDGET = ("max_bytes", "max_files", "min_free_bytes")
 _MAX_THREADS = 1024
+_MAX_FILES = 2**40
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +45,9 @@ class FsConfig:
         durability: "fsync" makes a page survive a crash of the machine once it counts as
             stored; "none" leaves that to the kernel.
         io: "direct" demands O_DIRECT, "buffered" avoids it, "auto" uses it where it works.
+        max_bytes, max_files: most that everything below `root_dir` may take, 0 for no limit.
+        min_free_bytes: bytes that stay free on the file system, or their share of it as a
+            fraction; 0 for no limit.
     """
 
     root_dir: str
@@ -43,6 +57,9 @@ class FsConfig:
     dir_mode: int = 0o700
     durability: str = "none"
     io: str = "auto"
+    max_bytes: int = 0
+    max_files: int = 0
+    min_free_bytes: int | Fraction = 0
 
     @classmethod
     def parse(cls, options: Mapping[str, Any]) -> FsConfig:
@@ -51,9 +68,6 @@ class FsConfig:
         Raises:
             TierConfigError: naming the key, the value and the remedy.
         """
-        for key in options:
-            if key in _DISK_BUDGET:
-                raise TierConfigError(f"{key}: this version has no disk budget; remove the key")
         check_keys("fs tier", options, _KEYS)
         get = options.get
         return cls(
@@ -66,6 +80,15 @@ class FsConfig:
             dir_mode=parse_mode("dir_mode", get("dir_mode", 0o700), 0o700),
             durability=parse_choice("durability", get("durability", "none"), ("none", "fsync")),
             io=parse_choice("io", get("io", "auto"), ("auto", "direct", "buffered")),
+            max_bytes=parse_bytes("max_bytes", options["max_bytes"])
+            if "max_bytes" in options
+            else 0,
+            max_files=parse_count("max_files", options["max_files"], _MAX_FILES)
+            if "max_files" in options
+            else 0,
+            min_free_bytes=parse_min_free("min_free_bytes", options["min_free_bytes"])
+            if "min_free_bytes" in options
+            else 0,
         )
 
 

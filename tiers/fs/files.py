@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Callable
 from contextlib import suppress
+from typing import TypeVar
 
 from kvstrata.tiers.base import PageLayout, TierContext, key_group
 from kvstrata.tiers.fs.codec import (
@@ -20,14 +22,16 @@ from kvstrata.tiers.fs.config import FsConfig
 from kvstrata.tiers.fs.failures import error_cause
 from kvstrata.tiers.fs.io import FileIO
 from kvstrata.tiers.fs.layout import NamespacePaths
-from kvstrata.tiers.fs.messages import Outcome
-from kvstrata.tiers.fs.namespace import (
-    make_directories,
-    namespace_digest,
-)
+from kvstrata.tiers.fs.messages import Outcome, PageRef
+from kvstrata.tiers.fs.namespace import make_directories, namespace_digest
 from kvstrata.tiers.fs.quarantine import Quarantine
+from kvstrata.tiers.fs.space.limits import file_cost
+from kvstrata.tiers.fs.space.space import Space
 from kvstrata.tiers.fs.startup import make_namespace
 from kvstrata.tiers.fs.temporary import temporary_name
+
+_T = TypeVar("_T")
+_MKDIR_TRIES = 5  # eviction removes directories that became empty, perhaps this one again
 
 
 class PageFiles:
@@ -39,6 +43,7 @@ class PageFiles:
         paths: where the namespace lies.
         direct: whether O_DIRECT is to be used, from `open_namespace`.
         report: is told cause and detail of each failure, on any thread.
+        space: the books of the root; None if none are kept.
     """
 
     def __init__(
@@ -48,8 +53,10 @@ class PageFiles:
         paths: NamespacePaths,
         direct: bool,
         report: Callable[[str, str], None],
+        space: Space | None = None,
     ) -> None:
         self._report = report
+        self._space = space
         self._config = config
         self._fields = dict(context.namespace)
         self._layouts = dict(context.layouts)
@@ -72,13 +79,18 @@ class PageFiles:
             self._internal(error)
         return False
 
-    def store(self, key: bytes, view: memoryview, rewrite: bool) -> Outcome:
-        """Publish the page unless a plausible file is there and `rewrite` is false."""
+    def store(self, page: PageRef, view: memoryview, access: int) -> Outcome:
+        """Publish the page, unless a plausible file is there and is not to be replaced."""
+        key = page.key
         path = self.paths.page(key)
         try:
-            if not rewrite and self._plausible(key, path):
+            if not page.rewrite and self._plausible(key, path):
+                self._note_use(page, access)
                 return Outcome()
-            self._write(path, key, view)
+            if self._space is None:
+                self._write(path, key, view)
+            elif not self._write_within(self._space, path, page, view, access):
+                return Outcome("budget")
             return Outcome(moved=True)
         except OSError as error:
             cause = error_cause(error)
@@ -88,35 +100,71 @@ class PageFiles:
         except Exception as error:
             return self._internal(error)
 
-    def load(self, key: bytes, view: memoryview) -> Outcome:
+    def load(self, page: PageRef, view: memoryview, access: int) -> Outcome:
         """Fill the view from the page's file and verify it."""
+        key = page.key
         path = self.paths.page(key)
         try:
             self._read(path, key, view)
+            self._note_use(page, access)
             return Outcome(moved=True)
         except BadPage as bad:
-            return self._reject(path, bad.cause, f"{path}: {bad.detail}", bad.inode)
+            return self._reject(key, bad.cause, f"{path}: {bad.detail}", bad.inode)
         except OSError as error:
             cause = error_cause(error)
             if cause == "missing":
                 self._report(cause, str(error))
+                if self._space is not None:
+                    self._space.gone(key)
                 return Outcome(cause, gone=True)
             if cause in ("symlink", "not-regular", "unreadable"):
-                return self._reject(path, cause, str(error), None)
+                return self._reject(key, cause, str(error), None)
             # perhaps the disk's fault and not the file's: leave the file, do not believe it
             self._report(cause, str(error))
             return Outcome(cause, gone=True, stuck=True)
         except Exception as error:
             return self._internal(error)
 
+    def _note_use(self, page: PageRef, access: int) -> None:
+        if self._space is not None:
+            self._space.used(page.key, page.depth, access)
+
+    def _write_within(
+        self, space: Space, path: str, page: PageRef, view: memoryview, access: int
+    ) -> bool:
+        """Write the page if the budget has room for it; whether it had."""
+        grant = space.admission.admit(self._cost(page.key))
+        if grant is None:
+            self._report("budget", "the disk budget has no room for a page")
+            return False
+        try:
+            self._write(path, page.key, view, grant.spare)
+        except BaseException as error:
+            full = isinstance(error, OSError) and error_cause(error) == "no-space"
+            space.admission.cancel(grant, full)
+            raise
+        space.stored(page.key, grant.cost, page.depth, access)
+        return True
+
     def _internal(self, error: Exception) -> Outcome:
         """A mistake in this code, or a view that went away, must not cost a result."""
         self._report("internal", f"{type(error).__name__}: {error}")
         return Outcome("internal")
 
-    def _reject(self, path: str, cause: str, detail: str, inode: tuple[int, int] | None) -> Outcome:
+    def _reject(
+        self, key: bytes, cause: str, detail: str, inode: tuple[int, int] | None
+    ) -> Outcome:
         self._report(cause, detail)
-        return Outcome(cause, gone=True, stuck=not self._quarantine.take(path, cause, inode))
+        moved = self._quarantine.take(self.paths.page(key), cause, inode)
+        if moved and self._space is not None:
+            self._space.quarantined(self._cost(key))
+            self._space.gone(key)
+        return Outcome(cause, gone=True, stuck=not moved)
+
+    def _cost(self, key: bytes) -> int:
+        """What the page's file takes from the budget, in bytes."""
+        layout = self._layout(key)
+        return file_cost(len(encode_header(key, self._digest, layout)) + layout.nbytes)
 
     def _layout(self, key: bytes) -> PageLayout:
         return self._layouts[key_group(key)]
@@ -139,7 +187,7 @@ class PageFiles:
         cause = "symlink" if stat.S_ISLNK(found.st_mode) else kind
         if kind == "size" and found.st_size < size:
             cause = "truncated"
-        self._reject(path, cause, path, (found.st_dev, found.st_ino))
+        self._reject(key, cause, path, (found.st_dev, found.st_ino))
         return False
 
     def _read(self, path: str, key: bytes, view: memoryview) -> None:
@@ -179,23 +227,22 @@ class PageFiles:
         too_short = length > size or size - length < layout.nbytes
         raise BadPage("truncated" if too_short else "size", f"{size} bytes")
 
-    def _write(self, path: str, key: bytes, view: memoryview) -> None:
+    def _write(self, path: str, key: bytes, view: memoryview, spare: str | None = None) -> None:
+        """Write the page into a new file, or over `spare`, and give it its name."""
         header = encode_header(key, self._digest, self._layout(key), page_checksum(view))
         directory = os.path.dirname(path)
-        temporary = os.path.join(directory, temporary_name())
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        try:
-            fd = self._io.open(temporary, flags, self._config.file_mode)
-        except FileNotFoundError:
-            make_namespace(self._config, self.paths, self._fields)
-            make_directories(directory, self._config.root_dir, self._config.dir_mode)
-            if self._config.durability == "fsync":
-                for parent in (os.path.dirname(directory), self.paths.pages, self.paths.root):
-                    _fsync_directory(parent)
-            fd = self._io.open(temporary, flags, self._config.file_mode)
+        temporary, fd = spare, None
+        if spare is not None:
+            fd = self._open_spare(spare, len(header) + view.nbytes)
+        if fd is None or temporary is None:
+            temporary = os.path.join(directory, temporary_name())
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+            fd = self._in_directory(
+                directory, lambda: self._io.open(temporary, flags, self._config.file_mode)
+            )
         try:
             try:
-                if self._config.file_mode & 0o077:
+                if spare is not None or self._config.file_mode & 0o077:
                     os.fchmod(fd, self._config.file_mode)  # what the umask took away
                 buffer = self._io.header_buffer(len(header))
                 buffer[:] = header
@@ -204,13 +251,57 @@ class PageFiles:
                     os.fsync(fd)
             finally:
                 os.close(fd)
-            os.rename(temporary, path)
+            self._in_directory(directory, lambda: os.rename(temporary, path))
         except BaseException:
             with suppress(OSError):
                 os.unlink(temporary)
             raise
         if self._config.durability == "fsync":
             _fsync_directory(directory)
+
+    def _in_directory(self, directory: str, action: Callable[[], _T]) -> _T:
+        """Do what needs the directory; where it is missing, make it first.
+
+        Raises:
+            OSError: the directory cannot be made, or the action failed.
+        """
+        for _ in range(_MKDIR_TRIES):
+            try:
+                return action()
+            except FileNotFoundError:
+                make_namespace(self._config, self.paths, self._fields)
+                with suppress(FileNotFoundError):
+                    make_directories(directory, self._config.root_dir, self._config.dir_mode)
+                    if self._config.durability == "fsync":
+                        for parent in (
+                            os.path.dirname(directory),
+                            self.paths.pages,
+                            self.paths.root,
+                        ):
+                            _fsync_directory(parent)
+        return action()
+
+    def _open_spare(self, spare: str, size: int) -> int | None:
+        """A descriptor of a file to overwrite; None, and the file gone, where it cannot serve."""
+        try:
+            fd = self._io.open(spare, os.O_WRONLY)
+            try:
+                found = os.fstat(fd)
+                # a second name would see its content change; another's file stays another's
+                if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+                    raise OSError(errno.EINVAL, "not a plain file", spare)
+                if found.st_uid != os.geteuid():
+                    raise OSError(errno.EPERM, "another user's file", spare)
+                if found.st_size != size:
+                    os.ftruncate(fd, size)
+            except BaseException:
+                os.close(fd)
+                raise
+            return fd
+        except OSError:
+            with suppress(OSError):
+                os.unlink(spare)
+            return None
 
 
 def _fsync_directory(path: str) -> None:

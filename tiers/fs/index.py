@@ -110,11 +110,12 @@ class Index:
         self._refused.pop(key, None)
         self.add(key)
 
-    def touch(self, keys: Iterable[bytes]) -> None:
-        """Make the keys the most recently used."""
-        for key in keys:
-            if key in self._present:
-                self._present.move_to_end(key)
+    def touch(self, keys: Iterable[bytes]) -> list[bytes]:
+        """Make the keys the most recently used; those of them that are known present."""
+        known = [key for key in keys if key in self._present]
+        for key in known:
+            self._present.move_to_end(key)
+        return known
 
     def forget_request(self, req_id: str) -> None:
         """The request will not ask again."""

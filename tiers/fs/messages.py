@@ -16,17 +16,22 @@ from typing import NamedTuple
 from kvstrata.tiers.base import PageRegion, TierContext
 from kvstrata.tiers.fs.config import FsConfig
 from kvstrata.tiers.fs.layout import NamespacePaths
+from kvstrata.tiers.fs.space.follower import News
+from kvstrata.tiers.fs.space.limits import Limits
+from kvstrata.tiers.fs.space.space import Upkeep
 
 MOST_PAGES = 512  # of a task, so that it fits into a packet
+MOST_NEWS = 400  # of a record, so that two fit into a packet
 MAX_PACKET = 2**16
 MAX_SETUP = 2**20
 
-_TASK = struct.Struct("<BIH")  # kind, task id, pages
-_PAGE = struct.Struct("<IBB")  # slot, rewrite, length of the key
+_TASK = struct.Struct("<BIIH")  # kind, task id, access, pages
+_PAGE = struct.Struct("<IIBB")  # slot, depth, rewrite, length of the key
 _DONE = struct.Struct("<BIddH")  # type, task id, start, end, pages
 _FAILURE = struct.Struct("<BBH")  # type, length of the cause, length of the detail
-_SWEPT = struct.Struct("<BI")  # type, files
-_TYPE_DONE, _TYPE_FAILURE, _TYPE_SWEPT, _TYPE_READY = range(4)
+_UPKEEP = struct.Struct("<BIQI")  # type, evicted files and bytes, swept files
+_NEWS = struct.Struct("<BH")  # type, pages
+_TYPE_DONE, _TYPE_FAILURE, _TYPE_UPKEEP, _TYPE_NEWS, _TYPE_READY = range(5)
 READY = bytes([_TYPE_READY])
 _MOVED, _GONE, _STUCK, _FAILED = 1, 2, 4, 8
 
@@ -37,13 +42,23 @@ class Kind(enum.IntEnum):
     LOAD = 0
     STORE = 1
     CHECK = 2  # whether their files are there; no slot is touched
+    USE = 3  # note that they were used; this and the next are never answered
+    PROMISE = 4  # note that they were used and will be loaded soon
 
 
 class PageRef(NamedTuple):
-    """A page of a task. `rewrite`: a store replaces a file that is there."""
+    """A page of a task.
+
+    Attributes:
+        key: the offload key.
+        slot: index of the page's slot in the region.
+        depth: the page's end in the request, in tokens; 0 if unknown.
+        rewrite: a store replaces a file that is there.
+    """
 
     key: bytes
     slot: int = 0
+    depth: int = 0
     rewrite: bool = False
 
 
@@ -84,10 +99,10 @@ class Ready(NamedTuple):
     """The process has started."""
 
 
-class Swept(NamedTuple):
-    """So many temporaries of dead writers were removed."""
+class Told(NamedTuple):
+    """Pages that others stored (True) or that were evicted (False), in their order."""
 
-    files: int
+    news: Sequence[News]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +114,7 @@ class Setup:
         context: the engine's context without its region.
         paths: where the namespace lies.
         direct: whether O_DIRECT is to be used.
+        limits: of the disk budget; None if no books are kept.
         region: the region; `fd` is the process's own descriptor.
         readers: whether the process prefers reads to writes.
         threads: number of its threads.
@@ -109,33 +125,34 @@ class Setup:
     context: TierContext
     paths: NamespacePaths
     direct: bool
+    limits: Limits | None
     region: PageRegion
     readers: bool
     threads: int
     engine: int
 
 
-def pack_task(kind: Kind, task_id: int, pages: Sequence[PageRef]) -> bytes:
+def pack_task(kind: Kind, task_id: int, access: int, pages: Sequence[PageRef]) -> bytes:
     """A task of at most `MOST_PAGES` pages."""
-    parts = [_TASK.pack(kind, task_id, len(pages))]
-    for key, slot, rewrite in pages:
-        parts += (_PAGE.pack(slot, rewrite, len(key)), key)
+    parts = [_TASK.pack(kind, task_id, access, len(pages))]
+    for key, slot, depth, rewrite in pages:
+        parts += (_PAGE.pack(slot, depth, rewrite, len(key)), key)
     return b"".join(parts)
 
 
-def unpack_tasks(packet: bytes) -> Iterator[tuple[Kind, int, list[PageRef]]]:
-    """Kind, id and pages of the tasks of a packet."""
+def unpack_tasks(packet: bytes) -> Iterator[tuple[Kind, int, int, list[PageRef]]]:
+    """Kind, id, access and pages of the tasks of a packet."""
     position = 0
     while position < len(packet):
-        kind, task_id, count = _TASK.unpack_from(packet, position)
+        kind, task_id, access, count = _TASK.unpack_from(packet, position)
         position += _TASK.size
         pages = []
         for _ in range(count):
-            slot, rewrite, size = _PAGE.unpack_from(packet, position)
+            slot, depth, rewrite, size = _PAGE.unpack_from(packet, position)
             position += _PAGE.size
-            pages.append(PageRef(packet[position : position + size], slot, bool(rewrite)))
+            pages.append(PageRef(packet[position : position + size], slot, depth, bool(rewrite)))
             position += size
-        yield Kind(kind), task_id, pages
+        yield Kind(kind), task_id, access, pages
 
 
 def pack_done(done: Done) -> bytes:
@@ -157,12 +174,20 @@ def pack_failure(failure: Failure) -> bytes:
     return _FAILURE.pack(_TYPE_FAILURE, len(cause), len(detail)) + cause + detail
 
 
-def pack_swept(swept: Swept) -> bytes:
-    """The record of a sweep's end."""
-    return _SWEPT.pack(_TYPE_SWEPT, swept.files)
+def pack_upkeep(upkeep: Upkeep) -> bytes:
+    """The record of what was evicted and swept since the last one."""
+    return _UPKEEP.pack(_TYPE_UPKEEP, *upkeep)
 
 
-def unpack_records(packet: bytes) -> Iterator[Done | Failure | Swept | Ready]:
+def pack_news(news: Sequence[News]) -> bytes:
+    """The record of at most `MOST_NEWS` pages that came or went."""
+    parts = [_NEWS.pack(_TYPE_NEWS, len(news))]
+    for key, present in news:
+        parts += (bytes([present, len(key)]), key)
+    return b"".join(parts)
+
+
+def unpack_records(packet: bytes) -> Iterator[Done | Failure | Upkeep | Told | Ready]:
     """The records of a packet."""
     position = 0
     while position < len(packet):
@@ -187,10 +212,20 @@ def unpack_records(packet: bytes) -> Iterator[Done | Failure | Swept | Ready]:
             cause = packet[position + _FAILURE.size : middle].decode()
             position = middle + size
             yield Failure(cause, packet[middle:position].decode("utf-8", "replace"))
-        elif kind == _TYPE_SWEPT:
-            _, files = _SWEPT.unpack_from(packet, position)
-            position += _SWEPT.size
-            yield Swept(files)
+        elif kind == _TYPE_UPKEEP:
+            _, *numbers = _UPKEEP.unpack_from(packet, position)
+            position += _UPKEEP.size
+            yield Upkeep(*numbers)
+        elif kind == _TYPE_NEWS:
+            _, count = _NEWS.unpack_from(packet, position)
+            position += _NEWS.size
+            news = []
+            for _ in range(count):
+                start = position + 2
+                end = start + packet[position + 1]
+                news.append((packet[start:end], bool(packet[position])))
+                position = end
+            yield Told(news)
         else:
             position += len(READY)
             yield Ready()

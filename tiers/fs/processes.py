@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import select
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -21,6 +21,7 @@ from typing import NamedTuple
 from kvstrata.tiers.fs.failures import Failures
 from kvstrata.tiers.fs.messages import (
     MAX_PACKET,
+    MOST_PAGES,
     Done,
     Failure,
     Kind,
@@ -28,10 +29,12 @@ from kvstrata.tiers.fs.messages import (
     PageRef,
     Ready,
     Setup,
+    Told,
     pack_task,
     unpack_records,
 )
 from kvstrata.tiers.fs.process import IoProcess
+from kvstrata.tiers.fs.space.follower import News
 
 # Tasks sent to one process: enough to keep it busy between two steps of the scheduler, and
 # what is lost at most when it fails.
@@ -46,15 +49,20 @@ MOST_UNDEAD = 2
 RESTART_S = 1.0
 
 _CHECK_EVERY_S = 0.25  # look for stalls
+_IDLE_PACKETS = 4  # of news taken at once
 _TICK_S = 1.0  # the stall clock stands still while the engine does not look
 
 
 class Task(NamedTuple):
-    """Pages to be moved, one after the other; `job_id` is the caller's."""
+    """Pages to be moved, one after the other; `job_id` and `access` are the caller's.
+
+    The pages of one access count as used together.
+    """
 
     kind: Kind
     pages: Sequence[PageRef]
     job_id: int = 0
+    access: int = 0
 
 
 class Ended(NamedTuple):
@@ -84,6 +92,7 @@ class _Running:
     unsent: list[tuple[int, Task]] = field(default_factory=list)  # chosen for it just now
     ready: bool = False  # it has started
     proven: bool = False  # it ended a task
+    telling: bool = False  # it had news, and may have more
     cause: str | None = None  # why it was given up
 
     @property
@@ -131,8 +140,9 @@ class IoProcesses:
         self._looked = time.monotonic()
         self._check_at = 0.0
         self._closed = False
+        self._news: list[News] = []
         self.restarts = 0
-        self.swept = 0  # temporaries of dead writers that were removed
+        self.upkeep: Counter[str] = Counter()  # totals of `Upkeep`
         for group in self._groups:
             group.current = _Running(IoProcess(group.setup), self._clock)
 
@@ -151,6 +161,19 @@ class IoProcesses:
         self._step()
         ended, self._ended = self._ended, []
         return ended
+
+    def take_news(self) -> list[News]:
+        """Pages that came or went without us since the last call."""
+        news, self._news = self._news, []
+        return news
+
+    def note(self, kind: Kind, keys: Sequence[bytes], access: int) -> None:
+        """Let it be noted that the keys were used or promised; lost if the process is busy."""
+        group = self._writers.current
+        for start in range(0, len(keys), MOST_PAGES):
+            refs = [PageRef(key) for key in keys[start : start + MOST_PAGES]]
+            if group is not None and not self._closed:
+                group.process.send(pack_task(kind, 0, access, refs))
 
     def pids(self) -> tuple[int, ...]:
         """The processes that are in use now: readers, writers."""
@@ -213,7 +236,7 @@ class IoProcesses:
         for group in self._groups:
             for running in group.running():
                 # who has nothing to do has nothing to say; a look costs a system call
-                if running.sent or running.process.broken or running.cause or due:
+                if running.sent or running.telling or running.process.broken or due:
                     self._receive(running)
             self._bury(group)
             if group.current and (group.current.process.fd < 0 or group.current.process.broken):
@@ -230,6 +253,7 @@ class IoProcesses:
             self._dispatch()
 
     def _receive(self, running: _Running) -> None:
+        running.telling, left = False, _IDLE_PACKETS
         while (packet := running.process.receive()) is not None:
             for record in unpack_records(packet):
                 if isinstance(record, Done):
@@ -238,9 +262,13 @@ class IoProcesses:
                     running.ready, running.progress = True, self._clock
                 elif isinstance(record, Failure):
                     self._failures.count(record.cause, record.detail)
+                elif isinstance(record, Told):
+                    self._news += record.news
+                    running.telling = True
                 else:
-                    self.swept += record.files
-            if not (running.sent or running.cause or self._closed):
+                    self.upkeep.update(record._asdict())
+            left -= 1
+            if left <= 0 and not (running.sent or running.cause or self._closed):
                 break  # nothing is due
 
     def _end(self, running: _Running, done: Done) -> None:
@@ -315,7 +343,9 @@ class IoProcesses:
     def _send(self, running: _Running, own: _Group) -> None:
         """Send what was chosen for the process; what it does not take goes back to `own`."""
         unsent, running.unsent = running.unsent, []
-        packets = [pack_task(task.kind, task_id, task.pages) for task_id, task in unsent]
+        packets = [
+            pack_task(task.kind, task_id, task.access, task.pages) for task_id, task in unsent
+        ]
         start = 0
         while start < len(unsent):
             end, size = start, 0

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 from kvstrata.tiers.base import TierConfigError
@@ -12,6 +14,11 @@ from kvstrata.tiers.fs.config import FsConfig
 from kvstrata.tiers.fs.io import probe_direct
 from kvstrata.tiers.fs.layout import NamespacePaths
 from kvstrata.tiers.fs.namespace import make_directories, validate_config, write_config
+from kvstrata.tiers.fs.space.ledger import LEDGER_NAME, Ledger
+from kvstrata.tiers.fs.space.limits import Limits
+from kvstrata.tiers.fs.space.walk import BOOKS_NAME
+
+logger = logging.getLogger("kvstrata.tiers.fs")
 
 _NOT_A_DIRECTORY = ("is not a directory", "give a directory, or a path where one can be made")
 _NOT_WRITABLE = ("is not writable by this user", "change its owner or mode, or choose another")
@@ -52,6 +59,42 @@ def open_namespace(config: FsConfig, paths: NamespacePaths, fields: Mapping[str,
             "O_DIRECT; give 'auto' or 'buffered'"
         )
     return direct and config.io != "buffered"
+
+
+def open_books(config: FsConfig) -> Limits | None:
+    """Prove that books can be kept below `root_dir`, which exists; the limits in bytes.
+
+    None where they cannot, and no limit was asked for: the tier works without them.
+
+    Raises:
+        TierConfigError: they cannot, but the limits need them.
+    """
+    try:
+        least = config.min_free_bytes
+        if isinstance(least, Fraction):
+            disk = os.statvfs(config.root_dir)
+            least = int(disk.f_blocks * disk.f_frsize * least)
+        limits = Limits(config.max_bytes, config.max_files, least)
+        path = os.path.join(config.root_dir, BOOKS_NAME, LEDGER_NAME)
+        ledger = Ledger(path, config.file_mode, config.dir_mode)
+        try:
+            with ledger.locked():
+                return limits
+        finally:
+            ledger.close()
+    except OSError as error:
+        if config.max_bytes or config.max_files or config.min_free_bytes:
+            raise TierConfigError(
+                f"root_dir: {config.root_dir!r} cannot keep a disk budget ({error}); "
+                "choose a file system with locks, or leave the budget's options out"
+            ) from error
+        logger.warning(
+            "kvstrata fs tier: %r has no room for books (%s); nothing there is evicted, and the "
+            "files are unknown after a restart until they are asked for",
+            config.root_dir,
+            error,
+        )
+        return None
 
 
 def make_namespace(config: FsConfig, paths: NamespacePaths, fields: Mapping[str, Any]) -> None:

@@ -43,7 +43,7 @@ def is_abandoned(name: str, age_s: float) -> bool:
     if match is None:
         return False
     host, pid, start = match[1], int(match[2]), int(match[3])
-    if host != _host():
+    if host != host_name():
         return age_s > FOREIGN_AGE_S
     try:
         os.kill(pid, 0)
@@ -85,10 +85,10 @@ def _remove_abandoned(entry: os.DirEntry[str]) -> bool:
 
 @functools.cache
 def _writer(pid: int) -> str:
-    return f".kvstrata-{_host()}-{pid}-{_process(pid)[1]}"
+    return f".kvstrata-{host_name()}-{pid}-{_process(pid)[1]}"
 
 
-def _host() -> str:
+def host_name() -> str:
     """12 hex digits for this boot of this machine and the pid namespace of this process."""
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
         boot = file.read().strip()

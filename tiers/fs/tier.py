@@ -33,7 +33,7 @@ from kvstrata.tiers.fs.layout import is_key
 from kvstrata.tiers.fs.messages import MOST_PAGES, Kind, Outcome, PageRef, Setup
 from kvstrata.tiers.fs.namespace import namespace_paths
 from kvstrata.tiers.fs.processes import IoProcesses, Task
-from kvstrata.tiers.fs.startup import open_namespace
+from kvstrata.tiers.fs.startup import open_books, open_namespace
 
 # A job is cut into tasks of about so many bytes: small enough that one long prefix keeps many
 # threads busy, large enough that small pages do not cost a packet each.
@@ -75,6 +75,7 @@ class FsTier(SecondaryTier):
         fields = dict(context.namespace)
         self.paths = namespace_paths(config.root_dir, context.model, fields)
         direct = open_namespace(config, self.paths, fields)
+        limits = open_books(config)
         self._layouts = dict(context.layouts)
         self._region = replace(context.region, fd=os.dup(context.region.fd))
         self._index = Index()
@@ -84,12 +85,17 @@ class FsTier(SecondaryTier):
         self._counters: Counter[str] = Counter()
         self._failures = Failures()
         self._closed = False
+        # An access is a job, a touch or the lookups of a step; its pages count as used
+        # together. Random, since the books of a root hold the accesses of many engines.
+        self._access = int.from_bytes(os.urandom(4))
+        self._promised: dict[bytes, None] = {}  # in this step
         plain = TierContext(context.model, fields, self._layouts)
         setup = Setup(
             config,
             plain,
             self.paths,
             direct,
+            limits,
             self._region,
             readers=True,
             threads=1,
@@ -111,7 +117,9 @@ class FsTier(SecondaryTier):
         if self._index.is_unsent(key):
             self._send_checks()
         found = self._index.lookup(key, request.req_id, time.monotonic())
-        self._counters["hits"] += found is Lookup.HIT
+        if found is Lookup.HIT:
+            self._counters["hits"] += 1
+            self._promised[key] = None
         return found
 
     def submit_store(self, job: Job) -> None:
@@ -129,20 +137,24 @@ class FsTier(SecondaryTier):
         return finished
 
     def touch(self, keys: Collection[bytes], request: RequestView) -> None:
-        """Keep the keys in the index of known pages."""
-        self._index.touch(keys)
+        """Keep the keys in the index of known pages, and their files on the disk."""
+        if known := self._index.touch(keys):
+            self._processes.note(Kind.USE, known, self._next_access())
 
     def on_request_finished(self, request: RequestView) -> None:
         """Forget the negative answers given to the request."""
         self._index.forget_request(request.req_id)
 
     def on_step_end(self) -> None:
-        """Ask the disk for the keys that were looked up in this step."""
+        """Ask the disk for the keys that were looked up in this step, and spare those found."""
         self._collect()
         self._send_checks()
+        if self._promised:
+            self._processes.note(Kind.PROMISE, list(self._promised), self._next_access())
+            self._promised.clear()
 
     def take_removed(self) -> Iterable[bytes]:
-        """Keys whose files were found gone or bad."""
+        """Keys whose files were evicted, or found gone or bad."""
         removed = list(self._removed)
         self._removed.clear()
         return removed
@@ -168,7 +180,9 @@ class FsTier(SecondaryTier):
         return TierStats(
             counters={
                 **self._counters,
-                "swept_temporaries": self._processes.swept,
+                "evicted_files": self._processes.upkeep["evicted_files"],
+                "evicted_bytes": self._processes.upkeep["evicted_bytes"],
+                "swept_temporaries": self._processes.upkeep["swept"],
                 "restarted_processes": self._processes.restarts,
             },
             failures=self._failures.totals(),
@@ -207,20 +221,25 @@ class FsTier(SecondaryTier):
         self._finish_if_over(job.job_id, opened)
         self._processes.submit(self._tasks(kind, good, job.job_id))
 
+    def _next_access(self) -> int:
+        self._access = (self._access + 1) % 2**32
+        return self._access
+
     def _tasks(self, kind: Kind, pages: Iterable[Page], job_id: int) -> Iterator[Task]:
         """The pages in order, cut into tasks."""
+        access = self._next_access()
         refs: list[PageRef] = []
         nbytes = 0
         for page in pages:
             full = nbytes + page.view.nbytes > _TASK_BYTES or len(refs) == MOST_PAGES
             if refs and full:
-                yield Task(kind, refs, job_id)
+                yield Task(kind, refs, job_id, access)
                 refs, nbytes = [], 0
             rewrite = kind is Kind.STORE and self._index.is_refused(page.key)
-            refs.append(PageRef(page.key, page.slot, rewrite))
+            refs.append(PageRef(page.key, page.slot, page.end_token, rewrite))
             nbytes += page.view.nbytes
         if refs:
-            yield Task(kind, refs, job_id)
+            yield Task(kind, refs, job_id, access)
 
     def _send_checks(self) -> None:
         refs = [PageRef(key) for key in self._index.take_unsent()]
@@ -241,6 +260,11 @@ class FsTier(SecondaryTier):
             job.start, job.end = min(job.start, ended.start), max(job.end, ended.end)
             job.pending -= len(ended.outcomes)
             self._finish_if_over(ended.task.job_id, job)
+        for key, present in self._processes.take_news():
+            if present:
+                self._index.add(key)
+            elif self._index.discard(key):
+                self._removed.append(key)
 
     def _finish_if_over(self, job_id: int, job: _OpenJob) -> None:
         if job.pending == 0:

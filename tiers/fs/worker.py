@@ -26,6 +26,7 @@ from kvstrata.tiers.fs.files import PageFiles
 from kvstrata.tiers.fs.messages import (
     MAX_PACKET,
     MAX_SETUP,
+    MOST_NEWS,
     READY,
     Done,
     Failure,
@@ -33,13 +34,15 @@ from kvstrata.tiers.fs.messages import (
     Outcome,
     PageRef,
     Setup,
-    Swept,
     pack_done,
     pack_failure,
-    pack_swept,
+    pack_news,
+    pack_upkeep,
     unpack_tasks,
 )
 from kvstrata.tiers.fs.pool import Pool
+from kvstrata.tiers.fs.space.follower import News
+from kvstrata.tiers.fs.space.space import Space, Upkeep
 from kvstrata.tiers.fs.temporary import sweep
 
 _PR_SET_PDEATHSIG = 1  # prctl(2), linux/prctl.h
@@ -63,6 +66,15 @@ class Outbox:
         """Send a failure; the detail once per cause."""
         self.put(pack_failure(Failure(cause, "" if cause in self._known else detail)))
         self._known.add(cause)
+
+    def tell(self, news: Sequence[News]) -> None:
+        """Send news of pages."""
+        for start in range(0, len(news), MOST_NEWS):
+            self.put(pack_news(news[start : start + MOST_NEWS]))
+
+    def upkeep(self, done: Upkeep) -> None:
+        """Send what the keeper did."""
+        self.put(pack_upkeep(done))
 
     def close(self) -> None:
         """Wait until all is sent."""
@@ -93,13 +105,14 @@ class _Task:
     """Pages that one thread moves, one after the other."""
 
     task_id: int
+    access: int
     pages: Sequence[PageRef]
-    move: Callable[[PageRef], Outcome]
+    move: Callable[[PageRef, int], Outcome]
     outbox: Outbox
 
     def run(self) -> None:
         start = time.monotonic()
-        self._end([self.move(page) for page in self.pages], start)
+        self._end([self.move(page, self.access) for page in self.pages], start)
 
     def drop(self) -> None:
         self._end([Outcome("shutdown")] * len(self.pages), time.monotonic())
@@ -116,21 +129,33 @@ class _Mover:
         self._region = region
         self._memory = memoryview(mmap.mmap(region.fd, 0))
 
-    def of_kind(self, kind: Kind) -> Callable[[PageRef], Outcome]:
+    def of_kind(self, kind: Kind) -> Callable[[PageRef, int], Outcome]:
         return {Kind.LOAD: self._load, Kind.STORE: self._store, Kind.CHECK: self._check}[kind]
 
-    def _load(self, page: PageRef) -> Outcome:
-        return self._files.load(page.key, self._view(page))
+    def _load(self, page: PageRef, access: int) -> Outcome:
+        return self._files.load(page, self._view(page), access)
 
-    def _store(self, page: PageRef) -> Outcome:
-        return self._files.store(page.key, self._view(page), page.rewrite)
+    def _store(self, page: PageRef, access: int) -> Outcome:
+        return self._files.store(page, self._view(page), access)
 
-    def _check(self, page: PageRef) -> Outcome:
+    def _check(self, page: PageRef, access: int) -> Outcome:
         return Outcome(moved=self._files.exists(page.key))
 
     def _view(self, page: PageRef) -> memoryview:
         start = self._region.offset + page.slot * self._region.slot_bytes
         return self._memory[start : start + self._files.page_bytes(page.key)]
+
+
+def open_space(setup: Setup, outbox: Outbox) -> Space | None:
+    """The books, if there are any; only the writers keep them."""
+    if setup.limits is None:
+        return None
+    config = setup.config
+    return Space(
+        *(config.root_dir, setup.paths.name, setup.limits, config.file_mode, config.dir_mode),
+        outbox,
+        keeps=not setup.readers,
+    )
 
 
 def serve(control: socket.socket, region_fd: int) -> None:
@@ -140,7 +165,8 @@ def serve(control: socket.socket, region_fd: int) -> None:
         return  # it died before the kernel was asked to tell
     outbox = Outbox(control)
     outbox.put(READY)
-    files = PageFiles(setup.config, setup.context, setup.paths, setup.direct, outbox.report)
+    space = open_space(setup, outbox)
+    files = PageFiles(setup.config, setup.context, setup.paths, setup.direct, outbox.report, space)
     mover = _Mover(files, setup.region)
     os.close(region_fd)
     pool = Pool(setup.threads, 0) if setup.readers else Pool(0, setup.threads)
@@ -148,21 +174,36 @@ def serve(control: socket.socket, region_fd: int) -> None:
 
     def remove_temporaries() -> None:
         removed = sum(sweep(place, closing) for place in (files.paths.home, files.paths.pages))
-        outbox.put(pack_swept(Swept(removed)))
+        outbox.upkeep(Upkeep(swept=removed))
 
-    if not setup.readers:
+    if space is None and not setup.readers:  # else the keeper does it
         name = "kvstrata-fs-sweep"
         threading.Thread(target=remove_temporaries, name=name, daemon=True).start()
     while packet := control.recv(MAX_PACKET):
-        for kind, task_id, pages in unpack_tasks(packet):
-            task = _Task(task_id, pages, mover.of_kind(kind), outbox)
+        for kind, task_id, access, pages in unpack_tasks(packet):
+            if kind in (Kind.USE, Kind.PROMISE):
+                if space is not None:
+                    note(space, kind, access, pages)
+                continue
+            task = _Task(task_id, access, pages, mover.of_kind(kind), outbox)
             if kind is Kind.STORE:
                 pool.submit_writes([task])
             else:
                 pool.submit_reads([task])
     closing.set()
     pool.close(threading.TIMEOUT_MAX)
+    if space is not None:
+        space.close(threading.TIMEOUT_MAX)
     outbox.close()
+
+
+def note(space: Space, kind: Kind, access: int, pages: Sequence[PageRef]) -> None:
+    """Write down what the engine says of pages."""
+    for page in pages:
+        if kind is Kind.PROMISE:
+            space.promised(page.key, access)
+        else:
+            space.used(page.key, page.depth, access)
 
 
 def main() -> None:

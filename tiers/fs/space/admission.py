@@ -1,0 +1,154 @@
+"""Letting stores in: each reserves its bytes in the ledger before it writes."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NamedTuple
+
+from kvstrata.tiers.fs.space.ledger import Books, Ledger, Row
+from kvstrata.tiers.fs.space.limits import HIGH, room, spares_wanted
+from kvstrata.tiers.fs.temporary import temporary_name
+
+SPARE_NAME = "spare"  # below the books' directory: files `<cost>-<16 hex digits>` to overwrite
+
+# A store waits this long for room, in seconds. After one that waited in vain, the next ones
+# ask only once for as long: pages that wait hold memory of the engine.
+WAIT_S = 2.0
+_POLL_S = 0.001
+_FULL_DISK_FILES = 4  # evicted for each store that the disk had no room for, and for the books
+
+
+class Grant(NamedTuple):
+    """Leave to write one file.
+
+    Attributes:
+        cost: what was reserved, in bytes.
+        spare: a file to overwrite and to rename, or None to create one.
+    """
+
+    cost: int
+    spare: str | None
+
+
+class Admission:
+    """Reserves for one server. Any thread may call it; it blocks on the disk."""
+
+    def __init__(
+        self, ledger: Ledger, server: bytes, root: str, books: str, wake: Callable[[], None]
+    ) -> None:
+        """`books` is the directory of the ledger; `wake` makes the keeper work if it is here."""
+        self.open_bytes = 0  # reserved, and neither cancelled nor in the journal
+        self.open_files = 0
+        self._ledger = ledger
+        self._server = server
+        self._root = root
+        self._books = books
+        self._wake = wake
+        self._spares: list[str] = []
+        self._hopeless_until = 0.0
+        self._turn = threading.Lock()
+
+    def admit(self, cost: int) -> Grant | None:
+        """Reserve `cost` bytes for one file; None if in `WAIT_S` seconds there was no room.
+
+        Raises:
+            OSError: the ledger cannot be used.
+        """
+        deadline = time.monotonic() + WAIT_S
+        grant = self._attempt(cost)
+        if grant is not None or time.monotonic() < self._hopeless_until:
+            return grant
+        # one thread asks again and again, the others queue behind it
+        if not self._turn.acquire(timeout=WAIT_S):
+            return None
+        try:
+            while (grant := self._attempt(cost)) is None:
+                self._wake()
+                now = time.monotonic()
+                if now > deadline:
+                    self._hopeless_until = now + WAIT_S
+                    return None
+                time.sleep(_POLL_S)
+            return grant
+        finally:
+            self._turn.release()
+
+    def cancel(self, grant: Grant, disk_full: bool) -> None:
+        """Nothing was written for the grant; `disk_full`: since the disk had no room.
+
+        Raises:
+            OSError: the ledger cannot be used.
+        """
+        if grant.spare is not None:
+            with suppress(OSError):
+                os.unlink(grant.spare)
+        with self._ledger.locked() as books:
+            self.open_bytes -= grant.cost
+            self.open_files -= 1
+            row = books.rows.get(self._server)
+            if row is not None:
+                row.reserved_bytes = max(0, row.reserved_bytes - grant.cost)
+                row.reserved_files = max(0, row.reserved_files - 1)
+                row.pressed += _FULL_DISK_FILES * grant.cost if disk_full else 0
+        self._wake()
+
+    def noted(self, nbytes: int, files: int) -> None:
+        """Files that were written for grants of so many bytes are in the journal now."""
+        with self._ledger.locked():
+            self.open_bytes -= nbytes
+            self.open_files -= files
+
+    def _attempt(self, cost: int) -> Grant | None:
+        with self._ledger.locked() as books:
+            row = books.rows.get(self._server)
+            return self._try(books, row, cost) if row and books.known else None
+
+    def _try(self, books: Books, row: Row, cost: int) -> Grant | None:
+        limits, usage = books.limits(), books.usage(self._root)
+        spare = None
+        if not room(limits, usage, HIGH).holds(cost):
+            spare = self._take_spare(books, cost)
+            if books.spare_bytes < max(4 * cost, spares_wanted(usage) // 2):
+                self._wake()
+            if spare is None and not room(limits, usage).holds(cost):
+                row.wanted = cost
+                return None
+        row.wanted, row.page = 0, cost
+        row.reserved_bytes += cost
+        row.reserved_files += 1
+        self.open_bytes += cost
+        self.open_files += 1
+        return Grant(cost, spare)
+
+    def _take_spare(self, books: Books, cost: int) -> str | None:
+        """Claim a spare of that cost from all other writers."""
+        if books.spare_files <= 0:
+            return None
+        directory = os.path.join(self._books, SPARE_NAME)
+        target = os.path.join(self._books, temporary_name())
+        for listed in (False, True):
+            if listed:
+                with suppress(FileNotFoundError):
+                    self._spares = os.listdir(directory)
+            while self._spares:
+                name = self._spares.pop()
+                if spare_cost(name) != cost:
+                    continue
+                try:
+                    os.rename(os.path.join(directory, name), target)
+                except FileNotFoundError:
+                    continue
+                books.spare_bytes -= cost
+                books.spare_files -= 1
+                return target
+        return None
+
+
+def spare_cost(name: str) -> int | None:
+    """The cost in a spare's name; None for a file that is none."""
+    cost, dash, _ = name.partition("-")
+    return int(cost) if dash and cost.isascii() and cost.isdigit() and len(cost) < 20 else None

@@ -1,0 +1,72 @@
+"""Whether a server lives: it holds a lock on a file of its own for as long as it does.
+
+The kernel lets go of the lock when the process dies, on this host at once and over NFS when
+the lock server gives the client up. A server that hangs, or whose host vanished, is known by
+its beat in the ledger, which stands still. Only elapsed time on the observer's own clock
+counts, never a time that another host wrote down.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+
+SILENT_S = 60.0  # a beat comes every second; disks that stall for half a minute are seen
+
+
+def presence_path(directory: str, server: bytes) -> str:
+    """The file that the server holds a lock on."""
+    return os.path.join(directory, f"{server.hex()}.server")
+
+
+class Presence:
+    """This server's own lock."""
+
+    def __init__(self, directory: str, server: bytes, mode: int) -> None:
+        """Create the file and lock it.
+
+        Raises:
+            OSError: it cannot be created, or the file system knows no locks.
+        """
+        self._path = presence_path(directory, server)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        self._fd = os.open(self._path, flags, mode)
+        fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def close(self) -> None:
+        """Be gone."""
+        os.close(self._fd)
+        if os.path.lexists(self._path):
+            os.unlink(self._path)
+
+
+class Watch:
+    """Tells which of the other servers are dead."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self._beats: dict[bytes, tuple[int, float]] = {}
+
+    def is_dead(self, server: bytes, beat: int) -> bool:
+        """Whether the server let go of its lock, or its beat stood still for `SILENT_S`."""
+        now = time.monotonic()
+        known, since = self._beats.get(server, (-1, now))
+        if beat != known:
+            self._beats[server] = (beat, now)
+        elif now - since > SILENT_S:
+            return True
+        try:
+            flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            fd = os.open(presence_path(self._directory, server), flags)
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False  # it cannot be told: the beat will
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            return False
+        finally:
+            os.close(fd)

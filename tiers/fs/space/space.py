@@ -1,0 +1,337 @@
+"""The books of a root and its disk budget, as one process that stores there sees them.
+
+To the books each such process is a server of its own. What its I/O threads call appends to a
+queue and returns; a thread of the space writes that to the server's journal, reads those of
+the others and, while this server is the keeper, keeps the books and evicts. For room the I/O
+threads ask `admission`.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import NamedTuple, Protocol
+
+from kvstrata.tiers.fs.space.admission import SPARE_NAME, Admission
+from kvstrata.tiers.fs.space.follower import Follower, News
+from kvstrata.tiers.fs.space.journal import Journal, Op, Record, evicted_key
+from kvstrata.tiers.fs.space.keeper import PROTECT_S, Keeper, boot_id
+from kvstrata.tiers.fs.space.ledger import LEDGER_NAME, MAX_ROWS, Books, Ledger, Row
+from kvstrata.tiers.fs.space.limits import BLOCK, Limits, room, rotate_bytes
+from kvstrata.tiers.fs.space.presence import Presence, Watch
+from kvstrata.tiers.fs.space.walk import BOOKS_NAME
+from kvstrata.tiers.fs.temporary import host_name
+
+TICK_S = 0.05
+SLICE_S = 0.005  # of a scan; then the engine has the interpreter for as long, or four times so
+REPEAT_S = 1.0  # a page that is used again within this time is not noted again
+_NEWS = 2000  # told at once; each takes the engine about 0.6 us
+_BEAT_S = 1.0
+_MAX_PENDING = 2**16  # records that could not be written yet; of others above that
+_LOSABLE = (Op.USED, Op.PROMISED, Op.EVICTED)  # those without which the budget is right are lost
+
+
+class Upkeep(NamedTuple):
+    """What a server did as the keeper: files it evicted and their bytes, temporaries removed."""
+
+    evicted_files: int = 0
+    evicted_bytes: int = 0
+    swept: int = 0
+
+
+class Listener(Protocol):
+    """What a space tells, on any thread."""
+
+    def report(self, cause: str, detail: str) -> None:
+        """Something failed."""
+
+    def tell(self, news: Sequence[News]) -> None:
+        """Pages of the namespace came or went; at first those that the books know."""
+
+    def upkeep(self, done: Upkeep) -> None:
+        """What was done as the keeper since the last call."""
+
+
+class Space:
+    """One server's part in the books of a root."""
+
+    def __init__(
+        self,
+        root: str,
+        namespace: str | None,
+        limits: Limits,
+        file_mode: int,
+        dir_mode: int,
+        listener: Listener,
+        keeps: bool = True,
+    ) -> None:
+        """Begin to work in the background; while the books cannot be opened nothing is admitted.
+
+        Args:
+            root: the directory to which the limits apply.
+            namespace: `<model>_<digest>` of the pages that this server stores, None if it
+                stores none.
+            limits: those of this server.
+            file_mode, dir_mode: permission bits of the books.
+            listener: is told what happens.
+            keeps: whether it becomes the keeper where there is none, and tells news.
+        """
+        self._root = root
+        self._directory = os.path.join(root, BOOKS_NAME)
+        self._namespace = namespace
+        self._limits = limits
+        self._file_mode = file_mode
+        self._dir_mode = dir_mode
+        self._listener = listener
+        self._keeps = keeps
+        self._server = secrets.token_bytes(16)
+        self._events: deque[tuple[Op, bytes, int, int, int]] = deque()
+        self._pending: list[Record] = []
+        self._recent: set[tuple[Op, bytes]] = set()
+        self._recent_since = 0.0
+        self._protected: dict[bytes, float] = {}
+        self._beat = 0
+        self._beat_due = 0.0
+        self._keeper: Keeper | None = None
+        self._stop = threading.Event()
+        self._wake = threading.Event()
+        self._follower = (
+            Follower(self._directory, self._server, namespace) if namespace and keeps else None
+        )
+        self._presence: Presence | None = None
+        self._ledger = Ledger(os.path.join(self._directory, LEDGER_NAME), file_mode, dir_mode)
+        self._watch = Watch(self._directory)
+        self._journal = (
+            Journal(self._directory, self._server, namespace, file_mode, rotate_bytes(limits))
+            if namespace
+            else None
+        )
+        self.admission = Admission(
+            self._ledger, self._server, root, self._directory, self._wake.set
+        )
+        self._thread = threading.Thread(target=self._run, name="kvstrata-fs-space", daemon=True)
+        self._thread.start()
+
+    # Called by any thread: one append or two each.
+
+    def stored(self, key: bytes, cost: int, depth: int, access: int) -> None:
+        """The page was written and renamed; `cost` is that of its grant."""
+        self._events.append((Op.STORED, key, cost, depth, access))
+
+    def used(self, key: bytes, depth: int, access: int) -> None:
+        """The page was loaded, or used in another tier; it needs to be spared no longer."""
+        self._events.append((Op.USED, key, 0, depth, access))
+
+    def promised(self, key: bytes, access: int) -> None:
+        """Somebody was told that the page is here: it counts as used and is spared for a while."""
+        self._protected[key] = time.monotonic() + PROTECT_S
+        self._events.append((Op.PROMISED, key, 0, 0, access))
+
+    def gone(self, key: bytes) -> None:
+        """The page's file is not there any more."""
+        self._events.append((Op.GONE, key, 0, 0, 0))
+
+    def quarantined(self, cost: int) -> None:
+        """A file that took `cost` bytes was moved to the quarantine."""
+        self._events.append((Op.QUARANTINED, b"", cost, 0, 0))
+
+    def close(self, timeout_s: float) -> bool:
+        """Note everything, leave the ledger and end the thread; True if that was in time."""
+        self._stop.set()
+        self._wake.set()
+        self._thread.join(max(0.0, timeout_s))
+        return not self._thread.is_alive()
+
+    def usage(self) -> tuple[int, bool]:
+        """Bytes taken by everything below the root, and whether all limits hold.
+
+        Raises:
+            OSError: the ledger cannot be read.
+        """
+        with self._ledger.locked() as books:
+            limits, usage = books.limits(), books.usage(self._root)
+        left = room(limits, usage)
+        return usage.nbytes, left.nbytes >= 0 and left.files >= 0
+
+    def is_counted(self) -> bool:
+        """Whether a scan by the keeper, this server or another, has ended.
+
+        Raises:
+            OSError: the ledger cannot be read.
+        """
+        with self._ledger.locked() as books:
+            known, ours = books.known, books.keeper == self._server
+        keeper = self._keeper
+        return known and (not ours or (keeper is not None and keeper.complete))
+
+    # The background thread.
+
+    def _run(self) -> None:
+        busy = True
+        while not self._stop.is_set():
+            if not busy:
+                self._wake.wait(TICK_S)
+            self._wake.clear()
+            try:
+                busy = self._tick()
+            except OSError as error:
+                busy = False
+                self._listener.report("books", str(error))
+                self._stop.wait(TICK_S)
+                with suppress(OSError):
+                    self._make_directories()
+            except Exception as error:
+                busy = False
+                self._listener.report("internal", f"{type(error).__name__}: {error}")
+                self._keeper = None  # begin anew from what is on the disk
+                self._stop.wait(1.0)
+        try:
+            self._leave()
+        except OSError as error:
+            self._listener.report("books", str(error))
+        finally:
+            if self._presence is not None:
+                self._presence.close()
+            self._ledger.close()
+
+    def _tick(self) -> bool:
+        """One round; True if there is more to do at once."""
+        if self._presence is None:
+            self._make_directories()
+            self._presence = Presence(self._directory, self._server, self._file_mode)
+        try:
+            self._note()
+        except OSError as error:  # on a full disk it is for the keeper to make room
+            self._listener.report("books", str(error))
+        heard = self._hear()
+        if not self._join():
+            return heard
+        if self._keeper is None:
+            self._keeper = Keeper(
+                self._root,
+                self._directory,
+                self._server,
+                self._ledger,
+                self._file_mode,
+                self._dir_mode,
+                self._protected,
+            )
+        more = self._keeper.work(SLICE_S)
+        self._publish(self._keeper)
+        if self._keeper.scanning and not more:
+            self._wake.wait(SLICE_S * (4 if self._keeper.complete else 1))
+        return more or heard or self._keeper.scanning
+
+    def _hear(self) -> bool:
+        """Pass on what the other servers say; True if there is more."""
+        if self._follower is None:
+            return False
+        news = self._follower.news(_NEWS)
+        if news:
+            self._listener.tell(news)
+            self._stop.wait(SLICE_S)  # so that the engine is not flooded
+        return len(news) >= _NEWS
+
+    def _publish(self, keeper: Keeper) -> None:
+        """Tell the listener, and the other servers, what the keeper here evicted."""
+        ours: list[News] = []
+        while keeper.evicted:
+            namespace, key = keeper.evicted.popleft()
+            if namespace == self._namespace:
+                ours.append((key, False))
+            self._events.append((Op.EVICTED, evicted_key(namespace, key), 0, 0, 0))
+        if ours:
+            self._listener.tell(ours)
+        done = Upkeep(keeper.evicted_files, keeper.evicted_bytes, keeper.swept)
+        if any(done):
+            self._listener.upkeep(done)
+            keeper.evicted_files = keeper.evicted_bytes = keeper.swept = 0
+
+    def _join(self) -> bool:
+        """See to our row in the ledger; True if we are the keeper."""
+        now = time.monotonic()
+        with self._ledger.locked() as books:
+            row = books.rows.get(self._server)
+            if row is None and len(books.rows) < MAX_ROWS:
+                row = Row(host_name().encode("ascii"), self._limits)
+                row.reserved_bytes = self.admission.open_bytes
+                row.reserved_files = self.admission.open_files
+                books.rows[self._server] = row
+            if row is None:
+                return False
+            row.dead = False
+            if now >= self._beat_due:
+                self._beat, self._beat_due = self._beat + 1, now + _BEAT_S
+                row.beat = self._beat
+                self._take_over(books)
+            if books.keeper != self._server:
+                self._keeper = None
+            elif self._keeper is not None and self._beat_due == now + _BEAT_S:
+                self._keeper.judge(books)
+            if self._journal is not None and row.booked == self._journal.end:
+                # nothing is on its way to the books but what is being written
+                row.reserved_bytes = self.admission.open_bytes
+                row.reserved_files = self.admission.open_files
+            return books.keeper == self._server
+
+    def _take_over(self, books: Books) -> None:
+        """Become the keeper if there is none that lives."""
+        holder = books.rows.get(books.keeper)
+        if books.keeper == self._server or not self._keeps:
+            return
+        if holder is not None and not holder.dead:
+            if not self._watch.is_dead(books.keeper, holder.beat):
+                return
+            holder.dead = True
+        books.keeper = self._server
+        others = [s for s, row in books.rows.items() if s != self._server and not row.dead]
+        if books.boot != boot_id() and not others:
+            books.known = False  # the machine may have lost what was written last
+
+    def _note(self) -> None:
+        """Write the queue to the journal."""
+        now = time.monotonic()
+        if now - self._recent_since > REPEAT_S:
+            self._recent.clear()
+            self._recent_since = now
+            for key, until in list(self._protected.items()):  # others add to it meanwhile
+                if until < now:
+                    self._protected.pop(key, None)
+        while self._events:
+            op, key, cost, depth, access = self._events.popleft()
+            if op in _LOSABLE and len(self._pending) > _MAX_PENDING:
+                continue
+            if op in (Op.USED, Op.PROMISED):
+                if (op, key) in self._recent:
+                    continue
+                self._recent.add((op, key))
+            self._pending.append(Record(op, key, -(-cost // BLOCK), access, depth))
+        if self._journal is None or not self._pending:
+            self._pending.clear()
+            return
+        self._journal.append(self._pending)
+        written = [record.blocks * BLOCK for record in self._pending if record.op == Op.STORED]
+        self._pending = []
+        self.admission.noted(sum(written), len(written))
+
+    def _leave(self) -> None:
+        self._note()
+        if self._join() and self._keeper is not None:
+            self._keeper.finish()
+        with self._ledger.locked() as books:
+            if books.keeper == self._server:
+                books.keeper = bytes(16)
+            row = books.rows.get(self._server)
+            if row is not None and not row.reserved_bytes and not row.reserved_files:
+                del books.rows[self._server]
+
+    def _make_directories(self) -> None:
+        for path in (self._directory, os.path.join(self._directory, SPARE_NAME)):
+            with suppress(FileExistsError):
+                os.mkdir(path, self._dir_mode)
+                os.chmod(path, self._dir_mode)
