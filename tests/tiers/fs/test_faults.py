@@ -14,7 +14,7 @@ from kvstrata.tiers.fs import files as files_module
 from kvstrata.tiers.fs.config import FsConfig
 from kvstrata.tiers.fs.files import PageFiles
 from kvstrata.tiers.fs.layout import NamespacePaths
-from kvstrata.tiers.fs.messages import Outcome
+from kvstrata.tiers.fs.messages import Outcome, PageRef
 from kvstrata.tiers.fs.startup import open_namespace
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.testing import (
@@ -75,6 +75,11 @@ def test_a_directory_is_a_dangling_link(open_tier: OpenTier, paths: NamespacePat
     assert store(tier, PAGE).failed == {KEY: "no-directory"}
 
 
+def page_failures(tier: FsTier) -> dict[str, int]:
+    """Failures of pages; the books on the same disk fail too, now and then."""
+    return {cause: n for cause, n in tier.stats().failures.items() if cause != "books"}
+
+
 @pytest.mark.parametrize(
     ("number", "cause"),
     [
@@ -96,7 +101,7 @@ def test_stores_that_fail(
         assert store(tier, PAGE).failed == {KEY: cause}
         tier.on_request_finished(REQUEST)
         assert settle(tier, KEY) is Lookup.MISS
-        assert tier.stats().failures == {cause: times}
+        assert page_failures(tier) == {cause: times}
         assert not [name for name in names_below(root) if name.endswith(".tmp")]
     faults.set()
     assert not store(tier, PAGE).failed
@@ -108,7 +113,7 @@ def test_a_disk_that_fills_up(open_tier: OpenTier, small_disk: Path) -> None:
     data = {make_key(n): make_data(n, CONTEXT.layouts[0].nbytes) for n in range(60)}
     result = store(tier, data)
     assert 0 < len(result.failed) < 60 and set(result.failed.values()) == {"no-space"}
-    assert tier.stats().failures == {"no-space": len(result.failed)}
+    assert page_failures(tier) == {"no-space": len(result.failed)}
     stored = [key for key in data if key not in result.failed]
     assert load(tier, stored)[1] == {key: data[key] for key in stored}
     assert not [name for name in names_below(small_disk) if name.endswith(".tmp")]
@@ -169,7 +174,7 @@ def test_fsync_comes_before_the_name(
     monkeypatch.setattr(files_module.os, "rename", note_rename)
     for number in (1, 2):
         view = memoryview(bytearray(PAGE[KEY]))
-        assert files.store(make_key(number), view, rewrite=False) == Outcome(moved=True)
+        assert files.store(PageRef(make_key(number)), view, 0) == Outcome(moved=True)
     home = os.path.basename(paths.pages)
     assert calls == [
         *["000", home, "root", "page", "rename", "00_g0"],  # with the new directories
@@ -184,6 +189,6 @@ def test_a_view_that_cannot_be_written(root: Path, paths: NamespacePaths) -> Non
     direct = open_namespace(config, paths, CONTEXT.namespace)
     files = PageFiles(config, CONTEXT, paths, direct, lambda cause, detail: reported.append(cause))
     view = memoryview(PAGE[KEY])
-    assert files.store(KEY, view, rewrite=False) == Outcome(moved=True)
-    assert files.load(KEY, view) == Outcome("internal")
+    assert files.store(PageRef(KEY), view, 0) == Outcome(moved=True)
+    assert files.load(PageRef(KEY), view, 0) == Outcome("internal")
     assert reported == ["internal"] and files.exists(KEY)

@@ -120,7 +120,8 @@ def test_config_holds_the_fields(open_tier: OpenTier, paths: NamespacePaths, roo
     open_tier()
     assert json.loads(Path(paths.config).read_text()) == CONTEXT.namespace
     digest = paths.name.removeprefix("org_model_")
-    assert sorted(os.listdir(root)) == [f"org_model_{digest}", f"org_model_{digest}_r0"]
+    found = sorted(os.listdir(root))
+    assert found == [".kvstrata", f"org_model_{digest}", f"org_model_{digest}_r0"]
 
 
 def test_the_same_namespace_opens_again(open_tier: OpenTier, paths: NamespacePaths) -> None:

@@ -211,9 +211,9 @@ class Ledger:
                 if (found.st_dev, found.st_ino) == (ours.st_dev, ours.st_ino):
                     return
             # somebody deleted the file: begin a new one, as everybody will
-            fresh = self._open()
             os.close(self._fd)
-            self._fd = fresh
+            self._fd = -1
+            self._fd = self._open()
 
     def _open(self) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
