@@ -209,7 +209,7 @@ def test_a_file_of_another_namespace(open_tier: OpenTier, paths: NamespacePaths)
     store(theirs, DATA)
     ours = open_tier()
     store(ours, {KEYS[0]: DATA[KEYS[0]]})
-    shutil.copy(theirs.paths.page(KEYS[0]), paths.page(KEYS[0]))
+    shutil.copy(theirs.roots[0].paths.page(KEYS[0]), paths.page(KEYS[0]))
     assert load(ours, [KEYS[0]])[0].failed == {KEYS[0]: "namespace"}
 
 
