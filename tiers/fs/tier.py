@@ -42,6 +42,9 @@ from kvstrata.tiers.fs.startup import open_books, open_namespace
 _TASK_BYTES = 2**20
 _KEYS_PER_CHECK = 256  # a long prefix is checked by several threads
 _MAX_REMOVED = 2**16
+# The first look-up may come at once and has its own deadline, so the start waits so long for
+# the I/O processes, which take a third of a second, or some on a loaded machine.
+_READY_WITHIN_S = 10.0
 _GIVE_UP_S = 10.0  # for the other directories, if one cannot be opened
 
 
@@ -108,6 +111,9 @@ class FsTier(SecondaryTier):
         try:
             for config in configs:
                 self.roots.append(self._open_root(config, context))
+            deadline = time.monotonic() + _READY_WITHIN_S
+            for root in self.roots:
+                root.processes.wait_ready(deadline - time.monotonic())
         except BaseException:
             self.shutdown(_GIVE_UP_S)
             raise
