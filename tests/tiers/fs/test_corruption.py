@@ -35,7 +35,9 @@ AnotherUser = Callable[[], AbstractContextManager[None]]
 @pytest.fixture
 def bad_file(open_tier: OpenTier, paths: NamespacePaths) -> Path:
     """The file of BAD, sound so far; all three pages are stored."""
-    assert not store(open_tier(), DATA).failed
+    tier = open_tier()
+    assert not store(tier, DATA).failed
+    assert tier.shutdown(60.0)
     return Path(paths.page(BAD))
 
 
