@@ -70,8 +70,9 @@ test-engine: install ## the tests that start a real vLLM engine
 test: lint types test-unit test-engine ## everything CI runs
 
 BENCH_DIR := .bench
-bench-fs: install ## the filesystem tier against stock vLLM's (BENCH_DIR=... on the disk to measure)
-	$(BIN)/python -m kvstrata.tiers.fs.bench --root $(BENCH_DIR) --csv $(BENCH_DIR)/fs.csv
+bench-fs: install ## the filesystem tier against stock vLLM's and the device (BENCH_DIR=... on the disk)
+	$(BIN)/python -m kvstrata.tiers.fs.bench --root $(BENCH_DIR) \
+		--csv $(BENCH_DIR)/fs.csv --plot $(BENCH_DIR)/fs.png
 
 demo: install ## serve real prompts with a real small model and show the tiers at work
 	$(BIN)/python docs/demo/demo.py
