@@ -9,7 +9,6 @@ import importlib.util
 import mmap
 import multiprocessing
 import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -71,7 +70,6 @@ class Contestant(Protocol):
     """What moves pages between a directory of its own and the memory."""
 
     name: str
-    directory: Path
 
     def move(self, store: bool, keys: Sequence[bytes], per_job: int) -> list[float]:
         """Store or load key i to or from slot i, in jobs of `per_job` pages.
@@ -87,8 +85,11 @@ class Contestant(Protocol):
     def pids(self) -> list[int]:
         """Its processes besides this one."""
 
-    def clear(self) -> None:
-        """Remove its pages."""
+    def paths(self, keys: Sequence[bytes]) -> list[str]:
+        """The files of the pages."""
+
+    def clear(self, keys: Sequence[bytes]) -> None:
+        """Give the space of the pages back."""
 
     def close(self) -> None:
         """End it."""
@@ -114,8 +115,7 @@ class Ours:
         layout = PageLayout((TensorSpec("kv", "U8", (1, memory.region.slot_bytes)),), 16)
         namespace = {"pages": layouts_to_json({0: layout})}
         context = TierContext(_REQUEST, namespace, {0: layout}, memory.region)
-        self.directory = root / self.name
-        self._tier = FsTier({"root_dir": str(self.directory)}, context)
+        self._tier = FsTier({"root_dir": str(root / self.name)}, context)
         self._memory = memory
         self.lookup: Callable[[Any, Any], object] = self._tier.lookup
         self.request: Any = RequestView(_REQUEST)
@@ -139,8 +139,11 @@ class Ours:
     def pids(self) -> list[int]:
         return list(self._tier._processes.pids())
 
-    def clear(self) -> None:
-        _remove_leaves(self.directory)
+    def paths(self, keys: Sequence[bytes]) -> list[str]:
+        return [self._tier.paths.page(key) for key in keys]
+
+    def clear(self, keys: Sequence[bytes]) -> None:
+        _empty(self.paths(keys))
 
     def close(self) -> None:
         self._tier.shutdown(60.0)
@@ -157,9 +160,8 @@ class Stock:
         from vllm.v1.kv_offload.tiering.fs.manager import FileSystemTierManager
 
         shape = (memory.region.slots, memory.region.slot_bytes)
-        self.directory = root / self.name
         self._tier: Any = FileSystemTierManager(
-            _stock_spec(), memory.view.cast("B", shape), "fs", str(self.directory)
+            _stock_spec(), memory.view.cast("B", shape), "fs", str(root / self.name)
         )
         self._job: Any = TransferJob
         self.lookup: Callable[[Any, Any], object] = self._tier.lookup
@@ -186,8 +188,11 @@ class Stock:
     def pids(self) -> list[int]:
         return []
 
-    def clear(self) -> None:
-        _remove_leaves(self.directory)
+    def paths(self, keys: Sequence[bytes]) -> list[str]:
+        return [self._tier.file_mapper.get_file_name(key) for key in keys]
+
+    def clear(self, keys: Sequence[bytes]) -> None:
+        _empty(self.paths(keys))
 
     def close(self) -> None:
         self._tier.shutdown()
@@ -196,15 +201,16 @@ class Stock:
 class Raw:
     """The device: a file per page in one call, without header, checksum, rename or jobs.
 
-    It works in two processes, as our tier does, so that a busy engine is not in its way.
+    It overwrites the same files in place, so that the file system has little part in it, and
+    works in two processes, as our tier does, so that a busy engine is not in its way.
     """
 
     name = "raw"
 
     def __init__(self, root: Path, memory: Memory) -> None:
-        self.directory = root / self.name
-        self.directory.mkdir()
-        direct = os.O_DIRECT if probe_direct(str(self.directory)) else 0
+        self._directory = root / self.name
+        self._directory.mkdir()
+        direct = os.O_DIRECT if probe_direct(str(self._directory)) else 0
         context = multiprocessing.get_context("spawn")
         self._pipes: list[Connection] = []
         self._processes = []
@@ -218,7 +224,7 @@ class Raw:
             self._processes.append(process)
 
     def move(self, store: bool, keys: Sequence[bytes], per_job: int) -> list[float]:
-        files = [(str(self.directory / key.hex()), slot) for slot, key in enumerate(keys)]
+        files = [(path, slot) for slot, path in enumerate(self.paths(keys))]
         start = time.perf_counter()
         for number, pipe in enumerate(self._pipes):
             pipe.send((store, files[number :: len(self._pipes)]))
@@ -229,9 +235,11 @@ class Raw:
     def pids(self) -> list[int]:
         return [process.pid for process in self._processes if process.pid]
 
-    def clear(self) -> None:
-        for path in self.directory.iterdir():
-            path.unlink()
+    def paths(self, keys: Sequence[bytes]) -> list[str]:
+        return [str(self._directory / str(slot)) for slot in range(len(keys))]
+
+    def clear(self, keys: Sequence[bytes]) -> None:
+        """Nothing: the next store overwrites them."""
 
     def close(self) -> None:
         for pipe in self._pipes:
@@ -299,10 +307,15 @@ def _in_jobs(
     return times
 
 
-def _remove_leaves(directory: Path) -> None:
-    """Remove the directories `<hh>_g<group>` with their pages."""
-    for path in directory.glob("*/*/*_g0"):
-        shutil.rmtree(path)
+def _empty(paths: Sequence[str]) -> None:
+    """Give the space back, and keep the files.
+
+    ext4 without a journal looks at every inode that was freed in the last minute before it
+    makes a new file (`recently_deleted` in fs/ext4/ialloc.c), so to remove them would slow
+    down the stores that follow.
+    """
+    for path in paths:
+        os.truncate(path, 0)
 
 
 def _stock_spec() -> Any:

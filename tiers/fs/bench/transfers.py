@@ -72,14 +72,15 @@ def _round(
 ) -> Iterator[tuple[str, list[float], float]]:
     """Operation, seconds per job, CPU seconds."""
     keys = _new_keys()
+    paths = contestant.paths(keys)
     for operation in OPERATIONS:
-        _prepare(operation, contestant.directory)
+        _prepare(operation, paths)
         pids = [os.getpid(), *contestant.pids()]
         with _engine(busy) as spun:
             before = cpu_seconds(pids) - spun()
             jobs = contestant.move(operation == "store", keys, per_job)
             yield operation, jobs, cpu_seconds(pids) - spun() - before
-    contestant.clear()
+    contestant.clear(keys)
 
 
 def verify(contestant: Contestant, memory: Memory, per_job: int) -> None:
@@ -89,15 +90,16 @@ def verify(contestant: Contestant, memory: Memory, per_job: int) -> None:
         WrongBytes: they differ.
     """
     keys, noise = _new_keys(), bytes(memory.view)
+    paths = contestant.paths(keys)
     for operation in OPERATIONS:
-        _prepare(operation, contestant.directory)
+        _prepare(operation, paths)
         if operation != "store":
             memory.view[:] = bytes(len(noise))
         contestant.move(operation == "store", keys, per_job)
         if memory.view != noise:
             memory.view[:] = noise
             raise WrongBytes(f"{contestant.name}: {operation} changed the pages")
-    contestant.clear()
+    contestant.clear(keys)
 
 
 def _new_keys() -> list[bytes]:
@@ -133,15 +135,14 @@ def _engine(busy: bool) -> Iterator[Callable[[], float]]:
         thread.join()
 
 
-def _prepare(operation: str, directory: Path) -> None:
+def _prepare(operation: str, paths: Sequence[str]) -> None:
     """Take the pages out of the page cache, or bring them in."""
-    for operation_of, action in (("load cold", _drop), ("load warm", _warm)):
-        if operation == operation_of:
-            for parent, _, names in os.walk(directory):
-                for name in names:
-                    fd = os.open(os.path.join(parent, name), os.O_RDONLY)
-                    action(fd)
-                    os.close(fd)
+    action = {"load cold": _drop, "load warm": _warm}.get(operation)
+    if action:
+        for path in paths:
+            fd = os.open(path, os.O_RDONLY)
+            action(fd)
+            os.close(fd)
 
 
 def _drop(fd: int) -> None:
