@@ -81,6 +81,7 @@ class FsTier(SecondaryTier):
         self._jobs: dict[int, _OpenJob] = {}
         self._finished: list[JobResult] = []
         self._removed: deque[bytes] = deque(maxlen=_MAX_REMOVED)
+        self._lookups = self._hits = 0
         self._counters: Counter[str] = Counter()
         self._failures = Failures()
         self._closed = False
@@ -105,13 +106,18 @@ class FsTier(SecondaryTier):
 
     def lookup(self, key: bytes, request: RequestView) -> Lookup:
         """HIT and MISS from memory; RETRY while the disk is being asked."""
-        self._counters["lookups"] += 1
-        if self._closed or self._layout_nbytes(key) is None:
+        self._lookups += 1
+        if self._closed:
+            return Lookup.MISS
+        if self._index.is_present(key):  # so it is a key of this model
+            self._hits += 1
+            return Lookup.HIT
+        if self._layout_nbytes(key) is None:
             return Lookup.MISS
         if self._index.is_unsent(key):
             self._send_checks()
         found = self._index.lookup(key, request.req_id, time.monotonic())
-        self._counters["hits"] += found is Lookup.HIT
+        self._hits += found is Lookup.HIT
         return found
 
     def submit_store(self, job: Job) -> None:
@@ -167,6 +173,8 @@ class FsTier(SecondaryTier):
         reads, writes = self._processes.unfinished()
         return TierStats(
             counters={
+                "lookups": self._lookups,
+                "hits": self._hits,
                 **self._counters,
                 "swept_temporaries": self._processes.swept,
                 "restarted_processes": self._processes.restarts,
@@ -229,11 +237,12 @@ class FsTier(SecondaryTier):
 
     def _collect(self) -> None:
         """Take what the I/O processes did since the last call."""
+        now = time.monotonic()
         for ended in self._processes.collect():
             pairs = zip(ended.task.pages, ended.outcomes, strict=True)
             if ended.task.kind is Kind.CHECK:
                 for page, outcome in pairs:
-                    self._index.answer(page.key, outcome.moved, time.monotonic())
+                    self._index.answer(page.key, outcome.moved, now)
                 continue
             job = self._jobs[ended.task.job_id]
             for page, outcome in pairs:
