@@ -73,8 +73,9 @@ test-faults: install ## the filesystem tier against kills, full disks and hostil
 	$(BIN)/pytest --long tests/tiers
 
 BENCH_DIR := .bench
-bench-fs: install ## the filesystem tier against stock vLLM's (BENCH_DIR=... on the disk to measure)
-	$(BIN)/python -m kvstrata.tiers.fs.bench --root $(BENCH_DIR) --csv $(BENCH_DIR)/fs.csv
+bench-fs: install ## the filesystem tier against stock vLLM's and the device (BENCH_DIR=... on the disk)
+	$(BIN)/python -m kvstrata.tiers.fs.bench --root $(BENCH_DIR) \
+		--csv $(BENCH_DIR)/fs.csv --plot $(BENCH_DIR)/fs.png
 
 demo: install ## serve real prompts with a real small model and show the tiers at work
 	$(BIN)/python docs/demo/demo.py
