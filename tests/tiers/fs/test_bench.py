@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import kvstrata.tiers.fs.bench.__main__ as command
-from kvstrata.tiers.fs.bench import lookups, transfers
+from kvstrata.tiers.fs.bench import budget, lookups, transfers
 from kvstrata.tiers.fs.bench.contestants import Memory, Ours, Raw, Stock, WrongBytes
 from kvstrata.tiers.fs.bench.figures import Figure, append_csv
 from kvstrata.tiers.fs.bench.targets import TARGETS, summary
@@ -109,7 +109,8 @@ def test_the_command_writes_everything_and_ends_well_when_targets_are_missed(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(lookups, "INDEXED", 1000)
-    command.main(Path("root"), Path("fs.csv"), Path("fs.png"), 1, [4])
+    monkeypatch.setattr(budget, "_PAGE_BYTES", PAGE)
+    command.main(Path("root"), Path("fs.csv"), Path("fs.png"), 1, 50, [4])
     printed = capsys.readouterr().out.splitlines()
     assert "stock vLLM is not installed: measuring against the device only" in printed
     assert printed[-1].startswith("targets: ")
@@ -117,7 +118,9 @@ def test_the_command_writes_everything_and_ends_well_when_targets_are_missed(
         rows = list(csv.DictReader(file))
     assert {"machine", "kernel", "python", "vllm", *Figure._fields} <= set(rows[0])
     operations = {*transfers.OPERATIONS, "lookup, first", "lookup, repeated", "index"}
-    assert {row["operation"] for row in rows} == operations
+    starts = {row["operation"] for row in rows if row["metric"] == "s"}
+    assert {row["operation"] for row in rows} - starts == {*operations, budget.OPERATION}
+    assert {"start", "first look-up", "first scan", "index loaded"} <= starts
     assert Path("fs.png").read_bytes().startswith(b"\x89PNG")
     assert list(Path("root").iterdir()) == []
 

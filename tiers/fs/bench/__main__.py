@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from kvstrata.tiers.fs.bench import lookups, transfers
+from kvstrata.tiers.fs.bench import budget, lookups, starting, transfers
 from kvstrata.tiers.fs.bench.contestants import has_stock
 from kvstrata.tiers.fs.bench.figures import Figure, append_csv, machine
 from kvstrata.tiers.fs.bench.report import plot, print_table
@@ -25,12 +25,15 @@ from kvstrata.tiers.fs.bench.targets import summary
 SIZES_KIB = [128, 512, 2048, 5120]
 
 
-def measure(root: Path, sizes_kib: list[int], repeat: int) -> Iterator[Figure]:
+def measure(root: Path, sizes_kib: list[int], repeat: int, files: int) -> Iterator[Figure]:
     """All figures. A case is a function that yields its figures."""
     for kib in sizes_kib:
         yield from transfers.measure(root / f"{kib}k", kib * 1024, repeat)
     yield from lookups.measure_time(root / "lookups", repeat)
     yield from lookups.measure_memory()
+    yield from budget.measure(root / "budget", repeat)
+    if files:
+        yield from starting.measure(root / "starting", files)
 
 
 def main(
@@ -40,6 +43,9 @@ def main(
         Path | None, typer.Option("--plot", help="Draw them into this file; needs matplotlib.")
     ] = None,
     repeat: Annotated[int, typer.Option(min=1, help="Rounds of each case.")] = 5,
+    files: Annotated[
+        int, typer.Option(min=0, help="In a directory to start on; 0 leaves that out.")
+    ] = 1_000_000,
     kib: Annotated[list[int], typer.Option(min=4, help="Page sizes.")] = SIZES_KIB,
 ) -> None:
     """Measure the filesystem tier against stock vLLM's and against the device."""
@@ -49,7 +55,7 @@ def main(
         print("stock vLLM is not installed: measuring against the device only")
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root.resolve()) as directory:
-        figures = list(measure(Path(directory), kib, repeat))
+        figures = list(measure(Path(directory), kib, repeat, files))
     print_table(figures, console)
     if csv:
         append_csv(csv, figures)

@@ -10,7 +10,7 @@ import mmap
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -111,11 +111,13 @@ class Ours:
 
     name = "kvstrata"
 
-    def __init__(self, root: Path, memory: Memory) -> None:
+    def __init__(
+        self, root: Path, memory: Memory, options: Mapping[str, Any] | None = None
+    ) -> None:
         layout = PageLayout((TensorSpec("kv", "U8", (1, memory.region.slot_bytes)),), 16)
         namespace = {"pages": layouts_to_json({0: layout})}
         context = TierContext(_REQUEST, namespace, {0: layout}, memory.region)
-        self._tier = FsTier({"root_dir": str(root / self.name)}, context)
+        self._tier = FsTier({"root_dir": str(root / self.name), **(options or {})}, context)
         self._memory = memory
         self.lookup: Callable[[Any, Any], object] = self._tier.lookup
         self.request: Any = RequestView(_REQUEST)

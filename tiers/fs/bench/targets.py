@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from kvstrata.tiers.fs.bench import budget
 from kvstrata.tiers.fs.bench.contestants import Ours, Raw, Stock
 from kvstrata.tiers.fs.bench.figures import Figure
 
@@ -91,6 +92,21 @@ TARGETS = (
         Stock.name,
         at_most=True,
     ),
+    Target(
+        "at the budget, against stock's plain store",
+        "GB/s",
+        lambda f: f.operation == budget.OPERATION,
+        1.0,
+        Stock.name,
+    ),
+    Target(
+        "start on many files, first look-up",
+        "s",
+        lambda f: f.operation.startswith("first look-up"),
+        0.1,
+        at_most=True,
+    ),
+    Target("start, index loaded", "s", lambda f: f.operation == "index loaded", 2.0, at_most=True),
     Target("index memory", "bytes/file", lambda f: f.operation == "index", 250.0, at_most=True),
 )
 

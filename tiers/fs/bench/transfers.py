@@ -71,7 +71,7 @@ def _round(
     contestant: Contestant, per_job: int, busy: bool
 ) -> Iterator[tuple[str, list[float], float]]:
     """Operation, seconds per job, CPU seconds."""
-    keys = _new_keys()
+    keys = new_keys()
     paths = contestant.paths(keys)
     for operation in OPERATIONS:
         _prepare(operation, paths)
@@ -89,7 +89,7 @@ def verify(contestant: Contestant, memory: Memory, per_job: int) -> None:
     Raises:
         WrongBytes: they differ.
     """
-    keys, noise = _new_keys(), bytes(memory.view)
+    keys, noise = new_keys(), bytes(memory.view)
     paths = contestant.paths(keys)
     for operation in OPERATIONS:
         _prepare(operation, paths)
@@ -102,7 +102,8 @@ def verify(contestant: Contestant, memory: Memory, per_job: int) -> None:
     contestant.clear(keys)
 
 
-def _new_keys() -> list[bytes]:
+def new_keys() -> list[bytes]:
+    """Keys for a round."""
     return [os.urandom(32) + bytes(4) for _ in range(PAGES)]
 
 
