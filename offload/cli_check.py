@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvstrata.offload.cli_root import Root, as_owner, no_namespaces
+from kvstrata.offload.cli_root import Root, no_namespaces, refuse_root
 from kvstrata.offload.printing import AsJson, byte_bar, fail, print_json, printable, size
 
 if TYPE_CHECKING:
@@ -29,10 +29,12 @@ def check(
 
     try:
         misplaced = not namespaces(root) and no_namespaces(root)
+        if fix:
+            refuse_root(root)
         with byte_bar("counting") as advance:
             # only the bar needs the total
             total = sum(each.bytes for each in list_namespaces(root, advance)) if advance else 0
-        with as_owner(root, fix), byte_bar("checking", total) as advance:
+        with byte_bar("checking", total) as advance:
             done = examine(
                 root, fix and not misplaced, advance and (lambda report: advance(report.size))
             )
@@ -79,4 +81,4 @@ def _show_examination(done: Examination, left: int, fix: bool) -> None:
         parts.append(f"{left} left")
     typer.echo(f"{', '.join(parts)}, {done.report.temporary} temporary")
     if done.servers:
-        typer.echo(f"the books were left to the {done.servers} servers that are running")
+        typer.echo(f"servers running: {done.servers}; the books were left to them")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvstrata.offload.cli_root import Root, as_owner, limits_json, no_namespaces
+from kvstrata.offload.cli_root import Root, limits_json, no_namespaces, refuse_root
 from kvstrata.offload.printing import AsJson, fail, print_json, size, state_bar
 
 if TYPE_CHECKING:
@@ -33,15 +33,14 @@ def gc(
     with 2 if ROOT cannot be used or an option is wrong.
     """
     from kvstrata.tiers.fs.listing import namespaces
-    from kvstrata.tiers.fs.space.audit import audit
     from kvstrata.tiers.fs.space.offline import trim
 
     try:
         if not namespaces(root):
             raise typer.Exit(2 if no_namespaces(root) else 0)
         limits = _limits(root, max_bytes, max_files, min_free_bytes)
-        with as_owner(root, True), state_bar("trimming") as say:
-            servers = len(audit(root).living)
+        refuse_root(root)
+        with state_bar("trimming") as say:
 
             def progress(usage: Usage, deleted: int) -> None:
                 if say is not None:
@@ -51,9 +50,9 @@ def gc(
     except OSError as error:
         fail(root, error)
     if as_json:
-        _print_trimmed(done, limits, servers)
+        _print_trimmed(done, limits)
     else:
-        _show_trimmed(done, servers)
+        _show_trimmed(done)
     raise typer.Exit(0 if done.within else 1)
 
 
@@ -86,7 +85,7 @@ def _limits(
     return limits
 
 
-def _print_trimmed(done: Trimmed, limits: Limits, servers: int) -> None:
+def _print_trimmed(done: Trimmed, limits: Limits) -> None:
     before, after = (
         {"files": usage.files, "bytes": usage.nbytes, "free_bytes": usage.free_bytes}
         for usage in (done.before, done.after)
@@ -95,7 +94,7 @@ def _print_trimmed(done: Trimmed, limits: Limits, servers: int) -> None:
         {
             "within": done.within,
             "limits": limits_json(limits),
-            "servers": servers,
+            "servers": done.servers,
             "evicted_files": done.evicted_files,
             "evicted_bytes": done.evicted_bytes,
             "before": before,
@@ -105,9 +104,9 @@ def _print_trimmed(done: Trimmed, limits: Limits, servers: int) -> None:
     )
 
 
-def _show_trimmed(done: Trimmed, servers: int) -> None:
+def _show_trimmed(done: Trimmed) -> None:
     before, after = done.before, done.after
-    who = f"with {servers} servers running, " if servers else ""
+    who = f"servers running: {done.servers}; " if done.servers else ""
     typer.echo(
         f"{who}from {before.files} files, {size(before.nbytes)} to {after.files} files, "
         f"{size(after.nbytes)}; {done.evicted_files} pages, {size(done.evicted_bytes)} deleted "

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,24 +13,22 @@ if TYPE_CHECKING:
 Root = Annotated[str, typer.Argument(metavar="ROOT", help="The root_dir of the filesystem tier.")]
 
 
-@contextmanager
-def as_owner(root: str, changing: bool) -> Iterator[None]:
-    """For root's user: act as the owner of the books, so that servers can use what is made."""
+def refuse_root(root: str) -> None:
+    """Exit with 2 if this is root's user and the books, or `root`, belong to another.
+
+    What root creates there the servers could not use. Other users are stopped by the permissions.
+
+    Raises:
+        OSError: `root` cannot be looked at.
+    """
     from kvstrata.tiers.fs.space.walk import BOOKS_NAME
 
-    if not changing or os.geteuid() != 0:
-        yield
-        return
     books = os.path.join(root, BOOKS_NAME)
-    owner = os.stat(books if os.path.exists(books) else root)
-    group = os.getegid()
-    os.setegid(owner.st_gid)
-    os.seteuid(owner.st_uid)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-        os.setegid(group)
+    owner = os.stat(books if os.path.exists(books) else root).st_uid
+    if os.geteuid() == 0 != owner:
+        remedy = f"run this as the servers do, for example with: setpriv --reuid={owner}"
+        typer.echo(f"kvstrata: {root!r} belongs to user {owner}; {remedy}", err=True)
+        raise typer.Exit(2)
 
 
 def no_namespaces(root: str) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from kvstrata.tiers.fs.failures import Failures
 from kvstrata.tiers.fs.space import snapshot
+from kvstrata.tiers.fs.space.audit import audit
 from kvstrata.tiers.fs.space.follower import News
 from kvstrata.tiers.fs.space.journal import HEADER_BYTES, Op, decode, parse_name, read_namespace
 from kvstrata.tiers.fs.space.limits import Limits, Usage
@@ -29,8 +30,9 @@ class Trimmed:
     Attributes:
         evicted_files, evicted_bytes: what was deleted here; a running server that keeps the
             books deletes itself.
-        before, after: what was taken when that was first known, and in the end.
+        before, after: what was taken at first, as far as it was known, and in the end.
         within: whether everything below the root is within the limits now.
+        servers: how many were living.
         failures: what went wrong, by cause.
     """
 
@@ -39,6 +41,7 @@ class Trimmed:
     before: Usage
     after: Usage
     within: bool
+    servers: int
     failures: dict[str, int]
 
 
@@ -76,9 +79,11 @@ def trim(
     """
     mode = stat.S_IMODE(os.stat(root).st_mode) | 0o700
     accounts = _Accounts()
+    found = audit(root)
+    # where servers live they may have deleted something before we look again
+    before = found.books.usage(root) if found.books and found.books.known else None
     space = Space(root, None, limits, mode & 0o666, mode & 0o777, accounts)
-    before: Usage | None = None
-    last, since = (Usage(-1, -1, -1), -1), time.monotonic()
+    last, since = (-1, -1, -1), time.monotonic()
     try:
         while True:
             counted = space.is_counted()
@@ -88,21 +93,22 @@ def trim(
                 before = Usage(
                     usage.nbytes + evicted[0], usage.files + evicted[1], usage.free_bytes
                 )
-            state = (usage, accounts.evicted_files)
             if progress is not None:
-                progress(*state)
+                progress(usage, accounts.evicted_files)
+            state = (usage.nbytes, usage.files, accounts.evicted_files)
             if state != last:
                 last, since = state, time.monotonic()
             stuck = time.monotonic() - since > _STUCK_S
-            if before is None and stuck and accounts.failures.totals():
+            if not counted and stuck and accounts.failures.totals():
                 raise OSError("the books cannot be kept: " + accounts.last)
-            if before is not None and (within or stuck):
+            if counted and before is not None and (within or stuck):
                 return Trimmed(
                     accounts.evicted_files,
                     accounts.evicted_bytes,
                     before,
                     usage,
                     within,
+                    len(found.living),
                     accounts.failures.totals(),
                 )
             time.sleep(_POLL_S)
