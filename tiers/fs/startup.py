@@ -70,11 +70,7 @@ def open_books(config: FsConfig) -> Limits | None:
         TierConfigError: they cannot, but the limits need them.
     """
     try:
-        least = config.min_free_bytes
-        if isinstance(least, Fraction):
-            disk = os.statvfs(config.root_dir)
-            least = int(disk.f_blocks * disk.f_frsize * least)
-        limits = Limits(config.max_bytes, config.max_files, least)
+        limits = limits_of(config)
         path = os.path.join(config.root_dir, BOOKS_NAME, LEDGER_NAME)
         ledger = Ledger(path, config.file_mode, config.dir_mode)
         try:
@@ -95,6 +91,19 @@ def open_books(config: FsConfig) -> Limits | None:
             error,
         )
         return None
+
+
+def limits_of(config: FsConfig) -> Limits:
+    """The limits in bytes of the file system of `root_dir`, which exists.
+
+    Raises:
+        OSError: the file system cannot be asked.
+    """
+    least = config.min_free_bytes
+    if isinstance(least, Fraction):
+        disk = os.statvfs(config.root_dir)
+        least = int(disk.f_blocks * disk.f_frsize * least)
+    return Limits(config.max_bytes, config.max_files, least)
 
 
 def make_namespace(config: FsConfig, paths: NamespacePaths, fields: Mapping[str, Any]) -> None:

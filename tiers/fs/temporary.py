@@ -70,15 +70,17 @@ def sweep(directory: str, stop: threading.Event) -> int:
                 if entry.is_dir(follow_symlinks=False):
                     pending.append(entry.path)
                 elif is_temporary(entry.name):
-                    removed += _remove_abandoned(entry)
+                    removed += remove_abandoned(entry.path)
     return removed
 
 
-def _remove_abandoned(entry: os.DirEntry[str]) -> bool:
+def remove_abandoned(path: str) -> bool:
+    """Remove the temporary at `path` if its writer is dead; whether that was done."""
     with suppress(OSError):
-        found = entry.stat(follow_symlinks=False)
-        if stat.S_ISREG(found.st_mode) and is_abandoned(entry.name, time.time() - found.st_mtime):
-            os.unlink(entry.path)
+        found = os.lstat(path)
+        age_s = time.time() - found.st_mtime
+        if stat.S_ISREG(found.st_mode) and is_abandoned(os.path.basename(path), age_s):
+            os.unlink(path)
             return True
     return False
 

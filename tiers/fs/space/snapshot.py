@@ -66,6 +66,16 @@ def save(directory: str, catalog: Catalog, names: Names, read: Positions, mode: 
 
 def load(directory: str) -> tuple[Catalog, Names, Positions]:
     """What the snapshot holds; nothing where there is none or it is damaged."""
+    return _load(directory)[0]
+
+
+def is_sound(directory: str) -> bool:
+    """Whether all of the snapshot can be read, or there is none."""
+    return _load(directory)[1]
+
+
+def _load(directory: str) -> tuple[tuple[Catalog, Names, Positions], bool]:
+    """What the snapshot holds, and whether that is all of it."""
     catalog, names, read = Catalog(), Names(), Positions()
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
@@ -74,19 +84,22 @@ def load(directory: str) -> tuple[Catalog, Names, Positions]:
             start = file.read(_START.size)
             magic, length = _START.unpack(start)
             if magic != _MAGIC or length > _MAX_HEADER:
-                return catalog, names, read
+                return (catalog, names, read), False
             header = json.loads(_read(file, start, length))
             namespaces = header["namespaces"]
             if not all(NAMESPACE.fullmatch(name) for name in namespaces):
-                return catalog, names, read
+                return (catalog, names, read), False
             names = Names(namespaces)
             for server, (number, size) in header["journals"].items():
                 read[bytes.fromhex(server)] = (int(number), int(size))
             while piece := file.read(_PIECE.size):
                 _take_piece(file, piece, catalog)
+    except FileNotFoundError:
+        pass
     except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError, RecursionError):
-        pass  # absent, cut off or hostile: what was read so far is well-formed
-    return catalog, names, read
+        # cut off or hostile: what was read so far is well-formed
+        return (catalog, names, read), False
+    return (catalog, names, read), True
 
 
 def _take_piece(file: BinaryIO, piece: bytes, catalog: Catalog) -> None:

@@ -22,7 +22,7 @@ from kvstrata.tiers.fs.space.follower import Follower, News
 from kvstrata.tiers.fs.space.journal import Journal, Op, Record, evicted_key
 from kvstrata.tiers.fs.space.keeper import PROTECT_S, Keeper, boot_id
 from kvstrata.tiers.fs.space.ledger import LEDGER_NAME, MAX_ROWS, Books, Ledger, Row
-from kvstrata.tiers.fs.space.limits import BLOCK, Limits, room, rotate_bytes
+from kvstrata.tiers.fs.space.limits import BLOCK, Limits, Usage, room, rotate_bytes
 from kvstrata.tiers.fs.space.presence import Presence, Watch
 from kvstrata.tiers.fs.space.walk import BOOKS_NAME
 from kvstrata.tiers.fs.temporary import host_name
@@ -147,8 +147,8 @@ class Space:
         self._thread.join(max(0.0, timeout_s))
         return not self._thread.is_alive()
 
-    def usage(self) -> tuple[int, bool]:
-        """Bytes taken by everything below the root, and whether all limits hold.
+    def usage(self) -> tuple[Usage, bool]:
+        """What everything below the root takes, and whether all limits hold.
 
         Raises:
             OSError: the ledger cannot be read.
@@ -156,16 +156,17 @@ class Space:
         with self._ledger.locked() as books:
             limits, usage = books.limits(), books.usage(self._root)
         left = room(limits, usage)
-        return usage.nbytes, left.nbytes >= 0 and left.files >= 0
+        return usage, left.nbytes >= 0 and left.files >= 0
 
     def is_counted(self) -> bool:
-        """Whether a scan by the keeper, this server or another, has ended.
+        """Whether this server is in the ledger, and a scan by the keeper, whoever it is, has ended.
 
         Raises:
             OSError: the ledger cannot be read.
         """
         with self._ledger.locked() as books:
             known, ours = books.known, books.keeper == self._server
+            known &= self._server in books.rows
         keeper = self._keeper
         return known and (not ours or (keeper is not None and keeper.complete))
 
