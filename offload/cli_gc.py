@@ -76,7 +76,8 @@ def _limits(
             "give at least one limit: --max-bytes, --max-files or --min-free-bytes"
         )
     try:
-        limits = limits_of(FsConfig.parse({"root_dir": os.path.abspath(root), **options}))
+        (config,) = FsConfig.parse({"root_dir": os.path.abspath(root), **options})
+        limits = limits_of(config)
     except TierConfigError as error:
         raise typer.BadParameter(str(error)) from None
     disk = os.statvfs(root)
