@@ -1,27 +1,24 @@
 """Trimming from outside, and recency for reports."""
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from kvstrata.tiers.fs.scan import check_root
 from kvstrata.tiers.fs.space import offline
-from kvstrata.tiers.fs.space.limits import Limits, file_cost
+from kvstrata.tiers.fs.space.limits import Limits
 from kvstrata.tiers.fs.space.offline import last_uses, trim
-from kvstrata.tiers.fs.tier import FsTier
-from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key, store
+from tests.tiers.fs.space.conftest import OpenServer
+from tests.tiers.fs.space.harness import COST, rest
 
-SIZE = CONTEXT.layouts[2].nbytes
-COST = file_cost(SIZE + 4096)
-PAGES = {make_key(n, 2): make_data(n, SIZE) for n in range(60)}
+PAGES = range(60)
 
 
-def test_trim_while_no_server_runs(root: Path, open_tier: Callable[..., FsTier]) -> None:
-    tier = open_tier()
-    store(tier, PAGES)
-    assert tier.shutdown(60.0)
+def test_trim_while_no_server_runs(root: Path, open_server: OpenServer) -> None:
+    server = open_server()
+    server.put(PAGES)
+    server.close()
     seen: list[tuple[int, int]] = []
     found = trim(str(root), Limits(max_bytes=40 * COST), lambda *now: seen.append(now))
     assert found.within and 20 <= found.evicted_files < 30 and found.failures == {}
@@ -32,16 +29,17 @@ def test_trim_while_no_server_runs(root: Path, open_tier: Callable[..., FsTier])
     assert again.within and again.evicted_files == 0
 
 
-def test_trim_beside_a_server(root: Path, open_tier: Callable[..., FsTier]) -> None:
-    tier = open_tier(max_bytes="1GiB")
-    store(tier, PAGES)
+def test_trim_beside_a_server(root: Path, open_server: OpenServer) -> None:
+    server = open_server(max_bytes="1GiB")
+    server.put(PAGES)
+    rest(server)
     found = trim(str(root), Limits(max_files=30))
     assert found.within and found.evicted_files == 0
-    assert tier.stats().counters["evicted_files"] >= 30
-    result, _ = load(tier, list(PAGES))
-    assert set(result.failed.values()) == {"missing"}
-    assert not store(tier, PAGES).failed  # the limit ended with the trimming
-    assert not load(tier, list(PAGES))[0].failed
+    assert server.done["evicted_files"] >= 30
+    assert len(server.get(PAGES)) < 30
+    assert server.failures.keys() == {"missing"}
+    assert server.put(PAGES) == {}  # the limit ended with the trimming
+    assert server.get(PAGES) == set(PAGES)
 
 
 def test_trim_that_cannot_succeed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,12 +55,12 @@ def test_trim_needs_a_directory(tmp_path: Path) -> None:
         trim(str(tmp_path / "none"), Limits(max_bytes=1))
 
 
-def test_last_uses(root: Path, open_tier: Callable[..., FsTier]) -> None:
+def test_last_uses(root: Path, open_server: OpenServer) -> None:
     assert last_uses(str(root)) == {}
     before = time.time()
-    tier = open_tier(max_bytes="1GiB")
-    store(tier, PAGES)
-    assert tier.shutdown(60.0)
+    server = open_server(max_bytes="1GiB")
+    server.put(PAGES)
+    server.close()
     found = last_uses(str(root))
-    assert list(found) == [tier._files.paths.name]
+    assert list(found) == [server.paths.name]
     assert before - 1 <= next(iter(found.values())) <= time.time() + 1
