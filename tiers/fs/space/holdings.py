@@ -72,9 +72,9 @@ class Holdings:
     def add(self, name: bytes, cost: int, stamp: int, depth: int, books: Books | None) -> None:
         """The file was stored; the books are changed if they are given."""
         if name in self._gone_early:
-            del self._gone_early[name]
             if not self.exists(name):
                 return
+            del self._gone_early[name]
         known = name in self.catalog
         grew = self.catalog.add(name, cost, stamp, depth)
         if (used := self._used_early.pop(name, None)) is not None:

@@ -284,6 +284,8 @@ class Space:
         """
         if len(books.rows) >= MAX_ROWS:
             return None
+        if self._presence is not None:
+            self._presence.renew()
         end = self._journal_end()
         row = Row(host_name().encode("ascii"), self._limits, booked=end)
         row.reserved_bytes = self.admission.open_bytes
@@ -307,6 +309,7 @@ class Space:
                 return
             holder.dead = True
         books.keeper = self._place.server
+        self._keeper = None  # another may have kept the books while we seemed dead
         others = [s for s, row in books.rows.items() if s != self._place.server and not row.dead]
         if books.boot != boot_id() and not others:
             books.known = False  # the machine may have lost what was written last
