@@ -91,6 +91,8 @@ class PageFiles:
                 self._write(path, key, view)
             elif not self._write_within(self._space, path, page, view, access):
                 return Outcome("budget")
+            if self._config.durability == "fsync":
+                _fsync_directory(os.path.dirname(path))
             return Outcome(moved=True)
         except OSError as error:
             cause = error_cause(error)
@@ -157,7 +159,7 @@ class PageFiles:
         self._report(cause, detail)
         moved = self._quarantine.take(self.paths.page(key), cause, inode)
         if moved and self._space is not None:
-            self._space.quarantined(self._cost(key))
+            self._space.quarantined()
             self._space.gone(key)
         return Outcome(cause, gone=True, stuck=not moved)
 
@@ -256,8 +258,6 @@ class PageFiles:
             with suppress(OSError):
                 os.unlink(temporary)
             raise
-        if self._config.durability == "fsync":
-            _fsync_directory(directory)
 
     def _in_directory(self, directory: str, action: Callable[[], _T]) -> _T:
         """Do what needs the directory; where it is missing, make it first.

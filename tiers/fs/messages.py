@@ -25,7 +25,7 @@ MOST_NEWS = 400  # of a record, so that two fit into a packet
 MAX_PACKET = 2**16
 MAX_SETUP = 2**20
 
-_TASK = struct.Struct("<BIIH")  # kind, task id, access, pages
+_TASK = struct.Struct("<BIQH")  # kind, task id, access, pages
 _PAGE = struct.Struct("<IIBB")  # slot, depth, rewrite, length of the key
 _DONE = struct.Struct("<BIddH")  # type, task id, start, end, pages
 _FAILURE = struct.Struct("<BBH")  # type, length of the cause, length of the detail

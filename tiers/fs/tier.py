@@ -35,6 +35,7 @@ from kvstrata.tiers.fs.layout import NamespacePaths, is_key
 from kvstrata.tiers.fs.messages import MOST_PAGES, Kind, Outcome, PageRef, Setup
 from kvstrata.tiers.fs.namespace import namespace_paths
 from kvstrata.tiers.fs.processes import IoProcesses, Task
+from kvstrata.tiers.fs.space.stamps import first_access
 from kvstrata.tiers.fs.startup import open_books, open_namespace
 
 # A job is cut into tasks of about so many bytes: small enough that one long prefix keeps many
@@ -105,8 +106,8 @@ class FsTier(SecondaryTier):
         self._failures = Failures()
         self._closed = False
         # An access is a job, a touch or the lookups of a step; its pages count as used
-        # together. Random, since the books of a root hold the accesses of many engines.
-        self._access = int.from_bytes(os.urandom(4))
+        # together.
+        self._access = first_access()
         self._promised: dict[bytes, None] = {}  # in this step
         self.roots: list[Root] = []
         try:
@@ -289,7 +290,7 @@ class FsTier(SecondaryTier):
             root.processes.submit(self._tasks(kind, pages, job.job_id, access))
 
     def _next_access(self) -> int:
-        self._access = (self._access + 1) % 2**32
+        self._access += 1
         return self._access
 
     def _tasks(self, kind: Kind, pages: Iterable[Page], job_id: int, access: int) -> Iterator[Task]:

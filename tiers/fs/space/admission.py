@@ -51,6 +51,7 @@ class Admission:
         self._spares: list[str] = []
         self._hopeless_until = 0.0
         self._turn = threading.Lock()
+        self._count_lock = threading.Lock()
 
     def admit(self, cost: int) -> Grant | None:
         """Reserve `cost` bytes for one file; None if in `WAIT_S` seconds there was no room.
@@ -86,26 +87,45 @@ class Admission:
         if grant.spare is not None:
             with suppress(OSError):
                 os.unlink(grant.spare)
-        with self._ledger.locked() as books:
-            self.open_bytes -= grant.cost
-            self.open_files -= 1
-            row = books.rows.get(self._server)
-            if row is not None:
-                row.reserved_bytes = max(0, row.reserved_bytes - grant.cost)
-                row.reserved_files = max(0, row.reserved_files - 1)
-                row.pressed += _FULL_DISK_FILES * grant.cost if disk_full else 0
+        ended = False
+        try:
+            with self._ledger.locked() as books:
+                ended = True
+                self._count(-grant.cost, -1)
+                row = books.rows.get(self._server)
+                if row is not None:
+                    row.reserved_bytes = max(0, row.reserved_bytes - grant.cost)
+                    row.reserved_files = max(0, row.reserved_files - 1)
+                    row.pressed += _FULL_DISK_FILES * grant.cost if disk_full else 0
+        finally:
+            if not ended:  # the server's row follows as soon as the ledger can be used
+                self._count(-grant.cost, -1)
         self._wake()
 
     def noted(self, nbytes: int, files: int) -> None:
         """Files that were written for grants of so many bytes are in the journal now."""
-        with self._ledger.locked():
-            self.open_bytes -= nbytes
-            self.open_files -= files
+        self._count(-nbytes, -files)
+
+    def _count(self, nbytes: int, files: int) -> None:
+        with self._count_lock:
+            self.open_bytes += nbytes
+            self.open_files += files
 
     def _attempt(self, cost: int) -> Grant | None:
-        with self._ledger.locked() as books:
-            row = books.rows.get(self._server)
-            return self._try(books, row, cost) if row and books.known else None
+        grant = None
+        try:
+            with self._ledger.locked() as books:
+                row = books.rows.get(self._server)
+                if row is not None and not row.dead and books.known:
+                    grant = self._try(books, row, cost)
+        except OSError:
+            if grant is not None:  # it could not be written down
+                self._count(-cost, -1)
+                if grant.spare is not None:
+                    with suppress(OSError):
+                        os.unlink(grant.spare)
+            raise
+        return grant
 
     def _try(self, books: Books, row: Row, cost: int) -> Grant | None:
         limits, usage = books.limits(), books.usage(self._root)
@@ -120,8 +140,7 @@ class Admission:
         row.wanted, row.page = 0, cost
         row.reserved_bytes += cost
         row.reserved_files += 1
-        self.open_bytes += cost
-        self.open_files += 1
+        self._count(cost, 1)
         return Grant(cost, spare)
 
     def _take_spare(self, books: Books, cost: int) -> str | None:

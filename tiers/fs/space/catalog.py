@@ -47,14 +47,20 @@ class Catalog:
         return self._blocks[self._positions[name]] * BLOCK
 
     def add(self, name: bytes, cost: int, stamp: int, depth: int = 0) -> int:
-        """The file is there, new or replaced; by how much the total grew, in bytes."""
+        """The file is there, new or replaced; by how much the total grew, in bytes.
+
+        A stamp below the one that is known changes nothing: it came late.
+        """
         before = self.nbytes
         position = self._positions.get(name)
         if position is None:
             position = self._take_position(name)
+            self._stamps[position] = stamp
+            if self._queue and stamp < self._queue[0][0]:
+                self._queue.clear()
         else:
             self.nbytes -= self._blocks[position] * BLOCK
-        self._stamps[position] = stamp
+            self._stamps[position] = max(stamp, self._stamps[position])
         self._blocks[position] = -(-cost // BLOCK)
         self._marks[position] = self._mark
         if depth:
@@ -65,17 +71,13 @@ class Catalog:
     def seen(self, name: bytes, cost: int, stamp: int) -> None:
         """A scan found the file; the stamp counts only if nothing was known of it."""
         position = self._positions.get(name)
-        if position is not None:
-            stamp = self._stamps[position]
-        elif self._queue and stamp < self._queue[0][0]:
-            self._queue.clear()
-        self.add(name, cost, stamp)
+        self.add(name, cost, stamp if position is None else self._stamps[position])
 
     def use(self, name: bytes, stamp: int, depth: int = 0) -> None:
         """The file was used, if it is known."""
         position = self._positions.get(name)
         if position is not None:
-            self._stamps[position] = stamp
+            self._stamps[position] = max(stamp, self._stamps[position])
             if depth:
                 self._depths[position] = depth
 

@@ -23,7 +23,7 @@ from kvstrata.tiers.fs.space.names import NAMESPACE
 
 _DIGEST_BYTES = 6  # of a namespace
 _MAX_KEY = MAX_HASH_BYTES + 4 + _DIGEST_BYTES
-_BODY = struct.Struct(f"<BBIII{_MAX_KEY}s")
+_BODY = struct.Struct(f"<BBIQI{_MAX_KEY}s")
 _RECORD = struct.Struct(f"{_BODY.size}sI")
 RECORD_BYTES = _RECORD.size
 _HEADER = struct.Struct("<8s160s")
@@ -38,9 +38,9 @@ class Op(enum.IntEnum):
     STORED = 1
     USED = 2
     GONE = 3
-    QUARANTINED = 4  # a bad file was moved; `blocks` says how large it is
+    QUARANTINED = 4  # a bad file was moved to the quarantine of the namespace
     PROMISED = 5  # used, and about to be loaded
-    EVICTED = 6  # by the keeper; the key is that of `evicted_key`
+    EVICTED = 6  # by the keeper
 
 
 class Record(NamedTuple):
@@ -48,9 +48,9 @@ class Record(NamedTuple):
 
     Attributes:
         op: what happened.
-        key: the page's offload key; empty for QUARANTINED.
+        key: the page's offload key, that of `evicted_key` for EVICTED; empty for QUARANTINED.
         blocks: cost of the file in units of `BLOCK`; 0 where it does not matter.
-        access: number that the pages of one access share, modulo 2**32.
+        access: number that the pages of one access share, below 2**64; see `stamps`.
         depth: end token of the page, 0 if unknown.
     """
 
@@ -62,9 +62,7 @@ class Record(NamedTuple):
 
     def encode(self) -> bytes:
         """`RECORD_BYTES` bytes."""
-        body = _BODY.pack(
-            self.op, len(self.key), self.blocks, self.access & 0xFFFFFFFF, self.depth, self.key
-        )
+        body = _BODY.pack(self.op, len(self.key), self.blocks, self.access, self.depth, self.key)
         return _RECORD.pack(body, zlib.crc32(body))
 
 

@@ -225,10 +225,16 @@ class Ledger:
         return (found.st_dev, found.st_ino) == (ours.st_dev, ours.st_ino)
 
     def _open(self) -> int:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        with suppress(FileNotFoundError):
+            return os.open(self._path, flags)
+        directory = os.path.dirname(self._path)
+        with suppress(FileExistsError):
+            os.mkdir(directory, self._dir_mode)
+            os.chmod(directory, self._dir_mode)  # what the umask took away
         try:
-            return os.open(self._path, flags, self._file_mode)
-        except FileNotFoundError:
-            with suppress(FileExistsError):
-                os.mkdir(os.path.dirname(self._path), self._dir_mode)
-            return os.open(self._path, flags, self._file_mode)
+            fd = os.open(self._path, flags | os.O_CREAT | os.O_EXCL, self._file_mode)
+            os.fchmod(fd, self._file_mode)
+            return fd
+        except FileExistsError:  # another was faster
+            return os.open(self._path, flags)

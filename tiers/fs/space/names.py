@@ -64,3 +64,8 @@ class Names:
         """The namespace whose page this is; None for other files."""
         number = int.from_bytes(name[:2], "big")
         return self.namespaces[number] if number < len(self.namespaces) else None
+
+
+def is_page(name: bytes) -> bool:
+    """Whether the name is a page's, and not that of a file in quarantine."""
+    return name[:2] != _OTHER

@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import os
 import time
+from contextlib import suppress
 
 SILENT_S = 60.0  # a beat comes every second; disks that stall for half a minute are seen
 
@@ -30,15 +31,40 @@ class Presence:
             OSError: it cannot be created, or the file system knows no locks.
         """
         self._path = presence_path(directory, server)
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        self._fd = os.open(self._path, flags, mode)
-        fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._mode = mode
+        self._fd = self._lock()
+
+    def renew(self) -> None:
+        """Be seen again if somebody deleted the file, for example since we seemed dead.
+
+        Raises:
+            OSError: as above.
+        """
+        ours = os.fstat(self._fd)
+        with suppress(FileNotFoundError):
+            found = os.lstat(self._path)
+            if (found.st_dev, found.st_ino) == (ours.st_dev, ours.st_ino):
+                return
+        fresh = self._lock()
+        os.close(self._fd)
+        self._fd = fresh
 
     def close(self) -> None:
         """Be gone."""
         os.close(self._fd)
-        if os.path.lexists(self._path):
+        with suppress(FileNotFoundError):
             os.unlink(self._path)
+
+    def _lock(self) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        fd = os.open(self._path, flags, self._mode)
+        try:
+            os.fchmod(fd, self._mode)  # what the umask took away: others lock it to look
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(fd)
+            raise
+        return fd
 
 
 class Watch:

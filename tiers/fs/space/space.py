@@ -17,20 +17,23 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple, Protocol
 
-from kvstrata.tiers.fs.space.admission import SPARE_NAME, Admission
+from kvstrata.tiers.fs.space.admission import Admission
+from kvstrata.tiers.fs.space.booking import PROTECT_S
 from kvstrata.tiers.fs.space.follower import Follower, News
+from kvstrata.tiers.fs.space.holdings import Place
 from kvstrata.tiers.fs.space.journal import Journal, Op, Record, evicted_key
-from kvstrata.tiers.fs.space.keeper import PROTECT_S, Keeper, boot_id
+from kvstrata.tiers.fs.space.keeper import Keeper
 from kvstrata.tiers.fs.space.ledger import LEDGER_NAME, MAX_ROWS, Books, Ledger, Row
 from kvstrata.tiers.fs.space.limits import BLOCK, Limits, Usage, room, rotate_bytes
 from kvstrata.tiers.fs.space.presence import Presence, Watch
+from kvstrata.tiers.fs.space.recount import boot_id
 from kvstrata.tiers.fs.space.walk import BOOKS_NAME
 from kvstrata.tiers.fs.temporary import host_name
 
 TICK_S = 0.05
 SLICE_S = 0.005  # of a scan; then the engine has the interpreter for as long, or four times so
 REPEAT_S = 1.0  # a page that is used again within this time is not noted again
-_NEWS = 2000  # told at once; each takes the engine about 0.6 us
+_NEWS = 4000  # told at once; each takes the engine about 0.6 us
 _BEAT_S = 1.0
 _MAX_PENDING = 2**16  # records that could not be written yet; of others above that
 _LOSABLE = (Op.USED, Op.PROMISED, Op.EVICTED)  # those without which the budget is right are lost
@@ -81,15 +84,13 @@ class Space:
             listener: is told what happens.
             keeps: whether it becomes the keeper where there is none, and tells news.
         """
-        self._root = root
-        self._directory = os.path.join(root, BOOKS_NAME)
+        directory, server = os.path.join(root, BOOKS_NAME), secrets.token_bytes(16)
+        ledger = Ledger(os.path.join(directory, LEDGER_NAME), file_mode, dir_mode)
+        self._place = Place(root, directory, server, ledger, file_mode, dir_mode)
         self._namespace = namespace
         self._limits = limits
-        self._file_mode = file_mode
-        self._dir_mode = dir_mode
         self._listener = listener
         self._keeps = keeps
-        self._server = secrets.token_bytes(16)
         self._events: deque[tuple[Op, bytes, int, int, int]] = deque()
         self._pending: list[Record] = []
         self._recent: set[tuple[Op, bytes]] = set()
@@ -100,20 +101,17 @@ class Space:
         self._keeper: Keeper | None = None
         self._stop = threading.Event()
         self._wake = threading.Event()
-        self._follower = (
-            Follower(self._directory, self._server, namespace) if namespace and keeps else None
-        )
         self._presence: Presence | None = None
-        self._ledger = Ledger(os.path.join(self._directory, LEDGER_NAME), file_mode, dir_mode)
-        self._watch = Watch(self._directory)
+        self._watch = Watch(directory)
+        self._follower = Follower(directory, server, namespace) if namespace and keeps else None
         self._journal = (
-            Journal(self._directory, self._server, namespace, file_mode, rotate_bytes(limits))
+            Journal(directory, server, namespace, file_mode, rotate_bytes(limits))
             if namespace
             else None
         )
-        self.admission = Admission(
-            self._ledger, self._server, root, self._directory, self._wake.set
-        )
+        self._entered = False
+        self._settled: tuple[int, int] | None = None  # end of the journal if all was booked
+        self.admission = Admission(ledger, server, root, directory, self._wake.set)
         self._thread = threading.Thread(target=self._run, name="kvstrata-fs-space", daemon=True)
         self._thread.start()
 
@@ -136,9 +134,9 @@ class Space:
         """The page's file is not there any more."""
         self._events.append((Op.GONE, key, 0, 0, 0))
 
-    def quarantined(self, cost: int) -> None:
-        """A file that took `cost` bytes was moved to the quarantine."""
-        self._events.append((Op.QUARANTINED, b"", cost, 0, 0))
+    def quarantined(self) -> None:
+        """A file was moved to the quarantine, which may have lost its oldest ones."""
+        self._events.append((Op.QUARANTINED, b"", 0, 0, 0))
 
     def close(self, timeout_s: float) -> bool:
         """Note everything, leave the ledger and end the thread; True if that was in time."""
@@ -153,22 +151,22 @@ class Space:
         Raises:
             OSError: the ledger cannot be read.
         """
-        with self._ledger.locked() as books:
-            limits, usage = books.limits(), books.usage(self._root)
+        with self._place.ledger.locked() as books:
+            limits, usage = books.limits(), books.usage(self._place.root)
         left = room(limits, usage)
         return usage, left.nbytes >= 0 and left.files >= 0
 
     def is_counted(self) -> bool:
-        """Whether this server is in the ledger, and a scan by the keeper, whoever it is, has ended.
+        """Whether this server's limits count, and a scan by the keeper, here or not, has ended.
 
         Raises:
             OSError: the ledger cannot be read.
         """
-        with self._ledger.locked() as books:
-            known, ours = books.known, books.keeper == self._server
-            known &= self._server in books.rows
+        with self._place.ledger.locked() as books:
+            kept = {self._place.server, books.keeper} <= books.rows.keys()
+            known, ours = books.known, books.keeper == self._place.server
         keeper = self._keeper
-        return known and (not ours or (keeper is not None and keeper.complete))
+        return kept and known and (not ours or (keeper is not None and keeper.complete))
 
     # The background thread.
 
@@ -198,13 +196,15 @@ class Space:
         finally:
             if self._presence is not None:
                 self._presence.close()
-            self._ledger.close()
+            self._place.ledger.close()
 
     def _tick(self) -> bool:
         """One round; True if there is more to do at once."""
         if self._presence is None:
             self._make_directories()
-            self._presence = Presence(self._directory, self._server, self._file_mode)
+            self._presence = Presence(
+                self._place.directory, self._place.server, self._place.file_mode
+            )
         try:
             self._note()
         except OSError as error:  # on a full disk it is for the keeper to make room
@@ -213,18 +213,10 @@ class Space:
         if not self._join():
             return heard
         if self._keeper is None:
-            self._keeper = Keeper(
-                self._root,
-                self._directory,
-                self._server,
-                self._ledger,
-                self._file_mode,
-                self._dir_mode,
-                self._protected,
-            )
-        more = self._keeper.work(SLICE_S)
+            self._keeper = Keeper(self._place, self._protected)
+        more = self._keeper.work(0.0 if heard else SLICE_S)  # what we tell saves look-ups
         self._publish(self._keeper)
-        if self._keeper.scanning and not more:
+        if self._keeper.scanning and not more and not heard:
             self._wake.wait(SLICE_S * (4 if self._keeper.complete else 1))
         return more or heard or self._keeper.scanning
 
@@ -241,56 +233,84 @@ class Space:
     def _publish(self, keeper: Keeper) -> None:
         """Tell the listener, and the other servers, what the keeper here evicted."""
         ours: list[News] = []
-        while keeper.evicted:
-            namespace, key = keeper.evicted.popleft()
+        eviction, recount = keeper.eviction, keeper.recount
+        while eviction.told:
+            namespace, key = eviction.told.popleft()
             if namespace == self._namespace:
                 ours.append((key, False))
             self._events.append((Op.EVICTED, evicted_key(namespace, key), 0, 0, 0))
         if ours:
             self._listener.tell(ours)
-        done = Upkeep(keeper.evicted_files, keeper.evicted_bytes, keeper.swept)
+        done = Upkeep(eviction.files, eviction.nbytes, recount.swept)
         if any(done):
             self._listener.upkeep(done)
-            keeper.evicted_files = keeper.evicted_bytes = keeper.swept = 0
+            eviction.files = eviction.nbytes = recount.swept = 0
 
     def _join(self) -> bool:
         """See to our row in the ledger; True if we are the keeper."""
         now = time.monotonic()
-        with self._ledger.locked() as books:
-            row = books.rows.get(self._server)
-            if row is None and len(books.rows) < MAX_ROWS:
-                row = Row(host_name().encode("ascii"), self._limits)
-                row.reserved_bytes = self.admission.open_bytes
-                row.reserved_files = self.admission.open_files
-                books.rows[self._server] = row
+        with self._place.ledger.locked() as books:
+            row = books.rows.get(self._place.server) or self._enter(books)
             if row is None:
                 return False
             row.dead = False
-            if now >= self._beat_due:
+            beat = now >= self._beat_due
+            if beat:
                 self._beat, self._beat_due = self._beat + 1, now + _BEAT_S
                 row.beat = self._beat
                 self._take_over(books)
-            if books.keeper != self._server:
-                self._keeper = None
-            elif self._keeper is not None and self._beat_due == now + _BEAT_S:
-                self._keeper.judge(books)
-            if self._journal is not None and row.booked == self._journal.end:
+            keeper = self._keeper
+            if books.keeper != self._place.server or (
+                keeper and keeper.complete and not books.known
+            ):
+                self._keeper = None  # in the second case the ledger was lost: begin anew
+            elif keeper is not None and beat:
+                keeper.judge(books)
+            end = self._journal_end()
+            self._settled = None
+            if row.booked == end:
                 # nothing is on its way to the books but what is being written
                 row.reserved_bytes = self.admission.open_bytes
                 row.reserved_files = self.admission.open_files
-            return books.keeper == self._server
+                self._settled = None if row.reserved_files else end
+        if beat and self._presence is not None:
+            self._presence.renew()
+        return books.keeper == self._place.server
+
+    def _enter(self, books: Books) -> Row | None:
+        """Make our row; None if there are too many servers.
+
+        Our last one is missing if the ledger was lost, or if we hung until we seemed dead.
+        """
+        if len(books.rows) >= MAX_ROWS:
+            return None
+        if self._presence is not None:
+            self._presence.renew()
+        end = self._journal_end()
+        row = Row(host_name().encode("ascii"), self._limits, booked=end)
+        row.reserved_bytes = self.admission.open_bytes
+        row.reserved_files = self.admission.open_files
+        if self._entered and (row.reserved_files or self._settled != end):
+            books.known = False  # what we stored may be in no book
+        self._entered = True
+        books.rows[self._place.server] = row
+        return row
+
+    def _journal_end(self) -> tuple[int, int]:
+        return self._journal.end if self._journal is not None else (0, 0)
 
     def _take_over(self, books: Books) -> None:
         """Become the keeper if there is none that lives."""
         holder = books.rows.get(books.keeper)
-        if books.keeper == self._server or not self._keeps:
+        if books.keeper == self._place.server or not self._keeps:
             return
         if holder is not None and not holder.dead:
             if not self._watch.is_dead(books.keeper, holder.beat):
                 return
             holder.dead = True
-        books.keeper = self._server
-        others = [s for s, row in books.rows.items() if s != self._server and not row.dead]
+        books.keeper = self._place.server
+        self._keeper = None  # another may have kept the books while we seemed dead
+        others = [s for s, row in books.rows.items() if s != self._place.server and not row.dead]
         if books.boot != boot_id() and not others:
             books.known = False  # the machine may have lost what was written last
 
@@ -324,15 +344,15 @@ class Space:
         self._note()
         if self._join() and self._keeper is not None:
             self._keeper.finish()
-        with self._ledger.locked() as books:
-            if books.keeper == self._server:
+        with self._place.ledger.locked() as books:
+            if books.keeper == self._place.server:
                 books.keeper = bytes(16)
-            row = books.rows.get(self._server)
+            row = books.rows.get(self._place.server)
             if row is not None and not row.reserved_bytes and not row.reserved_files:
-                del books.rows[self._server]
+                del books.rows[self._place.server]
 
     def _make_directories(self) -> None:
-        for path in (self._directory, os.path.join(self._directory, SPARE_NAME)):
+        for path in (self._place.directory, self._place.spares):
             with suppress(FileExistsError):
-                os.mkdir(path, self._dir_mode)
-                os.chmod(path, self._dir_mode)
+                os.mkdir(path, self._place.dir_mode)
+                os.chmod(path, self._place.dir_mode)

@@ -1,8 +1,41 @@
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.tiers.fs.space.harness import Server, drive, make_quick
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers here look at the books without much waiting, and note every use."""
+    make_quick(monkeypatch)
+
+
+OpenServer = Callable[..., Server]
+
+
+@pytest.fixture
+def open_server(root: Path, quick: None) -> Iterator[OpenServer]:
+    """Makes servers on `root`; closes them at the end."""
+    made: list[Server] = []
+
+    def make(*args: Any, at: Path = root, **options: Any) -> Server:
+        made.append(Server(at, *args, **options))
+        return made[-1]
+
+    yield make
+    for server in made:
+        server.close()
+
+
+@pytest.fixture
+def open_driven(root: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[OpenServer]:
+    """Makes servers on `root` that do nothing until `turn` is called."""
+    drive(monkeypatch)
+    yield lambda *args, **options: Server(root, *args, **options)
 
 
 @pytest.fixture
