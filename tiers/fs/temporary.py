@@ -20,6 +20,8 @@ import threading
 import time
 from contextlib import suppress
 
+from kvstrata.tiers.fs import nofollow
+
 # Files of other hosts (or of this one before a reboot) go when they are this old, in
 # seconds: no writer holds a single page that long.
 FOREIGN_AGE_S = 24 * 3600.0
@@ -63,22 +65,23 @@ def sweep(directory: str, stop: threading.Event) -> int:
     removed = 0
     pending = [directory]
     while pending and not stop.is_set():
-        with suppress(OSError), os.scandir(pending.pop()) as entries:
+        directory = pending.pop()
+        with suppress(OSError), nofollow.scandir(directory) as entries:
             for entry in entries:
                 if stop.is_set():
                     break
                 if entry.is_dir(follow_symlinks=False):
-                    pending.append(entry.path)
+                    pending.append(os.path.join(directory, entry.name))
                 elif is_temporary(entry.name):
-                    removed += _remove_abandoned(entry)
+                    removed += _remove_abandoned(directory, entry)
     return removed
 
 
-def _remove_abandoned(entry: os.DirEntry[str]) -> bool:
+def _remove_abandoned(directory: str, entry: os.DirEntry[str]) -> bool:
     with suppress(OSError):
         found = entry.stat(follow_symlinks=False)
         if stat.S_ISREG(found.st_mode) and is_abandoned(entry.name, time.time() - found.st_mtime):
-            os.unlink(entry.path)
+            nofollow.unlink(os.path.join(directory, entry.name))
             return True
     return False
 

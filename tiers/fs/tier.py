@@ -33,7 +33,7 @@ from kvstrata.tiers.fs.layout import is_key
 from kvstrata.tiers.fs.messages import MOST_PAGES, Kind, Outcome, PageRef, Setup
 from kvstrata.tiers.fs.namespace import namespace_paths
 from kvstrata.tiers.fs.processes import IoProcesses, Task
-from kvstrata.tiers.fs.startup import open_books, open_namespace
+from kvstrata.tiers.fs.startup import open_books, open_namespace, open_root
 
 # A job is cut into tasks of about so many bytes: small enough that one long prefix keeps many
 # threads busy, large enough that small pages do not cost a packet each.
@@ -72,6 +72,7 @@ class FsTier(SecondaryTier):
                 "fs tier: the pages are not in shared memory, which the I/O processes need; "
                 "give it a TierContext with a region"
             )
+        config = open_root(config)
         fields = dict(context.namespace)
         self.paths = namespace_paths(config.root_dir, context.model, fields)
         direct = open_namespace(config, self.paths, fields)

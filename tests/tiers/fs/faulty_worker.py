@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from kvstrata.tiers.fs import worker
+from kvstrata.tiers.fs import nofollow, worker
 
 CALLS = ("open", "lstat", "pwritev", "preadv", "rename", "fsync", "unlink")
 
@@ -43,4 +43,5 @@ if __name__ == "__main__":
     control = sys.argv.pop(1)
     for name in CALLS:
         setattr(os, name, wrap(name, getattr(os, name), control))
+    nofollow.open = wrap("open", nofollow.open, control)
     worker.main()

@@ -72,7 +72,7 @@ def test_the_root_becomes_a_file(open_tier: OpenTier, root: Path) -> None:
 def test_a_directory_is_a_dangling_link(open_tier: OpenTier, paths: NamespacePaths) -> None:
     tier = open_tier()
     os.symlink("nowhere", Path(paths.page(KEY)).parents[1])
-    assert store(tier, PAGE).failed == {KEY: "no-directory"}
+    assert store(tier, PAGE).failed == {KEY: "symlink"}
 
 
 def page_failures(tier: FsTier) -> dict[str, int]:
@@ -166,9 +166,9 @@ def test_fsync_comes_before_the_name(
         calls.append("page" if path.endswith(".tmp") else os.path.basename(path))
         fsync(fd)
 
-    def note_rename(source: str, target: str) -> None:
+    def note_rename(source: str, target: str, **directories: int) -> None:
         calls.append("rename")
-        rename(source, target)
+        rename(source, target, **directories)
 
     monkeypatch.setattr(files_module.os, "fsync", note_fsync)
     monkeypatch.setattr(files_module.os, "rename", note_rename)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
 
+from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.space.ledger import Books, Ledger, Row
 from kvstrata.tiers.fs.space.limits import HIGH, room, spares_wanted
 from kvstrata.tiers.fs.temporary import temporary_name
@@ -85,7 +86,7 @@ class Admission:
         """
         if grant.spare is not None:
             with suppress(OSError):
-                os.unlink(grant.spare)
+                nofollow.unlink(grant.spare)
         with self._ledger.locked() as books:
             self.open_bytes -= grant.cost
             self.open_files -= 1
@@ -132,14 +133,14 @@ class Admission:
         target = os.path.join(self._books, temporary_name())
         for listed in (False, True):
             if listed:
-                with suppress(FileNotFoundError):
-                    self._spares = os.listdir(directory)
+                with suppress(OSError):
+                    self._spares = nofollow.listdir(directory)
             while self._spares:
                 name = self._spares.pop()
                 if spare_cost(name) != cost:
                     continue
                 try:
-                    os.rename(os.path.join(directory, name), target)
+                    nofollow.rename(os.path.join(directory, name), target)
                 except FileNotFoundError:
                     continue
                 books.spare_bytes -= cost

@@ -10,6 +10,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import suppress
 
+from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.space import snapshot
 from kvstrata.tiers.fs.space.admission import SPARE_NAME, spare_cost
 from kvstrata.tiers.fs.space.journal import (
@@ -138,7 +139,7 @@ class Keeper:
                 last = number == read[0] and server not in rows and _size(path) <= read[1]
                 if number < read[0] or last:
                     with suppress(FileNotFoundError):
-                        os.unlink(path)
+                        nofollow.unlink(path)
             if server not in rows and not self._journals().get(server):
                 self._read.pop(server, None)
         self._saved_at = self._journal_bytes()
@@ -169,7 +170,7 @@ class Keeper:
     def _fold_file(self, server: bytes, number: int, start: int) -> bool:
         path = os.path.join(self._directory, journal_name(server, number))
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            fd = nofollow.open(path, os.O_RDONLY)
         except OSError:
             return False  # another keeper deleted it, or it is none
         try:
@@ -220,7 +221,7 @@ class Keeper:
         elif record.op == Op.GONE:
             self._protected.pop(record.key, None)
             path = self._names.path(name)
-            if path is not None and not os.path.lexists(os.path.join(self._root, path)):
+            if path is not None and not nofollow.lexists(os.path.join(self._root, path)):
                 self._forget(name, books)
         elif record.op == Op.QUARANTINED and row is not None:
             self._moved = (self._moved[0] + cost, self._moved[1] + 1)
@@ -253,7 +254,7 @@ class Keeper:
 
     def _journals(self) -> dict[bytes, list[int]]:
         found: dict[bytes, list[int]] = {}
-        for name in sorted(os.listdir(self._directory)):
+        for name in sorted(nofollow.listdir(self._directory)):
             parsed = parse_name(name)
             if parsed is not None:
                 found.setdefault(parsed[0], []).append(parsed[1])
@@ -313,22 +314,22 @@ class Keeper:
             if books.keeper != self._server:
                 return
             costs: list[int] = []
-            with suppress(FileNotFoundError):
-                costs = [spare_cost(name) or 0 for name in os.listdir(self._spares)]
+            with suppress(OSError):
+                costs = [spare_cost(name) or 0 for name in nofollow.listdir(self._spares)]
             books.spare_bytes, books.spare_files = sum(costs), len(costs)
             books.base_bytes = self._catalog.nbytes + self._other[0] + self._meta[0]
             books.base_files = len(self._catalog) + self._other[1] + self._meta[1]
             for server in self._dead_at_scan:
                 books.rows.pop(server, None)
                 with suppress(FileNotFoundError):
-                    os.unlink(presence_path(self._directory, server))
+                    nofollow.unlink(presence_path(self._directory, server))
             books.boot = boot_id()
             books.known = self.complete = True
 
     def _measure_meta(self) -> tuple[int, int]:
         """What the books take, without the spares."""
         nbytes = files = 0
-        with os.scandir(self._directory) as entries:
+        with nofollow.scandir(self._directory) as entries:
             for entry in entries:
                 with suppress(OSError):
                     nbytes += -(-entry.stat(follow_symlinks=False).st_size // BLOCK) * BLOCK
@@ -384,8 +385,8 @@ class Keeper:
     def _count_spares(self, books: Books) -> Counter[int]:
         if books.spare_files <= 0:
             return Counter()
-        with suppress(FileNotFoundError):
-            return Counter(spare_cost(name) or 0 for name in os.listdir(self._spares))
+        with suppress(OSError):
+            return Counter(spare_cost(name) or 0 for name in nofollow.listdir(self._spares))
         return Counter()
 
     def _drop_spares(
@@ -393,13 +394,13 @@ class Keeper:
     ) -> tuple[int, int]:
         """Delete spares: those that nobody can use, or all if nothing else is left."""
         freed, count = 0, 0
-        for name in os.listdir(self._spares) if spares else ():
+        for name in nofollow.listdir(self._spares) if spares else ():
             cost = spare_cost(name) or 0
             if (freed >= nbytes and count >= files) or count >= _CLAIM_FILES:
                 break
             if cost not in pages or not len(self._catalog):
                 with suppress(OSError):
-                    os.unlink(os.path.join(self._spares, name))
+                    nofollow.unlink(os.path.join(self._spares, name))
                 books.spare_bytes -= cost
                 books.spare_files -= 1
                 freed, count = freed + cost, count + 1
@@ -424,7 +425,7 @@ class Keeper:
 
         Returns the victims that fit none, to be deleted: they make room instead.
         """
-        os.makedirs(self._spares, self._dir_mode, exist_ok=True)
+        nofollow.make_directories(self._spares, self._root, self._dir_mode)
         short = {cost for cost in pages if spares[cost] * cost < ahead}
         doomed: list[bytes] = []
         room_made = claimed = 0
@@ -437,8 +438,14 @@ class Keeper:
                 doomed.append(name)
                 room_made += cost
                 continue
+            try:
+                found = self._claim(name, cost, books)
+            except OSError:  # the spares are no directory any more, say: delete it instead
+                doomed.append(name)
+                room_made += cost
+                continue
             claimed += 1
-            if self._claim(name, cost, books):
+            if found:
                 spares[cost] += 1
                 short = {each for each in short if spares[each] * each < ahead}
         return doomed
@@ -447,7 +454,8 @@ class Keeper:
         """Whether a regular file is there, or nothing."""
         path = self._names.path(name)
         with suppress(OSError):
-            return path is None or stat.S_ISREG(os.lstat(os.path.join(self._root, path)).st_mode)
+            found = nofollow.lstat(os.path.join(self._root, path)) if path else None
+            return found is None or stat.S_ISREG(found.st_mode)
         return True
 
     def _claim(self, name: bytes, cost: int, books: Books) -> bool:
@@ -457,7 +465,7 @@ class Keeper:
             if path is None:
                 raise FileNotFoundError
             path = os.path.join(self._root, path)
-            os.rename(path, target)
+            nofollow.rename(path, target)
         except FileNotFoundError:
             self._forget(name, books)
             return False
@@ -479,9 +487,9 @@ class Keeper:
                     raise FileNotFoundError
                 path = os.path.join(self._root, path)
                 try:
-                    os.unlink(path)
+                    nofollow.unlink(path)
                 except IsADirectoryError:
-                    os.rmdir(path)
+                    nofollow.rmdir(path)
                 gone.append((name, True))
                 _remove_empty(os.path.dirname(path))
             except FileNotFoundError:
@@ -526,12 +534,12 @@ def boot_id() -> bytes:
 
 def _size(path: str) -> int:
     with suppress(OSError):
-        return os.stat(path, follow_symlinks=False).st_size
+        return nofollow.lstat(path).st_size
     return 0
 
 
 def _remove_empty(leaf: str) -> None:
     """Remove a leaf directory and its parent if nothing is in them."""
     with suppress(OSError):
-        os.rmdir(leaf)
-        os.rmdir(os.path.dirname(leaf))
+        nofollow.rmdir(leaf)
+        nofollow.rmdir(os.path.dirname(leaf))

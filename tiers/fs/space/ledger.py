@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 
 import xxhash
 
+from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.space.limits import Limits, Usage, smallest
 
 MAX_ROWS = 512
@@ -206,7 +207,7 @@ class Ledger:
                 time.sleep(0.0005)
                 continue
             with suppress(FileNotFoundError):
-                found = os.stat(self._path, follow_symlinks=False)
+                found = nofollow.lstat(self._path)
                 ours = os.fstat(self._fd)
                 if (found.st_dev, found.st_ino) == (ours.st_dev, ours.st_ino):
                     return
@@ -216,10 +217,9 @@ class Ledger:
             self._fd = self._open()
 
     def _open(self) -> int:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
-            return os.open(self._path, flags, self._file_mode)
+            return nofollow.open_or_create(self._path, os.O_RDWR, self._file_mode)
         except FileNotFoundError:
             with suppress(FileExistsError):
-                os.mkdir(os.path.dirname(self._path), self._dir_mode)
-            return os.open(self._path, flags, self._file_mode)
+                nofollow.mkdir(os.path.dirname(self._path), self._dir_mode)
+            return nofollow.open_or_create(self._path, os.O_RDWR, self._file_mode)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.failures import Failures
 from kvstrata.tiers.fs.space import snapshot
 from kvstrata.tiers.fs.space.follower import News
@@ -65,6 +66,7 @@ def trim(root: str, limits: Limits, progress: Callable[[int, int], None] | None 
     Raises:
         OSError: `root` is no directory that can be written, or it knows no locks.
     """
+    root = os.path.realpath(root)
     mode = stat.S_IMODE(os.stat(root).st_mode) | 0o700
     accounts = _Accounts()
     space = Space(root, None, limits, mode & 0o666, mode & 0o777, accounts)
@@ -95,7 +97,7 @@ def last_uses(root: str) -> dict[str, float]:
 
     Namespaces of which the books know nothing are missing.
     """
-    directory = os.path.join(root, BOOKS_NAME)
+    directory = os.path.join(os.path.realpath(root), BOOKS_NAME)
     catalog, names, _ = snapshot.load(directory)
     found: dict[str, float] = {}
     for chunk, stamps, _, _ in catalog.chunks(2**14):
@@ -103,13 +105,13 @@ def last_uses(root: str) -> dict[str, float]:
             namespace = names.namespace(name)
             if namespace is not None:
                 found[namespace] = max(found.get(namespace, 0.0), stamp / 1e9)
-    with suppress(OSError), os.scandir(directory) as entries:
-        for entry in entries:
-            if parse_name(entry.name) is None or not entry.is_file(follow_symlinks=False):
-                continue
-            with suppress(OSError), open(entry.path, "rb") as file:
-                namespace = read_namespace(file.read(HEADER_BYTES))
-                if namespace is not None:
-                    written = os.fstat(file.fileno()).st_mtime
-                    found[namespace] = max(found.get(namespace, 0.0), written)
+    with suppress(OSError):
+        for journal in filter(parse_name, nofollow.listdir(directory)):
+            with suppress(OSError):
+                fd = nofollow.open(os.path.join(directory, journal), os.O_RDONLY)
+                with open(fd, "rb") as file:
+                    namespace = read_namespace(file.read(HEADER_BYTES))
+                    if namespace is not None:
+                        written = os.fstat(fd).st_mtime
+                        found[namespace] = max(found.get(namespace, 0.0), written)
     return found

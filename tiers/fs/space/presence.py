@@ -11,6 +11,9 @@ from __future__ import annotations
 import fcntl
 import os
 import time
+from contextlib import suppress
+
+from kvstrata.tiers.fs import nofollow
 
 SILENT_S = 60.0  # a beat comes every second; disks that stall for half a minute are seen
 
@@ -30,15 +33,14 @@ class Presence:
             OSError: it cannot be created, or the file system knows no locks.
         """
         self._path = presence_path(directory, server)
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        self._fd = os.open(self._path, flags, mode)
+        self._fd = nofollow.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
         fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def close(self) -> None:
         """Be gone."""
         os.close(self._fd)
-        if os.path.lexists(self._path):
-            os.unlink(self._path)
+        with suppress(FileNotFoundError):
+            nofollow.unlink(self._path)
 
 
 class Watch:
@@ -57,8 +59,7 @@ class Watch:
         elif now - since > SILENT_S:
             return True
         try:
-            flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            fd = os.open(presence_path(self._directory, server), flags)
+            fd = nofollow.open(presence_path(self._directory, server), os.O_RDWR)
         except FileNotFoundError:
             return True
         except OSError:

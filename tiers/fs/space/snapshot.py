@@ -19,6 +19,7 @@ from typing import BinaryIO
 
 import xxhash
 
+from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.space.catalog import Catalog
 from kvstrata.tiers.fs.space.names import NAMESPACE, Names
 from kvstrata.tiers.fs.temporary import temporary_name
@@ -46,8 +47,7 @@ def save(directory: str, catalog: Catalog, names: Names, read: Positions, mode: 
     journals = {server.hex(): list(position) for server, position in read.items()}
     header = json.dumps({"namespaces": names.namespaces, "journals": journals}).encode()
     temporary = os.path.join(directory, temporary_name())
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    fd = os.open(temporary, flags, mode)
+    fd = nofollow.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         with os.fdopen(fd, "wb", buffering=0) as file:
             _write(file, _START.pack(_MAGIC, len(header)) + header)
@@ -56,10 +56,10 @@ def save(directory: str, catalog: Catalog, names: Names, read: Positions, mode: 
                 content = b"".join([lengths.tobytes(), joined, *(bytes(c) for c in columns)])
                 _write(file, _PIECE.pack(len(keys), len(joined)) + content)
             size = file.tell()
-        os.rename(temporary, os.path.join(directory, SNAPSHOT_NAME))
+        nofollow.rename(temporary, os.path.join(directory, SNAPSHOT_NAME))
     except BaseException:
         with suppress(OSError):
-            os.unlink(temporary)
+            nofollow.unlink(temporary)
         raise
     return size
 
@@ -67,9 +67,8 @@ def save(directory: str, catalog: Catalog, names: Names, read: Positions, mode: 
 def load(directory: str) -> tuple[Catalog, Names, Positions]:
     """What the snapshot holds; nothing where there is none or it is damaged."""
     catalog, names, read = Catalog(), Names(), Positions()
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        fd = os.open(os.path.join(directory, SNAPSHOT_NAME), flags)
+        fd = nofollow.open(os.path.join(directory, SNAPSHOT_NAME), os.O_RDONLY)
         with os.fdopen(fd, "rb") as file:
             start = file.read(_START.size)
             magic, length = _START.unpack(start)

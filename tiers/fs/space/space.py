@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple, Protocol
 
+from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.space.admission import SPARE_NAME, Admission
 from kvstrata.tiers.fs.space.follower import Follower, News
 from kvstrata.tiers.fs.space.journal import Journal, Op, Record, evicted_key
@@ -333,5 +334,4 @@ class Space:
     def _make_directories(self) -> None:
         for path in (self._directory, os.path.join(self._directory, SPARE_NAME)):
             with suppress(FileExistsError):
-                os.mkdir(path, self._dir_mode)
-                os.chmod(path, self._dir_mode)
+                nofollow.mkdir(path, self._dir_mode)
