@@ -124,7 +124,7 @@ class Ours:
         return [result.job_id for result in results]
 
     def pids(self) -> list[int]:
-        return list(self._tier._processes.pids())
+        return list(self._tier.roots[0].processes.pids())
 
     def close(self) -> None:
         self._tier.shutdown(60.0)

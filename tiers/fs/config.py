@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -36,10 +36,10 @@ _MAX_FILES = 2**40
 
 @dataclass(frozen=True, slots=True)
 class FsConfig:
-    """Options of the filesystem tier, checked.
+    """Options of the filesystem tier for one root directory, checked.
 
     Attributes:
-        root_dir: absolute path, `~` expanded.
+        root_dir: absolute path, `~` expanded; one of those in the option's list.
         n_read_threads, n_write_threads: size of the two thread groups.
         file_mode, dir_mode: permission bits of what the tier creates.
         durability: "fsync" makes a page survive a crash of the machine once it counts as
@@ -62,16 +62,17 @@ class FsConfig:
     min_free_bytes: int | Fraction = 0
 
     @classmethod
-    def parse(cls, options: Mapping[str, Any]) -> FsConfig:
-        """Check the options without touching the file system.
+    def parse(cls, options: Mapping[str, Any]) -> tuple[FsConfig, ...]:
+        """Check the options without touching the file system; one for each root directory.
 
         Raises:
             TierConfigError: naming the key, the value and the remedy.
         """
         check_keys("fs tier", options, _KEYS)
         get = options.get
-        return cls(
-            root_dir=_root_dir(get("root_dir")),
+        roots = _root_dirs(get("root_dir"))
+        first = cls(
+            root_dir=roots[0],
             n_read_threads=parse_count("n_read_threads", get("n_read_threads", 16), _MAX_THREADS),
             n_write_threads=parse_count(
                 "n_write_threads", get("n_write_threads", 16), _MAX_THREADS
@@ -90,6 +91,19 @@ class FsConfig:
             if "min_free_bytes" in options
             else 0,
         )
+        return tuple(replace(first, root_dir=root) for root in roots)
+
+
+def _root_dirs(value: object) -> list[str]:
+    roots = [_root_dir(each) for each in (value if isinstance(value, list) and value else [value])]
+    for root in roots:
+        inside = [each for each in roots if f"{root}/".startswith(f"{each.rstrip('/')}/")]
+        if len(inside) > 1:
+            raise TierConfigError(
+                f"root_dir: {root!r} is given twice, or lies in another directory of the list; "
+                "give one directory for each disk"
+            )
+    return roots
 
 
 def _root_dir(value: object) -> str:

@@ -167,13 +167,12 @@ class IoProcesses:
         news, self._news = self._news, []
         return news
 
-    def note(self, kind: Kind, keys: Sequence[bytes], access: int) -> None:
-        """Let it be noted that the keys were used or promised; lost if the process is busy."""
-        group = self._writers.current
-        for start in range(0, len(keys), MOST_PAGES):
-            refs = [PageRef(key) for key in keys[start : start + MOST_PAGES]]
-            if group is not None and not self._closed:
-                group.process.send(pack_task(kind, 0, access, refs))
+    def note(self, kind: Kind, pages: Sequence[PageRef], access: int) -> None:
+        """Let it be noted that the pages were used or promised; lost if the writers are busy."""
+        writers = self._writers.current
+        for start in range(0, len(pages), MOST_PAGES):
+            if writers is not None and not self._closed:
+                writers.process.send(pack_task(kind, 0, access, pages[start : start + MOST_PAGES]))
 
     def pids(self) -> tuple[int, ...]:
         """The processes that are in use now: readers, writers."""
@@ -187,6 +186,18 @@ class IoProcesses:
         )
         return reads, writes
 
+    def wait_ready(self, timeout_s: float) -> bool:
+        """Wait at most `timeout_s` seconds until both have started."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            self._step()
+            if all(group.current and group.current.ready for group in self._groups):
+                return True
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            self._wait(left)
+
     def wait_idle(self, timeout_s: float) -> bool:
         """Wait at most `timeout_s` seconds until nothing waits or runs."""
         deadline = time.monotonic() + timeout_s
@@ -199,20 +210,25 @@ class IoProcesses:
                 return False
             self._wait(left)
 
+    def stop(self) -> None:
+        """Drop what waits, and let the processes end what runs and themselves."""
+        if self._closed:
+            return
+        self._closed = True
+        for group in self._groups:
+            while group.queue:
+                self._drop(group.queue.popleft())
+            if group.current:
+                group.current.process.finish()
+
     def close(self, timeout_s: float) -> bool:
-        """Drop what waits, end what runs, and end the processes, within `timeout_s` seconds.
+        """`stop`, and wait at most `timeout_s` seconds for the end.
 
         What does not end of itself is killed. True if no process lives any more.
         """
         deadline = time.monotonic() + timeout_s
         kill_at = deadline - min(1.0, timeout_s / 2)
-        if not self._closed:
-            self._closed = True
-            for group in self._groups:
-                while group.queue:
-                    self._drop(group.queue.popleft())
-                if group.current:
-                    group.current.process.finish()
+        self.stop()
         while True:
             self._step()
             if not any(group.running() for group in self._groups):

@@ -35,7 +35,7 @@ _START_ERRORS = {
 }
 
 
-def open_root(config: FsConfig) -> FsConfig:
+def make_root(config: FsConfig) -> FsConfig:
     """Create the root where it is missing; the options with its path, free of links.
 
     Raises:

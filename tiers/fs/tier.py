@@ -12,7 +12,9 @@ import time
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
+
+from xxhash import xxh3_64_intdigest
 
 from kvstrata.tiers.base import (
     Job,
@@ -29,17 +31,33 @@ from kvstrata.tiers.base import (
 from kvstrata.tiers.fs.config import FsConfig
 from kvstrata.tiers.fs.failures import Failures
 from kvstrata.tiers.fs.index import Index
-from kvstrata.tiers.fs.layout import is_key
+from kvstrata.tiers.fs.layout import NamespacePaths, is_key
 from kvstrata.tiers.fs.messages import MOST_PAGES, Kind, Outcome, PageRef, Setup
 from kvstrata.tiers.fs.namespace import namespace_paths
 from kvstrata.tiers.fs.processes import IoProcesses, Task
-from kvstrata.tiers.fs.startup import open_books, open_namespace, open_root
+from kvstrata.tiers.fs.startup import make_root, open_books, open_namespace
 
 # A job is cut into tasks of about so many bytes: small enough that one long prefix keeps many
 # threads busy, large enough that small pages do not cost a packet each.
 _TASK_BYTES = 2**20
 _KEYS_PER_CHECK = 256  # a long prefix is checked by several threads
 _MAX_REMOVED = 2**16
+# The first look-up may come at once and has its own deadline, so the start waits so long for
+# the I/O processes, which take a third of a second, or some on a loaded machine.
+_READY_WITHIN_S = 10.0
+_GIVE_UP_S = 10.0  # for the other directories, if one cannot be opened
+
+
+_P = TypeVar("_P", Page, PageRef)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Root:
+    """One of the directories, and who works there; `seed` stands for its path."""
+
+    paths: NamespacePaths
+    processes: IoProcesses
+    seed: int
 
 
 @dataclass(slots=True)
@@ -55,7 +73,11 @@ class _OpenJob:
 
 
 class FsTier(SecondaryTier):
-    """Pages as files below `root_dir`; for the options see `FsConfig`."""
+    """Pages as files below the directories in `root_dir`; for the options see `FsConfig`.
+
+    A page lies in one of the directories, by its hash. Each has I/O processes of its own, so
+    that a disk which hangs or dies takes nothing but its pages with it.
+    """
 
     medium = "STORAGE"
 
@@ -66,17 +88,12 @@ class FsTier(SecondaryTier):
 
     def __init__(self, options: Mapping[str, Any], context: TierContext) -> None:
         """See `SecondaryTier.__init__`."""
-        config = FsConfig.parse(options)
+        configs = FsConfig.parse(options)
         if context.region is None:
             raise TierConfigError(
                 "fs tier: the pages are not in shared memory, which the I/O processes need; "
                 "give it a TierContext with a region"
             )
-        config = open_root(config)
-        fields = dict(context.namespace)
-        self.paths = namespace_paths(config.root_dir, context.model, fields)
-        direct = open_namespace(config, self.paths, fields)
-        limits = open_books(config)
         self._layouts = dict(context.layouts)
         self._region = replace(context.region, fd=os.dup(context.region.fd))
         self._index = Index()
@@ -90,25 +107,16 @@ class FsTier(SecondaryTier):
         # together. Random, since the books of a root hold the accesses of many engines.
         self._access = int.from_bytes(os.urandom(4))
         self._promised: dict[bytes, None] = {}  # in this step
-        plain = TierContext(context.model, fields, self._layouts)
-        setup = Setup(
-            config,
-            plain,
-            self.paths,
-            direct,
-            limits,
-            self._region,
-            readers=True,
-            threads=1,
-            engine=os.getpid(),
-        )
+        self.roots: list[Root] = []
         try:
-            self._processes = IoProcesses(
-                setup, config.n_read_threads, config.n_write_threads, self._failures
-            )
-        except OSError as error:
-            os.close(self._region.fd)
-            raise TierConfigError(f"fs tier: no I/O process can be started ({error})") from error
+            for config in configs:
+                self.roots.append(self._open_root(config, context))
+            deadline = time.monotonic() + _READY_WITHIN_S
+            for root in self.roots:
+                root.processes.wait_ready(deadline - time.monotonic())
+        except BaseException:
+            self.shutdown(_GIVE_UP_S)
+            raise
 
     def lookup(self, key: bytes, request: RequestView) -> Lookup:
         """HIT and MISS from memory; RETRY while the disk is being asked."""
@@ -140,7 +148,7 @@ class FsTier(SecondaryTier):
     def touch(self, keys: Collection[bytes], request: RequestView) -> None:
         """Keep the keys in the index of known pages, and their files on the disk."""
         if known := self._index.touch(keys):
-            self._processes.note(Kind.USE, known, self._next_access())
+            self._note(Kind.USE, known)
 
     def on_request_finished(self, request: RequestView) -> None:
         """Forget the negative answers given to the request."""
@@ -151,7 +159,7 @@ class FsTier(SecondaryTier):
         self._collect()
         self._send_checks()
         if self._promised:
-            self._processes.note(Kind.PROMISE, list(self._promised), self._next_access())
+            self._note(Kind.PROMISE, self._promised)
             self._promised.clear()
 
     def take_removed(self) -> Iterable[bytes]:
@@ -163,12 +171,17 @@ class FsTier(SecondaryTier):
     def drain(self, timeout_s: float) -> bool:
         """See `SecondaryTier.drain`."""
         self._send_checks()
-        return self._processes.wait_idle(timeout_s)
+        deadline = time.monotonic() + timeout_s
+        return all(root.processes.wait_idle(deadline - time.monotonic()) for root in self.roots)
 
     def shutdown(self, timeout_s: float) -> bool:
         """See `SecondaryTier.shutdown`."""
         self._closed = True
-        stopped = self._processes.close(timeout_s)
+        deadline = time.monotonic() + timeout_s
+        for root in self.roots:
+            root.processes.stop()
+        ends = [root.processes.close(max(0, deadline - time.monotonic())) for root in self.roots]
+        stopped = all(ends)
         if stopped and self._region.fd >= 0:
             os.close(self._region.fd)
             self._region = replace(self._region, fd=-1)
@@ -177,14 +190,16 @@ class FsTier(SecondaryTier):
     def stats(self) -> TierStats:
         """See `SecondaryTier.stats`."""
         self._collect()
-        reads, writes = self._processes.unfinished()
+        every = [root.processes for root in self.roots]
+        reads, writes = map(sum, zip(*(each.unfinished() for each in every), strict=True))
+        upkeep = sum((each.upkeep for each in every), Counter())
         return TierStats(
             counters={
                 **self._counters,
-                "evicted_files": self._processes.upkeep["evicted_files"],
-                "evicted_bytes": self._processes.upkeep["evicted_bytes"],
-                "swept_temporaries": self._processes.upkeep["swept"],
-                "restarted_processes": self._processes.restarts,
+                "evicted_files": upkeep["evicted_files"],
+                "evicted_bytes": upkeep["evicted_bytes"],
+                "swept_temporaries": upkeep["swept"],
+                "restarted_processes": sum(each.restarts for each in every),
             },
             failures=self._failures.totals(),
             gauges={
@@ -194,6 +209,48 @@ class FsTier(SecondaryTier):
                 "indexed_keys": float(len(self._index)),
             },
         )
+
+    def _open_root(self, config: FsConfig, context: TierContext) -> Root:
+        seed = xxh3_64_intdigest(os.fsencode(config.root_dir))
+        config = make_root(config)
+        fields = dict(context.namespace)
+        paths = namespace_paths(config.root_dir, context.model, fields)
+        setup = Setup(
+            config,
+            TierContext(context.model, fields, self._layouts),
+            paths,
+            open_namespace(config, paths, fields),
+            open_books(config),
+            self._region,
+            readers=True,
+            threads=1,
+            engine=os.getpid(),
+        )
+        counts = config.n_read_threads, config.n_write_threads
+        try:
+            processes = IoProcesses(setup, *counts, self._failures)
+            return Root(paths, processes, seed)
+        except OSError as error:
+            raise TierConfigError(f"fs tier: no I/O process can be started ({error})") from error
+
+    def _by_root(self, pages: Iterable[_P]) -> Iterable[tuple[Root, list[_P]]]:
+        """The roots and which of the pages belong there, in their order.
+
+        Rendezvous hashing (Thaler and Ravishankar, 1998): without one of the roots the pages
+        of the others stay where they are.
+        """
+        if len(self.roots) == 1:
+            return [(self.roots[0], list(pages))]
+        parts: dict[Root, list[_P]] = {root: [] for root in self.roots}
+        for page in pages:
+            key = page.key
+            parts[max(parts, key=lambda root: xxh3_64_intdigest(key, root.seed))].append(page)
+        return parts.items()
+
+    def _note(self, kind: Kind, keys: Iterable[bytes]) -> None:
+        access = self._next_access()
+        for root, pages in self._by_root(map(PageRef, keys)):
+            root.processes.note(kind, pages, access)
 
     def _layout_nbytes(self, key: bytes) -> int | None:
         """Size of the key's page; None if it is none of this model's keys."""
@@ -220,15 +277,16 @@ class FsTier(SecondaryTier):
             else:
                 good.append(page)
         self._finish_if_over(job.job_id, opened)
-        self._processes.submit(self._tasks(kind, good, job.job_id))
+        access = self._next_access()
+        for root, pages in self._by_root(good):
+            root.processes.submit(self._tasks(kind, pages, job.job_id, access))
 
     def _next_access(self) -> int:
         self._access = (self._access + 1) % 2**32
         return self._access
 
-    def _tasks(self, kind: Kind, pages: Iterable[Page], job_id: int) -> Iterator[Task]:
+    def _tasks(self, kind: Kind, pages: Iterable[Page], job_id: int, access: int) -> Iterator[Task]:
         """The pages in order, cut into tasks."""
-        access = self._next_access()
         refs: list[PageRef] = []
         nbytes = 0
         for page in pages:
@@ -243,13 +301,17 @@ class FsTier(SecondaryTier):
             yield Task(kind, refs, job_id, access)
 
     def _send_checks(self) -> None:
-        refs = [PageRef(key) for key in self._index.take_unsent()]
-        batches = [refs[i : i + _KEYS_PER_CHECK] for i in range(0, len(refs), _KEYS_PER_CHECK)]
-        self._processes.submit(Task(Kind.CHECK, batch) for batch in batches)
+        for root, refs in self._by_root(map(PageRef, self._index.take_unsent())):
+            batches = [refs[i : i + _KEYS_PER_CHECK] for i in range(0, len(refs), _KEYS_PER_CHECK)]
+            root.processes.submit(Task(Kind.CHECK, batch) for batch in batches)
 
     def _collect(self) -> None:
         """Take what the I/O processes did since the last call."""
-        for ended in self._processes.collect():
+        for root in self.roots:
+            self._collect_from(root.processes)
+
+    def _collect_from(self, processes: IoProcesses) -> None:
+        for ended in processes.collect():
             pairs = zip(ended.task.pages, ended.outcomes, strict=True)
             if ended.task.kind is Kind.CHECK:
                 for page, outcome in pairs:
@@ -261,7 +323,7 @@ class FsTier(SecondaryTier):
             job.start, job.end = min(job.start, ended.start), max(job.end, ended.end)
             job.pending -= len(ended.outcomes)
             self._finish_if_over(ended.task.job_id, job)
-        for key, present in self._processes.take_news():
+        for key, present in processes.take_news():
             if present:
                 self._index.add(key)
             elif self._index.discard(key):

@@ -43,5 +43,9 @@ if __name__ == "__main__":
     control = sys.argv.pop(1)
     for name in CALLS:
         setattr(os, name, wrap(name, getattr(os, name), control))
-    nofollow.open = wrap("open", nofollow.open, control)
+    opened = nofollow.open
+    faulty = wrap("open", opened, control)
+    nofollow.open = lambda path, flags, *more, **rest: (opened if flags & os.O_PATH else faulty)(
+        path, flags, *more, **rest
+    )
     worker.main()

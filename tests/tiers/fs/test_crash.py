@@ -46,9 +46,9 @@ WRITER = textwrap.dedent("""
     for number in range(rounds):
         assert not store(tier, data).failed
         if number == 0:
-            print(*tier._processes.pids(), flush=True)
+            print(*tier.roots[0].processes.pids(), flush=True)
         for key in data if rounds > 1 else ():
-            os.unlink(tier.paths.page(key))
+            os.unlink(tier.roots[0].paths.page(key))
     assert tier.shutdown(60.0)
     assert not tier.stats().failures, tier.stats()
 """)

@@ -195,10 +195,10 @@ class Ledger:
                 fcntl.flock(self._fd, fcntl.LOCK_UN)
 
     def _lock(self) -> None:
-        if self._fd < 0:
-            self._fd = self._open()
         deadline = time.monotonic() + _LOCK_WITHIN_S
         while True:
+            if self._fd < 0:
+                self._fd = self._open()
             try:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -206,15 +206,24 @@ class Ledger:
                     raise LedgerBusy(f"{self._path} is locked") from None
                 time.sleep(0.0005)
                 continue
-            with suppress(FileNotFoundError):
-                found = nofollow.lstat(self._path)
-                ours = os.fstat(self._fd)
-                if (found.st_dev, found.st_ino) == (ours.st_dev, ours.st_ino):
+            try:
+                if self._is_current():
                     return
+            except OSError:
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
+                raise
             # somebody deleted the file: begin a new one, as everybody will
             os.close(self._fd)
             self._fd = -1
-            self._fd = self._open()
+
+    def _is_current(self) -> bool:
+        """Whether the open file is the one that others find under its name."""
+        try:
+            found = nofollow.lstat(self._path)
+        except FileNotFoundError:
+            return False
+        ours = os.fstat(self._fd)
+        return (found.st_dev, found.st_ino) == (ours.st_dev, ours.st_ino)
 
     def _open(self) -> int:
         try:
