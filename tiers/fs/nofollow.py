@@ -23,7 +23,7 @@ _OPENAT2 = 437  # the same on all architectures but alpha
 _AT_FDCWD = -100
 _RESOLVE_NO_SYMLINKS = 0x04
 _HOW = struct.Struct("=QQQ")  # struct open_how: flags, mode, resolve
-_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
 _syscall = ctypes.CDLL(None, use_errno=True).syscall
 _syscall.argtypes = (
@@ -42,7 +42,7 @@ def open(path: str, flags: int, mode: int = 0o600, dir_fd: int = _AT_FDCWD) -> i
     """
     if "/../" in path or path.endswith("/.."):
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), path)
-    flags |= os.O_NOFOLLOW | os.O_CLOEXEC
+    flags |= os.O_CLOEXEC
     if not flags & os.O_PATH:
         flags |= os.O_NONBLOCK
     fd = (_at_once if _HAS_OPENAT2 else _by_steps)(path, flags, mode, dir_fd)
@@ -204,7 +204,7 @@ def _by_steps(path: str, flags: int, mode: int, dir_fd: int) -> int:
 
 def _step(name: str, flags: int, mode: int, dir_fd: int) -> int:
     try:
-        return os.open(name, flags, mode, dir_fd=dir_fd)
+        return os.open(name, flags | os.O_NOFOLLOW, mode, dir_fd=dir_fd)
     except NotADirectoryError:
         if stat.S_ISLNK(os.lstat(name, dir_fd=dir_fd).st_mode):
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP)) from None

@@ -17,6 +17,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 
 from kvstrata.tiers.base import PageLayout, TensorSpec, key_group, layouts_from_json
+from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.codec import BadPage, FileHeader, format_checksum, header_bytes, parse_header
 from kvstrata.tiers.fs.failures import error_cause
 from kvstrata.tiers.fs.layout import (
@@ -97,10 +98,13 @@ class RootReport:
 
 
 def inspect_file(path: str) -> FileReport:
-    """Read a whole file and judge it as a page of whatever model and key it names."""
+    """Read a whole file and judge it as a page of whatever model and key it names.
+
+    The path must be free of links, as those below the real path of a root are.
+    """
     size, header = 0, None
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = nofollow.open(path, os.O_RDONLY)
         try:
             found = os.fstat(fd)
             if not stat.S_ISREG(found.st_mode):
@@ -127,6 +131,7 @@ def list_namespaces(root: str) -> list[NamespaceReport]:
     Raises:
         OSError: `root` is not a readable directory.
     """
+    root = os.path.realpath(root)
     reports = []
     for name in _namespace_names(root):
         match = NAMESPACE_DIR.fullmatch(name)
@@ -138,11 +143,11 @@ def list_namespaces(root: str) -> list[NamespaceReport]:
         except (OSError, ValueError):
             fields = None
         report = NamespaceReport(match["model"], match["digest"], paths.home, fields)
-        for kind, entry in _walk(paths):
+        for kind, path in _walk(paths):
             if kind == "page":
                 report.files += 1
                 with suppress(OSError):  # it went away meanwhile
-                    found = entry.stat(follow_symlinks=False)
+                    found = nofollow.lstat(path)
                     report.bytes += found.st_size
                     report.oldest = min(found.st_mtime, report.oldest or found.st_mtime)
                     report.newest = max(found.st_mtime, report.newest or found.st_mtime)
@@ -161,6 +166,7 @@ def check_root(root: str, progress: Callable[[FileReport], None] | None = None) 
     Raises:
         OSError: `root` is not a readable directory.
     """
+    root = os.path.realpath(root)
     total = RootReport()
     for name in _namespace_names(root):
         paths = NamespacePaths(root, name)
@@ -168,11 +174,11 @@ def check_root(root: str, progress: Callable[[FileReport], None] | None = None) 
         if (config := _check_config(paths)) is not None:
             total.bad.append(config)
         layouts = known_layouts(paths)
-        for kind, entry in _walk(paths, total.bad):
+        for kind, path in _walk(paths, total.bad):
             if kind != "page":
                 _tally(total, kind)
                 continue
-            report = check_place(paths, inspect_file(entry.path), layouts)
+            report = check_place(paths, inspect_file(path), layouts)
             if report.cause == "missing":
                 continue
             total.files += 1
@@ -250,8 +256,8 @@ def _check_config(paths: NamespacePaths) -> FileReport | None:
 def _namespace_names(root: str) -> list[str]:
     """Names `<model>_<digest>` below the root, also of those that lost their config.json."""
     names = set()
-    for name in os.listdir(root):
-        if not os.path.isdir(os.path.join(root, name)):
+    for name in nofollow.listdir(root):
+        if not os.path.isdir(os.path.join(root, name)):  # a link to one will be unreadable
             continue
         if PAGES_DIR.fullmatch(name):
             names.add(name.removesuffix("_r0"))
@@ -262,8 +268,8 @@ def _namespace_names(root: str) -> list[str]:
 
 def _walk(
     paths: NamespacePaths, unreadable: list[FileReport] | None = None
-) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """("page" | "temporary" | "quarantined", entry) of everything in a namespace, by name.
+) -> Iterator[tuple[str, str]]:
+    """("page" | "temporary" | "quarantined", path) of everything in a namespace, by name.
 
     Files that are none of the tier's are passed over. Directories that cannot be read are
     added to `unreadable`.
@@ -272,8 +278,10 @@ def _walk(
     while pending:
         directory = pending.pop()
         try:
-            with os.scandir(directory) as scan:
-                entries = sorted(scan, key=lambda entry: entry.name)
+            with nofollow.scandir(directory) as scan:
+                entries = sorted(
+                    (entry.name, entry.is_dir(follow_symlinks=False)) for entry in scan
+                )
         except FileNotFoundError:
             continue
         except OSError as error:
@@ -282,15 +290,16 @@ def _walk(
                 unreadable.append(FileReport(directory, 0, error_cause(error), why, None))
             continue
         inside = directory == paths.quarantine
-        for entry in entries:
+        for name, is_directory in entries:
+            path = os.path.join(directory, name)
             if inside:
-                yield "quarantined", entry
-            elif entry.name.endswith(PAGE_SUFFIX):
-                yield "page", entry
-            elif is_temporary(entry.name):
-                yield "temporary", entry
-            elif entry.is_dir(follow_symlinks=False):
-                pending.append(entry.path)
+                yield "quarantined", path
+            elif name.endswith(PAGE_SUFFIX):
+                yield "page", path
+            elif is_temporary(name):
+                yield "temporary", path
+            elif is_directory:
+                pending.append(path)
 
 
 def _tally(report: NamespaceReport | RootReport, kind: str) -> None:
