@@ -100,6 +100,7 @@ class FsTier(SecondaryTier):
         self._jobs: dict[int, _OpenJob] = {}
         self._finished: list[JobResult] = []
         self._removed: deque[bytes] = deque(maxlen=_MAX_REMOVED)
+        self._lookups = self._hits = 0
         self._counters: Counter[str] = Counter()
         self._failures = Failures()
         self._closed = False
@@ -120,14 +121,20 @@ class FsTier(SecondaryTier):
 
     def lookup(self, key: bytes, request: RequestView) -> Lookup:
         """HIT and MISS from memory; RETRY while the disk is being asked."""
-        self._counters["lookups"] += 1
-        if self._closed or self._layout_nbytes(key) is None:
+        self._lookups += 1
+        if self._closed:
+            return Lookup.MISS
+        if self._index.is_present(key):  # so it is a key of this model
+            self._hits += 1
+            self._promised[key] = None
+            return Lookup.HIT
+        if self._layout_nbytes(key) is None:
             return Lookup.MISS
         if self._index.is_unsent(key):
             self._send_checks()
         found = self._index.lookup(key, request.req_id, time.monotonic())
         if found is Lookup.HIT:
-            self._counters["hits"] += 1
+            self._hits += 1
             self._promised[key] = None
         return found
 
@@ -195,6 +202,8 @@ class FsTier(SecondaryTier):
         upkeep = sum((each.upkeep for each in every), Counter())
         return TierStats(
             counters={
+                "lookups": self._lookups,
+                "hits": self._hits,
                 **self._counters,
                 "evicted_files": upkeep["evicted_files"],
                 "evicted_bytes": upkeep["evicted_bytes"],
@@ -311,11 +320,12 @@ class FsTier(SecondaryTier):
             self._collect_from(root.processes)
 
     def _collect_from(self, processes: IoProcesses) -> None:
+        now = time.monotonic()
         for ended in processes.collect():
             pairs = zip(ended.task.pages, ended.outcomes, strict=True)
             if ended.task.kind is Kind.CHECK:
                 for page, outcome in pairs:
-                    self._index.answer(page.key, outcome.moved, time.monotonic())
+                    self._index.answer(page.key, outcome.moved, now)
                 continue
             job = self._jobs[ended.task.job_id]
             for page, outcome in pairs:
@@ -325,7 +335,8 @@ class FsTier(SecondaryTier):
             self._finish_if_over(ended.task.job_id, job)
         for key, present in processes.take_news():
             if present:
-                self._index.add(key)
+                if self._layout_nbytes(key) is not None:  # journals are anybody's work
+                    self._index.add(key)
             elif self._index.discard(key):
                 self._removed.append(key)
 
