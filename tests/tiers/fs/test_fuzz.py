@@ -138,6 +138,7 @@ READERS: dict[str, Callable[[bytes], None]] = {
     "ledger": read_ledger,
     "journal": read_journal,
     "snapshot": read_snapshot,
+    "snapshot header": read_snapshot,
 }
 SEEDS: dict[str, bytes] = {
     "header": HEADER,
@@ -146,6 +147,7 @@ SEEDS: dict[str, bytes] = {
     "ledger": Books(bytes(16), True, b"x" * 12, 1, 2, 3, 4, SERVERS).encode()[:-8],
     "journal": b"".join(Record(op, KEY, 1, 2, 3).encode() for op in Op),
     "snapshot": a_snapshot(),
+    "snapshot header": b'{"namespaces":["m_0123456789ab"],"journals":{"00":[1,168]}}',
 }
 
 # What parsers trip over: numbers at the limits, text that is no text, marks of other encodings.
@@ -221,7 +223,7 @@ GRAMMARS: dict[str, st.SearchStrategy[bytes]] = {
     "header": headers.map(as_header),
     "file": headers.map(as_header),
     "config": namespaces.map(json.dumps).map(str.encode),
-    "snapshot": snapshots.map(json.dumps).map(str.encode),
+    "snapshot header": snapshots.map(json.dumps).map(str.encode),
 }
 
 
@@ -229,6 +231,13 @@ GRAMMARS: dict[str, st.SearchStrategy[bytes]] = {
 @given(data=st.data())
 def test_mutated(name: str, data: st.DataObject) -> None:
     READERS[name](data.draw(mutated(SEEDS[name])))
+
+
+@pytest.mark.parametrize(
+    "position", ["[Infinity,1]", "[1,-Infinity]", "[NaN,1]", "[1]", "5", "[[]]"]
+)
+def test_a_position_that_is_none(position: str) -> None:
+    read_snapshot(b'{"namespaces":[],"journals":{"00":%s}}' % position.encode())
 
 
 @pytest.mark.parametrize("name", GRAMMARS)

@@ -147,7 +147,9 @@ def test_a_link_while_running(
     deadline = time.monotonic() + 60.0
     while store(tier, DATA).failed:
         assert time.monotonic() < deadline
-    assert load(tier, list(DATA))[1] == DATA
+    result, arrived = load(tier, list(DATA))
+    assert set(result.failed.values()) <= {"missing"}  # evicted since
+    assert arrived == {key: DATA[key] for key in DATA if key not in result.failed}
 
 
 def test_a_page_behind_a_link_is_a_miss(
@@ -362,6 +364,39 @@ def test_hard_links_to_foreign_files_are_not_written(
     assert count and precious.read_bytes() == bytes(SIZE + 4096)
     status = precious.stat()
     assert status.st_mtime == 0
+
+
+def test_hostile_files_among_the_books(
+    open_tier: OpenTier, root: Path, paths: NamespacePaths
+) -> None:
+    """The budget is kept all the same."""
+    books = root / ".kvstrata"
+    (books / "spare").mkdir(parents=True)
+    (books / f"{'0' * 32}.00000001.journal").mkdir()
+    (books / f"{'1' * 32}.00000001.journal").symlink_to("/dev/zero")
+    os.mkfifo(books / f"{'2' * 32}.00000001.journal")
+    (books / f"{'3' * 32}.00000001.journal").touch()
+    os.truncate(books / f"{'3' * 32}.00000001.journal", 2**40)
+    (books / f"{'4' * 32}.server").mkdir()
+    os.mkfifo(books / "snapshot")
+    (books / "spare" / f"{'9' * 19}-x").touch()
+    (books / "spare" / f"{COST}-{'0' * 16}").mkdir()
+    leaf = Path(paths.page(KEY)).parent
+    leaf.mkdir(parents=True)
+    Path(paths.page(KEY)).touch()
+    os.truncate(paths.page(KEY), 2**43)
+    tier = open_tier(max_bytes=2**41)
+    assert not store(tier, {k: v for k, v in DATA.items() if k != KEY}).failed
+    assert tier.shutdown(60.0)
+    assert "internal" not in tier.stats().failures
+    tier = open_tier(max_bytes=30 * COST)  # which the sparse file alone would fill
+    os.unlink(books / f"{'3' * 32}.00000001.journal")
+    deadline = time.monotonic() + 60.0
+    more = {make_key(n, GROUP): make_data(n, SIZE) for n in range(100, 160)}
+    while store(tier, more).failed:
+        assert time.monotonic() < deadline
+    assert tier.stats().counters["evicted_files"] > 0
+    assert "internal" not in tier.stats().failures
 
 
 def test_a_page_that_is_a_hard_link_is_replaced_and_not_written(

@@ -152,4 +152,4 @@ class Admission:
 def spare_cost(name: str) -> int | None:
     """The cost in a spare's name; None for a file that is none."""
     cost, dash, _ = name.partition("-")
-    return int(cost) if dash and cost.isascii() and cost.isdigit() and len(cost) < 20 else None
+    return int(cost) if dash and cost.isascii() and cost.isdigit() and len(cost) < 14 else None

@@ -38,6 +38,7 @@ from kvstrata.tiers.fs.space.walk import Walked, walk
 
 RESCAN_S = 600.0  # between two scans for what was changed by others
 _FOLD_BYTES = 2**18  # journal read at once under the lock: some milliseconds
+_MAX_JOURNAL = 2**28  # bytes; a server begins the next one long before
 _CLAIM_FILES = 16  # renamed at once under the lock: some milliseconds
 _UNLINK_FILES = 64  # 2 MiB files take up to 4 ms each
 _MAX_TOLD = 2**16  # evictions that nobody was told of yet
@@ -138,7 +139,7 @@ class Keeper:
                 path = os.path.join(self._directory, journal_name(server, number))
                 last = number == read[0] and server not in rows and _size(path) <= read[1]
                 if number < read[0] or last:
-                    with suppress(FileNotFoundError):
+                    with suppress(OSError):
                         nofollow.unlink(path)
             if server not in rows and not self._journals().get(server):
                 self._read.pop(server, None)
@@ -174,9 +175,11 @@ class Keeper:
         except OSError:
             return False  # another keeper deleted it, or it is none
         try:
-            size = os.fstat(fd).st_size
+            found = os.fstat(fd)
+            size = found.st_size
             start = max(start, HEADER_BYTES)
-            if size - start < RECORD_BYTES:
+            plain = stat.S_ISREG(found.st_mode) and size <= _MAX_JOURNAL
+            if size - start < RECORD_BYTES or not plain:
                 return False
             namespace = read_namespace(os.pread(fd, HEADER_BYTES, 0))
             raw = os.pread(fd, _FOLD_BYTES - _FOLD_BYTES % RECORD_BYTES, start)
@@ -321,7 +324,7 @@ class Keeper:
             books.base_files = len(self._catalog) + self._other[1] + self._meta[1]
             for server in self._dead_at_scan:
                 books.rows.pop(server, None)
-                with suppress(FileNotFoundError):
+                with suppress(OSError):
                     nofollow.unlink(presence_path(self._directory, server))
             books.boot = boot_id()
             books.known = self.complete = True

@@ -35,6 +35,12 @@ _MAX_HEADER = 2**24
 _MAX_NAMES = _PIECE_FILES * 512
 _MAX_STAMP = 2**62  # in the year 2116
 
+# What a hostile file makes the parsing raise: an infinite number, nesting, a list for an object.
+_UNREADABLE = (
+    *(OSError, ValueError, struct.error, KeyError, TypeError, AttributeError),
+    *(RecursionError, OverflowError),
+)
+
 Positions = dict[bytes, tuple[int, int]]  # by server: number and length of the journal read
 
 
@@ -83,7 +89,7 @@ def load(directory: str) -> tuple[Catalog, Names, Positions]:
                 read[bytes.fromhex(server)] = (int(number), int(size))
             while piece := file.read(_PIECE.size):
                 _take_piece(file, piece, catalog)
-    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError, RecursionError):
+    except _UNREADABLE:
         pass  # absent, cut off or hostile: what was read so far is well-formed
     return catalog, names, read
 
