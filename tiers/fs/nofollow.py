@@ -5,8 +5,8 @@ reached through links: it is resolved once (`os.path.realpath`) when somebody be
 Paths here begin with such a real root, or are a name in an open directory.
 
 Where there is openat2(2) (Linux 5.6) a path costs one system call, else one for each of its
-directories; a seccomp filter may hide it. Measured on Linux 6.18 and ext4, four directories
-deep: opening a file that way takes 3.4 us, by steps 9, plainly 2.8.
+directories; a seccomp filter may hide it. Measured on Linux 6.18 and ext4, seven directories
+deep: opening and closing a page's file takes 4.2 us, by steps 18, and with `os.open` 2.6.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def open(path: str, flags: int, mode: int = 0o600, dir_fd: int = _AT_FDCWD) -> i
     fd = (_at_once if _HAS_OPENAT2 else _by_steps)(path, flags, mode, dir_fd)
     if flags & os.O_EXCL:
         try:
-            os.fchmod(fd, mode)
+            if stat.S_IMODE(os.fstat(fd).st_mode) != mode:  # the umask took some
+                os.fchmod(fd, mode)
         except BaseException:
             os.close(fd)
             raise
@@ -100,8 +101,11 @@ def parent(path: str) -> Iterator[tuple[int, str]]:
 
 def lstat(path: str) -> os.stat_result:
     """`os.lstat`."""
-    with parent(path) as (fd, name):
-        return os.lstat(name, dir_fd=fd)
+    fd = open(path, os.O_PATH | os.O_NOFOLLOW)
+    try:
+        return os.fstat(fd)
+    finally:
+        os.close(fd)
 
 
 def lexists(path: str) -> bool:
