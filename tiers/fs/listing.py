@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.failures import error_cause
 from kvstrata.tiers.fs.layout import NAMESPACE_DIR, PAGE_SUFFIX, PAGES_DIR, NamespacePaths
 from kvstrata.tiers.fs.namespace import namespace_digest, read_config
@@ -53,6 +55,7 @@ def list_namespaces(
     Raises:
         OSError: `root` is not a readable directory.
     """
+    root = os.path.realpath(root)
     reports = []
     for paths in namespaces(root):
         match = NAMESPACE_DIR.fullmatch(paths.name)
@@ -65,11 +68,11 @@ def list_namespaces(
             fields = None
         wrong = None if config is None else ": ".join(config)
         report = NamespaceReport(match["model"], match["digest"], paths.home, fields, wrong)
-        for kind, entry in walk(paths):
+        for kind, path in walk(paths):
             if kind == "page":
                 report.files += 1
                 with suppress(OSError):  # it went away meanwhile
-                    found = entry.stat(follow_symlinks=False)
+                    found = nofollow.lstat(path)
                     report.bytes += found.st_size
                     report.oldest = min(found.st_mtime, report.oldest or found.st_mtime)
                     report.newest = max(found.st_mtime, report.newest or found.st_mtime)
@@ -90,8 +93,8 @@ def namespaces(root: str) -> list[NamespacePaths]:
         OSError: `root` is not a readable directory.
     """
     names = set()
-    for name in os.listdir(root):
-        if not os.path.isdir(os.path.join(root, name)):
+    for name in nofollow.listdir(root):
+        if not os.path.isdir(os.path.join(root, name)):  # a link to one will be unreadable
             continue
         if PAGES_DIR.fullmatch(name):
             names.add(name.removesuffix("_r0"))
@@ -115,8 +118,8 @@ def check_config(paths: NamespacePaths) -> tuple[str, str] | None:
 
 def walk(
     paths: NamespacePaths, unreadable: Callable[[str, OSError], None] | None = None
-) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """("page" | "temporary" | "abandoned" | "quarantined", entry) of all in a namespace, by name.
+) -> Iterator[tuple[str, str]]:
+    """("page" | "temporary" | "abandoned" | "quarantined", path) of all in a namespace, by name.
 
     Files that are none of the tier's are passed over. `unreadable` is told of directories that
     cannot be read.
@@ -125,8 +128,10 @@ def walk(
     while pending:
         directory = pending.pop()
         try:
-            with os.scandir(directory) as scan:
-                entries = sorted(scan, key=lambda entry: entry.name)
+            with nofollow.scandir(directory) as scan:
+                entries = sorted(
+                    (entry.name, entry.is_dir(follow_symlinks=False)) for entry in scan
+                )
         except FileNotFoundError:
             continue
         except OSError as error:
@@ -134,21 +139,23 @@ def walk(
                 unreadable(directory, error)
             continue
         inside = directory == paths.quarantine
-        for entry in entries:
+        for name, is_directory in entries:
+            path = os.path.join(directory, name)
             if inside:
-                yield "quarantined", entry
-            elif entry.name.endswith(PAGE_SUFFIX):
-                yield "page", entry
-            elif is_temporary(entry.name):
-                yield temporary_kind(entry), entry
-            elif entry.is_dir(follow_symlinks=False):
-                pending.append(entry.path)
+                yield "quarantined", path
+            elif name.endswith(PAGE_SUFFIX):
+                yield "page", path
+            elif is_temporary(name):
+                yield temporary_kind(path), path
+            elif is_directory:
+                pending.append(path)
 
 
-def temporary_kind(entry: os.DirEntry[str]) -> str:
+def temporary_kind(path: str) -> str:
     """ "abandoned" for a temporary whose writer is dead, else "temporary"."""
     with suppress(OSError):
-        written = entry.stat(follow_symlinks=False).st_mtime
-        if entry.is_file(follow_symlinks=False) and is_abandoned(entry.name, time.time() - written):
+        found = nofollow.lstat(path)
+        age_s = time.time() - found.st_mtime
+        if stat.S_ISREG(found.st_mode) and is_abandoned(os.path.basename(path), age_s):
             return "abandoned"
     return "temporary"

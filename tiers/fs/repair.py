@@ -13,9 +13,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
+from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.layout import NamespacePaths, is_key
 from kvstrata.tiers.fs.listing import check_config, namespaces
-from kvstrata.tiers.fs.namespace import make_directories
 from kvstrata.tiers.fs.quarantine import Quarantine
 from kvstrata.tiers.fs.scan import FileReport, RootReport, check_place, check_root, known_layouts
 from kvstrata.tiers.fs.space.audit import Damage, Remedy, audit
@@ -64,6 +64,7 @@ def examine(
     Raises:
         OSError: `root` is not a readable directory.
     """
+    root = os.path.realpath(root)
     report = check_root(root, progress)
     findings = [
         Finding(
@@ -109,12 +110,12 @@ def _move_to_its_place(root: str, bad: FileReport) -> bool:
         if not fits or check_config(paths) is not None:
             continue
         with suppress(OSError):
-            found = os.lstat(bad.path)
-            if os.path.lexists(target) or (found.st_dev, found.st_ino) != bad.inode:
+            found = nofollow.lstat(bad.path)
+            if nofollow.lexists(target) or (found.st_dev, found.st_ino) != bad.inode:
                 return False
-            make_directories(os.path.dirname(target), root, _mode(paths))
+            nofollow.make_directories(os.path.dirname(target), root, _mode(paths))
             # a server that stores this very page meanwhile is overwritten by its equal
-            os.rename(bad.path, target)
+            nofollow.rename(bad.path, target)
             return True
     return False
 
@@ -123,7 +124,7 @@ def _mode(paths: NamespacePaths) -> int:
     """Permission bits for new directories: those of the namespace."""
     for path in (paths.pages, paths.home):
         with suppress(FileNotFoundError):
-            return stat.S_IMODE(os.stat(path).st_mode) & 0o777 | 0o700
+            return stat.S_IMODE(nofollow.lstat(path).st_mode) & 0o777 | 0o700
     return 0o700
 
 
@@ -165,4 +166,4 @@ def _remove(damage: tuple[Damage, ...], remedy: Remedy) -> None:
     for each in damage:
         if each.remedy is remedy:
             with suppress(OSError):
-                os.unlink(each.path)
+                nofollow.unlink(each.path)

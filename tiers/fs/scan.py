@@ -16,6 +16,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 
 from kvstrata.tiers.base import PageLayout, TensorSpec, key_group, layouts_from_json
+from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.codec import BadPage, FileHeader, format_checksum, header_bytes, parse_header
 from kvstrata.tiers.fs.failures import error_cause
 from kvstrata.tiers.fs.layout import NamespacePaths, is_key
@@ -81,10 +82,13 @@ class RootReport:
 
 
 def inspect_file(path: str) -> FileReport:
-    """Read a whole file and judge it as a page of whatever model and key it names."""
+    """Read a whole file and judge it as a page of whatever model and key it names.
+
+    The path must be free of links, as those below the real path of a root are.
+    """
     size, header = 0, None
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = nofollow.open(path, os.O_RDONLY)
         try:
             found = os.fstat(fd)
             if not stat.S_ISREG(found.st_mode):
@@ -114,6 +118,7 @@ def check_root(root: str, progress: Callable[[FileReport], None] | None = None) 
     Raises:
         OSError: `root` is not a readable directory.
     """
+    root = os.path.realpath(root)
     total = RootReport()
 
     def unreadable(path: str, error: OSError) -> None:
@@ -127,9 +132,9 @@ def check_root(root: str, progress: Callable[[FileReport], None] | None = None) 
             inode = identity and identity[:2]
             total.bad.append(FileReport(paths.config, 0, *config, None, "config", inode))
         layouts = known_layouts(paths)
-        for kind, entry in walk(paths, unreadable):
+        for kind, path in walk(paths, unreadable):
             if kind == "page":
-                report = _check_page(paths, entry.path, layouts)
+                report = _check_page(paths, path, layouts)
                 if report is None:
                     continue
                 total.files += 1
@@ -139,22 +144,23 @@ def check_root(root: str, progress: Callable[[FileReport], None] | None = None) 
                 if progress is not None:
                     progress(report)
             elif kind == "abandoned":
-                total.abandoned.append(entry.path)
+                total.abandoned.append(path)
             elif kind == "temporary":
                 total.temporary += 1
             else:
                 total.quarantined += 1
-    with suppress(FileNotFoundError, NotADirectoryError):
-        try:
-            with os.scandir(os.path.join(root, BOOKS_NAME)) as entries:
-                for entry in entries:
-                    if is_temporary(entry.name):
-                        if temporary_kind(entry) == "abandoned":
-                            total.abandoned.append(entry.path)
-                        else:
-                            total.temporary += 1
-        except PermissionError as error:
-            unreadable(os.path.join(root, BOOKS_NAME), error)
+    books = os.path.join(root, BOOKS_NAME)
+    try:
+        for name in filter(is_temporary, nofollow.listdir(books)):
+            path = os.path.join(books, name)
+            if temporary_kind(path) == "abandoned":
+                total.abandoned.append(path)
+            else:
+                total.temporary += 1
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # the audit of the books says what is wrong
+    except OSError as error:
+        unreadable(books, error)
     return total
 
 
@@ -179,7 +185,7 @@ def _check_page(
 def _identity(path: str) -> tuple[int, int, int] | None:
     """Device, inode and change time (ns) of what is at `path`; None if nothing is."""
     with suppress(OSError):
-        found = os.lstat(path)
+        found = nofollow.lstat(path)
         return found.st_dev, found.st_ino, found.st_ctime_ns
     return None
 

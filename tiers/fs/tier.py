@@ -36,7 +36,7 @@ from kvstrata.tiers.fs.messages import MOST_PAGES, Kind, Outcome, PageRef, Setup
 from kvstrata.tiers.fs.namespace import namespace_paths
 from kvstrata.tiers.fs.processes import IoProcesses, Task
 from kvstrata.tiers.fs.space.stamps import first_access
-from kvstrata.tiers.fs.startup import open_books, open_namespace
+from kvstrata.tiers.fs.startup import make_root, open_books, open_namespace
 
 # A job is cut into tasks of about so many bytes: small enough that one long prefix keeps many
 # threads busy, large enough that small pages do not cost a packet each.
@@ -221,6 +221,8 @@ class FsTier(SecondaryTier):
         )
 
     def _open_root(self, config: FsConfig, context: TierContext) -> Root:
+        seed = xxh3_64_intdigest(os.fsencode(config.root_dir))
+        config = make_root(config)
         fields = dict(context.namespace)
         paths = namespace_paths(config.root_dir, context.model, fields)
         setup = Setup(
@@ -237,7 +239,7 @@ class FsTier(SecondaryTier):
         counts = config.n_read_threads, config.n_write_threads
         try:
             processes = IoProcesses(setup, *counts, self._failures)
-            return Root(paths, processes, xxh3_64_intdigest(os.fsencode(config.root_dir)))
+            return Root(paths, processes, seed)
         except OSError as error:
             raise TierConfigError(f"fs tier: no I/O process can be started ({error})") from error
 

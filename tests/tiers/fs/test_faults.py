@@ -15,7 +15,7 @@ from kvstrata.tiers.fs.config import FsConfig
 from kvstrata.tiers.fs.files import PageFiles
 from kvstrata.tiers.fs.layout import NamespacePaths
 from kvstrata.tiers.fs.messages import Outcome, PageRef
-from kvstrata.tiers.fs.startup import open_namespace
+from kvstrata.tiers.fs.startup import make_root, open_namespace
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.testing import (
     CONTEXT,
@@ -72,7 +72,7 @@ def test_the_root_becomes_a_file(open_tier: OpenTier, root: Path) -> None:
 def test_a_directory_is_a_dangling_link(open_tier: OpenTier, paths: NamespacePaths) -> None:
     tier = open_tier()
     os.symlink("nowhere", Path(paths.page(KEY)).parents[1])
-    assert store(tier, PAGE).failed == {KEY: "no-directory"}
+    assert store(tier, PAGE).failed == {KEY: "symlink"}
 
 
 def page_failures(tier: FsTier) -> dict[str, int]:
@@ -159,7 +159,7 @@ def test_fsync_comes_before_the_name(
     root: Path, paths: NamespacePaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = FsConfig(str(root), durability="fsync")
-    open_namespace(config, paths, CONTEXT.namespace)
+    open_namespace(make_root(config), paths, CONTEXT.namespace)
     files = PageFiles(config, CONTEXT, paths, False, lambda cause, detail: None)
     calls: list[str] = []
     fsync, rename = os.fsync, os.rename
@@ -169,9 +169,9 @@ def test_fsync_comes_before_the_name(
         calls.append("page" if path.endswith(".tmp") else os.path.basename(path))
         fsync(fd)
 
-    def note_rename(source: str, target: str) -> None:
+    def note_rename(source: str, target: str, **directories: int) -> None:
         calls.append("rename")
-        rename(source, target)
+        rename(source, target, **directories)
 
     monkeypatch.setattr(files_module.os, "fsync", note_fsync)
     monkeypatch.setattr(files_module.os, "rename", note_rename)
@@ -189,7 +189,7 @@ def test_a_view_that_cannot_be_written(root: Path, paths: NamespacePaths) -> Non
     """That says nothing about the file."""
     config = FsConfig(str(root))
     reported: list[str] = []
-    direct = open_namespace(config, paths, CONTEXT.namespace)
+    direct = open_namespace(make_root(config), paths, CONTEXT.namespace)
     files = PageFiles(config, CONTEXT, paths, direct, lambda cause, detail: reported.append(cause))
     view = memoryview(PAGE[KEY])
     assert files.store(PageRef(KEY), view, 0) == Outcome(moved=True)

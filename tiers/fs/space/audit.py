@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.space import snapshot
 from kvstrata.tiers.fs.space.admission import SPARE_NAME, spare_cost
 from kvstrata.tiers.fs.space.journal import (
@@ -71,14 +72,14 @@ def audit(root: str) -> Audit:
     Raises:
         OSError: they cannot be read, or the ledger stays locked for seconds.
     """
-    directory = os.path.join(root, BOOKS_NAME)
-    if not os.path.lexists(directory):
+    directory = os.path.join(os.path.realpath(root), BOOKS_NAME)
+    if not nofollow.lexists(directory):
         return Audit(None, frozenset(), ())
     ledger, spare = (os.path.join(directory, name) for name in (LEDGER_NAME, SPARE_NAME))
     damage: list[Damage] = []
     for path, right, what in ((ledger, stat.S_ISREG, "ledger"), (spare, stat.S_ISDIR, "spare")):
         with suppress(FileNotFoundError):
-            if not right(os.lstat(path).st_mode):
+            if not right(nofollow.lstat(path).st_mode):
                 damage.append(Damage(path, f"{what}: something else is there", Remedy.REMOVE))
     if damage:
         return Audit(None, frozenset(), tuple(damage))
@@ -109,7 +110,7 @@ def audit(root: str) -> Audit:
 @contextmanager
 def _locked(path: str) -> Iterator[bytes]:
     """The ledger's content; it does not change meanwhile."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    fd = nofollow.open(path, os.O_RDONLY)
     with os.fdopen(fd, "rb") as file:
         deadline = time.monotonic() + _LOCK_WITHIN_S
         while True:
@@ -126,21 +127,21 @@ def _locked(path: str) -> Iterator[bytes]:
 def _spares(directory: str) -> tuple[int, int]:
     """Bytes and files in the directory of spares, as the keeper counts them."""
     with suppress(FileNotFoundError):
-        costs = [spare_cost(name) or 0 for name in os.listdir(directory)]
+        costs = [spare_cost(name) or 0 for name in nofollow.listdir(directory)]
         return sum(costs), len(costs)
     return 0, 0
 
 
 def _leases(directory: str, books: Books, watch: Watch) -> Iterator[Damage]:
     """Locks of servers that were killed: one that leaves takes its file along."""
-    for name in sorted(os.listdir(directory)):
+    for name in sorted(nofollow.listdir(directory)):
         match = _PRESENCE.fullmatch(name)
         if match is None or not watch.is_dead(server := bytes.fromhex(match[1]), 0):
             continue
         path = os.path.join(directory, name)
         with suppress(FileNotFoundError):
             # a server that starts makes the file, locks it, and then enters itself
-            age_s = time.time() - os.lstat(path).st_mtime
+            age_s = time.time() - nofollow.lstat(path).st_mtime
             if server in books.rows:
                 yield Damage(path, "lease: of a server that was killed", Remedy.BOOK)
             elif age_s > SILENT_S:
@@ -149,7 +150,7 @@ def _leases(directory: str, books: Books, watch: Watch) -> Iterator[Damage]:
 
 def _journals(directory: str, watch: Watch) -> Iterator[Damage]:
     """Journals of dead servers that cannot be read to their end, which a keeper never drops."""
-    for name in sorted(os.listdir(directory)):
+    for name in sorted(nofollow.listdir(directory)):
         parsed = parse_name(name)
         if parsed is None or not watch.is_dead(parsed[0], 0):
             continue
@@ -166,7 +167,7 @@ def _is_whole(path: str) -> bool:
         FileNotFoundError: there is no such file.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = nofollow.open(path, os.O_RDONLY)
         with os.fdopen(fd, "rb") as file:
             header, raw = file.read(HEADER_BYTES), file.read()
     except FileNotFoundError:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.failures import Failures
 from kvstrata.tiers.fs.space import snapshot
 from kvstrata.tiers.fs.space.audit import audit
@@ -77,6 +78,7 @@ def trim(
     Raises:
         OSError: `root` is no directory that can be written, or it knows no locks.
     """
+    root = os.path.realpath(root)
     mode = stat.S_IMODE(os.stat(root).st_mode) | 0o700
     accounts = _Accounts()
     found = audit(root)
@@ -123,7 +125,7 @@ def last_uses(root: str) -> dict[str, float]:
     when its journal was last written, which is at most a little too late. Namespaces of which the
     books know nothing are missing.
     """
-    directory = os.path.join(root, BOOKS_NAME)
+    directory = os.path.join(os.path.realpath(root), BOOKS_NAME)
     catalog, names, read = snapshot.load(directory)
     newest: dict[bytes, int] = {}  # by the prefix of the namespace's names
     for chunk, stamps, _, _ in catalog.chunks(2**14):
@@ -135,15 +137,16 @@ def last_uses(root: str) -> dict[str, float]:
         for prefix, stamp in newest.items()
         if (namespace := names.namespace(prefix)) is not None
     }
-    with suppress(OSError), os.scandir(directory) as entries:
-        for entry in entries:
-            parsed = parse_name(entry.name)
-            if parsed is None or not entry.is_file(follow_symlinks=False):
+    with suppress(OSError):
+        for journal in nofollow.listdir(directory):
+            parsed = parse_name(journal)
+            if parsed is None:
                 continue
             server, number = parsed
             known, start = read.get(server, (0, 0))
             if number >= known:
-                namespace, used = _last_use(entry.path, start if number == known else 0)
+                path = os.path.join(directory, journal)
+                namespace, used = _last_use(path, start if number == known else 0)
                 if namespace is not None:
                     found[namespace] = max(found.get(namespace, 0.0), used)
     return found
@@ -151,7 +154,7 @@ def last_uses(root: str) -> dict[str, float]:
 
 def _last_use(path: str, start: int) -> tuple[str | None, float]:
     """The namespace of a journal and when it was written, if after `start` it tells of a use."""
-    with suppress(OSError), open(path, "rb") as file:
+    with suppress(OSError), open(nofollow.open(path, os.O_RDONLY), "rb") as file:
         namespace = read_namespace(file.read(HEADER_BYTES))
         file.seek(max(start, HEADER_BYTES))
         if any(record is not None and record.op in _USES for record in decode(file.read())):

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple, Protocol
 
+from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.space.admission import Admission
 from kvstrata.tiers.fs.space.booking import PROTECT_S
 from kvstrata.tiers.fs.space.follower import Follower, News
@@ -354,5 +355,4 @@ class Space:
     def _make_directories(self) -> None:
         for path in (self._place.directory, self._place.spares):
             with suppress(FileExistsError):
-                os.mkdir(path, self._place.dir_mode)
-                os.chmod(path, self._place.dir_mode)
+                nofollow.mkdir(path, self._place.dir_mode)

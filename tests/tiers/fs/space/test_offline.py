@@ -79,9 +79,8 @@ def test_trim_says_why_the_books_cannot_be_kept(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(offline, "_STUCK_S", 0.2)
-    (root / ".kvstrata").mkdir(parents=True)
-    (root / ".kvstrata/spare").touch()
-    with pytest.raises(OSError, match="Not a directory"):
+    (root / ".kvstrata/ledger").mkdir(parents=True)
+    with pytest.raises(OSError, match="Is a directory"):
         trim(str(root), Limits(max_bytes=1))
 
 
