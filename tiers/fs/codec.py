@@ -188,8 +188,8 @@ def _tensor(name: str, entry: Any, start: int) -> TensorSpec:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     numbers = [*shape, *offsets]
     # a product of many or of long numbers would take seconds of a thread that holds the GIL
-    sane = len(shape) <= _MAX_AXES and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
-    if dtype not in DTYPE_BYTES or not sane:
+    short = len(shape) <= _MAX_AXES and all(n < 2**63 for n in shape)
+    if dtype not in DTYPE_BYTES or not all(type(n) is int and n >= 0 for n in numbers) or not short:
         raise BadPage("header", f"tensor {name!r:.50} has a wrong dtype, shape or place")
     tensor = TensorSpec(name, dtype, tuple(shape))
     if offsets != [start, start + tensor.nbytes]:

@@ -35,7 +35,7 @@ from kvstrata.tiers.fs.space import snapshot
 from kvstrata.tiers.fs.space.catalog import Catalog
 from kvstrata.tiers.fs.space.journal import RECORD_BYTES, Op, Record, decode, read_namespace
 from kvstrata.tiers.fs.space.ledger import Books, Row
-from kvstrata.tiers.fs.space.limits import Limits
+from kvstrata.tiers.fs.space.limits import Limits, file_cost
 from kvstrata.tiers.fs.space.names import Names
 from kvstrata.tiers.testing import CONTEXT, make_data, make_key
 
@@ -287,6 +287,20 @@ def test_a_shape_that_takes_long_to_multiply_is_refused(shape: list[int]) -> Non
     metadata = json.loads(HEADER[8:])["__metadata__"]
     with pytest.raises(BadPage, match="a wrong dtype, shape or place"):
         parse_header(as_header({"__metadata__": metadata, "kv": fields}))
+
+
+def test_a_checksum_that_is_no_text() -> None:
+    fields = json.loads(HEADER[8:])
+    fields["__metadata__"]["checksum"] = "\ud800" * 41
+    FILE.write_bytes(as_header(fields) + PAGE)
+    assert inspect_file(str(FILE)).cause == "header"
+
+
+@pytest.mark.parametrize("size", [2**44, 2**62])
+def test_a_sparse_file_fits_into_the_books(size: int) -> None:
+    catalog = Catalog()
+    catalog.seen(b"\0\0" + KEY, file_cost(size), 1)
+    assert Books(base_bytes=2**20 * catalog.nbytes).encode()
 
 
 def test_a_claimed_size_is_not_allocated() -> None:
