@@ -285,20 +285,22 @@ class PageFiles:
                 with nofollow.directory(directory) as fd:
                     return action(fd)
             except FileNotFoundError:
-                make_namespace(self._config, self.paths, self._fields)
-                with suppress(FileNotFoundError):
-                    nofollow.make_directories(
-                        directory, self._config.root_dir, self._config.dir_mode
-                    )
-                    if self._config.durability == "fsync":
-                        for parent in (
-                            os.path.dirname(directory),
-                            self.paths.pages,
-                            self.paths.root,
-                        ):
-                            _fsync_directory(parent)
+                self._make_leaf(directory)
         with nofollow.directory(directory) as fd:
             action(fd)
+
+    def _make_leaf(self, directory: str) -> None:
+        mode = self._config.dir_mode
+        try:
+            nofollow.make_directories(directory, self.paths.pages, mode)
+        except FileNotFoundError:  # the namespace is gone, or eviction took the parent again
+            make_namespace(self._config, self.paths, self._fields)
+            with suppress(FileNotFoundError):
+                nofollow.make_directories(directory, self.paths.pages, mode)
+        if self._config.durability == "fsync":
+            with suppress(FileNotFoundError):
+                for parent in (os.path.dirname(directory), self.paths.pages, self.paths.root):
+                    _fsync_directory(parent)
 
     def _open_spare(self, spare: str, place: int, size: int) -> int | None:
         """A descriptor of a file to overwrite; None, and the file gone, where it cannot serve."""

@@ -139,8 +139,10 @@ def mkdir(path: str, mode: int) -> None:
     """`os.mkdir` with exactly the permission bits `mode`."""
     with parent(path) as (fd, name):
         os.mkdir(name, mode, dir_fd=fd)
-    with directory(path) as fd:
-        os.chmod(f"/proc/self/fd/{fd}", mode)  # what the umask took away
+        found = os.lstat(name, dir_fd=fd)
+    if stat.S_IMODE(found.st_mode) != mode:  # the umask took some
+        with directory(path) as fd:
+            os.chmod(f"/proc/self/fd/{fd}", mode)
 
 
 def make_directories(path: str, root: str, mode: int) -> None:
@@ -149,14 +151,15 @@ def make_directories(path: str, root: str, mode: int) -> None:
     Raises:
         OSError: one cannot be created; FileNotFoundError when `root` itself is gone.
     """
-    missing = [path]
-    while not lexists(above := os.path.dirname(missing[-1])):
-        if above == root:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), root)
-        missing.append(above)
-    for each in reversed(missing):
-        with suppress(FileExistsError):
-            mkdir(each, mode)
+    with suppress(FileExistsError):
+        try:
+            mkdir(path, mode)
+        except FileNotFoundError:
+            above = os.path.dirname(path)
+            if above == root:
+                raise
+            make_directories(above, root, mode)
+            mkdir(path, mode)
 
 
 def listdir(path: str) -> list[str]:
