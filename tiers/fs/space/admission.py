@@ -1,10 +1,15 @@
-"""Letting stores in: each reserves its bytes in the ledger before it writes."""
+"""Letting stores in: each has its bytes reserved in the ledger before it writes.
+
+The ledger is locked for each reservation, and other processes want it too. So while there is
+much room it is made for some files at once; what nobody wants is given back soon.
+"""
 
 from __future__ import annotations
 
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
@@ -20,6 +25,8 @@ SPARE_NAME = "spare"  # below the books' directory: files `<cost>-<16 hex digits
 # ask only once for as long: pages that wait hold memory of the engine.
 WAIT_S = 2.0
 _POLL_S = 0.001
+_MOST_AHEAD = 64  # files; and at most this share of the room that is left, so that others have some
+_SHARE_AHEAD = 16
 _FULL_DISK_FILES = 4  # evicted for each store that the disk had no room for, and for the books
 
 
@@ -50,6 +57,8 @@ class Admission:
         self._books = books
         self._wake = wake
         self._spares: list[str] = []
+        self._ahead: Counter[int] = Counter()  # files that may be written, by cost
+        self._ahead_used = False
         self._hopeless_until = 0.0
         self._turn = threading.Lock()
         self._count_lock = threading.Lock()
@@ -60,6 +69,11 @@ class Admission:
         Raises:
             OSError: the ledger cannot be used.
         """
+        with self._count_lock:
+            if self._ahead[cost]:
+                self._ahead[cost] -= 1
+                self._ahead_used = True
+                return Grant(cost, None)
         deadline = time.monotonic() + WAIT_S
         grant = self._attempt(cost)
         if grant is not None or time.monotonic() < self._hopeless_until:
@@ -107,42 +121,61 @@ class Admission:
         """Files that were written for grants of so many bytes are in the journal now."""
         self._count(-nbytes, -files)
 
+    def give_back(self) -> None:
+        """Give up what was reserved ahead, if none of it was wanted since the last call."""
+        with self._count_lock:
+            if not self._ahead_used:
+                self.open_bytes -= sum(cost * files for cost, files in self._ahead.items())
+                self.open_files -= sum(self._ahead.values())
+                self._ahead.clear()
+            self._ahead_used = False
+
     def _count(self, nbytes: int, files: int) -> None:
         with self._count_lock:
             self.open_bytes += nbytes
             self.open_files += files
 
     def _attempt(self, cost: int) -> Grant | None:
-        grant = None
+        grant, ahead = None, 0
         try:
             with self._ledger.locked() as books:
                 row = books.rows.get(self._server)
-                if row is not None and not row.dead and books.known:
-                    grant = self._try(books, row, cost)
+                # where nothing is limited, nothing need be known
+                if row is not None and not row.dead and (books.known or not books.limits()):
+                    grant, ahead = self._try(books, row, cost)
         except OSError:
             if grant is not None:  # it could not be written down
-                self._count(-cost, -1)
+                self._count(-cost * (1 + ahead), -1 - ahead)
                 if grant.spare is not None:
                     with suppress(OSError):
                         nofollow.unlink(grant.spare)
             raise
+        if ahead:
+            with self._count_lock:
+                self._ahead[cost] += ahead
+                self._ahead_used = True
         return grant
 
-    def _try(self, books: Books, row: Row, cost: int) -> Grant | None:
+    def _try(self, books: Books, row: Row, cost: int) -> tuple[Grant | None, int]:
+        """Leave for one file, and for how many more."""
         limits, usage = books.limits(), books.usage(self._root)
-        spare = None
-        if not room(limits, usage, HIGH).holds(cost):
+        spare, ahead = None, 0
+        left = room(limits, usage, HIGH)
+        if left.holds(cost):
+            share = min(left.nbytes // cost, left.files) // _SHARE_AHEAD
+            ahead = min(_MOST_AHEAD, share)
+        else:
             spare = self._take_spare(books, cost)
             if books.spare_bytes < max(4 * cost, spares_wanted(usage) // 2):
                 self._wake()
             if spare is None and not room(limits, usage).holds(cost):
                 row.wanted = cost
-                return None
+                return None, 0
         row.wanted, row.page = 0, cost
-        row.reserved_bytes += cost
-        row.reserved_files += 1
-        self._count(cost, 1)
-        return Grant(cost, spare)
+        row.reserved_bytes += cost * (1 + ahead)
+        row.reserved_files += 1 + ahead
+        self._count(cost * (1 + ahead), 1 + ahead)
+        return Grant(cost, spare), ahead
 
     def _take_spare(self, books: Books, cost: int) -> str | None:
         """Claim a spare of that cost from all other writers."""

@@ -32,6 +32,8 @@ _MAGIC = b"kvledge1"
 _HEADER = struct.Struct("<8s16sB12sqqqqI")
 _ROW = struct.Struct("<16s12sQB" + "Q" * 3 + "qq" + "qqq" + "IQ")
 _LOCK_WITHIN_S = 5.0
+# Between two tries to lock, which another process does for some 20 us as a rule.
+_PAUSE_S, _MOST_PAUSE_S = 20e-6, 500e-6
 
 
 class LedgerBusy(OSError):
@@ -195,7 +197,7 @@ class Ledger:
                 fcntl.flock(self._fd, fcntl.LOCK_UN)
 
     def _lock(self) -> None:
-        deadline = time.monotonic() + _LOCK_WITHIN_S
+        deadline, pause = time.monotonic() + _LOCK_WITHIN_S, _PAUSE_S
         while True:
             if self._fd < 0:
                 self._fd = self._open()
@@ -204,7 +206,8 @@ class Ledger:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise LedgerBusy(f"{self._path} is locked") from None
-                time.sleep(0.0005)
+                time.sleep(pause)
+                pause = min(2 * pause, _MOST_PAUSE_S)
                 continue
             try:
                 if self._is_current():

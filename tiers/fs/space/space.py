@@ -250,6 +250,7 @@ class Space:
     def _join(self) -> bool:
         """See to our row in the ledger; True if we are the keeper."""
         now = time.monotonic()
+        self.admission.give_back()
         with self._place.ledger.locked() as books:
             row = books.rows.get(self._place.server) or self._enter(books)
             if row is None:
