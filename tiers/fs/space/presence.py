@@ -42,7 +42,7 @@ class Presence:
         """
         ours = os.fstat(self._fd)
         with suppress(FileNotFoundError):
-            found = os.lstat(self._path)
+            found = os.stat(self._path, follow_symlinks=False)
             if (found.st_dev, found.st_ino) == (ours.st_dev, ours.st_ino):
                 return
         fresh = self._lock()
