@@ -2,7 +2,7 @@
 # The targets share one virtual environment and few cores, so -j changes nothing.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help install lint format types test-unit test-engine test bench-fs demo
+.PHONY: help install lint format types test-unit test-engine test test-faults bench-fs fuzz demo demo-shared
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -69,9 +69,25 @@ test-engine: install ## the tests that start a real vLLM engine
 
 test: lint types test-unit test-engine ## everything CI runs
 
+test-faults: install ## the filesystem tier against kills, full disks and hostile files, at length
+	$(BIN)/pytest --long tests/tiers
+
 BENCH_DIR := .bench
-bench-fs: install ## the filesystem tier against stock vLLM's (BENCH_DIR=... on the disk to measure)
-	$(BIN)/python -m kvstrata.tiers.fs.bench --root $(BENCH_DIR) --csv $(BENCH_DIR)/fs.csv
+bench-fs: install ## the filesystem tier against stock vLLM's and the device (BENCH_DIR=... on the disk)
+	$(BIN)/python -m kvstrata.tiers.fs.bench --root $(BENCH_DIR) \
+		--csv $(BENCH_DIR)/fs.csv --plot $(BENCH_DIR)/fs.png
+
+# atheris is no dependency of the tests
+FUZZ_SECONDS := 600
+fuzz: install ## the readers of foreign files under a coverage-guided fuzzer (FUZZ_SECONDS each)
+	$(BIN)/pip install --quiet atheris
+	for reader in header file config ledger journal snapshot 'snapshot header'; do \
+		$(BIN)/python tests/tiers/fs/fuzz.py "$$reader" -max_total_time=$(FUZZ_SECONDS) || exit 1; \
+	done
 
 demo: install ## serve real prompts with a real small model and show the tiers at work
 	$(BIN)/python docs/demo/demo.py
+
+MINUTES := 10
+demo-shared: install ## two servers on one directory with room for half of it (MINUTES=...)
+	$(BIN)/python docs/demo/shared.py --minutes $(MINUTES)

@@ -219,7 +219,7 @@ def check_storage(path: str) -> Iterator[Check]:
     while not os.path.lexists(where):
         where = os.path.dirname(where)
     try:
-        direct = probe_direct(where)
+        direct = probe_direct(os.path.realpath(where))
         found = os.statvfs(where)
     except OSError as error:
         why = f"the filesystem tier cannot write there: {error.strerror or error}"

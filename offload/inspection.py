@@ -91,13 +91,14 @@ def inspect(path: str) -> Inspection:
         kind = _SPECIAL.get(stat.S_IFMT(found.st_mode), "unknown")
         return Inspection(path, kind, 0, "not a regular file; the tier never opens it")
     name = os.path.basename(path)
+    # the links on the way there are the user's own
+    where = os.path.join(os.path.realpath(os.path.dirname(path)), name)
     if name == CONFIG_NAME:
-        return _inspect_config(path, found.st_size)
+        return replace(_inspect_config(where, found.st_size), path=path)
     if is_temporary(name):
         abandoned = is_abandoned(name, time.time() - found.st_mtime)
         kind = "abandoned temporary" if abandoned else "temporary"
-        return replace(_page(path, kind, inspect_file(path)), reason=None)
-    where = os.path.abspath(path)
+        return replace(_page(path, kind, inspect_file(where)), reason=None)
     place = _namespace_of(where)
     report = inspect_file(where)
     if place is not None:

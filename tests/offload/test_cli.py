@@ -8,8 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,10 +17,10 @@ from typer.testing import CliRunner
 
 from kvstrata.offload.cli import app
 from kvstrata.tiers.base import TierContext
-from kvstrata.tiers.fs import scan
 from kvstrata.tiers.fs.layout import NamespacePaths
 from kvstrata.tiers.fs.temporary import temporary_name
-from kvstrata.tiers.testing import CONTEXT
+from kvstrata.tiers.fs.tier import FsTier
+from kvstrata.tiers.testing import CONTEXT, make_data, store
 from tests.offload.cli_world import KEYS, fill, flip, run, run_json
 
 SCRIPT = Path(sysconfig.get_path("scripts"), "kvstrata")
@@ -48,54 +47,90 @@ def test_ls(root: Path, paths: NamespacePaths, page: Path) -> None:
     Path(paths.quarantine).mkdir()
     Path(paths.quarantine, "1-checksum-x").touch()
     nbytes = sum(os.path.getsize(paths.page(key)) for key in KEYS)
-    ours, theirs = run_json("ls", root)["namespaces"]
+    listed = run_json("ls", root)
+    ours, theirs = listed["namespaces"]
     assert 7200 <= ours.pop("oldest_age_s") < 7300
+    assert 0 <= ours.pop("used_age_s") < 600
     assert ours == {
         "model": "org_model",
         "digest": paths.name[-12:],
         "path": paths.home,
+        "config": None,
         "files": 3,
         "bytes": nbytes,
+        "share": 0.5,
         "temporary": 1,
         "quarantined": 1,
         "newest_age_s": 0.0,
         "fields": CONTEXT.namespace,
     }
     assert (theirs["path"], theirs["fields"], theirs["quarantined"]) == (other.home, FIELDS, 0)
+    books = listed["books"]
+    assert books["counted"] and books["files"] >= 6 and books["bytes"] > 2 * nbytes
+    assert books["free_bytes"] > 0 and not books["reserved_bytes"]
+    names = ("max_bytes", "max_files", "min_free_bytes", "servers", "keeper", "damage")
+    assert [books[name] for name in names] == [None, None, None, 0, None, []]
     size = f"{nbytes / 1024:.1f} KiB"
-    shown = run("ls", root).splitlines()
-    assert shown[:3] == [
+    first, *shown = run("ls", root).splitlines()
+    assert first.startswith(f"{root}: {books['files']} files, ") and first.endswith("; 0 servers")
+    assert shown[:2] == [
         f"org_model {paths.name[-12:]}",
         "    KV dtype None, tokens per chunk 16, weights None",
-        f"    3 files, {size}, the oldest written 2 h ago, the newest 0 s ago; "
-        "1 temporary, 1 quarantined",
     ]
+    start = f"    3 files, {size} (50%), the oldest written 2 h ago, the newest 0 s ago, used "
+    assert shown[2].startswith(start) and shown[2].endswith(" ago; 1 temporary, 1 quarantined")
     assert shown[4] == "    KV dtype bfloat16, tokens per chunk 32, 64, weights 0123456789ab"
 
 
 def test_ls_without_config_or_pages(root: Path, paths: NamespacePaths) -> None:
     shutil.rmtree(paths.pages)
     os.unlink(paths.config)
-    (found,) = run_json("ls", root)["namespaces"]
+    shutil.rmtree(root / ".kvstrata")
+    listed = run_json("ls", root)
+    (found,) = listed["namespaces"]
+    assert listed["books"] is None and (found["used_age_s"], found["share"]) == (None, 0.0)
     ages = (found["oldest_age_s"], found["newest_age_s"])
     assert (found["files"], found["fields"], *ages) == (0, None, None, None)
-    assert run("ls", root).splitlines()[1:] == [
-        "    its config.json is missing or unreadable",
-        "    0 files, 0 B; 0 temporary, 0 quarantined",
+    assert run("ls", root).splitlines() == [
+        f"{root}: no books of a disk budget that can be read",
+        f"org_model {found['digest']}",
+        "    config.json: missing: No such file or directory",
+        "    0 files, 0 B (0%); 0 temporary, 0 quarantined",
     ]
+
+
+def test_ls_beside_a_server(root: Path) -> None:
+    options = {"root_dir": str(root), "max_bytes": "1GiB", "max_files": 100, "min_free_bytes": 4096}
+    tier = FsTier(options, CONTEXT)
+    store(tier, {KEYS[0]: make_data(0, CONTEXT.layouts[0].nbytes)})
+    ledger = root / ".kvstrata/ledger"
+    books = run_json("ls", root)["books"]
+    shown = run("ls", root).splitlines()[0]
+    assert tier.shutdown(60.0)
+    limits = [books[name] for name in ("max_bytes", "max_files", "min_free_bytes")]
+    assert limits == [2**30, 100, 4096]
+    assert books["servers"] == 2  # its I/O processes
+    assert len(bytes.fromhex(books["keeper"])) == 16
+    assert "of at most 100, " in shown and "of at most 1.0 GiB, " in shown
+    assert "of at least 4.0 KiB; 2 servers, the keeper is " + books["keeper"][:8] in shown
+    written = (ledger.read_bytes(), ledger.stat().st_mtime_ns)
+    assert run_json("ls", root)["books"]["servers"] == 0
+    assert (ledger.read_bytes(), ledger.stat().st_mtime_ns) == written
 
 
 def test_a_root_without_namespaces(paths: NamespacePaths) -> None:
     """A namespace's own directories look like roots."""
-    nothing = {"files": 0, "bytes": 0, "bad": 0, "temporary": 0, "bad_files": []}
-    for misplaced in (paths.home, paths.pages):
+    for misplaced in (Path(paths.home), Path(paths.pages)):
         remedy = f"no namespaces below '{misplaced}': give the root_dir of the fs tier\n"
         assert outcome("ls", misplaced) == (0, "", f"kvstrata: {remedy}")
         assert outcome("check", misplaced) == (2, "", f"kvstrata: {remedy}")
         code, out, err = outcome("ls", misplaced, "--json")
-        assert (code, json.loads(out), err) == (0, {"namespaces": []}, f"kvstrata: {remedy}")
-        code, out, err = outcome("check", misplaced, "--json")
-        assert (code, json.loads(out), err) == (2, nothing, f"kvstrata: {remedy}")
+        assert (code, json.loads(out)["namespaces"], err) == (0, [], f"kvstrata: {remedy}")
+        before = sorted(misplaced.rglob("*"))
+        code, out, err = outcome("check", misplaced, "--fix", "--json")
+        assert (code, json.loads(out)["files"], err) == (2, 0, f"kvstrata: {remedy}")
+        assert outcome("gc", misplaced, "--max-files", 1) == (2, "", f"kvstrata: {remedy}")
+        assert sorted(misplaced.rglob("*")) == before
 
 
 @pytest.mark.parametrize("content", [[], ["lost+found"]])
@@ -105,69 +140,13 @@ def test_an_empty_root_holds_nothing_bad(tmp_path: Path, content: list[str]) -> 
     said = f"kvstrata: no namespaces below '{tmp_path}'\n"
     assert outcome("ls", tmp_path) == (0, "", said)
     assert outcome("check", tmp_path) == (0, "0 files, 0 B, 0 bad, 0 temporary\n", said)
+    assert outcome("gc", tmp_path, "--max-files", 1) == (0, "", said)
+    assert [path.name for path in tmp_path.iterdir()] == content
 
 
-@pytest.mark.parametrize("command", ["ls", "check"])
-def test_a_root_that_is_a_file(command: str, page: Path) -> None:
-    assert run(command, page, exit_code=2) == f"kvstrata: '{page}': Not a directory\n"
-
-
-# ---- check ----
-
-
-def test_check_a_sound_root(root: Path, paths: NamespacePaths) -> None:
-    nbytes = sum(os.path.getsize(paths.page(key)) for key in KEYS)
-    expected = {"files": 3, "bytes": nbytes, "bad": 0, "temporary": 0, "bad_files": []}
-    assert run_json("check", root) == expected
-    assert run("check", root) == f"3 files, {nbytes / 1024:.1f} KiB, 0 bad, 0 temporary\n"
-
-
-def test_check_names_each_bad_file(root: Path, paths: NamespacePaths, page: Path) -> None:
-    flip(page, -1)
-    os.truncate(paths.page(KEYS[2]), 5000)
-    *lines, total = run("check", root, exit_code=1).splitlines()
-    assert lines == [
-        f"bad: {page}: checksum: the data is not what was written",
-        f"bad: {paths.page(KEYS[2])}: truncated: 5000 bytes instead of 12368",
-    ]
-    assert total.endswith(" 2 bad, 0 temporary")
-
-
-def test_a_page_that_an_engine_removes_meanwhile_is_not_bad(
-    root: Path, page: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def evicted(path: str) -> scan.FileReport:
-        page.unlink(missing_ok=True)
-        return inspect_file(path)
-
-    inspect_file = scan.inspect_file
-    monkeypatch.setattr(scan, "inspect_file", evicted)
-    assert (run_json("check", root)["files"], page.exists()) == (2, False)
-
-
-def test_what_cannot_be_read_is_not_called_sound(
-    root: Path, page: Path, another_user: Callable[[], AbstractContextManager[None]]
-) -> None:
-    for directory in (root, *root.parents):
-        if directory.stat().st_uid == os.geteuid() and directory != Path("/"):
-            directory.chmod(0o755)
-    for path in root.rglob("*"):
-        path.chmod(0o755)
-    page.chmod(0)
-    closed = page.parents[1]
-    with another_user():
-        assert run_json("inspect", page, exit_code=1)["reason"] == "unreadable: Permission denied"
-    closed.chmod(0)
-    with another_user():
-        assert run_json("check", root, exit_code=1)["bad_files"] == [
-            {"path": str(closed), "reason": "unreadable: Permission denied"}
-        ]
-    closed.chmod(0o755)
-    root.chmod(0)
-    with another_user():
-        sentence = f"kvstrata: '{root}': Permission denied\n"
-        assert run("check", root, exit_code=2) == run("ls", root, exit_code=2) == sentence
-    root.chmod(0o755)
+@pytest.mark.parametrize("command", [["ls"], ["check", "--fix"], ["gc", "--max-files", 1]])
+def test_a_root_that_is_a_file(command: list[object], page: Path) -> None:
+    assert run(*command, page, exit_code=2) == f"kvstrata: '{page}': Not a directory\n"
 
 
 # ---- the console script ----
@@ -177,7 +156,7 @@ def test_the_console_script(root: Path, page: Path) -> None:
     flip(page, -1)
     done = subprocess.run([SCRIPT, "check", root], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (1, "")  # no bar: stderr is no terminal
-    assert "1 bad" in done.stdout
+    assert "1 bad (1 page)" in done.stdout
 
 
 def test_the_bar_is_shown_on_a_terminal(root: Path, paths: NamespacePaths) -> None:
@@ -199,7 +178,7 @@ def test_the_bar_is_shown_on_a_terminal(root: Path, paths: NamespacePaths) -> No
 def test_version_and_help() -> None:
     assert run("--version") == f"kvstrata {version('kvstrata')}\n"
     shown = run("--help")
-    assert all(name in shown for name in ("inspect", "ls", "check", "doctor"))
+    assert all(name in shown for name in ("inspect", "ls", "check", "gc", "doctor"))
     assert "root_dir" in run("check", "--help")
     assert "Exits with 1" in run("doctor", "--help")
     assert "nonsense" in run("nonsense", exit_code=2)
@@ -211,8 +190,8 @@ def test_looking_at_files_imports_neither_torch_nor_vllm(root: Path, page: Path)
 import sys
 from typer.testing import CliRunner
 from kvstrata.offload.cli import app
-for command in ["ls", "check"]:
-    assert CliRunner().invoke(app, [command, {str(root)!r}]).exit_code == 0
+for command in [["ls"], ["check", "--fix"], ["gc", "--max-files", "100"]]:
+    assert CliRunner().invoke(app, [*command, {str(root)!r}]).exit_code == 0
 assert CliRunner().invoke(app, ["inspect", {str(page)!r}]).exit_code == 0
 print(*sorted({{"torch", "triton", "vllm"}} & sys.modules.keys()))
 """

@@ -201,13 +201,11 @@ def test_a_bad_page(
     assert f"bad: {reason}" in run("inspect", page, exit_code=1)
     # and `check` says the same
     sizes = sum(path.stat().st_size for path in root.rglob("*.safetensors"))
-    assert run_json("check", root, exit_code=1) == {
-        "files": 3,
-        "bytes": sizes,
-        "bad": 1,
-        "temporary": 0,
-        "bad_files": [{"path": str(page), "reason": found["reason"]}],
-    }
+    checked = run_json("check", root, exit_code=1)
+    kind = "place" if reason.startswith(("key", "namespace")) else "page"
+    (bad,) = checked["findings"]
+    assert bad == {"path": str(page), "kind": kind, "reason": found["reason"], "repair": None}
+    assert (checked["files"], checked["bytes"], checked["found"]) == (3, sizes, {kind: 1})
 
 
 @pytest.mark.parametrize(
@@ -227,7 +225,7 @@ def test_what_is_no_regular_file_is_never_opened(
     reason = "not a regular file; the tier never opens it"
     expected = {**NOTHING, "path": str(page), "kind": kind, "bytes": 0, "ok": False}
     assert run_json("inspect", page, exit_code=1) == {**expected, "reason": reason}
-    (bad,) = run_json("check", root, exit_code=1)["bad_files"]
+    (bad,) = run_json("check", root, exit_code=1)["findings"]
     assert bad["path"] == str(page) and bad["reason"].startswith(("not-regular", "symlink"))
 
 
@@ -268,8 +266,8 @@ def test_a_bad_config(root: Path, paths: NamespacePaths, text: str, reason: str)
     Path(paths.config).write_text(text)
     assert run_json("inspect", paths.config, exit_code=1)["reason"].startswith(reason)
     totals = run_json("check", root, exit_code=1)
-    (bad,) = totals["bad_files"]
-    assert (bad["path"], totals["files"], totals["bad"]) == (paths.config, 3, 1)
+    (bad,) = totals["findings"]
+    assert (bad["path"], bad["kind"], totals["files"]) == (paths.config, "config", 3)
     assert bad["reason"].startswith(reason)
     (namespace,) = run_json("ls", root)["namespaces"]
     assert namespace["files"] == 3
@@ -292,7 +290,8 @@ def test_inspect_a_temporary(page: Path) -> None:
     host, pid, start, rest = ours.name.removeprefix(".kvstrata-").split("-")
     dead = ours.rename(ours.with_name(f".kvstrata-{host}-{pid}-{int(start) - 1}-{rest}"))
     assert run_json("inspect", dead)["kind"] == "abandoned temporary"
-    assert run_json("check", page.parents[3])["temporary"] == 1
+    (abandoned,) = run_json("check", page.parents[3], exit_code=1)["findings"]
+    assert (abandoned["path"], abandoned["kind"]) == (str(dead), "temporary")
 
 
 def test_inspect_a_foreign_file(tmp_path: Path) -> None:
@@ -375,7 +374,7 @@ def test_check_finds_any_flipped_bit(root: Path, page: Path, position: int, bit:
     raw = bytearray(good)
     raw[position] ^= 1 << bit
     page.write_bytes(raw)
-    (bad,) = run_json("check", root, exit_code=1)["bad_files"]
+    (bad,) = run_json("check", root, exit_code=1)["findings"]
     assert bad["path"] == str(page)
     assert run_json("inspect", page, exit_code=1)["reason"] == bad["reason"]
     page.write_bytes(good)

@@ -46,8 +46,8 @@ def imports(source: str, module: str, lazy: bool = True) -> set[str]:
 
 
 def imports_of(path: Path) -> set[str]:
-    """What a file imports. A `bench.py` may import its baselines lazily, inside functions."""
-    return imports(path.read_text(), module_name(path), lazy=path.name != "bench.py")
+    """What a file imports. A benchmark may import its baselines lazily, inside functions."""
+    return imports(path.read_text(), module_name(path), lazy="bench" not in path.parts)
 
 
 def under(name: str, packages: set[str]) -> bool:

@@ -21,6 +21,7 @@ FORMAT_VERSION = "1"
 ALIGNMENT = 4096  # the data begins at a multiple of this: what O_DIRECT needs everywhere
 MAX_HEADER_BYTES = 2**20  # including the 8 length bytes; far above what any layout needs
 
+_MAX_AXES = 8  # of a tensor; the pages here have four at most
 _CHECKSUM_NAME = "xxh3_128"
 _CHECKSUM_START = 8 + len('{"__metadata__":{"checksum":"')
 _CHECKSUM_END = _CHECKSUM_START + len(_CHECKSUM_NAME) + 1 + 32
@@ -156,6 +157,9 @@ def parse_header(raw: bytes) -> FileHeader:
             raise BadPage("version", f"format version {metadata['format_version']!r}")
         if sorted(metadata) != _METADATA or not all(type(v) is str for v in metadata.values()):
             raise BadPage("header", "the fields of __metadata__ are not those of a page")
+        checksum = metadata["checksum"]
+        if len(checksum) != len(_NO_CHECKSUM) or not checksum.isascii():
+            raise BadPage("header", "the checksum is not in the form of one")
         tensors, start = [], 0
         for name, entry in fields.items():
             tensor = _tensor(name, entry, start)
@@ -165,7 +169,7 @@ def parse_header(raw: bytes) -> FileHeader:
             key=bytes.fromhex(metadata["key"]),
             namespace=metadata["namespace"],
             layout=PageLayout(tuple(tensors), int(metadata["tokens"])),
-            checksum=metadata["checksum"],
+            checksum=checksum,
         )
         if metadata["group"] != str(key_group(header.key)):
             raise BadPage("header", "the group is not the one in the key")
@@ -183,7 +187,9 @@ def parse_header(raw: bytes) -> FileHeader:
 def _tensor(name: str, entry: Any, start: int) -> TensorSpec:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     numbers = [*shape, *offsets]
-    if dtype not in DTYPE_BYTES or not all(type(n) is int and n >= 0 for n in numbers):
+    # a product of many or of long numbers would take seconds of a thread that holds the GIL
+    short = len(shape) <= _MAX_AXES and all(n < 2**63 for n in shape)
+    if dtype not in DTYPE_BYTES or not all(type(n) is int and n >= 0 for n in numbers) or not short:
         raise BadPage("header", f"tensor {name!r:.50} has a wrong dtype, shape or place")
     tensor = TensorSpec(name, dtype, tuple(shape))
     if offsets != [start, start + tensor.nbytes]:

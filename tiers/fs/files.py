@@ -7,9 +7,9 @@ import os
 import stat
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TypeVar
 
 from kvstrata.tiers.base import PageLayout, TierContext, key_group
+from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.codec import (
     MAX_HEADER_BYTES,
     BadPage,
@@ -23,14 +23,13 @@ from kvstrata.tiers.fs.failures import error_cause
 from kvstrata.tiers.fs.io import FileIO
 from kvstrata.tiers.fs.layout import NamespacePaths
 from kvstrata.tiers.fs.messages import Outcome, PageRef
-from kvstrata.tiers.fs.namespace import make_directories, namespace_digest
+from kvstrata.tiers.fs.namespace import namespace_digest
 from kvstrata.tiers.fs.quarantine import Quarantine
 from kvstrata.tiers.fs.space.limits import file_cost
 from kvstrata.tiers.fs.space.space import Space
 from kvstrata.tiers.fs.startup import make_namespace
 from kvstrata.tiers.fs.temporary import temporary_name
 
-_T = TypeVar("_T")
 _MKDIR_TRIES = 5  # eviction removes directories that became empty, perhaps this one again
 
 
@@ -97,7 +96,7 @@ class PageFiles:
         except OSError as error:
             cause = error_cause(error)
             cause = {"missing": "no-directory", "unreadable": "denied"}.get(cause, cause)
-            self._report(cause, str(error))
+            self._report(cause, f"{path}: {error.strerror or error}")
             return Outcome(cause)
         except Exception as error:
             return self._internal(error)
@@ -178,7 +177,7 @@ class PageFiles:
             OSError: it cannot be told.
         """
         try:
-            found = os.lstat(path)
+            found = nofollow.lstat(path)
         except (FileNotFoundError, NotADirectoryError):
             return False
         layout = self._layout(key)
@@ -232,20 +231,36 @@ class PageFiles:
     def _write(self, path: str, key: bytes, view: memoryview, spare: str | None = None) -> None:
         """Write the page into a new file, or over `spare`, and give it its name."""
         header = encode_header(key, self._digest, self._layout(key), page_checksum(view))
-        directory = os.path.dirname(path)
-        temporary, fd = spare, None
+        directory, name = os.path.split(path)
+        self._in_directory(directory, lambda leaf: self._write_in(leaf, name, header, view, spare))
+
+    def _write_in(
+        self, leaf: int, name: str, header: bytes, view: memoryview, spare: str | None
+    ) -> None:
+        """Write the file `name` in the open directory `leaf`."""
         if spare is not None:
-            fd = self._open_spare(spare, len(header) + view.nbytes)
-        if fd is None or temporary is None:
-            temporary = os.path.join(directory, temporary_name())
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-            fd = self._in_directory(
-                directory, lambda: self._io.open(temporary, flags, self._config.file_mode)
-            )
+            with nofollow.parent(spare) as (place, temporary):
+                fd = self._open_spare(temporary, place, len(header) + view.nbytes)
+                if fd is not None:
+                    self._publish(fd, temporary, place, name, leaf, header, view)
+                    return
+        temporary, flags = temporary_name(), os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        fd = self._io.open(temporary, flags, mode=self._config.file_mode, dir_fd=leaf)
+        self._publish(fd, temporary, leaf, name, leaf, header, view)
+
+    def _publish(
+        self,
+        fd: int,
+        temporary: str,
+        place: int,
+        name: str,
+        leaf: int,
+        header: bytes,
+        view: memoryview,
+    ) -> None:
+        """Write the open file `temporary` in `place`, close it, and make it `name` in `leaf`."""
         try:
             try:
-                if spare is not None or self._config.file_mode & 0o077:
-                    os.fchmod(fd, self._config.file_mode)  # what the umask took away
                 buffer = self._io.header_buffer(len(header))
                 buffer[:] = header
                 self._io.write(fd, (buffer, view))
@@ -253,38 +268,44 @@ class PageFiles:
                     os.fsync(fd)
             finally:
                 os.close(fd)
-            self._in_directory(directory, lambda: os.rename(temporary, path))
+            os.rename(temporary, name, src_dir_fd=place, dst_dir_fd=leaf)
         except BaseException:
             with suppress(OSError):
-                os.unlink(temporary)
+                os.unlink(temporary, dir_fd=place)
             raise
 
-    def _in_directory(self, directory: str, action: Callable[[], _T]) -> _T:
-        """Do what needs the directory; where it is missing, make it first.
+    def _in_directory(self, directory: str, action: Callable[[int], None]) -> None:
+        """Do what needs the open directory; where it is missing, make it first.
 
         Raises:
             OSError: the directory cannot be made, or the action failed.
         """
         for _ in range(_MKDIR_TRIES):
             try:
-                return action()
+                with nofollow.directory(directory) as fd:
+                    return action(fd)
             except FileNotFoundError:
-                make_namespace(self._config, self.paths, self._fields)
-                with suppress(FileNotFoundError):
-                    make_directories(directory, self._config.root_dir, self._config.dir_mode)
-                    if self._config.durability == "fsync":
-                        for parent in (
-                            os.path.dirname(directory),
-                            self.paths.pages,
-                            self.paths.root,
-                        ):
-                            _fsync_directory(parent)
-        return action()
+                self._make_leaf(directory)
+        with nofollow.directory(directory) as fd:
+            action(fd)
 
-    def _open_spare(self, spare: str, size: int) -> int | None:
+    def _make_leaf(self, directory: str) -> None:
+        mode = self._config.dir_mode
+        try:
+            nofollow.make_directories(directory, self.paths.pages, mode)
+        except FileNotFoundError:  # the namespace is gone, or eviction took the parent again
+            make_namespace(self._config, self.paths, self._fields)
+            with suppress(FileNotFoundError):
+                nofollow.make_directories(directory, self.paths.pages, mode)
+        if self._config.durability == "fsync":
+            with suppress(FileNotFoundError):
+                for parent in (os.path.dirname(directory), self.paths.pages, self.paths.root):
+                    _fsync_directory(parent)
+
+    def _open_spare(self, spare: str, place: int, size: int) -> int | None:
         """A descriptor of a file to overwrite; None, and the file gone, where it cannot serve."""
         try:
-            fd = self._io.open(spare, os.O_WRONLY)
+            fd = self._io.open(spare, os.O_WRONLY, dir_fd=place)
             try:
                 found = os.fstat(fd)
                 # a second name would see its content change; another's file stays another's
@@ -294,18 +315,19 @@ class PageFiles:
                     raise OSError(errno.EPERM, "another user's file", spare)
                 if found.st_size != size:
                     os.ftruncate(fd, size)
+                os.fchmod(fd, self._config.file_mode)
             except BaseException:
                 os.close(fd)
                 raise
             return fd
         except OSError:
             with suppress(OSError):
-                os.unlink(spare)
+                os.unlink(spare, dir_fd=place)
             return None
 
 
 def _fsync_directory(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fd = nofollow.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
     finally:

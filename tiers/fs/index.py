@@ -36,10 +36,16 @@ class Index:
     def __len__(self) -> int:
         return len(self._present)
 
-    def lookup(self, key: bytes, req_id: str, now: float) -> Lookup:
-        """The answer to a request; an unknown key is noted for the next `take_unsent`."""
+    def is_present(self, key: bytes) -> bool:
+        """Whether the page is known to be on the disk; it becomes the most recently used."""
         if key in self._present:
             self._present.move_to_end(key)
+            return True
+        return False
+
+    def lookup(self, key: bytes, req_id: str, now: float) -> Lookup:
+        """The answer to a request; an unknown key is noted for the next `take_unsent`."""
+        if self.is_present(key):
             return Lookup.HIT
         if key in self._refused:
             return Lookup.MISS

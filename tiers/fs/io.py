@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
+from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.codec import ALIGNMENT
 from kvstrata.tiers.fs.temporary import temporary_name
 
@@ -37,14 +38,13 @@ def probe_direct(directory: str) -> bool:
         OSError: the directory cannot be written at all.
     """
     path = os.path.join(directory, temporary_name())
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    fd = os.open(path, flags, 0o600)
+    fd = nofollow.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     try:
         block = aligned_buffer(ALIGNMENT)
         if os.pwrite(fd, block, 0) != ALIGNMENT:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
         try:
-            os.close(os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_DIRECT))
+            os.close(nofollow.open(path, os.O_WRONLY | os.O_DIRECT))
             fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
             return os.pwrite(fd, block, 0) == ALIGNMENT
         except OSError as error:
@@ -54,7 +54,7 @@ def probe_direct(directory: str) -> bool:
     finally:
         os.close(fd)
         with suppress(OSError):
-            os.unlink(path)
+            nofollow.unlink(path)
 
 
 class FileIO:
@@ -68,21 +68,20 @@ class FileIO:
         self._cached_first = direct and cached_first
         self._local = threading.local()
 
-    def open(self, path: str, flags: int, mode: int = 0o600) -> int:
-        """`os.open` without following a link, blocking on a FIFO, or inheritance.
+    def open(self, path: str, flags: int, **more: int) -> int:
+        """`nofollow.open`, with O_DIRECT where that is to be used from the start.
 
         Raises:
-            OSError: as `os.open`.
+            OSError: as `nofollow.open`.
         """
-        flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         if self.direct and not (self._cached_first and flags & os.O_ACCMODE == os.O_RDONLY):
             try:
-                return os.open(path, flags | os.O_DIRECT, mode)
+                return nofollow.open(path, flags | os.O_DIRECT, **more)
             except OSError as error:
                 # directories and special files know no O_DIRECT; fstat tells them apart later
                 if error.errno != errno.EINVAL:
                     raise
-        return os.open(path, flags, mode)
+        return nofollow.open(path, flags, **more)
 
     def header_buffer(self, size: int) -> memoryview:
         """Aligned memory for a header, one per thread, overwritten by its next use."""

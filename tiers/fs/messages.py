@@ -79,6 +79,12 @@ class Outcome(NamedTuple):
     stuck: bool = False
 
 
+_OUTCOMES = [
+    Outcome(None, bool(flags & _MOVED), bool(flags & _GONE), bool(flags & _STUCK))
+    for flags in range(2 * _FAILED)
+]
+
+
 class Done(NamedTuple):
     """A task has ended; `start` and `end` are of the clock `time.monotonic`, in seconds."""
 
@@ -199,12 +205,13 @@ def unpack_records(packet: bytes) -> Iterator[Done | Failure | Upkeep | Told | R
             position += count
             outcomes = []
             for flag in flags:
-                cause = None
+                outcome = _OUTCOMES[flag]
                 if flag & _FAILED:
                     size = packet[position]
                     cause = packet[position + 1 : position + 1 + size].decode()
                     position += 1 + size
-                outcomes.append(_outcome(flag, cause))
+                    outcome = outcome._replace(cause=cause)
+                outcomes.append(outcome)
             yield Done(task_id, outcomes, start, end)
         elif kind == _TYPE_FAILURE:
             _, cause_size, size = _FAILURE.unpack_from(packet, position)
@@ -229,7 +236,3 @@ def unpack_records(packet: bytes) -> Iterator[Done | Failure | Upkeep | Told | R
         else:
             position += len(READY)
             yield Ready()
-
-
-def _outcome(flag: int, cause: str | None) -> Outcome:
-    return Outcome(cause, bool(flag & _MOVED), bool(flag & _GONE), bool(flag & _STUCK))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -12,6 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 from kvstrata.tiers.base import TierConfigError
+from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.layout import NAMESPACE_DIR, NamespacePaths, directory_name
 from kvstrata.tiers.fs.temporary import temporary_name
 
@@ -43,25 +43,7 @@ def namespace_paths(root: str, model: str, fields: Mapping[str, Any]) -> Namespa
             match = NAMESPACE_DIR.fullmatch(name)
             if match is not None and match["digest"] == digest:
                 others.append(NamespacePaths(root, name))
-    return next((paths for paths in (ours, *others) if os.path.lexists(paths.config)), ours)
-
-
-def make_directories(path: str, root: str, mode: int) -> None:
-    """Create `path` and its parents below `root`, with exactly the permission bits `mode`.
-
-    Raises:
-        OSError: one cannot be created; FileNotFoundError when `root` itself is gone.
-    """
-    missing = [path]
-    while not os.path.lexists(parent := os.path.dirname(missing[-1])):
-        if parent == root:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), root)
-        missing.append(parent)
-    for directory in reversed(missing):
-        with suppress(FileExistsError):
-            os.mkdir(directory, mode)
-            if mode & 0o077:
-                os.chmod(directory, mode)  # what the umask took away
+    return next((paths for paths in (ours, *others) if nofollow.lexists(paths.config)), ours)
 
 
 def write_config(paths: NamespacePaths, fields: Mapping[str, Any], mode: int) -> None:
@@ -70,21 +52,20 @@ def write_config(paths: NamespacePaths, fields: Mapping[str, Any], mode: int) ->
     Raises:
         OSError: it cannot be written.
     """
-    if os.path.lexists(paths.config):
+    if nofollow.lexists(paths.config):
         return
     temporary = os.path.join(paths.home, temporary_name())
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    fd = nofollow.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         with os.fdopen(fd, "w", encoding="ascii") as file:
-            if mode & 0o077:
-                os.fchmod(fd, mode)
             json.dump(dict(fields), file, indent=2, sort_keys=True, allow_nan=False)
             file.write("\n")
             file.flush()
             os.fsync(fd)
-        os.rename(temporary, paths.config)
+        nofollow.rename(temporary, paths.config)
     except BaseException:
-        os.unlink(temporary)
+        with suppress(OSError):
+            nofollow.unlink(temporary)
         raise
 
 
@@ -95,7 +76,7 @@ def read_config(path: str) -> dict[str, Any]:
         OSError: it cannot be read.
         ValueError: it is no regular file of a sane size that holds a JSON object.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    fd = nofollow.open(path, os.O_RDONLY)
     with os.fdopen(fd, "rb") as file:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode) or found.st_size > _MAX_CONFIG_BYTES:

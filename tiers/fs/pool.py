@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable
+from queue import SimpleQueue
 from typing import Protocol
 
 logger = logging.getLogger("kvstrata.tiers.fs")
@@ -29,7 +30,9 @@ class Pool:
         self._reads: deque[Task] = deque()
         self._writes: deque[Task] = deque()
         self._lock = threading.Lock()
-        self._work = threading.Condition(self._lock)
+        # One for each queued task: it wakes a thread without Python code, as a Condition would run.
+        self._tokens: SimpleQueue[None] = SimpleQueue()
+        self._threads = n_read + n_write
         self._idle = threading.Condition(self._lock)
         self._running = 0
         self._closed = False
@@ -73,7 +76,7 @@ class Pool:
             dropped = [*self._reads, *self._writes]
             self._reads.clear()
             self._writes.clear()
-            self._work.notify_all()
+        self._put_tokens(self._threads)
         for task in dropped:
             task.drop()
         return self.wait_idle(timeout_s)
@@ -84,18 +87,22 @@ class Pool:
             closed = self._closed
             if not closed:
                 queue.extend(tasks)
-                self._work.notify(len(tasks))
         if closed:
             for task in tasks:
                 task.drop()
+        else:
+            self._put_tokens(len(tasks))
+
+    def _put_tokens(self, count: int) -> None:
+        for _ in range(count):
+            self._tokens.put(None)
 
     def _serve(self, own: deque[Task], other: deque[Task]) -> None:
         while True:
+            self._tokens.get()
             with self._lock:
-                while not own and not other:
-                    if self._closed:
-                        return
-                    self._work.wait()
+                if self._closed:
+                    return
                 task = own.popleft() if own else other.popleft()
                 self._running += 1
             try:

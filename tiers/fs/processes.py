@@ -186,6 +186,18 @@ class IoProcesses:
         )
         return reads, writes
 
+    def wait_ready(self, timeout_s: float) -> bool:
+        """Wait at most `timeout_s` seconds until both have started."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            self._step()
+            if all(group.current and group.current.ready for group in self._groups):
+                return True
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            self._wait(left)
+
     def wait_idle(self, timeout_s: float) -> bool:
         """Wait at most `timeout_s` seconds until nothing waits or runs."""
         deadline = time.monotonic() + timeout_s

@@ -8,8 +8,8 @@ import threading
 import time
 from contextlib import suppress
 
+from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.layout import NamespacePaths
-from kvstrata.tiers.fs.namespace import make_directories
 
 MAX_FILES = 100
 
@@ -34,14 +34,14 @@ class Quarantine:
         name = f"{time.time_ns()}-{cause}-{os.path.basename(path)}"
         target = os.path.join(self._paths.quarantine, name)
         try:
-            found = os.lstat(path)
+            found = nofollow.lstat(path)
             if inode is not None and (found.st_dev, found.st_ino) != inode:
                 return True
             try:
-                os.rename(path, target)
+                nofollow.rename(path, target)
             except FileNotFoundError:
-                make_directories(self._paths.quarantine, self._paths.root, self._dir_mode)
-                os.rename(path, target)
+                nofollow.make_directories(self._paths.quarantine, self._paths.root, self._dir_mode)
+                nofollow.rename(path, target)
         except FileNotFoundError:
             return True
         except OSError:
@@ -51,12 +51,11 @@ class Quarantine:
         return True
 
     def _trim(self) -> None:
-        with suppress(OSError):
-            names = sorted(os.listdir(self._paths.quarantine))
+        with suppress(OSError), nofollow.directory(self._paths.quarantine) as fd:
+            names = sorted(nofollow.listdir(self._paths.quarantine))
             for name in names[: max(0, len(names) - MAX_FILES)]:
-                path = os.path.join(self._paths.quarantine, name)
-                if os.path.isdir(path) and not os.path.islink(path):
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    with suppress(OSError):
-                        os.unlink(path)
+                with suppress(OSError):
+                    try:
+                        os.unlink(name, dir_fd=fd)
+                    except IsADirectoryError:
+                        shutil.rmtree(name, ignore_errors=True, dir_fd=fd)

@@ -8,28 +8,25 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import xxhash
 from safetensors import SafetensorError, safe_open
 
 from kvstrata.tiers.base import PageLayout, TensorSpec, key_group, layouts_from_json
+from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.codec import BadPage, FileHeader, format_checksum, header_bytes, parse_header
 from kvstrata.tiers.fs.failures import error_cause
-from kvstrata.tiers.fs.layout import (
-    NAMESPACE_DIR,
-    PAGE_SUFFIX,
-    PAGES_DIR,
-    NamespacePaths,
-    is_key,
-)
-from kvstrata.tiers.fs.namespace import namespace_digest, read_config
+from kvstrata.tiers.fs.layout import NamespacePaths, is_key
+from kvstrata.tiers.fs.listing import check_config, namespaces, temporary_kind, walk
+from kvstrata.tiers.fs.namespace import read_config
+from kvstrata.tiers.fs.space.walk import BOOKS_NAME
 from kvstrata.tiers.fs.temporary import is_temporary
 
 _READ_BYTES = 2**22
+_TRIES = 3  # for a file that changes while it is read
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +39,8 @@ class FileReport:
         cause: None for a sound file, else the word the tier would count it under.
         detail: the cause in a few words, or "".
         header: what the header says, None where it cannot be read.
+        kind: "page", "config", or "directory" for one that cannot be listed.
+        inode: (device, inode) of what is at `path`, where `check_root` found it bad.
     """
 
     path: str
@@ -49,6 +48,8 @@ class FileReport:
     cause: str | None
     detail: str
     header: FileHeader | None
+    kind: str = "page"
+    inode: tuple[int, int] | None = None
 
     @property
     def group(self) -> int | None:
@@ -62,31 +63,14 @@ class FileReport:
 
 
 @dataclass(slots=True)
-class NamespaceReport:
-    """One namespace below a root: its page files are counted, not read.
+class RootReport:
+    """Totals over the namespaces of a root, and what is wrong.
 
     Attributes:
-        model, digest: from the directory's name.
-        path: the directory of config.json.
-        fields: what config.json holds, None where it is missing or unreadable.
-        oldest, newest: when a page was written, in seconds since the epoch; None without pages.
+        temporary: files that somebody is writing.
+        bad: what is not sound.
+        abandoned: paths of temporaries whose writer died, also those of the budget's books.
     """
-
-    model: str
-    digest: str
-    path: str
-    fields: dict[str, Any] | None
-    files: int = 0
-    bytes: int = 0
-    temporary: int = 0
-    quarantined: int = 0
-    oldest: float | None = None
-    newest: float | None = None
-
-
-@dataclass(slots=True)
-class RootReport:
-    """Totals over the namespaces of a root; `bad` holds the reports of files that are not sound."""
 
     namespaces: int = 0
     files: int = 0
@@ -94,13 +78,17 @@ class RootReport:
     temporary: int = 0
     quarantined: int = 0
     bad: list[FileReport] = field(default_factory=list)
+    abandoned: list[str] = field(default_factory=list)
 
 
 def inspect_file(path: str) -> FileReport:
-    """Read a whole file and judge it as a page of whatever model and key it names."""
+    """Read a whole file and judge it as a page of whatever model and key it names.
+
+    The path must be free of links, as those below the real path of a root are.
+    """
     size, header = 0, None
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = nofollow.open(path, os.O_RDONLY)
         try:
             found = os.fstat(fd)
             if not stat.S_ISREG(found.st_mode):
@@ -121,67 +109,85 @@ def inspect_file(path: str) -> FileReport:
     return FileReport(path, size, None, "", header)
 
 
-def list_namespaces(root: str) -> list[NamespaceReport]:
-    """The namespaces below `root`, by name.
-
-    Raises:
-        OSError: `root` is not a readable directory.
-    """
-    reports = []
-    for name in _namespace_names(root):
-        match = NAMESPACE_DIR.fullmatch(name)
-        assert match is not None
-        paths = NamespacePaths(root, name)
-        try:
-            fields = read_config(paths.config)
-            namespace_digest(fields)  # has none if a number is not finite
-        except (OSError, ValueError):
-            fields = None
-        report = NamespaceReport(match["model"], match["digest"], paths.home, fields)
-        for kind, entry in _walk(paths):
-            if kind == "page":
-                report.files += 1
-                with suppress(OSError):  # it went away meanwhile
-                    found = entry.stat(follow_symlinks=False)
-                    report.bytes += found.st_size
-                    report.oldest = min(found.st_mtime, report.oldest or found.st_mtime)
-                    report.newest = max(found.st_mtime, report.newest or found.st_mtime)
-            else:
-                _tally(report, kind)
-        reports.append(report)
-    return reports
-
-
 def check_root(root: str, progress: Callable[[FileReport], None] | None = None) -> RootReport:
     """Verify every page file below `root`, and every namespace's config.json.
 
-    An engine may be at work there: a page that it removes meanwhile does not count.
+    An engine may be at work there: a page that it removes or overwrites meanwhile does not count.
     `progress` is called with the report of each file as it was read.
 
     Raises:
         OSError: `root` is not a readable directory.
     """
+    root = os.path.realpath(root)
     total = RootReport()
-    for name in _namespace_names(root):
-        paths = NamespacePaths(root, name)
+
+    def unreadable(path: str, error: OSError) -> None:
+        why = error.strerror or str(error)
+        total.bad.append(FileReport(path, 0, error_cause(error), why, None, "directory"))
+
+    for paths in namespaces(root):
         total.namespaces += 1
-        if (config := _check_config(paths)) is not None:
-            total.bad.append(config)
+        identity = _identity(paths.config)
+        if (config := check_config(paths)) is not None:
+            inode = identity and identity[:2]
+            total.bad.append(FileReport(paths.config, 0, *config, None, "config", inode))
         layouts = known_layouts(paths)
-        for kind, entry in _walk(paths, total.bad):
-            if kind != "page":
-                _tally(total, kind)
-                continue
-            report = check_place(paths, inspect_file(entry.path), layouts)
-            if report.cause == "missing":
-                continue
-            total.files += 1
-            total.bytes += report.size
-            if report.cause is not None:
-                total.bad.append(report)
-            if progress is not None:
-                progress(report)
+        for kind, path in walk(paths, unreadable):
+            if kind == "page":
+                report = _check_page(paths, path, layouts)
+                if report is None:
+                    continue
+                total.files += 1
+                total.bytes += report.size
+                if report.cause is not None:
+                    total.bad.append(report)
+                if progress is not None:
+                    progress(report)
+            elif kind == "abandoned":
+                total.abandoned.append(path)
+            elif kind == "temporary":
+                total.temporary += 1
+            else:
+                total.quarantined += 1
+    books = os.path.join(root, BOOKS_NAME)
+    try:
+        for name in filter(is_temporary, nofollow.listdir(books)):
+            path = os.path.join(books, name)
+            if temporary_kind(path) == "abandoned":
+                total.abandoned.append(path)
+            else:
+                total.temporary += 1
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # the audit of the books says what is wrong
+    except OSError as error:
+        unreadable(books, error)
     return total
+
+
+def _check_page(
+    paths: NamespacePaths, path: str, layouts: Mapping[int, PageLayout]
+) -> FileReport | None:
+    """Judge a page file; None for one that was removed, or changes whenever it is read.
+
+    A server that evicts renames a page away and overwrites it, so a bad file counts only if the
+    same one is still there, and unchanged.
+    """
+    for _ in range(_TRIES):
+        before = _identity(path)
+        report = check_place(paths, inspect_file(path), layouts)
+        if report.cause is None:
+            return report
+        if before is not None and before == _identity(path):
+            return replace(report, inode=before[:2])
+    return None
+
+
+def _identity(path: str) -> tuple[int, int, int] | None:
+    """Device, inode and change time (ns) of what is at `path`; None if nothing is."""
+    with suppress(OSError):
+        found = nofollow.lstat(path)
+        return found.st_dev, found.st_ino, found.st_ctime_ns
+    return None
 
 
 def _judge(fd: int, size: int, raw: bytes, header: FileHeader) -> None:
@@ -231,70 +237,3 @@ def check_place(
     elif layouts.get(key_group(header.key), header.layout) != header.layout:
         cause, detail = "shape", f"holds {header.layout}"
     return report if cause is None else FileReport(report.path, report.size, cause, detail, header)
-
-
-def _check_config(paths: NamespacePaths) -> FileReport | None:
-    """A report if config.json is missing, unreadable, or of another digest."""
-    try:
-        digest = namespace_digest(read_config(paths.config))
-    except OSError as error:
-        cause = error_cause(error)
-        return FileReport(paths.config, 0, cause, error.strerror or str(error), None)
-    except ValueError as error:
-        return FileReport(paths.config, 0, "config", f"{error!s:.200}", None)
-    if paths.name.endswith(f"_{digest}"):
-        return None
-    return FileReport(paths.config, 0, "config", f"its fields have the digest {digest}", None)
-
-
-def _namespace_names(root: str) -> list[str]:
-    """Names `<model>_<digest>` below the root, also of those that lost their config.json."""
-    names = set()
-    for name in os.listdir(root):
-        if not os.path.isdir(os.path.join(root, name)):
-            continue
-        if PAGES_DIR.fullmatch(name):
-            names.add(name.removesuffix("_r0"))
-        elif NAMESPACE_DIR.fullmatch(name):
-            names.add(name)
-    return sorted(names)
-
-
-def _walk(
-    paths: NamespacePaths, unreadable: list[FileReport] | None = None
-) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """("page" | "temporary" | "quarantined", entry) of everything in a namespace, by name.
-
-    Files that are none of the tier's are passed over. Directories that cannot be read are
-    added to `unreadable`.
-    """
-    pending = [paths.pages, paths.home]
-    while pending:
-        directory = pending.pop()
-        try:
-            with os.scandir(directory) as scan:
-                entries = sorted(scan, key=lambda entry: entry.name)
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            if unreadable is not None:
-                why = error.strerror or str(error)
-                unreadable.append(FileReport(directory, 0, error_cause(error), why, None))
-            continue
-        inside = directory == paths.quarantine
-        for entry in entries:
-            if inside:
-                yield "quarantined", entry
-            elif entry.name.endswith(PAGE_SUFFIX):
-                yield "page", entry
-            elif is_temporary(entry.name):
-                yield "temporary", entry
-            elif entry.is_dir(follow_symlinks=False):
-                pending.append(entry.path)
-
-
-def _tally(report: NamespaceReport | RootReport, kind: str) -> None:
-    if kind == "temporary":
-        report.temporary += 1
-    else:
-        report.quarantined += 1

@@ -6,14 +6,16 @@ import errno
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
 from kvstrata.tiers.base import TierConfigError
+from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.config import FsConfig
 from kvstrata.tiers.fs.io import probe_direct
 from kvstrata.tiers.fs.layout import NamespacePaths
-from kvstrata.tiers.fs.namespace import make_directories, validate_config, write_config
+from kvstrata.tiers.fs.namespace import validate_config, write_config
 from kvstrata.tiers.fs.space.ledger import LEDGER_NAME, Ledger
 from kvstrata.tiers.fs.space.limits import Limits
 from kvstrata.tiers.fs.space.walk import BOOKS_NAME
@@ -33,8 +35,24 @@ _START_ERRORS = {
 }
 
 
+def make_root(config: FsConfig) -> FsConfig:
+    """Create the root where it is missing; the options with its path, free of links.
+
+    Raises:
+        TierConfigError: naming what is wrong with `root_dir`.
+    """
+    root = config.root_dir
+    try:
+        if not os.path.isdir(root):
+            os.makedirs(root, config.dir_mode)
+            os.chmod(root, config.dir_mode)  # what the umask took away
+    except OSError as error:
+        raise _start_error(root, error) from error
+    return replace(config, root_dir=os.path.realpath(root))
+
+
 def open_namespace(config: FsConfig, paths: NamespacePaths, fields: Mapping[str, Any]) -> bool:
-    """Create what is missing, prove that one can write, and compare config.json.
+    """Create what is missing below the root, prove that one can write, and compare config.json.
 
     Returns:
         Whether O_DIRECT is to be used.
@@ -44,14 +62,10 @@ def open_namespace(config: FsConfig, paths: NamespacePaths, fields: Mapping[str,
             differs, or that `io` cannot be had.
     """
     try:
-        os.makedirs(config.root_dir, config.dir_mode, exist_ok=True)
         make_namespace(config, paths, fields)
         direct = probe_direct(paths.home)
     except OSError as error:
-        reason, remedy = _START_ERRORS.get(
-            error.errno or 0, (f"cannot be used ({error})", "choose another directory")
-        )
-        raise TierConfigError(f"root_dir: {config.root_dir!r} {reason}; {remedy}") from error
+        raise _start_error(config.root_dir, error) from error
     validate_config(paths, fields)
     if config.io == "direct" and not direct:
         raise TierConfigError(
@@ -70,11 +84,7 @@ def open_books(config: FsConfig) -> Limits | None:
         TierConfigError: they cannot, but the limits need them.
     """
     try:
-        least = config.min_free_bytes
-        if isinstance(least, Fraction):
-            disk = os.statvfs(config.root_dir)
-            least = int(disk.f_blocks * disk.f_frsize * least)
-        limits = Limits(config.max_bytes, config.max_files, least)
+        limits = limits_of(config)
         path = os.path.join(config.root_dir, BOOKS_NAME, LEDGER_NAME)
         ledger = Ledger(path, config.file_mode, config.dir_mode)
         try:
@@ -97,6 +107,26 @@ def open_books(config: FsConfig) -> Limits | None:
         return None
 
 
+def limits_of(config: FsConfig) -> Limits:
+    """The limits in bytes of the file system of `root_dir`, which exists.
+
+    Raises:
+        OSError: the file system cannot be asked.
+    """
+    least = config.min_free_bytes
+    if isinstance(least, Fraction):
+        disk = os.statvfs(config.root_dir)
+        least = int(disk.f_blocks * disk.f_frsize * least)
+    return Limits(config.max_bytes, config.max_files, least)
+
+
+def _start_error(root: str, error: OSError) -> TierConfigError:
+    reason, remedy = _START_ERRORS.get(
+        error.errno or 0, (f"cannot be used ({error})", "choose another directory")
+    )
+    return TierConfigError(f"root_dir: {root!r} {reason}; {remedy}")
+
+
 def make_namespace(config: FsConfig, paths: NamespacePaths, fields: Mapping[str, Any]) -> None:
     """Create the namespace's directories and config.json below a root that exists.
 
@@ -104,5 +134,5 @@ def make_namespace(config: FsConfig, paths: NamespacePaths, fields: Mapping[str,
         OSError: one cannot be created.
     """
     for directory in (paths.home, paths.pages):
-        make_directories(directory, config.root_dir, config.dir_mode)
+        nofollow.make_directories(directory, config.root_dir, config.dir_mode)
     write_config(paths, fields, config.file_mode)

@@ -20,6 +20,8 @@ import threading
 import time
 from contextlib import suppress
 
+from kvstrata.tiers.fs import nofollow
+
 # Files of other hosts (or of this one before a reboot) go when they are this old, in
 # seconds: no writer holds a single page that long.
 FOREIGN_AGE_S = 24 * 3600.0
@@ -63,22 +65,25 @@ def sweep(directory: str, stop: threading.Event) -> int:
     removed = 0
     pending = [directory]
     while pending and not stop.is_set():
-        with suppress(OSError), os.scandir(pending.pop()) as entries:
+        directory = pending.pop()
+        with suppress(OSError), nofollow.scandir(directory) as entries:
             for entry in entries:
                 if stop.is_set():
                     break
                 if entry.is_dir(follow_symlinks=False):
-                    pending.append(entry.path)
+                    pending.append(os.path.join(directory, entry.name))
                 elif is_temporary(entry.name):
-                    removed += _remove_abandoned(entry)
+                    removed += remove_abandoned(os.path.join(directory, entry.name))
     return removed
 
 
-def _remove_abandoned(entry: os.DirEntry[str]) -> bool:
+def remove_abandoned(path: str) -> bool:
+    """Remove the temporary at `path` if its writer is dead; whether that was done."""
     with suppress(OSError):
-        found = entry.stat(follow_symlinks=False)
-        if stat.S_ISREG(found.st_mode) and is_abandoned(entry.name, time.time() - found.st_mtime):
-            os.unlink(entry.path)
+        found = nofollow.lstat(path)
+        age_s = time.time() - found.st_mtime
+        if stat.S_ISREG(found.st_mode) and is_abandoned(os.path.basename(path), age_s):
+            nofollow.unlink(path)
             return True
     return False
 

@@ -36,13 +36,16 @@ from kvstrata.tiers.fs.messages import MOST_PAGES, Kind, Outcome, PageRef, Setup
 from kvstrata.tiers.fs.namespace import namespace_paths
 from kvstrata.tiers.fs.processes import IoProcesses, Task
 from kvstrata.tiers.fs.space.stamps import first_access
-from kvstrata.tiers.fs.startup import open_books, open_namespace
+from kvstrata.tiers.fs.startup import make_root, open_books, open_namespace
 
 # A job is cut into tasks of about so many bytes: small enough that one long prefix keeps many
 # threads busy, large enough that small pages do not cost a packet each.
 _TASK_BYTES = 2**20
 _KEYS_PER_CHECK = 256  # a long prefix is checked by several threads
 _MAX_REMOVED = 2**16
+# The first look-up may come at once and has its own deadline, so the start waits so long for
+# the I/O processes, which take a third of a second, or some on a loaded machine.
+_READY_WITHIN_S = 10.0
 _GIVE_UP_S = 10.0  # for the other directories, if one cannot be opened
 
 
@@ -98,6 +101,7 @@ class FsTier(SecondaryTier):
         self._jobs: dict[int, _OpenJob] = {}
         self._finished: list[JobResult] = []
         self._removed: deque[bytes] = deque(maxlen=_MAX_REMOVED)
+        self._lookups = self._hits = 0
         self._counters: Counter[str] = Counter()
         self._failures = Failures()
         self._closed = False
@@ -109,20 +113,29 @@ class FsTier(SecondaryTier):
         try:
             for config in configs:
                 self.roots.append(self._open_root(config, context))
+            deadline = time.monotonic() + _READY_WITHIN_S
+            for root in self.roots:
+                root.processes.wait_ready(deadline - time.monotonic())
         except BaseException:
             self.shutdown(_GIVE_UP_S)
             raise
 
     def lookup(self, key: bytes, request: RequestView) -> Lookup:
         """HIT and MISS from memory; RETRY while the disk is being asked."""
-        self._counters["lookups"] += 1
-        if self._closed or self._layout_nbytes(key) is None:
+        self._lookups += 1
+        if self._closed:
+            return Lookup.MISS
+        if self._index.is_present(key):  # so it is a key of this model
+            self._hits += 1
+            self._promised[key] = None
+            return Lookup.HIT
+        if self._layout_nbytes(key) is None:
             return Lookup.MISS
         if self._index.is_unsent(key):
             self._send_checks()
         found = self._index.lookup(key, request.req_id, time.monotonic())
         if found is Lookup.HIT:
-            self._counters["hits"] += 1
+            self._hits += 1
             self._promised[key] = None
         return found
 
@@ -190,6 +203,8 @@ class FsTier(SecondaryTier):
         upkeep = sum((each.upkeep for each in every), Counter())
         return TierStats(
             counters={
+                "lookups": self._lookups,
+                "hits": self._hits,
                 **self._counters,
                 "evicted_files": upkeep["evicted_files"],
                 "evicted_bytes": upkeep["evicted_bytes"],
@@ -206,6 +221,8 @@ class FsTier(SecondaryTier):
         )
 
     def _open_root(self, config: FsConfig, context: TierContext) -> Root:
+        seed = xxh3_64_intdigest(os.fsencode(config.root_dir))
+        config = make_root(config)
         fields = dict(context.namespace)
         paths = namespace_paths(config.root_dir, context.model, fields)
         setup = Setup(
@@ -222,7 +239,7 @@ class FsTier(SecondaryTier):
         counts = config.n_read_threads, config.n_write_threads
         try:
             processes = IoProcesses(setup, *counts, self._failures)
-            return Root(paths, processes, xxh3_64_intdigest(os.fsencode(config.root_dir)))
+            return Root(paths, processes, seed)
         except OSError as error:
             raise TierConfigError(f"fs tier: no I/O process can be started ({error})") from error
 
@@ -304,11 +321,12 @@ class FsTier(SecondaryTier):
             self._collect_from(root.processes)
 
     def _collect_from(self, processes: IoProcesses) -> None:
+        now = time.monotonic()
         for ended in processes.collect():
             pairs = zip(ended.task.pages, ended.outcomes, strict=True)
             if ended.task.kind is Kind.CHECK:
                 for page, outcome in pairs:
-                    self._index.answer(page.key, outcome.moved, time.monotonic())
+                    self._index.answer(page.key, outcome.moved, now)
                 continue
             job = self._jobs[ended.task.job_id]
             for page, outcome in pairs:
@@ -318,7 +336,8 @@ class FsTier(SecondaryTier):
             self._finish_if_over(ended.task.job_id, job)
         for key, present in processes.take_news():
             if present:
-                self._index.add(key)
+                if self._layout_nbytes(key) is not None:  # journals are anybody's work
+                    self._index.add(key)
             elif self._index.discard(key):
                 self._removed.append(key)
 

@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from kvstrata.tiers.fs import worker
+from kvstrata.tiers.fs import nofollow, worker
 
-CALLS = ("open", "lstat", "pwritev", "preadv", "rename", "fsync", "unlink")
+CALLS = ("open", "pwritev", "preadv", "rename", "fsync", "unlink")
 
 
 def wrap(name: str, call: Callable[..., Any], control: str) -> Callable[..., Any]:
@@ -43,4 +43,10 @@ if __name__ == "__main__":
     control = sys.argv.pop(1)
     for name in CALLS:
         setattr(os, name, wrap(name, getattr(os, name), control))
+    nofollow.lstat = wrap("lstat", nofollow.lstat, control)
+    opened = nofollow.open
+    faulty = wrap("open", opened, control)
+    nofollow.open = lambda path, flags, *more, **rest: (opened if flags & os.O_PATH else faulty)(
+        path, flags, *more, **rest
+    )
     worker.main()

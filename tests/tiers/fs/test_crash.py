@@ -1,6 +1,7 @@
 """Writers that die, and several processes on one directory."""
 
 import os
+import random
 import re
 import signal
 import subprocess
@@ -84,11 +85,15 @@ def check_pages(result: JobResult, arrived: dict[bytes, bytes]) -> None:
     assert all(arrived[key] == make_data(KEYS.index(key), SIZE) for key in arrived)
 
 
-def test_killed_writers_leave_nothing_bad(root: Path, open_tier: Callable[..., FsTier]) -> None:
-    left_behind = 0
-    for attempt in range(20):
+def test_killed_writers_leave_nothing_bad(
+    root: Path, open_tier: Callable[..., FsTier], is_long: bool
+) -> None:
+    left_behind, least = 0, 100 if is_long else 10
+    for attempt in range(200):
+        if attempt >= least and left_behind:
+            break
         writer, pids = start_writer(root, rounds=10**6)
-        time.sleep(0.01 * (attempt % 5))
+        time.sleep(random.uniform(0.0, 0.05))
         if attempt % 4 == 3:  # what sleeps cannot see the engine go
             os.kill(pids[1], signal.SIGSTOP)
         writer.send_signal(signal.SIGKILL)

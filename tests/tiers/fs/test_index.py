@@ -10,6 +10,7 @@ import pytest
 
 from kvstrata.tiers.base import Lookup, RequestView
 from kvstrata.tiers.fs import index as index_module
+from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.index import ABSENT_FOR_S, CHECK_WITHIN_S, Index
 from kvstrata.tiers.fs.layout import NamespacePaths
 from kvstrata.tiers.fs.messages import Kind
@@ -134,6 +135,7 @@ def test_lookup_leaves_the_disk_to_the_processes(
     monkeypatch.setattr(tier.roots[0].processes, "submit", note)
     for name in ("open", "stat", "lstat", "listdir", "scandir"):
         monkeypatch.delattr(os, name)
+    monkeypatch.delattr(nofollow, "open")
     try:
         assert tier.lookup(next(iter(PAGE)), REQUEST) is Lookup.HIT
         keys = [make_key(number) for number in range(2, 10)]

@@ -2,13 +2,15 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from kvstrata.tiers.base import TierContext
 from kvstrata.tiers.fs.layout import NamespacePaths
-from kvstrata.tiers.fs.scan import FileReport, check_root, inspect_file, list_namespaces
+from kvstrata.tiers.fs.listing import list_namespaces
+from kvstrata.tiers.fs.scan import FileReport, check_root, inspect_file
 from kvstrata.tiers.fs.temporary import temporary_name
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key, store
@@ -141,6 +143,31 @@ def test_check_finds_a_bad_config(
     (bad,) = check_root(str(root)).bad
     assert (bad.path, bad.cause) == (filled.config, cause)
     assert check_root(str(root)).files == 4
+
+
+@pytest.mark.parametrize("stored_again", [True, False])
+def test_a_page_that_is_recycled_while_it_is_read_is_not_bad(
+    filled: NamespacePaths, root: Path, monkeypatch: pytest.MonkeyPatch, stored_again: bool
+) -> None:
+    """The keeper renames a victim, and a store overwrites it: also in the hands of a reader."""
+    page = Path(filled.page(KEYS[0]))
+    raw = page.read_bytes()
+
+    def recycled(path: str) -> FileReport:
+        if path != str(page) or recycled.done:
+            return inspect_file(path)
+        recycled.done = True
+        page.rename(root / "spare")
+        flip(root / "spare", -1)
+        report = replace(inspect_file(str(root / "spare")), path=path)
+        if stored_again:
+            page.write_bytes(raw)
+        return report
+
+    recycled.done = False
+    monkeypatch.setattr("kvstrata.tiers.fs.scan.inspect_file", recycled)
+    report = check_root(str(root))
+    assert recycled.done and (report.bad, report.files) == ([], 3 + stored_again)
 
 
 def test_check_survives_special_files(filled: NamespacePaths, root: Path) -> None:

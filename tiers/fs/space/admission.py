@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
 
+from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.space.ledger import Books, Ledger, Row
 from kvstrata.tiers.fs.space.limits import HIGH, room, spares_wanted
 from kvstrata.tiers.fs.temporary import temporary_name
@@ -86,7 +87,7 @@ class Admission:
         """
         if grant.spare is not None:
             with suppress(OSError):
-                os.unlink(grant.spare)
+                nofollow.unlink(grant.spare)
         ended = False
         try:
             with self._ledger.locked() as books:
@@ -123,7 +124,7 @@ class Admission:
                 self._count(-cost, -1)
                 if grant.spare is not None:
                     with suppress(OSError):
-                        os.unlink(grant.spare)
+                        nofollow.unlink(grant.spare)
             raise
         return grant
 
@@ -151,14 +152,14 @@ class Admission:
         target = os.path.join(self._books, temporary_name())
         for listed in (False, True):
             if listed:
-                with suppress(FileNotFoundError):
-                    self._spares = os.listdir(directory)
+                with suppress(OSError):
+                    self._spares = nofollow.listdir(directory)
             while self._spares:
                 name = self._spares.pop()
                 if spare_cost(name) != cost:
                     continue
                 try:
-                    os.rename(os.path.join(directory, name), target)
+                    nofollow.rename(os.path.join(directory, name), target)
                 except FileNotFoundError:
                     continue
                 books.spare_bytes -= cost
@@ -170,4 +171,4 @@ class Admission:
 def spare_cost(name: str) -> int | None:
     """The cost in a spare's name; None for a file that is none."""
     cost, dash, _ = name.partition("-")
-    return int(cost) if dash and cost.isascii() and cost.isdigit() and len(cost) < 20 else None
+    return int(cost) if dash and cost.isascii() and cost.isdigit() and len(cost) < 14 else None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import stat
 import time
 from contextlib import suppress
 
+from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.layout import QUARANTINE_NAME
 from kvstrata.tiers.fs.space.holdings import Holdings
 from kvstrata.tiers.fs.space.journal import (
@@ -21,6 +23,7 @@ from kvstrata.tiers.fs.space.journal import (
 from kvstrata.tiers.fs.space.ledger import Books, Row
 from kvstrata.tiers.fs.space.limits import BLOCK, file_cost
 
+_MAX_JOURNAL = 2**28  # bytes; a server begins the next one long before
 _FOLD_BYTES = 2**18 - 2**18 % RECORD_BYTES  # read at once under the lock: some milliseconds
 PROTECT_S = 5.0  # a page that somebody was told is here is not evicted for so long
 
@@ -80,8 +83,8 @@ class Booking:
                 rest = _size(path) - max(HEADER_BYTES, end if number == number_read else 0)
                 over = server not in rows and number >= number_read and rest < RECORD_BYTES
                 if number < number_read or over:
-                    with suppress(FileNotFoundError):
-                        os.unlink(path)
+                    with suppress(OSError):
+                        nofollow.unlink(path)
         for server in read.keys() - rows - self._journals().keys():
             del read[server]
 
@@ -90,7 +93,7 @@ class Booking:
 
     def _journals(self) -> dict[bytes, list[int]]:
         found: dict[bytes, list[int]] = {}
-        for name in sorted(os.listdir(self._place.directory)):
+        for name in sorted(nofollow.listdir(self._place.directory)):
             parsed = parse_name(name)
             if parsed is not None:
                 found.setdefault(parsed[0], []).append(parsed[1])
@@ -98,14 +101,15 @@ class Booking:
 
     def _fold_file(self, server: bytes, number: int, start: int) -> bool:
         try:
-            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            fd = os.open(self._path(server, number), flags)
+            fd = nofollow.open(self._path(server, number), os.O_RDONLY)
         except OSError:
             return False  # another keeper deleted it, or it is none
         try:
-            size = os.fstat(fd).st_size
+            status = os.fstat(fd)
+            size = status.st_size
             start = max(start, HEADER_BYTES)
-            if size - start < RECORD_BYTES:
+            plain = stat.S_ISREG(status.st_mode) and size <= _MAX_JOURNAL
+            if size - start < RECORD_BYTES or not plain:
                 return False
             namespace = read_namespace(os.pread(fd, HEADER_BYTES, 0))
             raw = os.pread(fd, _FOLD_BYTES, start)
@@ -163,7 +167,7 @@ class Booking:
             before = catalog.nbytes, len(catalog)
             with (
                 suppress(OSError),
-                os.scandir(os.path.join(self._place.root, *parts)) as entries,
+                nofollow.scandir(os.path.join(self._place.root, *parts)) as entries,
             ):
                 for entry in entries:
                     name = names.name([*parts, entry.name])
@@ -181,5 +185,5 @@ class Booking:
 
 def _size(path: str) -> int:
     with suppress(OSError):
-        return os.stat(path, follow_symlinks=False).st_size
+        return nofollow.lstat(path).st_size
     return 0

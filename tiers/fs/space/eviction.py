@@ -9,6 +9,7 @@ import time
 from collections import Counter, deque
 from contextlib import suppress
 
+from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.space.admission import spare_cost
 from kvstrata.tiers.fs.space.holdings import Holdings
 from kvstrata.tiers.fs.space.ledger import Books
@@ -77,8 +78,8 @@ class Eviction:
     def _count_spares(self, books: Books) -> Counter[int]:
         if books.spare_files <= 0:
             return Counter()
-        with suppress(FileNotFoundError):
-            return Counter(spare_cost(name) or 0 for name in os.listdir(self._place.spares))
+        with suppress(OSError):
+            return Counter(spare_cost(name) or 0 for name in nofollow.listdir(self._place.spares))
         return Counter()
 
     def _drop_spares(
@@ -86,14 +87,14 @@ class Eviction:
     ) -> tuple[int, int]:
         """Delete spares: those that nobody can use, or all if nothing else is left."""
         freed, count = 0, 0
-        for name in os.listdir(self._place.spares) if spares else ():
+        for name in nofollow.listdir(self._place.spares) if spares else ():
             cost = spare_cost(name) or 0
             if (freed >= nbytes and count >= files) or count >= _CLAIM_FILES:
                 break
             if cost in pages and len(self._holdings.catalog):
                 continue
             try:
-                os.unlink(os.path.join(self._place.spares, name))
+                nofollow.unlink(os.path.join(self._place.spares, name))
             except OSError:
                 continue
             books.spare_bytes -= cost
@@ -121,7 +122,7 @@ class Eviction:
 
         Returns the victims that fit none, to be deleted: they make room instead.
         """
-        os.makedirs(self._place.spares, self._place.dir_mode, exist_ok=True)
+        nofollow.make_directories(self._place.spares, self._place.root, self._place.dir_mode)
         short = {cost for cost in pages if spares[cost] * cost < ahead}
         doomed: list[bytes] = []
         room_made = claimed = 0
@@ -139,7 +140,7 @@ class Eviction:
                 if self._claim(name, cost, books):
                     spares[cost] += 1
                     short = {each for each in short if spares[each] * each < ahead}
-            except OSError:  # the full disk has no room for one more name
+            except OSError:  # no room for one more name, or no directory for it
                 doomed.append(name)
                 room_made += cost
         return doomed
@@ -148,7 +149,7 @@ class Eviction:
         """Whether a regular file is there, or nothing."""
         path = self._holdings.path(name)
         with suppress(OSError):
-            return path is None or stat.S_ISREG(os.lstat(path).st_mode)
+            return path is None or stat.S_ISREG(nofollow.lstat(path).st_mode)
         return True
 
     def _claim(self, name: bytes, cost: int, books: Books) -> bool:
@@ -157,7 +158,7 @@ class Eviction:
         try:
             if path is None:
                 raise FileNotFoundError
-            os.rename(path, target)
+            nofollow.rename(path, target)
         except FileNotFoundError:
             self._holdings.forget(name, books)
             return False
@@ -175,9 +176,9 @@ class Eviction:
                 if path is None:
                     raise FileNotFoundError
                 try:
-                    os.unlink(path)
+                    nofollow.unlink(path)
                 except IsADirectoryError:
-                    os.rmdir(path)
+                    nofollow.rmdir(path)
                 gone.append((name, True))
                 _remove_empty(os.path.dirname(path))
             except FileNotFoundError:
@@ -218,5 +219,5 @@ class Eviction:
 def _remove_empty(leaf: str) -> None:
     """Remove a leaf directory and its parent if nothing is in them."""
     with suppress(OSError):
-        os.rmdir(leaf)
-        os.rmdir(os.path.dirname(leaf))
+        nofollow.rmdir(leaf)
+        nofollow.rmdir(os.path.dirname(leaf))

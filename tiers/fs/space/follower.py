@@ -11,6 +11,7 @@ from contextlib import suppress
 
 import numpy as np
 
+from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.space import snapshot
 from kvstrata.tiers.fs.space.journal import (
     HEADER_BYTES,
@@ -52,7 +53,7 @@ class Follower:
             count = min(most, len(self._backlog))
             return [(self._backlog.popleft(), True) for _ in range(count)]
         found: list[News] = []
-        journals = sorted(filter(None, map(parse_name, os.listdir(self._directory))))
+        journals = sorted(filter(None, map(parse_name, nofollow.listdir(self._directory))))
         behind: set[bytes] = {self._server}
         for server, number in journals:
             if server in behind:
@@ -86,7 +87,7 @@ class Follower:
             start = 0
         with suppress(OSError):  # the keeper deletes what its snapshot covers
             path = os.path.join(self._directory, journal_name(server, number))
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            fd = nofollow.open(path, os.O_RDONLY)
             try:
                 start = max(start, HEADER_BYTES)
                 size = os.fstat(fd).st_size

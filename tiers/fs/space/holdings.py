@@ -6,6 +6,7 @@ import os
 from collections import OrderedDict
 from dataclasses import dataclass
 
+from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.space import snapshot
 from kvstrata.tiers.fs.space.admission import SPARE_NAME
 from kvstrata.tiers.fs.space.ledger import Books, Ledger
@@ -69,7 +70,7 @@ class Holdings:
     def exists(self, name: bytes) -> bool:
         """Whether anything is there."""
         path = self.path(name)
-        return path is not None and os.path.lexists(path)
+        return path is not None and nofollow.lexists(path)
 
     def add(self, name: bytes, cost: int, stamp: int, depth: int, books: Books | None) -> None:
         """The file was stored; the books are changed if they are given."""

@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.layout import MAX_HASH_BYTES
 from kvstrata.tiers.fs.space.names import NAMESPACE
 
@@ -150,5 +151,4 @@ class Journal:
 
     def _open(self) -> int:
         path = os.path.join(self._directory, journal_name(self._server, self._number))
-        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        return os.open(path, flags, self._mode)
+        return nofollow.open_or_create(path, os.O_WRONLY, self._mode)

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 
 import xxhash
 
+from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.space.limits import Limits, Usage, smallest
 
 MAX_ROWS = 512
@@ -194,10 +195,10 @@ class Ledger:
                 fcntl.flock(self._fd, fcntl.LOCK_UN)
 
     def _lock(self) -> None:
-        if self._fd < 0:
-            self._fd = self._open()
         deadline = time.monotonic() + _LOCK_WITHIN_S
         while True:
+            if self._fd < 0:
+                self._fd = self._open()
             try:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -205,27 +206,29 @@ class Ledger:
                     raise LedgerBusy(f"{self._path} is locked") from None
                 time.sleep(0.0005)
                 continue
-            with suppress(FileNotFoundError):
-                found = os.stat(self._path, follow_symlinks=False)
-                ours = os.fstat(self._fd)
-                if (found.st_dev, found.st_ino) == (ours.st_dev, ours.st_ino):
+            try:
+                if self._is_current():
                     return
+            except OSError:
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
+                raise
             # somebody deleted the file: begin a new one, as everybody will
             os.close(self._fd)
             self._fd = -1
-            self._fd = self._open()
+
+    def _is_current(self) -> bool:
+        """Whether the open file is the one that others find under its name."""
+        try:
+            found = nofollow.lstat(self._path)
+        except FileNotFoundError:
+            return False
+        ours = os.fstat(self._fd)
+        return (found.st_dev, found.st_ino) == (ours.st_dev, ours.st_ino)
 
     def _open(self) -> int:
-        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        with suppress(FileNotFoundError):
-            return os.open(self._path, flags)
-        directory = os.path.dirname(self._path)
-        with suppress(FileExistsError):
-            os.mkdir(directory, self._dir_mode)
-            os.chmod(directory, self._dir_mode)  # what the umask took away
         try:
-            fd = os.open(self._path, flags | os.O_CREAT | os.O_EXCL, self._file_mode)
-            os.fchmod(fd, self._file_mode)
-            return fd
-        except FileExistsError:  # another was faster
-            return os.open(self._path, flags)
+            return nofollow.open_or_create(self._path, os.O_RDWR, self._file_mode)
+        except FileNotFoundError:
+            with suppress(FileExistsError):
+                nofollow.mkdir(os.path.dirname(self._path), self._dir_mode)
+            return nofollow.open_or_create(self._path, os.O_RDWR, self._file_mode)

@@ -17,6 +17,7 @@ from kvstrata.tiers.base import TierConfigError
 from kvstrata.tiers.options import parse_bytes
 
 BLOCK = 4096  # bytes: what ext4, XFS and tmpfs allocate in
+_MOST_BYTES = 2**40
 
 # Shares of the limit. The gap must hold what is stored while the keeper sleeps (50 ms: at
 # 2 GB/s 100 MB, 2 % of 5 GB) and what is evicted at once must stay a small part of the cache.
@@ -30,10 +31,12 @@ _SHARE = re.compile(r"([0-9]{1,2}(?:\.[0-9]{1,6})?) ?%")
 def file_cost(size: int) -> int:
     """What a page file of `size` bytes takes from the budget, in bytes.
 
+    No file counts for more than 1 TiB, since a sparse one may claim any size.
+
     Its blocks, and one block for its directory: below some millions of files nearly each file
     has a directory of its own.
     """
-    return -(-size // BLOCK) * BLOCK + BLOCK
+    return -(-min(size, _MOST_BYTES) // BLOCK) * BLOCK + BLOCK
 
 
 @dataclass(frozen=True, slots=True)

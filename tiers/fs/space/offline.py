@@ -9,16 +9,19 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.failures import Failures
 from kvstrata.tiers.fs.space import snapshot
+from kvstrata.tiers.fs.space.audit import audit
 from kvstrata.tiers.fs.space.follower import News
-from kvstrata.tiers.fs.space.journal import HEADER_BYTES, parse_name, read_namespace
-from kvstrata.tiers.fs.space.limits import Limits
+from kvstrata.tiers.fs.space.journal import HEADER_BYTES, Op, decode, parse_name, read_namespace
+from kvstrata.tiers.fs.space.limits import Limits, Usage
 from kvstrata.tiers.fs.space.space import Space, Upkeep
 from kvstrata.tiers.fs.space.walk import BOOKS_NAME
 
 _POLL_S = 0.02
 _STUCK_S = 15.0  # without any progress; another server's keeper looks every 50 ms
+_USES = (Op.STORED, Op.USED, Op.PROMISED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +31,18 @@ class Trimmed:
     Attributes:
         evicted_files, evicted_bytes: what was deleted here; a running server that keeps the
             books deletes itself.
+        before, after: what was taken at first, as far as it was known, and in the end.
         within: whether everything below the root is within the limits now.
+        servers: how many were living.
         failures: what went wrong, by cause.
     """
 
     evicted_files: int
     evicted_bytes: int
+    before: Usage
+    after: Usage
     within: bool
+    servers: int
     failures: dict[str, int]
 
 
@@ -44,9 +52,11 @@ class _Accounts:
     def __init__(self) -> None:
         self.failures = Failures()
         self.evicted_files = self.evicted_bytes = 0
+        self.last = ""
 
     def report(self, cause: str, detail: str) -> None:
         self.failures.count(cause, detail)
+        self.last = detail
 
     def tell(self, news: Sequence[News]) -> None:
         """No page is ours."""
@@ -56,33 +66,51 @@ class _Accounts:
         self.evicted_bytes += done.evicted_bytes
 
 
-def trim(root: str, limits: Limits, progress: Callable[[int, int], None] | None = None) -> Trimmed:
+def trim(
+    root: str, limits: Limits, progress: Callable[[Usage, int], None] | None = None
+) -> Trimmed:
     """Delete the least recently used pages below `root` until the limits hold.
 
-    Servers may be running there: for as long as this takes, the limits are theirs too.
-    `progress` is called with the bytes in use and the files deleted.
+    Servers may be running there: for as long as this takes, the limits are theirs too. Without
+    limits the books are brought up to date, and nothing is deleted.
+    `progress` is called with what is taken and the files deleted here.
 
     Raises:
         OSError: `root` is no directory that can be written, or it knows no locks.
     """
+    root = os.path.realpath(root)
     mode = stat.S_IMODE(os.stat(root).st_mode) | 0o700
     accounts = _Accounts()
+    found = audit(root)
+    # where servers live they may have deleted something before we look again
+    before = found.books.usage(root) if found.books and found.books.known else None
     space = Space(root, None, limits, mode & 0o666, mode & 0o777, accounts)
-    last, since = (-1, -1), time.monotonic()
+    last, since = (-1, -1, -1), time.monotonic()
     try:
         while True:
             counted = space.is_counted()
-            nbytes, within = space.usage()
-            state = (nbytes, accounts.evicted_files)
+            usage, within = space.usage()
+            if counted and before is None:
+                evicted = (accounts.evicted_bytes, accounts.evicted_files)
+                before = Usage(
+                    usage.nbytes + evicted[0], usage.files + evicted[1], usage.free_bytes
+                )
             if progress is not None:
-                progress(*state)
+                progress(usage, accounts.evicted_files)
+            state = (usage.nbytes, usage.files, accounts.evicted_files)
             if state != last:
                 last, since = state, time.monotonic()
-            if counted and (within or time.monotonic() - since > _STUCK_S):
+            stuck = time.monotonic() - since > _STUCK_S
+            if not counted and stuck and accounts.failures.totals():
+                raise OSError("the books cannot be kept: " + accounts.last)
+            if counted and before is not None and (within or stuck):
                 return Trimmed(
                     accounts.evicted_files,
                     accounts.evicted_bytes,
+                    before,
+                    usage,
                     within,
+                    len(found.living),
                     accounts.failures.totals(),
                 )
             time.sleep(_POLL_S)
@@ -93,23 +121,42 @@ def trim(root: str, limits: Limits, progress: Callable[[int, int], None] | None 
 def last_uses(root: str) -> dict[str, float]:
     """When a page of each namespace was used last, in seconds since the epoch, by namespace.
 
-    Namespaces of which the books know nothing are missing.
+    A store is a use, and so is a lookup that hit. What the snapshot does not cover counts as used
+    when its journal was last written, which is at most a little too late. Namespaces of which the
+    books know nothing are missing.
     """
-    directory = os.path.join(root, BOOKS_NAME)
-    catalog, names, _ = snapshot.load(directory)
-    found: dict[str, float] = {}
+    directory = os.path.join(os.path.realpath(root), BOOKS_NAME)
+    catalog, names, read = snapshot.load(directory)
+    newest: dict[bytes, int] = {}  # by the prefix of the namespace's names
     for chunk, stamps, _, _ in catalog.chunks(2**14):
         for name, stamp in zip(chunk, stamps, strict=True):
-            namespace = names.namespace(name)
-            if namespace is not None:
-                found[namespace] = max(found.get(namespace, 0.0), stamp / 1e9)
-    with suppress(OSError), os.scandir(directory) as entries:
-        for entry in entries:
-            if parse_name(entry.name) is None or not entry.is_file(follow_symlinks=False):
+            if stamp > newest.get(name[:2], 0):
+                newest[name[:2]] = stamp
+    found = {
+        namespace: stamp / 1e9
+        for prefix, stamp in newest.items()
+        if (namespace := names.namespace(prefix)) is not None
+    }
+    with suppress(OSError):
+        for journal in nofollow.listdir(directory):
+            parsed = parse_name(journal)
+            if parsed is None:
                 continue
-            with suppress(OSError), open(entry.path, "rb") as file:
-                namespace = read_namespace(file.read(HEADER_BYTES))
+            server, number = parsed
+            known, start = read.get(server, (0, 0))
+            if number >= known:
+                path = os.path.join(directory, journal)
+                namespace, used = _last_use(path, start if number == known else 0)
                 if namespace is not None:
-                    written = os.fstat(file.fileno()).st_mtime
-                    found[namespace] = max(found.get(namespace, 0.0), written)
+                    found[namespace] = max(found.get(namespace, 0.0), used)
     return found
+
+
+def _last_use(path: str, start: int) -> tuple[str | None, float]:
+    """The namespace of a journal and when it was written, if after `start` it tells of a use."""
+    with suppress(OSError), open(nofollow.open(path, os.O_RDONLY), "rb") as file:
+        namespace = read_namespace(file.read(HEADER_BYTES))
+        file.seek(max(start, HEADER_BYTES))
+        if any(record is not None and record.op in _USES for record in decode(file.read())):
+            return namespace, os.fstat(file.fileno()).st_mtime
+    return None, 0.0

@@ -13,6 +13,8 @@ import os
 import time
 from contextlib import suppress
 
+from kvstrata.tiers.fs import nofollow
+
 SILENT_S = 60.0  # a beat comes every second; disks that stall for half a minute are seen
 
 
@@ -42,7 +44,7 @@ class Presence:
         """
         ours = os.fstat(self._fd)
         with suppress(FileNotFoundError):
-            found = os.stat(self._path, follow_symlinks=False)
+            found = nofollow.lstat(self._path)
             if (found.st_dev, found.st_ino) == (ours.st_dev, ours.st_ino):
                 return
         fresh = self._lock()
@@ -53,13 +55,11 @@ class Presence:
         """Be gone."""
         os.close(self._fd)
         with suppress(FileNotFoundError):
-            os.unlink(self._path)
+            nofollow.unlink(self._path)
 
     def _lock(self) -> int:
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        fd = os.open(self._path, flags, self._mode)
+        fd = nofollow.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, self._mode)
         try:
-            os.fchmod(fd, self._mode)  # what the umask took away: others lock it to look
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(fd)
@@ -83,8 +83,7 @@ class Watch:
         elif now - since > SILENT_S:
             return True
         try:
-            flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            fd = os.open(presence_path(self._directory, server), flags)
+            fd = nofollow.open(presence_path(self._directory, server), os.O_RDWR)
         except FileNotFoundError:
             return True
         except OSError:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 
+from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.space.admission import spare_cost
 from kvstrata.tiers.fs.space.booking import Booking
 from kvstrata.tiers.fs.space.holdings import Holdings
@@ -83,8 +84,8 @@ class Recount:
             if books.keeper != self._place.server:
                 return
             costs: list[int] = []
-            with suppress(FileNotFoundError):
-                costs = [spare_cost(name) or 0 for name in os.listdir(self._place.spares)]
+            with suppress(OSError):
+                costs = [spare_cost(name) or 0 for name in nofollow.listdir(self._place.spares)]
             books.spare_bytes, books.spare_files = sum(costs), len(costs)
             self._books_size = self._measure_books()
             other = self._walked.other_bytes, self._walked.other_files
@@ -120,7 +121,7 @@ class Recount:
     def _measure_books(self) -> tuple[int, int]:
         """What the books take, without spares and what was reserved to overwrite one."""
         nbytes = files = 0
-        with os.scandir(self._place.directory) as entries:
+        with nofollow.scandir(self._place.directory) as entries:
             for entry in entries:
                 if is_temporary(entry.name) and self._is_writing(entry.name):
                     continue
@@ -132,21 +133,21 @@ class Recount:
 
     def _sweep_books(self) -> None:
         """Remove what dead writers left among the books: claimed spares, and snapshots."""
-        with os.scandir(self._place.directory) as entries:
+        with nofollow.scandir(self._place.directory) as entries:
             for entry in entries:
                 with suppress(OSError):
                     if is_temporary(entry.name) and is_abandoned(
                         entry.name, time.time() - entry.stat(follow_symlinks=False).st_mtime
                     ):
-                        os.unlink(entry.path)
+                        nofollow.unlink(os.path.join(self._place.directory, entry.name))
                         self.swept += 1
 
 
 def strike(books: Books, server: bytes, directory: str) -> None:
     """Take a dead server out of the books."""
     del books.rows[server]
-    with suppress(FileNotFoundError):
-        os.unlink(presence_path(directory, server))
+    with suppress(OSError):
+        nofollow.unlink(presence_path(directory, server))
 
 
 def boot_id() -> bytes:

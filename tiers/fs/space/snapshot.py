@@ -19,6 +19,7 @@ from typing import BinaryIO
 
 import xxhash
 
+from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.space.catalog import Catalog
 from kvstrata.tiers.fs.space.names import NAMESPACE, Names
 from kvstrata.tiers.fs.temporary import temporary_name
@@ -34,6 +35,12 @@ _MAX_HEADER = 2**24
 _MAX_NAMES = _PIECE_FILES * 512
 _MAX_STAMP = 2**62  # in the year 2116
 
+# What a hostile file makes the parsing raise: an infinite number, nesting, a list for an object.
+_UNREADABLE = (
+    *(OSError, ValueError, struct.error, KeyError, TypeError, AttributeError),
+    *(RecursionError, OverflowError),
+)
+
 Positions = dict[bytes, tuple[int, int]]  # by server: number and length of the journal read
 
 
@@ -46,8 +53,7 @@ def save(directory: str, catalog: Catalog, names: Names, read: Positions, mode: 
     journals = {server.hex(): list(position) for server, position in read.items()}
     header = json.dumps({"namespaces": names.namespaces, "journals": journals}).encode()
     temporary = os.path.join(directory, temporary_name())
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    fd = os.open(temporary, flags, mode)
+    fd = nofollow.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         with os.fdopen(fd, "wb", buffering=0) as file:
             _write(file, _START.pack(_MAGIC, len(header)) + header)
@@ -56,37 +62,49 @@ def save(directory: str, catalog: Catalog, names: Names, read: Positions, mode: 
                 content = b"".join([lengths.tobytes(), joined, *(bytes(c) for c in columns)])
                 _write(file, _PIECE.pack(len(keys), len(joined)) + content)
             size = file.tell()
-        os.rename(temporary, os.path.join(directory, SNAPSHOT_NAME))
+        nofollow.rename(temporary, os.path.join(directory, SNAPSHOT_NAME))
     except BaseException:
         with suppress(OSError):
-            os.unlink(temporary)
+            nofollow.unlink(temporary)
         raise
     return size
 
 
 def load(directory: str) -> tuple[Catalog, Names, Positions]:
     """What the snapshot holds; nothing where there is none or it is damaged."""
+    return _load(directory)[0]
+
+
+def is_sound(directory: str) -> bool:
+    """Whether all of the snapshot can be read, or there is none."""
+    return _load(directory)[1]
+
+
+def _load(directory: str) -> tuple[tuple[Catalog, Names, Positions], bool]:
+    """What the snapshot holds, and whether that is all of it."""
     catalog, names, read = Catalog(), Names(), Positions()
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        fd = os.open(os.path.join(directory, SNAPSHOT_NAME), flags)
+        fd = nofollow.open(os.path.join(directory, SNAPSHOT_NAME), os.O_RDONLY)
         with os.fdopen(fd, "rb") as file:
             start = file.read(_START.size)
             magic, length = _START.unpack(start)
             if magic != _MAGIC or length > _MAX_HEADER:
-                return catalog, names, read
+                return (catalog, names, read), False
             header = json.loads(_read(file, start, length))
             namespaces = header["namespaces"]
             if not all(NAMESPACE.fullmatch(name) for name in namespaces):
-                return catalog, names, read
+                return (catalog, names, read), False
             names = Names(namespaces)
             for server, (number, size) in header["journals"].items():
                 read[bytes.fromhex(server)] = (int(number), int(size))
             while piece := file.read(_PIECE.size):
                 _take_piece(file, piece, catalog)
-    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError, RecursionError):
-        pass  # absent, cut off or hostile: what was read so far is well-formed
-    return catalog, names, read
+    except FileNotFoundError:
+        pass
+    except _UNREADABLE:
+        # cut off or hostile: what was read so far is well-formed
+        return (catalog, names, read), False
+    return (catalog, names, read), True
 
 
 def _take_piece(file: BinaryIO, piece: bytes, catalog: Catalog) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
+from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.layout import PAGES_DIR
 from kvstrata.tiers.fs.space.limits import BLOCK, file_cost
 from kvstrata.tiers.fs.space.names import Names
@@ -46,18 +47,19 @@ def walk(
         leaf = len(parts) == 3 and PAGES_DIR.fullmatch(parts[0]) is not None
         if not leaf:
             found.other_bytes += BLOCK  # a leaf is in the cost of the files in it
-        with suppress(OSError), os.scandir(os.path.join(root, *parts)) as entries:
+        with suppress(OSError), nofollow.scandir(os.path.join(root, *parts)) as entries:
             for entry in entries:
                 with suppress(OSError):
                     if entry.is_dir(follow_symlinks=False):
                         if len(parts) < _MAX_DEPTH and (parts or entry.name != BOOKS_NAME):
                             pending.append([*parts, entry.name])
                     else:
-                        _meet(entry, [*parts, entry.name], names, found, seen, is_writing)
+                        _meet(root, entry, [*parts, entry.name], names, found, seen, is_writing)
                 yield
 
 
 def _meet(
+    root: str,
     entry: os.DirEntry[str],
     parts: list[str],
     names: Names,
@@ -68,7 +70,7 @@ def _meet(
     status = entry.stat(follow_symlinks=False)
     if is_temporary(entry.name):
         if stat.S_ISREG(status.st_mode) and is_abandoned(entry.name, time.time() - status.st_mtime):
-            os.unlink(entry.path)
+            nofollow.unlink(os.path.join(root, *parts))
             found.swept += 1
             return
         if is_writing(entry.name):

@@ -22,7 +22,7 @@ from kvstrata.tiers.fs.space.ledger import Books
 from kvstrata.tiers.fs.space.limits import file_cost
 from kvstrata.tiers.fs.space.space import Space, Upkeep
 from kvstrata.tiers.fs.space.stamps import first_access
-from kvstrata.tiers.fs.startup import open_books, open_namespace
+from kvstrata.tiers.fs.startup import make_root, open_books, open_namespace
 from kvstrata.tiers.testing import CONTEXT, make_data, make_key
 
 GROUP = 2
@@ -65,12 +65,12 @@ class Server:
         engine: int | None = None,
         **options: Any,
     ) -> None:
-        (config,) = FsConfig.parse({"root_dir": str(root), **options})
+        (config,) = map(make_root, FsConfig.parse({"root_dir": str(root), **options}))
         self.failures: Counter[str] = Counter()
         self.news: list[News] = []
         self.done: Counter[str] = Counter()
         self._access = first_access() if engine is None else engine << 40
-        self.paths = namespace_paths(str(root), context.model, context.namespace)
+        self.paths = namespace_paths(config.root_dir, context.model, context.namespace)
         open_namespace(config, self.paths, context.namespace)
         limits = open_books(config)
         assert limits is not None

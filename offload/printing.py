@@ -1,0 +1,89 @@
+"""What the commands print: sizes, ages, JSON, errors, and bars on a terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def print_json(value: object) -> None:
+    """One JSON value on stdout."""
+    typer.echo(json.dumps(value, indent=2))
+
+
+def printable(text: str) -> str:
+    """`text` without what could control a terminal: files and their names are anybody's work."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
+
+
+def age(when: float, now: float) -> str:
+    """From `when` to `now`, both in seconds since the epoch: `3 min`."""
+    seconds = max(0.0, now - when)
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def size(nbytes: int) -> str:
+    """`1.5 GiB`."""
+    from kvstrata.offload.doctor import size_text
+
+    return size_text(nbytes)
+
+
+def fail(path: str, error: OSError) -> NoReturn:
+    """Say why nothing can be done at `path`, and exit with 2."""
+    typer.echo(f"kvstrata: {path!r}: {error.strerror or error}", err=True)
+    raise typer.Exit(2)
+
+
+@contextmanager
+def byte_bar(what: str, total: int | None = None) -> Iterator[Callable[[int], None] | None]:
+    """A bar on stderr; yields what is to be called with bytes done, None without a terminal."""
+    with _bar(BarColumn(), DownloadColumn(), TimeRemainingColumn()) as bar:
+        if bar is None:
+            yield None
+        else:
+            task = bar.add_task(what, total=total)
+            yield lambda nbytes: bar.advance(task, nbytes)
+
+
+@contextmanager
+def state_bar(what: str) -> Iterator[Callable[[str], None] | None]:
+    """A bar without an end on stderr; yields what is to be called with a few words of state."""
+    with _bar(BarColumn(), TextColumn("{task.fields[state]}")) as bar:
+        if bar is None:
+            yield None
+        else:
+            task = bar.add_task(what, total=None, state="")
+            yield lambda state: bar.update(task, state=state)
+
+
+@contextmanager
+def _bar(*columns: ProgressColumn) -> Iterator[Progress | None]:
+    """None unless stderr is a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    words = TextColumn("{task.description}")
+    with Progress(words, *columns, console=Console(stderr=True), transient=True) as bar:
+        yield bar
