@@ -46,6 +46,7 @@ class Holdings:
     Attributes:
         complete: a scan has seen everything, so the base is what the catalog and the rest add
             up to. Until then the base is only lowered by what is deleted here.
+        scanning: a scan is under way; what is booked meanwhile, it may not see.
         protected: by offload key until when, on the monotonic clock, a page is spared.
         read: by server the number and length of the journal that was read.
     """
@@ -57,6 +58,7 @@ class Holdings:
         self.stamps = Stamps(self.catalog.newest())
         self.protected = protected
         self.complete = False
+        self.scanning = False
         self._used_early: OrderedDict[bytes, int] = OrderedDict()
         self._gone_early: OrderedDict[bytes, None] = OrderedDict()
 
@@ -72,10 +74,10 @@ class Holdings:
 
     def add(self, name: bytes, cost: int, stamp: int, depth: int, books: Books | None) -> None:
         """The file was stored; the books are changed if they are given."""
-        if name in self._gone_early:
+        if self.scanning or name in self._gone_early:
             if not self.exists(name):
                 return
-            del self._gone_early[name]
+            self._gone_early.pop(name, None)
         known = name in self.catalog
         grew = self.catalog.add(name, cost, stamp, depth)
         if (used := self._used_early.pop(name, None)) is not None:

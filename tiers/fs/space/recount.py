@@ -46,6 +46,7 @@ class Recount:
         """Scan from the beginning."""
         self._walked = Walked()
         self._holdings.catalog.begin_scan()
+        self._holdings.scanning = True
         self._scan = walk(
             self._place.root, self._holdings.names, self._walked, self._seen, self._is_writing
         )
@@ -53,6 +54,7 @@ class Recount:
     def abandon(self) -> None:
         """Forget the scan under way."""
         self._scan = None
+        self._holdings.scanning = False
 
     def step(self, slice_s: float) -> bool:
         """Go on for about `slice_s` seconds; True if everything was seen."""
@@ -76,6 +78,7 @@ class Recount:
         holdings = self._holdings
         self.swept += self._walked.swept
         holdings.catalog.end_scan()
+        holdings.scanning = False
         self._sweep_books()
         with self._place.ledger.locked() as books:
             if books.keeper != self._place.server:

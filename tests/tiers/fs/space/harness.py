@@ -213,7 +213,7 @@ def make_quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def drive(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Space, "_run", lambda space: None)
     monkeypatch.setattr("kvstrata.tiers.fs.space.admission.WAIT_S", 0.0)
-    monkeypatch.setattr(space_module, "SLICE_S", 0.0005)
+    monkeypatch.setattr(space_module, "SLICE_S", 0.0)  # a scan goes on by one file
     monkeypatch.setattr(space_module, "_BEAT_S", 0.0)
 
 

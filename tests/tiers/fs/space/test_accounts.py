@@ -160,12 +160,14 @@ class Accounts(RuleBasedStateMachine):
         assert disk_usage(self.root)[0] <= BUDGET
 
     def teardown(self) -> None:
-        if hasattr(self, "servers"):
-            self.agree()
-            for server in self.servers:
-                server.leave()
-        shutil.rmtree(self.root)
-        self.patch.undo()
+        try:
+            if hasattr(self, "servers"):
+                self.agree()
+                for server in self.servers:
+                    server.leave()
+        finally:
+            shutil.rmtree(self.root)
+            self.patch.undo()
 
 
 TestAccounts = Accounts.TestCase

@@ -93,12 +93,14 @@ class BudgetModel(RuleBasedStateMachine):
         assert disk_usage(self.root)[0] <= BUDGET
 
     def teardown(self) -> None:
-        for server in self.servers:
-            server.leave()
-            assert server.failures.keys() <= {"missing", "budget"}
-        assert check_root(str(self.root)).bad == []
-        shutil.rmtree(self.root)
-        self.patch.undo()
+        try:
+            for server in self.servers:
+                server.leave()
+                assert server.failures.keys() <= {"missing", "budget"}
+            assert check_root(str(self.root)).bad == []
+        finally:
+            shutil.rmtree(self.root)
+            self.patch.undo()
 
 
 TestBudgetModel = BudgetModel.TestCase
