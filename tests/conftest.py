@@ -35,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--long"):
-        settings.register_profile("long", deadline=None, max_examples=2000)
+        settings.register_profile("long", deadline=None, max_examples=500)
         settings.load_profile("long")
 
 

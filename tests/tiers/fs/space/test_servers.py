@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ BUDGET = 150 * file_cost(SIZE + 4096)
 
 # Stores and loads random pages of three sizes and compares what it loads; prints what failed.
 SERVER = textwrap.dedent("""
-    import json, random, sys
+    import json, os, random, sys
     from collections import Counter
     from kvstrata.tiers.fs.tier import FsTier
     from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key, store
@@ -39,7 +40,10 @@ SERVER = textwrap.dedent("""
         {"root_dir": root, "n_read_threads": 1, "n_write_threads": 2, "max_bytes": budget}, CONTEXT
     )
     print("ready", flush=True)
+    parent = os.getppid()
     for _ in range(steps):
+        if os.getppid() != parent:
+            sys.exit("the test is over")
         group = chance.randrange(3)
         size = CONTEXT.layouts[group].nbytes
         numbers = chance.sample(range(150), 8)
@@ -60,13 +64,13 @@ SERVER = textwrap.dedent("""
 
 # One server without I/O processes, so that it can be stopped; stores for ever.
 LONER = textwrap.dedent("""
-    import sys, time
+    import os, sys, time
     from pathlib import Path
     from tests.tiers.fs.space.harness import Server
     server = Server(Path(sys.argv[1]), max_bytes=int(sys.argv[2]))
     print("ready", flush=True)
-    number = 0
-    while True:
+    number, parent = 0, os.getppid()
+    while os.getppid() == parent:
         number += 1
         server.put([number % 400])
         time.sleep(0.001)
@@ -109,7 +113,7 @@ def most_used(disk: Path) -> Iterator[list[int]]:
 
 
 def report(process: subprocess.Popen[bytes]) -> dict[str, Any]:
-    output, _ = process.communicate(timeout=60.0)
+    output, _ = process.communicate(timeout=1200.0)
     assert process.returncode == 0
     return dict(json.loads(output))
 
@@ -129,10 +133,11 @@ def wait_until(condition: Callable[[], object]) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize(("count", "steps"), [(2, 150), (6, 60)])
+@pytest.mark.parametrize(("count", "steps"), [(2, 150), (8, 50)])
 def test_servers_stay_within_the_budget(
-    disk: Callable[[str], Path], count: int, steps: int
+    disk: Callable[[str], Path], count: int, steps: int, is_long: bool
 ) -> None:
+    steps *= 40 if is_long else 1  # minutes instead of seconds
     place = disk("64m")
     root = place / "kv"
     with most_used(place) as most:
@@ -146,15 +151,18 @@ def test_servers_stay_within_the_budget(
     assert check_root(str(root)).bad == [] and check_root(str(root)).temporary == 0
 
 
-def test_servers_that_are_killed_leave_the_budget_intact(disk: Callable[[str], Path]) -> None:
+def test_servers_that_are_killed_leave_the_budget_intact(
+    disk: Callable[[str], Path], is_long: bool
+) -> None:
+    rounds = 41 if is_long else 3
     place = disk("64m")
     root = place / "kv"
     with most_used(place) as most:
         servers = [start(root, seed) for seed in range(2)]
-        for round_ in range(3):
-            time.sleep(0.3)
+        for round_ in range(rounds):
+            time.sleep(random.uniform(0.1, 0.5))
             kill(servers[round_ % 2])
-            servers[round_ % 2] = start(root, 10 + round_, 10**9 if round_ < 2 else 60)
+            servers[round_ % 2] = start(root, 10 + round_, 10**9 if round_ < rounds - 1 else 60)
         kill(servers[1])
         assert report(servers[0])["stored"] > 0
     assert BUDGET // 2 < most[0] <= BUDGET
