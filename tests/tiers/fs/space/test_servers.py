@@ -129,7 +129,7 @@ def wait_until(condition: Callable[[], object]) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize(("count", "steps"), [(2, 150), (6, 60)])
+@pytest.mark.parametrize(("count", "steps"), [(2, 100), (4, 60)])
 def test_servers_stay_within_the_budget(
     disk: Callable[[str], Path], count: int, steps: int
 ) -> None:
