@@ -3,8 +3,8 @@
 Run it with `make demo-shared MINUTES=10`. Both answer questions about the same documents in random
 order, so each finds pages that the other stored, and both evict all the time. It watches the
 directory, compares every answer with the first one of its kind, and exits 0 only if no answer
-differed, nothing failed and the directory never grew above the budget. It writes
-`demo-shared-report.json`.
+differed, nothing failed and the directory never grew above the budget by more than its slack
+(docs/budget.md). It writes `demo-shared-report.json`.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ KV_TRANSFER_CONFIG = {
         "secondary_tiers": [{"type": "fs", "root_dir": str(KV_DIR), "max_bytes": BUDGET}],
     },
 }
+SLACK = 2**24  # of `max_bytes`: docs/budget.md, "What is promised"
 # What two servers that evict each other's files may see, and recompute.
 EXPECTED_FAILURES = {"missing", "checksum", "key"}
 
@@ -124,7 +125,7 @@ def failures(server: Server) -> dict[str, int]:
     with urllib.request.urlopen(url, timeout=30) as response:
         metrics = response.read().decode()
     found = re.findall(
-        r'^kvstrata_tier_failures_total\{.*?name="([^"]+)".*?\} (\S+)', metrics, re.M
+        r'^kvstrata_tier_failures_total\{.*?cause="([^"]+)".*?\} (\S+)', metrics, re.M
     )
     return {cause: int(float(count)) for cause, count in found if float(count)}
 
@@ -184,7 +185,7 @@ def main(minutes: Annotated[float, typer.Option(help="How long the servers answe
         not report["wrong_answers"]
         and not report["errors"]
         and set(strange) <= EXPECTED_FAILURES
-        and report["most_bytes"] <= BUDGET
+        and report["most_bytes"] <= BUDGET + SLACK
         and report["tokens_from_kvstrata"] > 0
     )
     console.print("[green]all well[/]" if sound else "[bold red]something was wrong[/]")

@@ -136,7 +136,7 @@ def test_a_root_without_books(root: Path) -> None:
 
 
 def test_killed_servers_leave_leases(root: Path, books: Path) -> None:
-    server = start(root, 1, 60)
+    server = start(root, 1)
     try:
         wait_until(lambda: len(audit(str(root)).living) == 2)  # its I/O processes
         assert reasons(root) == []

@@ -145,16 +145,16 @@ def test_min_free_bytes(
 def test_a_full_disk_evicts(disk: Callable[[str], Path], open_server: OpenServer) -> None:
     place = disk("1m")
     server = open_server(at=place / "kv", max_bytes="1GiB")
-    for start in range(0, 160, 10):
+    for start in range(0, 110, 10):
         failed = server.put(range(start, start + 10))
         for _ in range(20):
             assert set(failed.values()) <= {"no-space"}
             rest(server)
             failed = server.put(failed)
         assert not failed
-    assert server.failures["no-space"] > 0 and server.done["evicted_files"] > 50
+    assert server.failures["no-space"] > 0 and server.done["evicted_files"] > 20
     assert check_root(str(place / "kv")).bad == []
-    assert len(server.get(range(140, 160))) > 15
+    assert len(server.get(range(90, 110))) > 15
 
 
 def test_a_page_larger_than_the_budget(

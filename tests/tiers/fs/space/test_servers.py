@@ -133,7 +133,7 @@ def wait_until(condition: Callable[[], object]) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize(("count", "steps"), [(2, 150), (8, 50)])
+@pytest.mark.parametrize(("count", "steps"), [(2, 100), (8, 40)])
 def test_servers_stay_within_the_budget(
     disk: Callable[[str], Path], count: int, steps: int, is_long: bool
 ) -> None:
