@@ -9,8 +9,6 @@ import os
 from collections import deque
 from contextlib import suppress
 
-import numpy as np
-
 from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.space import snapshot
 from kvstrata.tiers.fs.space.journal import (
@@ -75,8 +73,8 @@ class Follower:
                 if name[:2] == prefix:
                     keys.append(name[2:])
                     stamps.append(stamp)
-        order = np.argsort(np.array(stamps, np.int64))[-_MOST_KNOWN:]
-        return deque(keys[position] for position in order)
+        order = sorted(range(len(keys)), key=stamps.__getitem__)
+        return deque(keys[position] for position in order[-_MOST_KNOWN:])
 
     def _follow(self, server: bytes, number: int, found: list[News]) -> bool:
         """Read on in a journal; True if that was not all of it."""
