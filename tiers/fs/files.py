@@ -24,7 +24,8 @@ from kvstrata.tiers.fs.io import FileIO
 from kvstrata.tiers.fs.layout import NamespacePaths
 from kvstrata.tiers.fs.messages import Outcome, PageRef
 from kvstrata.tiers.fs.namespace import namespace_digest
-from kvstrata.tiers.fs.quarantine import Quarantine
+from kvstrata.tiers.fs.quarantine import Identity, Quarantine, identity
+from kvstrata.tiers.fs.space.ledger import LedgerBusy
 from kvstrata.tiers.fs.space.limits import file_cost
 from kvstrata.tiers.fs.space.space import Space
 from kvstrata.tiers.fs.startup import make_namespace
@@ -93,6 +94,9 @@ class PageFiles:
             if self._config.durability == "fsync":
                 _fsync_directory(os.path.dirname(path))
             return Outcome(moved=True)
+        except LedgerBusy as error:
+            self._report("books", str(error))
+            return Outcome("books")
         except OSError as error:
             cause = error_cause(error)
             cause = {"missing": "no-directory", "unreadable": "denied"}.get(cause, cause)
@@ -110,7 +114,7 @@ class PageFiles:
             self._note_use(page, access)
             return Outcome(moved=True)
         except BadPage as bad:
-            return self._reject(key, bad.cause, f"{path}: {bad.detail}", bad.inode)
+            return self._reject(key, bad.cause, f"{path}: {bad.detail}", bad.identity)
         except OSError as error:
             cause = error_cause(error)
             if cause == "missing":
@@ -152,15 +156,16 @@ class PageFiles:
         self._report("internal", f"{type(error).__name__}: {error}")
         return Outcome("internal")
 
-    def _reject(
-        self, key: bytes, cause: str, detail: str, inode: tuple[int, int] | None
-    ) -> Outcome:
+    def _reject(self, key: bytes, cause: str, detail: str, found_bad: Identity | None) -> Outcome:
+        taken = self._quarantine.take(self.paths.page(key), cause, found_bad)
+        if taken == "gone":  # as a rule it was evicted while it was read
+            cause = "missing"
         self._report(cause, detail)
-        moved = self._quarantine.take(self.paths.page(key), cause, inode)
-        if moved and self._space is not None:
-            self._space.quarantined()
+        if taken != "stuck" and self._space is not None:
+            if taken == "moved":
+                self._space.quarantined()
             self._space.gone(key)
-        return Outcome(cause, gone=True, stuck=not moved)
+        return Outcome(cause, gone=True, stuck=taken == "stuck")
 
     def _cost(self, key: bytes) -> int:
         """What the page's file takes from the budget, in bytes."""
@@ -188,7 +193,7 @@ class PageFiles:
         cause = "symlink" if stat.S_ISLNK(found.st_mode) else kind
         if kind == "size" and found.st_size < size:
             cause = "truncated"
-        self._reject(key, cause, path, (found.st_dev, found.st_ino))
+        self._reject(key, cause, path, identity(found))
         return False
 
     def _read(self, path: str, key: bytes, view: memoryview) -> None:
@@ -198,7 +203,7 @@ class PageFiles:
             try:
                 self._read_open(fd, found, key, view)
             except BadPage as bad:
-                bad.inode = (found.st_dev, found.st_ino)
+                bad.identity = identity(found)
                 raise
         finally:
             os.close(fd)

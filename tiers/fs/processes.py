@@ -381,7 +381,8 @@ class IoProcesses:
         load = own.current.load if own.current else MOST_SENT
         if other.current and not other.queue:
             theirs = other.current.load
-            if theirs < other.setup.threads and load > 2 * theirs + 1:
+            # half of its threads stay free for its own tasks: ours may wait, for room say
+            if theirs < other.setup.threads // 2 and load > 2 * theirs + 1:
                 return other.current
         return own.current if load < MOST_SENT else None
 

@@ -7,11 +7,22 @@ import shutil
 import threading
 import time
 from contextlib import suppress
+from typing import Literal
 
 from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.layout import NamespacePaths
 
 MAX_FILES = 100
+
+
+Identity = tuple[int, int, int]
+# "gone": it is not there any more; "stuck": it is, and cannot be moved
+Taken = Literal["moved", "gone", "stuck"]
+
+
+def identity(found: os.stat_result) -> Identity:
+    """Device, inode and change time (ns): that of a recycled file differs by the last."""
+    return found.st_dev, found.st_ino, found.st_ctime_ns
 
 
 class Quarantine:
@@ -25,30 +36,29 @@ class Quarantine:
         self._dir_mode = dir_mode
         self._lock = threading.Lock()
 
-    def take(self, path: str, cause: str, inode: tuple[int, int] | None) -> bool:
-        """Move `path` here; True if it is not at `path` any more.
+    def take(self, path: str, cause: str, found_bad: Identity | None) -> Taken:
+        """Move `path` here.
 
-        `inode` (device, inode) is what was found bad: another file that took its place
-        meanwhile stays. None: whatever is there.
+        `found_bad` is what was found bad: a file that took its place, or was changed, meanwhile
+        stays. None: whatever is there.
         """
         name = f"{time.time_ns()}-{cause}-{os.path.basename(path)}"
         target = os.path.join(self._paths.quarantine, name)
         try:
-            found = nofollow.lstat(path)
-            if inode is not None and (found.st_dev, found.st_ino) != inode:
-                return True
+            if found_bad is not None and identity(nofollow.lstat(path)) != found_bad:
+                return "gone"
             try:
                 nofollow.rename(path, target)
             except FileNotFoundError:
                 nofollow.make_directories(self._paths.quarantine, self._paths.root, self._dir_mode)
                 nofollow.rename(path, target)
         except FileNotFoundError:
-            return True
+            return "gone"
         except OSError:
-            return False
+            return "stuck"
         with self._lock:
             self._trim()
-        return True
+        return "moved"
 
     def _trim(self) -> None:
         with suppress(OSError), nofollow.directory(self._paths.quarantine) as fd:

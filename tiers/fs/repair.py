@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.layout import NamespacePaths, is_key
 from kvstrata.tiers.fs.listing import check_config, namespaces
-from kvstrata.tiers.fs.quarantine import Quarantine
+from kvstrata.tiers.fs.quarantine import Quarantine, identity
 from kvstrata.tiers.fs.scan import FileReport, RootReport, check_place, check_root, known_layouts
 from kvstrata.tiers.fs.space.audit import Damage, Remedy, audit
 from kvstrata.tiers.fs.space.limits import Limits
@@ -86,14 +86,14 @@ def examine(
 
 def _repair_file(root: str, bad: FileReport) -> str | None:
     """What was done with a bad file: "moved", "quarantined", or None if it is as it was."""
-    if bad.cause is None or bad.cause in _LEFT or bad.inode is None:
+    if bad.cause is None or bad.cause in _LEFT or bad.found_bad is None:
         return None
     if bad.cause in ("key", "namespace") and _move_to_its_place(root, bad):
         return "moved"
     directory = os.path.relpath(bad.path, root).split(os.sep)[0]
     paths = NamespacePaths(root, directory.removesuffix("_r0"))
     with suppress(OSError):
-        if Quarantine(paths, _mode(paths)).take(bad.path, bad.cause, bad.inode):
+        if Quarantine(paths, _mode(paths)).take(bad.path, bad.cause, bad.found_bad) == "moved":
             return "quarantined"
     return None
 
@@ -110,8 +110,7 @@ def _move_to_its_place(root: str, bad: FileReport) -> bool:
         if not fits or check_config(paths) is not None:
             continue
         with suppress(OSError):
-            found = nofollow.lstat(bad.path)
-            if nofollow.lexists(target) or (found.st_dev, found.st_ino) != bad.inode:
+            if nofollow.lexists(target) or identity(nofollow.lstat(bad.path)) != bad.found_bad:
                 return False
             nofollow.make_directories(os.path.dirname(target), root, _mode(paths))
             # a server that stores this very page meanwhile is overwritten by its equal

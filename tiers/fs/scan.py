@@ -22,6 +22,7 @@ from kvstrata.tiers.fs.failures import error_cause
 from kvstrata.tiers.fs.layout import NamespacePaths, is_key
 from kvstrata.tiers.fs.listing import check_config, namespaces, temporary_kind, walk
 from kvstrata.tiers.fs.namespace import read_config
+from kvstrata.tiers.fs.quarantine import Identity, identity
 from kvstrata.tiers.fs.space.walk import BOOKS_NAME
 from kvstrata.tiers.fs.temporary import is_temporary
 
@@ -40,7 +41,7 @@ class FileReport:
         detail: the cause in a few words, or "".
         header: what the header says, None where it cannot be read.
         kind: "page", "config", or "directory" for one that cannot be listed.
-        inode: (device, inode) of what is at `path`, where `check_root` found it bad.
+        found_bad: the identity of what is at `path`, where `check_root` found it bad.
     """
 
     path: str
@@ -49,7 +50,7 @@ class FileReport:
     detail: str
     header: FileHeader | None
     kind: str = "page"
-    inode: tuple[int, int] | None = None
+    found_bad: Identity | None = None
 
     @property
     def group(self) -> int | None:
@@ -127,10 +128,9 @@ def check_root(root: str, progress: Callable[[FileReport], None] | None = None) 
 
     for paths in namespaces(root):
         total.namespaces += 1
-        identity = _identity(paths.config)
+        before = _identity(paths.config)
         if (config := check_config(paths)) is not None:
-            inode = identity and identity[:2]
-            total.bad.append(FileReport(paths.config, 0, *config, None, "config", inode))
+            total.bad.append(FileReport(paths.config, 0, *config, None, "config", before))
         layouts = known_layouts(paths)
         for kind, path in walk(paths, unreadable):
             if kind == "page":
@@ -178,15 +178,14 @@ def _check_page(
         if report.cause is None:
             return report
         if before is not None and before == _identity(path):
-            return replace(report, inode=before[:2])
+            return replace(report, found_bad=before)
     return None
 
 
-def _identity(path: str) -> tuple[int, int, int] | None:
-    """Device, inode and change time (ns) of what is at `path`; None if nothing is."""
+def _identity(path: str) -> Identity | None:
+    """The identity of what is at `path`; None if nothing is."""
     with suppress(OSError):
-        found = nofollow.lstat(path)
-        return found.st_dev, found.st_ino, found.st_ctime_ns
+        return identity(nofollow.lstat(path))
     return None
 
 

@@ -10,15 +10,19 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
-from kvstrata.tiers.base import TierConfigError
+from kvstrata.tiers.base import PageLayout, TierConfigError
 from kvstrata.tiers.fs import nofollow
+from kvstrata.tiers.fs.codec import ALIGNMENT
 from kvstrata.tiers.fs.config import FsConfig
 from kvstrata.tiers.fs.io import probe_direct
 from kvstrata.tiers.fs.layout import NamespacePaths
 from kvstrata.tiers.fs.namespace import validate_config, write_config
-from kvstrata.tiers.fs.space.ledger import LEDGER_NAME, Ledger
-from kvstrata.tiers.fs.space.limits import Limits
+from kvstrata.tiers.fs.space.ledger import LEDGER_NAME, Ledger, LedgerBusy
+from kvstrata.tiers.fs.space.limits import Limits, file_cost
 from kvstrata.tiers.fs.space.walk import BOOKS_NAME
+
+# The disk may be well again later, or be made so by eviction.
+_NOT_NOW = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 logger = logging.getLogger("kvstrata.tiers.fs")
 
@@ -43,9 +47,12 @@ def make_root(config: FsConfig) -> FsConfig:
     """
     root = config.root_dir
     try:
-        if not os.path.isdir(root):
+        try:
             os.makedirs(root, config.dir_mode)
             os.chmod(root, config.dir_mode)  # what the umask took away
+        except FileExistsError:  # perhaps another engine that starts was faster
+            if not os.path.isdir(root):
+                raise
     except OSError as error:
         raise _start_error(root, error) from error
     return replace(config, root_dir=os.path.realpath(root))
@@ -53,6 +60,9 @@ def make_root(config: FsConfig) -> FsConfig:
 
 def open_namespace(config: FsConfig, paths: NamespacePaths, fields: Mapping[str, Any]) -> bool:
     """Create what is missing below the root, prove that one can write, and compare config.json.
+
+    On a disk that is full or read-only the tier starts all the same: it loads, and eviction may
+    make room.
 
     Returns:
         Whether O_DIRECT is to be used.
@@ -65,8 +75,12 @@ def open_namespace(config: FsConfig, paths: NamespacePaths, fields: Mapping[str,
         make_namespace(config, paths, fields)
         direct = probe_direct(paths.home)
     except OSError as error:
-        raise _start_error(config.root_dir, error) from error
-    validate_config(paths, fields)
+        if error.errno not in _NOT_NOW:
+            raise _start_error(config.root_dir, error) from error
+        logger.warning("kvstrata fs tier: %s; nothing can be stored", error)
+        direct = True  # `FileIO` finds out
+    if nofollow.lexists(paths.config):
+        validate_config(paths, fields)
     if config.io == "direct" and not direct:
         raise TierConfigError(
             f"io: 'direct' is wrong for {config.root_dir!r}, whose file system has no "
@@ -78,14 +92,18 @@ def open_namespace(config: FsConfig, paths: NamespacePaths, fields: Mapping[str,
 def open_books(config: FsConfig) -> Limits | None:
     """Prove that books can be kept below `root_dir`, which exists; the limits in bytes.
 
-    None where they cannot, and no limit was asked for: the tier works without them.
+    None where that cannot be, for want of locks say, and no limit was asked for: the tier works
+    without them.
 
     Raises:
-        TierConfigError: they cannot, but the limits need them.
+        TierConfigError: the books cannot be used, or the limits need locks.
     """
+    path = os.path.join(config.root_dir, BOOKS_NAME, LEDGER_NAME)
     try:
         limits = limits_of(config)
-        path = os.path.join(config.root_dir, BOOKS_NAME, LEDGER_NAME)
+    except OSError as error:
+        raise _start_error(config.root_dir, error) from error
+    try:
         ledger = Ledger(path, config.file_mode, config.dir_mode)
         try:
             with ledger.locked():
@@ -93,18 +111,37 @@ def open_books(config: FsConfig) -> Limits | None:
         finally:
             ledger.close()
     except OSError as error:
-        if config.max_bytes or config.max_files or config.min_free_bytes:
+        if isinstance(error, LedgerBusy) or error.errno in _NOT_NOW:
+            return limits  # nothing is stored until the books can be used
+        if error.errno in (errno.EACCES, errno.EPERM):  # the budget of others is ours too
+            raise _start_error(os.path.dirname(path), error) from error
+        if limits:
             raise TierConfigError(
                 f"root_dir: {config.root_dir!r} cannot keep a disk budget ({error}); "
                 "choose a file system with locks, or leave the budget's options out"
             ) from error
         logger.warning(
-            "kvstrata fs tier: %r has no room for books (%s); nothing there is evicted, and the "
+            "kvstrata fs tier: %r can have no books (%s); nothing there is evicted, and the "
             "files are unknown after a restart until they are asked for",
             config.root_dir,
             error,
         )
         return None
+
+
+def check_budget(config: FsConfig, layouts: Mapping[int, PageLayout]) -> None:
+    """Refuse a budget in which not even one page has room.
+
+    Raises:
+        TierConfigError: naming the least that makes sense.
+    """
+    pages = [file_cost(layout.nbytes + ALIGNMENT) for layout in layouts.values()]
+    least = 2 * max(pages, default=0)
+    if 0 < config.max_bytes < least:
+        raise TierConfigError(
+            f"max_bytes: {config.max_bytes} is too little for the pages of this model, which take "
+            f"up to {least // 2} bytes each; give at least {least}, and better a hundred times that"
+        )
 
 
 def limits_of(config: FsConfig) -> Limits:

@@ -7,6 +7,8 @@ call on the scheduler's thread, so there are no other threads here and no locks.
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import time
 from collections import Counter, deque
@@ -36,13 +38,20 @@ from kvstrata.tiers.fs.messages import MOST_PAGES, Kind, Outcome, PageRef, Setup
 from kvstrata.tiers.fs.namespace import namespace_paths
 from kvstrata.tiers.fs.processes import IoProcesses, Task
 from kvstrata.tiers.fs.space.stamps import first_access
-from kvstrata.tiers.fs.startup import make_root, open_books, open_namespace
+from kvstrata.tiers.fs.startup import check_budget, make_root, open_books, open_namespace
+
+logger = logging.getLogger("kvstrata.tiers.fs")
 
 # A job is cut into tasks of about so many bytes: small enough that one long prefix keeps many
 # threads busy, large enough that small pages do not cost a packet each.
 _TASK_BYTES = 2**20
 _KEYS_PER_CHECK = 256  # a long prefix is checked by several threads
 _MAX_REMOVED = 2**16
+# What a dead disk or server says, and not a wrong option. With a list of disks one goes on.
+_LOST = (
+    *(errno.EIO, errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.ESTALE, errno.EUCLEAN),
+    *(errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EREMOTEIO),
+)
 # The first look-up may come at once and has its own deadline, so the start waits so long for
 # the I/O processes, which take a third of a second, or some on a loaded machine.
 _READY_WITHIN_S = 10.0
@@ -112,7 +121,13 @@ class FsTier(SecondaryTier):
         self.roots: list[Root] = []
         try:
             for config in configs:
-                self.roots.append(self._open_root(config, context))
+                try:
+                    self.roots.append(self._open_root(config, context))
+                except TierConfigError as error:
+                    lost = isinstance(error.__cause__, OSError) and error.__cause__.errno in _LOST
+                    if not lost or (config is configs[-1] and not self.roots):
+                        raise
+                    logger.warning("kvstrata fs tier: %s; going on without that disk", error)
             deadline = time.monotonic() + _READY_WITHIN_S
             for root in self.roots:
                 root.processes.wait_ready(deadline - time.monotonic())
@@ -225,6 +240,7 @@ class FsTier(SecondaryTier):
         config = make_root(config)
         fields = dict(context.namespace)
         paths = namespace_paths(config.root_dir, context.model, fields)
+        check_budget(config, self._layouts)
         setup = Setup(
             config,
             TierContext(context.model, fields, self._layouts),

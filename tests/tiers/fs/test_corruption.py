@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from kvstrata.tiers.base import Lookup, PageLayout, TensorSpec, TierContext
 from kvstrata.tiers.fs.codec import BadPage, encode_header, page_checksum, parse_header
 from kvstrata.tiers.fs.layout import NamespacePaths
-from kvstrata.tiers.fs.quarantine import MAX_FILES, Quarantine
+from kvstrata.tiers.fs.quarantine import MAX_FILES, Quarantine, identity
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key, settle, store
 
@@ -279,12 +279,14 @@ def test_the_quarantine_leaves_a_file_that_came_later(
     bad_file: Path, paths: NamespacePaths
 ) -> None:
     quarantine = Quarantine(paths, 0o700)
-    found = bad_file.stat()
+    found = identity(bad_file.stat())
     os.replace(paths.page(KEYS[0]), bad_file)  # another process repaired it meanwhile
-    assert quarantine.take(str(bad_file), "checksum", (found.st_dev, found.st_ino))
-    assert bad_file.exists()
-    assert quarantine.take(str(bad_file), "checksum", None) and not bad_file.exists()
-    assert quarantine.take(str(bad_file), "checksum", None)
+    assert quarantine.take(str(bad_file), "checksum", found) == "gone" and bad_file.exists()
+    found = identity(bad_file.stat())
+    bad_file.write_bytes(bad_file.read_bytes())  # or recycled the very same file
+    assert quarantine.take(str(bad_file), "checksum", found) == "gone" and bad_file.exists()
+    assert quarantine.take(str(bad_file), "checksum", None) == "moved" and not bad_file.exists()
+    assert quarantine.take(str(bad_file), "checksum", None) == "gone"
 
 
 def test_each_cause_is_logged_once(

@@ -168,7 +168,7 @@ def test_what_this_user_may_not_read_is_left(
     filled: NamespacePaths, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = filled.page(KEYS[0])
-    report = FileReport(page, 0, "unreadable", "", None, inode=(1, 1))
+    report = FileReport(page, 0, "unreadable", "", None, found_bad=(1, 1, 1))
 
     def closed(root: str, progress: object) -> object:
         found = check_root(root)

@@ -1,5 +1,6 @@
 """One tier over several directories."""
 
+import errno
 import os
 import signal
 from collections.abc import Callable
@@ -113,6 +114,26 @@ def test_each_directory_has_the_budget(open_tier: OpenTier, roots: list[str]) ->
 def test_wrong_lists(value: object, message: str) -> None:
     with pytest.raises(TierConfigError, match=message):
         FsTier.check_options({"root_dir": value})
+
+
+def test_a_disk_that_is_dead_at_the_start(
+    open_tier: OpenTier, roots: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.makedirs
+
+    def fail(path: str, mode: int = 0o777, exist_ok: bool = False) -> None:
+        if path in dead:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        real(path, mode, exist_ok)
+
+    monkeypatch.setattr(os, "makedirs", fail)
+    dead = roots[2:]
+    tier = open_tier(root_dir=roots)
+    assert not store(tier, PAGES).failed
+    assert place(roots[:2]).keys() == PAGES.keys()
+    dead = roots
+    with pytest.raises(TierConfigError, match=f"root_dir: '{roots[2]}' cannot be used"):
+        open_tier(root_dir=roots)
 
 
 def test_one_that_cannot_be_opened(open_tier: OpenTier, roots: list[str]) -> None:

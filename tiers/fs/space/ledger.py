@@ -31,13 +31,13 @@ LEDGER_NAME = "ledger"  # in the directory of the books
 _MAGIC = b"kvledge1"
 _HEADER = struct.Struct("<8s16sB12sqqqqI")
 _ROW = struct.Struct("<16s12sQB" + "Q" * 3 + "qq" + "qqq" + "IQ")
-_LOCK_WITHIN_S = 5.0
+_LOCK_WITHIN_S = 2.0
 # Between two tries to lock, which another process does for some 20 us as a rule.
 _PAUSE_S, _MOST_PAUSE_S = 20e-6, 500e-6
 
 
 class LedgerBusy(OSError):
-    """Another process has held the lock for seconds."""
+    """Another process has held the lock for seconds; no use to wait for it now."""
 
 
 @dataclass(slots=True)
@@ -166,6 +166,7 @@ class Ledger:
         self._dir_mode = dir_mode
         self._thread_lock = threading.Lock()
         self._fd = -1
+        self._busy_until = 0.0
 
     def close(self) -> None:
         """Close the file; not while it is locked."""
@@ -182,7 +183,9 @@ class Ledger:
             LedgerBusy: another process does not let go of the lock.
             OSError: the file cannot be opened, or the file system failed.
         """
-        with self._thread_lock:
+        if not self._thread_lock.acquire(timeout=_LOCK_WITHIN_S):
+            raise LedgerBusy(f"{self._path} is locked")
+        try:
             self._lock()
             try:
                 raw = os.pread(self._fd, _HEADER.size + MAX_ROWS * _ROW.size + 8, 0)
@@ -195,6 +198,8 @@ class Ledger:
                         os.ftruncate(self._fd, len(changed))
             finally:
                 fcntl.flock(self._fd, fcntl.LOCK_UN)
+        finally:
+            self._thread_lock.release()
 
     def _lock(self) -> None:
         deadline, pause = time.monotonic() + _LOCK_WITHIN_S, _PAUSE_S
@@ -204,7 +209,10 @@ class Ledger:
             try:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if time.monotonic() > deadline:
+                now = time.monotonic()
+                if now > deadline or now < self._busy_until:
+                    # whoever holds it hangs: the next ones do not wait for it, for a while
+                    self._busy_until = max(self._busy_until, now + _LOCK_WITHIN_S)
                     raise LedgerBusy(f"{self._path} is locked") from None
                 time.sleep(pause)
                 pause = min(2 * pause, _MOST_PAUSE_S)
