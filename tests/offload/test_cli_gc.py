@@ -76,8 +76,8 @@ def test_limits_that_cannot_be_reached(
         (["--max-files", "0"], "max_files: 0 is wrong"),
         (["--max-files", str(2**64)], "is wrong"),
         (["--max-files", "many"], "unable to parse string as an integer"),
-        (["--min-free-bytes", "0%"], "min_free_bytes: '0%' is not positive"),
-        (["--min-free-bytes", "100%"], "is not a size"),
+        (["--min-free-bytes", "0%"], "min_free_bytes: '0%' is no share of a disk"),
+        (["--min-free-bytes", "100%"], "is no share of a disk"),
         (["--min-free-bytes", "1000000TiB"], "smaller than that"),
     ],
 )

@@ -9,10 +9,9 @@ from fractions import Fraction
 from typing import Any
 
 from kvstrata.tiers.base import TierConfigError
-from kvstrata.tiers.fs.space.limits import parse_min_free
+from kvstrata.tiers.fs.space.limits import parse_space
 from kvstrata.tiers.options import (
     check_keys,
-    parse_bytes,
     parse_choice,
     parse_count,
     parse_mode,
@@ -46,8 +45,8 @@ class FsConfig:
             stored; "none" leaves that to the kernel.
         io: "direct" demands O_DIRECT, "buffered" avoids it, "auto" uses it where it works.
         max_bytes, max_files: most that everything below `root_dir` may take, 0 for no limit.
-        min_free_bytes: bytes that stay free on the file system, or their share of it as a
-            fraction; 0 for no limit.
+        min_free_bytes: bytes that stay free on the file system; 0 for no limit. This and
+            `max_bytes` may be a share of the file system, as a fraction.
     """
 
     root_dir: str
@@ -57,7 +56,7 @@ class FsConfig:
     dir_mode: int = 0o700
     durability: str = "none"
     io: str = "auto"
-    max_bytes: int = 0
+    max_bytes: int | Fraction = 0
     max_files: int = 0
     min_free_bytes: int | Fraction = 0
 
@@ -81,13 +80,13 @@ class FsConfig:
             dir_mode=parse_mode("dir_mode", get("dir_mode", 0o700), 0o700),
             durability=parse_choice("durability", get("durability", "none"), ("none", "fsync")),
             io=parse_choice("io", get("io", "auto"), ("auto", "direct", "buffered")),
-            max_bytes=parse_bytes("max_bytes", options["max_bytes"])
+            max_bytes=parse_space("max_bytes", options["max_bytes"])
             if "max_bytes" in options
             else 0,
             max_files=parse_count("max_files", options["max_files"], _MAX_FILES)
             if "max_files" in options
             else 0,
-            min_free_bytes=parse_min_free("min_free_bytes", options["min_free_bytes"])
+            min_free_bytes=parse_space("min_free_bytes", options["min_free_bytes"])
             if "min_free_bytes" in options
             else 0,
         )

@@ -137,7 +137,7 @@ def check_budget(config: FsConfig, layouts: Mapping[int, PageLayout]) -> None:
     """
     pages = [file_cost(layout.nbytes + ALIGNMENT) for layout in layouts.values()]
     least = 2 * max(pages, default=0)
-    if 0 < config.max_bytes < least:
+    if isinstance(config.max_bytes, int) and 0 < config.max_bytes < least:
         raise TierConfigError(
             f"max_bytes: {config.max_bytes} is too little for the pages of this model, which take "
             f"up to {least // 2} bytes each; give at least {least}, and better a hundred times that"
@@ -150,11 +150,12 @@ def limits_of(config: FsConfig) -> Limits:
     Raises:
         OSError: the file system cannot be asked.
     """
-    least = config.min_free_bytes
-    if isinstance(least, Fraction):
-        disk = os.statvfs(config.root_dir)
-        least = int(disk.f_blocks * disk.f_frsize * least)
-    return Limits(config.max_bytes, config.max_files, least)
+    disk = os.statvfs(config.root_dir)
+    most, least = (
+        int(disk.f_blocks * disk.f_frsize * size) if isinstance(size, Fraction) else size
+        for size in (config.max_bytes, config.min_free_bytes)
+    )
+    return Limits(most, config.max_files, least)
 
 
 def _start_error(root: str, error: OSError) -> TierConfigError:

@@ -67,18 +67,21 @@ def smallest(limits: Iterable[Limits]) -> Limits:
     )
 
 
-def parse_min_free(key: str, value: object) -> int | Fraction:
+def parse_space(key: str, value: object) -> int | Fraction:
     """Bytes, or the share of the file system that "10%" stands for.
 
     Raises:
         TierConfigError: neither a size nor a percentage above 0 and below 100.
     """
-    match = _SHARE.fullmatch(value.strip()) if isinstance(value, str) else None
-    if match is None:
+    if not isinstance(value, str) or not value.strip().endswith("%"):
         return parse_bytes(key, value)
-    share = Fraction(match[1]) / 100
+    match = _SHARE.fullmatch(value.strip())
+    share = Fraction(match[1]) / 100 if match else Fraction(0)
     if share == 0:
-        raise TierConfigError(f'{key}: {value!r} is not positive; give for example "10%"')
+        raise TierConfigError(
+            f"{key}: {value!r} is no share of a disk; give more than 0% and less than 100%, "
+            'for example "10%" or "2.5%"'
+        )
     return share
 
 

@@ -13,7 +13,7 @@ from kvstrata.tiers.fs.space.limits import (
     Limits,
     Usage,
     file_cost,
-    parse_min_free,
+    parse_space,
     room,
     smallest,
 )
@@ -31,13 +31,13 @@ def test_file_cost(size: int, cost: int) -> None:
     [("10%", Fraction(1, 10)), (" 2.5 %", Fraction(1, 40)), ("1KiB", 1024), (5, 5)],
 )
 def test_min_free(value: object, expected: object) -> None:
-    assert parse_min_free("x", value) == expected
+    assert parse_space("x", value) == expected
 
 
 @pytest.mark.parametrize("value", ["0%", "100%", "-1%", "%", "ten", 0, True, None, 1.5])
 def test_wrong_min_free(value: object) -> None:
     with pytest.raises(TierConfigError, match="x: "):
-        parse_min_free("x", value)
+        parse_space("x", value)
 
 
 def test_the_smallest_rules() -> None:
