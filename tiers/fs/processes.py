@@ -45,8 +45,11 @@ STALL_S = 30.0
 START_S = 60.0
 # Given-up processes that the kernel cannot end, in place of which no other is started.
 MOST_UNDEAD = 2
-# A process that fails before it ended a task is not replaced more often than this.
-RESTART_S = 1.0
+# A process that fails before it ended a task is replaced after so long, twice as long each time.
+RESTART_S, MOST_RESTART_S = 1.0, 60.0
+_MOST_DOUBLED = 6
+# Tasks for which there will be no process within this time fail.
+WAIT_FOR_START_S = 5.0
 
 _CHECK_EVERY_S = 0.25  # look for stalls
 _IDLE_PACKETS = 4  # of news taken at once
@@ -110,11 +113,18 @@ class _Group:
         self.current: _Running | None = None
         self.given_up: list[_Running] = []
         self.start_at = 0.0  # not before (time.monotonic)
+        self.unproven = 0  # processes in a row that failed before they ended a task
 
     @property
     def busy(self) -> bool:
         """Whether tasks wait or run, or an old process may still touch pages."""
         return bool(self.queue or self.given_up or (self.current and self.current.sent))
+
+    def put_off(self) -> None:
+        """No process is of use: start the next one later each time."""
+        pause = min(RESTART_S * 2 ** min(self.unproven, _MOST_DOUBLED), MOST_RESTART_S)
+        self.start_at = time.monotonic() + pause
+        self.unproven += 1
 
     def running(self) -> list[_Running]:
         """All processes that may live."""
@@ -187,14 +197,14 @@ class IoProcesses:
         return reads, writes
 
     def wait_ready(self, timeout_s: float) -> bool:
-        """Wait at most `timeout_s` seconds until both have started."""
+        """Wait at most `timeout_s` seconds until both have started; False if one will not."""
         deadline = time.monotonic() + timeout_s
         while True:
             self._step()
             if all(group.current and group.current.ready for group in self._groups):
                 return True
             left = deadline - time.monotonic()
-            if left <= 0:
+            if left <= 0 or any(group.unproven for group in self._groups):
                 return False
             self._wait(left)
 
@@ -267,6 +277,9 @@ class IoProcesses:
                 if group.current is None:
                     self._restart(group, now)
             self._dispatch()
+            if all(g.current is None and g.start_at > now + WAIT_FOR_START_S for g in self._groups):
+                for group in self._groups:  # pages that wait hold memory of the engine
+                    self._fail_queue(group, "crashed", "no I/O process stays alive")
 
     def _receive(self, running: _Running) -> None:
         running.telling, left = False, _IDLE_PACKETS
@@ -313,7 +326,10 @@ class IoProcesses:
         running.cause = cause
         running.process.kill()
         group.given_up.append(running)
-        group.start_at = 0.0 if running.proven else time.monotonic() + RESTART_S
+        if running.proven:
+            group.start_at, group.unproven = 0.0, 0
+        else:
+            group.put_off()
         self._bury(group)
 
     def _bury(self, group: _Group) -> None:
@@ -334,17 +350,14 @@ class IoProcesses:
 
     def _restart(self, group: _Group, now: float) -> None:
         if len(group.given_up) >= MOST_UNDEAD:
-            while group.queue:  # the file system is dead
-                task = group.queue.popleft()
-                self._failures.count("stalled", "no I/O process answers", len(task.pages))
-                self._fail(task, "stalled")
+            self._fail_queue(group, "stalled", "no I/O process answers")  # a dead file system
         elif now >= group.start_at:
             try:
                 group.current = _Running(IoProcess(group.setup), self._clock)
                 self.restarts += 1
             except OSError as error:
                 self._failures.count("no-process", str(error))
-                group.start_at = now + RESTART_S
+                group.put_off()
 
     def _dispatch(self) -> None:
         readers, writers = self._groups
@@ -388,6 +401,12 @@ class IoProcesses:
 
     def _drop(self, task: Task) -> None:
         self._fail(task, "shutdown")
+
+    def _fail_queue(self, group: _Group, cause: str, detail: str) -> None:
+        while group.queue:
+            task = group.queue.popleft()
+            self._failures.count(cause, detail, len(task.pages))
+            self._fail(task, cause)
 
     def _fail(self, task: Task, cause: str) -> None:
         now = time.monotonic()

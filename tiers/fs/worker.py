@@ -46,6 +46,7 @@ from kvstrata.tiers.fs.space.space import Space, Upkeep
 from kvstrata.tiers.fs.temporary import sweep
 
 _PR_SET_PDEATHSIG = 1  # prctl(2), linux/prctl.h
+_BEHIND_BYTES = 2**20  # queued for the engine: it was idle for long
 
 
 class Outbox:
@@ -54,16 +55,27 @@ class Outbox:
     def __init__(self, control: socket.socket) -> None:
         self._control = control
         self._records: SimpleQueue[bytes | None] = SimpleQueue()
+        self._queued = 0  # bytes
+        self._count_lock = threading.Lock()
         self._known: set[str] = set()
         self._sender = threading.Thread(target=self._send, name="kvstrata-fs-send", daemon=True)
         self._sender.start()
 
     def put(self, record: bytes) -> None:
         """Send a record some time soon, after those put before."""
+        with self._count_lock:
+            self._queued += len(record)
         self._records.put(record)
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether so much waits to be sent that what can wait elsewhere should."""
+        return self._queued > _BEHIND_BYTES
+
     def report(self, cause: str, detail: str) -> None:
-        """Send a failure; the detail once per cause."""
+        """Send a failure; the detail once per cause. Not counted while the engine is behind."""
+        if self.is_behind:
+            return
         self.put(pack_failure(Failure(cause, "" if cause in self._known else detail)))
         self._known.add(cause)
 
@@ -97,6 +109,8 @@ class Outbox:
                 break
             records.append(record)
             size += len(record)
+        with self._count_lock:
+            self._queued -= size
         return records
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import enum
 import fcntl
 import os
-import re
 import stat
 import time
 from collections.abc import Iterator
@@ -28,11 +27,10 @@ from kvstrata.tiers.fs.space.journal import (
     read_namespace,
 )
 from kvstrata.tiers.fs.space.ledger import LEDGER_NAME, Books, LedgerBusy
-from kvstrata.tiers.fs.space.presence import SILENT_S, Watch
+from kvstrata.tiers.fs.space.presence import Watch, dead_leases
 from kvstrata.tiers.fs.space.walk import BOOKS_NAME
 
 _LOCK_WITHIN_S = 5.0
-_PRESENCE = re.compile(r"([0-9a-f]{32})\.server")  # see `presence.presence_path`
 
 
 class Remedy(enum.Enum):
@@ -93,7 +91,7 @@ def audit(root: str) -> Audit:
         return Audit(books, living, ())
     if damaged:
         damage.append(Damage(ledger, "ledger: damaged", Remedy.BOOK))
-    damage += _leases(directory, books, watch)
+    damage += _leases(directory, books)
     damage += _journals(directory, watch)
     counted = (books.spare_bytes, books.spare_files)
     if books.known and spares != counted:
@@ -132,20 +130,13 @@ def _spares(directory: str) -> tuple[int, int]:
     return 0, 0
 
 
-def _leases(directory: str, books: Books, watch: Watch) -> Iterator[Damage]:
-    """Locks of servers that were killed: one that leaves takes its file along."""
-    for name in sorted(nofollow.listdir(directory)):
-        match = _PRESENCE.fullmatch(name)
-        if match is None or not watch.is_dead(server := bytes.fromhex(match[1]), 0):
-            continue
-        path = os.path.join(directory, name)
-        with suppress(FileNotFoundError):
-            # a server that starts makes the file, locks it, and then enters itself
-            age_s = time.time() - nofollow.lstat(path).st_mtime
-            if server in books.rows:
-                yield Damage(path, "lease: of a server that was killed", Remedy.BOOK)
-            elif age_s > SILENT_S:
-                yield Damage(path, "lease: of a server that nobody knows", Remedy.REMOVE)
+def _leases(directory: str, books: Books) -> Iterator[Damage]:
+    """Locks of servers that were killed."""
+    for server, path in dead_leases(directory, books.rows):
+        if server in books.rows:
+            yield Damage(path, "lease: of a server that was killed", Remedy.BOOK)
+        else:
+            yield Damage(path, "lease: of a server that nobody knows", Remedy.REMOVE)
 
 
 def _journals(directory: str, watch: Watch) -> Iterator[Damage]:

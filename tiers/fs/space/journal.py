@@ -132,12 +132,18 @@ class Journal:
         if not content:
             return
         if self._length >= self._rotate_bytes:
-            self._number, self._length = self._number + 1, 0
-        fd = self._open()
+            self._rotate()
         try:
-            if os.fstat(fd).st_size < self._length:  # somebody deleted it, or cut it off
+            fd = self._open()
+        except FileNotFoundError:
+            if not self._length:
+                raise
+            self._rotate()  # somebody deleted it
+            fd = self._open()
+        try:
+            if os.fstat(fd).st_size < self._length:  # or cut it off
                 os.close(fd)
-                self._number, self._length = self._number + 1, 0
+                self._rotate()
                 fd = self._open()
             if self._length == 0:
                 content = self._header + content
@@ -149,6 +155,11 @@ class Journal:
             os.close(fd)
         self._length = position
 
+    def _rotate(self) -> None:
+        self._number, self._length = self._number + 1, 0
+
     def _open(self) -> int:
         path = os.path.join(self._directory, journal_name(self._server, self._number))
+        if self._length:  # it is there; an empty one in its place would pass for damaged
+            return nofollow.open(path, os.O_WRONLY)
         return nofollow.open_or_create(path, os.O_WRONLY, self._mode)

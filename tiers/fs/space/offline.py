@@ -53,6 +53,7 @@ class _Accounts:
         self.failures = Failures()
         self.evicted_files = self.evicted_bytes = 0
         self.last = ""
+        self.is_behind = False
 
     def report(self, cause: str, detail: str) -> None:
         self.failures.count(cause, detail)

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import time
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 
 from kvstrata.tiers.fs import nofollow
 
 SILENT_S = 60.0  # a beat comes every second; disks that stall for half a minute are seen
+_NAME = re.compile(r"([0-9a-f]{32})\.server")
 
 
 def presence_path(directory: str, server: bytes) -> str:
@@ -95,3 +98,23 @@ class Watch:
             return False
         finally:
             os.close(fd)
+
+
+def dead_leases(directory: str, known: Collection[bytes]) -> Iterator[tuple[bytes, str]]:
+    """Ids and files of servers that were killed, be they among the `known` ones or not.
+
+    One that leaves takes its file along. One that starts makes the file, locks it, and only then
+    enters itself in the ledger, so an unknown one is left alone until its file is old.
+
+    Raises:
+        OSError: the directory cannot be read.
+    """
+    watch = Watch(directory)
+    for name in sorted(nofollow.listdir(directory)):
+        if (match := _NAME.fullmatch(name)) is None:
+            continue
+        server, path = bytes.fromhex(match[1]), os.path.join(directory, name)
+        with suppress(FileNotFoundError):
+            age_s = time.time() - nofollow.lstat(path).st_mtime
+            if (server in known or age_s > SILENT_S) and watch.is_dead(server, 0):
+                yield server, path

@@ -14,7 +14,7 @@ from kvstrata.tiers.fs.space.holdings import Holdings
 from kvstrata.tiers.fs.space.ledger import Books
 from kvstrata.tiers.fs.space.limits import BLOCK
 from kvstrata.tiers.fs.space.names import is_page
-from kvstrata.tiers.fs.space.presence import presence_path
+from kvstrata.tiers.fs.space.presence import dead_leases, presence_path
 from kvstrata.tiers.fs.space.walk import Walked, walk
 from kvstrata.tiers.fs.temporary import is_abandoned, is_temporary
 
@@ -132,7 +132,7 @@ class Recount:
         return nbytes, files
 
     def _sweep_books(self) -> None:
-        """Remove what dead writers left among the books: claimed spares, and snapshots."""
+        """Remove what the dead left among the books: claimed spares, snapshots, old leases."""
         with nofollow.scandir(self._place.directory) as entries:
             for entry in entries:
                 with suppress(OSError):
@@ -141,6 +141,12 @@ class Recount:
                     ):
                         nofollow.unlink(os.path.join(self._place.directory, entry.name))
                         self.swept += 1
+        with self._place.ledger.locked() as books:
+            known = set(books.rows)
+        for server, path in dead_leases(self._place.directory, known):
+            if server not in known:  # else the keeper sees to it
+                with suppress(OSError):
+                    nofollow.unlink(path)
 
 
 def strike(books: Books, server: bytes, directory: str) -> None:

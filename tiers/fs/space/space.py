@@ -51,6 +51,10 @@ class Upkeep(NamedTuple):
 class Listener(Protocol):
     """What a space tells, on any thread."""
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether what was told before waits to be taken: then news and upkeep are held back."""
+
     def report(self, cause: str, detail: str) -> None:
         """Something failed."""
 
@@ -223,8 +227,8 @@ class Space:
 
     def _hear(self) -> bool:
         """Pass on what the other servers say; True if there is more."""
-        if self._follower is None:
-            return False
+        if self._follower is None or self._listener.is_behind:
+            return False  # the journals keep what was not read
         news = self._follower.news(_NEWS)
         if news:
             self._listener.tell(news)
@@ -240,6 +244,8 @@ class Space:
             if namespace == self._namespace:
                 ours.append((key, False))
             self._events.append((Op.EVICTED, evicted_key(namespace, key), 0, 0, 0))
+        if self._listener.is_behind:
+            return  # a page that it takes for present costs it one failed load
         if ours:
             self._listener.tell(ours)
         done = Upkeep(eviction.files, eviction.nbytes, recount.swept)

@@ -68,6 +68,7 @@ class Server:
         (config,) = map(make_root, FsConfig.parse({"root_dir": str(root), **options}))
         self.failures: Counter[str] = Counter()
         self.news: list[News] = []
+        self.is_behind = False
         self.done: Counter[str] = Counter()
         self._access = first_access() if engine is None else engine << 40
         self.paths = namespace_paths(config.root_dir, context.model, context.namespace)

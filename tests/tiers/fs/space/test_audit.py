@@ -14,6 +14,8 @@ from kvstrata.tiers.fs.space.audit import Audit, audit
 from kvstrata.tiers.fs.space.journal import HEADER_BYTES, RECORD_BYTES, parse_name
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key, store
+from tests.tiers.fs.space.conftest import OpenServer
+from tests.tiers.fs.space.harness import rest
 from tests.tiers.fs.space.test_servers import start
 
 PAGES = {make_key(n): make_data(n, CONTEXT.layouts[0].nbytes) for n in range(8)}
@@ -156,6 +158,15 @@ def test_a_lease_that_is_being_made_is_left(root: Path, books: Path) -> None:
     """A server makes the file, locks it, and only then enters itself in the ledger."""
     (books / f"{1:032x}.server").touch()
     assert reasons(root) == []
+
+
+def test_a_keeper_removes_forgotten_leases(books: Path, open_server: OpenServer) -> None:
+    forgotten_lease(books)
+    (books / f"{2:032x}.server").touch()  # a server that is just starting
+    server = open_server()
+    rest(server)
+    left = {path.name for path in books.glob("*.server")}
+    assert left == {f"{2:032x}.server", f"{server.server.hex()}.server"}
 
 
 def test_beside_a_server_nothing_is_damage(

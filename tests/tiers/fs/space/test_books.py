@@ -1,6 +1,7 @@
 """What is on the disk: ledger, journals, snapshot. Damaged or hostile, it is ignored."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,27 @@ def test_a_long_journal_goes_on_in_another_file(tmp_path: Path) -> None:
     assert [journal.parse_name(name) for name in found] == [(SERVER, 1), (SERVER, 2)]
     assert sum((tmp_path / n).stat().st_size for n in found) == 8000 * RECORD_BYTES + 2 * 168
     assert (tmp_path / found[0]).stat().st_mode & 0o777 == 0o640
+
+
+def test_a_journal_that_was_deleted_leaves_no_empty_one(tmp_path: Path) -> None:
+    books = tmp_path / "books"
+    books.mkdir()
+    written = Journal(str(books), SERVER, SPACE, 0o600, 2**18)
+    entries = [Record(Op.USED, make_key(n)) for n in range(3)]
+    written.append(entries[:1])
+    shutil.rmtree(books)
+    with pytest.raises(FileNotFoundError):
+        written.append(entries[1:])
+    books.mkdir()
+    written.append(entries[1:2])
+    written.append(entries[2:])
+    (name,) = os.listdir(books)
+    raw = (books / name).read_bytes()
+    assert list(decode(raw[HEADER_BYTES:])) == entries[1:]
+    assert written.end == (2, len(raw)) and journal.parse_name(name) == (SERVER, 2)
+    (books / name).unlink()
+    written.append(entries[:1])
+    assert os.listdir(books) == [journal.journal_name(SERVER, 3)]
 
 
 def test_names_and_paths() -> None:

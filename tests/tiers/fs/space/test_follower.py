@@ -22,10 +22,12 @@ from kvstrata.tiers.fs.space.journal import (
     evicted_key,
     journal_name,
 )
+from kvstrata.tiers.fs.space.limits import Limits
 from kvstrata.tiers.fs.space.names import Names
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.testing import make_data, make_key, store
-from tests.tiers.fs.space.harness import COST, GROUP, SIZE
+from tests.tiers.fs.space.conftest import OpenServer
+from tests.tiers.fs.space.harness import BUDGET, COST, GROUP, SIZE, rest_driven
 
 OURS, OTHER, THIRD = bytes(16), bytes(range(16)), bytes([255] * 16)
 SPACE, ELSEWHERE = "org_model_0123456789ab", "other_model_ba9876543210"
@@ -200,3 +202,34 @@ def test_a_restarted_engine_knows_its_pages(open_tier: OpenTier) -> None:
     tier = open_tier()
     for number in range(20):
         answer_of(tier, number, Lookup.HIT)
+
+
+def test_an_engine_that_is_behind_hears_of_it_later(open_driven: OpenServer) -> None:
+    first, second = open_driven(max_bytes="1GiB"), open_driven(max_bytes="1GiB")
+    rest_driven(first, second)
+    second.is_behind = True
+    first.put(range(5))
+    rest_driven(first, second)
+    assert second.news == []
+    second.is_behind = False
+    rest_driven(first, second)
+    assert second.news == [(make_key(n, GROUP), True) for n in range(5)]
+    first.leave()
+    second.leave()
+
+
+def test_a_keeper_that_is_behind_says_later_what_it_did(open_driven: OpenServer) -> None:
+    server = open_driven(max_bytes=BUDGET)
+    rest_driven(server)
+    assert server.put(range(60)) == {}
+    rest_driven(server)
+    server.is_behind = True
+    with server.books() as books:
+        books.rows[server.server].limits = Limits(max_files=30)
+    rest_driven(server)
+    assert 0 < len(server.there(range(60))) <= 30
+    assert server.news == [] and not server.done
+    server.is_behind = False
+    rest_driven(server)
+    assert server.done["evicted_files"] >= 30
+    server.leave()

@@ -1,0 +1,116 @@
+"""How often I/O processes that are of no use are started, on a clock of the test's own."""
+
+import itertools
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+
+from kvstrata.tiers.fs import process as process_module
+from kvstrata.tiers.fs import processes as processes_module
+from kvstrata.tiers.fs.config import FsConfig
+from kvstrata.tiers.fs.failures import Failures
+from kvstrata.tiers.fs.layout import NamespacePaths
+from kvstrata.tiers.fs.messages import Done, Kind, Outcome, PageRef, Setup, pack_done
+from kvstrata.tiers.fs.processes import IoProcesses, Task
+from kvstrata.tiers.fs.tier import FsTier
+from kvstrata.tiers.testing import CONTEXT, make_key
+
+STEP_S = 0.25
+TASK = Task(Kind.CHECK, [PageRef(make_key(1))])
+
+
+class World:
+    """The clock, and when processes were started; they die at once, or end their first task."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.starts: list[float] = []
+        self.lives = False
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def start(self, setup: Setup) -> SimpleNamespace:
+        if setup.readers:
+            self.starts.append(self.now)
+        packets: list[bytes] = []
+
+        def send(packet: bytes) -> bool:
+            task_id = int.from_bytes(packet[1:5], "little")
+            packets.append(pack_done(Done(task_id, [Outcome()], self.now, self.now)))
+            return True
+
+        return SimpleNamespace(
+            pid=1,
+            fd=7 if self.lives else -1,
+            broken=False,
+            kill=lambda: None,
+            exit_status=lambda: "exit status 3",
+            send=send if self.lives else lambda packet: False,
+            receive=lambda: packets.pop(0) if packets else None,
+        )
+
+    def run(self, processes: IoProcesses, seconds: float) -> list[Outcome]:
+        outcomes: list[Outcome] = []
+        for _ in range(int(seconds / STEP_S)):
+            outcomes += [o for ended in processes.collect() for o in ended.outcomes]
+            self.now += STEP_S
+        return outcomes
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    world = World()
+    monkeypatch.setattr(processes_module, "time", world)
+    monkeypatch.setattr(processes_module, "IoProcess", world.start)
+    return world
+
+
+@pytest.fixture
+def processes(world: World, paths: NamespacePaths) -> IoProcesses:
+    (config,) = FsConfig.parse({"root_dir": paths.root})
+    assert CONTEXT.region is not None
+    setup = Setup(config, CONTEXT, paths, False, None, CONTEXT.region, True, 1, 1)
+    return IoProcesses(setup, 1, 1, Failures())
+
+
+def test_useless_processes_are_started_ever_more_seldom(
+    world: World, processes: IoProcesses
+) -> None:
+    world.run(processes, 300.0)
+    pauses = [later - start for start, later in itertools.pairwise(world.starts)]
+    expected = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0]
+    assert len(pauses) == len(expected)
+    assert all(0 <= found - s <= 2 * STEP_S for found, s in zip(pauses, expected, strict=True))
+
+
+def test_after_a_useful_process_it_begins_anew(world: World, processes: IoProcesses) -> None:
+    world.run(processes, 100.0)
+    world.lives = True
+    world.run(processes, 61.0)
+    processes.submit([TASK])
+    assert world.run(processes, 1.0) == [Outcome()]
+    world.lives = False
+    for group in processes._groups:
+        assert group.current is not None
+        group.current.process.fd = -1
+    world.starts.clear()
+    world.run(processes, 4.0)
+    assert len(world.starts) >= 3
+
+
+def test_tasks_do_not_wait_long_for_a_process(world: World, processes: IoProcesses) -> None:
+    world.run(processes, 100.0)
+    processes.submit([TASK])
+    assert world.run(processes, 2 * STEP_S) == [Outcome("crashed")]
+
+
+def test_the_start_does_not_wait_for_what_will_not_start(
+    open_tier: Callable[..., FsTier], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process_module, "COMMAND", (sys.executable, "-c", "raise SystemExit(3)"))
+    processes = open_tier().roots[0].processes
+    assert processes.restarts == 0
+    assert not processes.wait_ready(20.0) and processes.restarts == 0

@@ -1,0 +1,42 @@
+"""What the I/O process queues for an engine that does not listen."""
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from kvstrata.tiers.fs.messages import MAX_PACKET, READY, Told, unpack_records
+from kvstrata.tiers.fs.worker import Outbox
+from kvstrata.tiers.testing import make_key
+
+NEWS = [(make_key(n), True) for n in range(4000)]
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        yield ours, theirs
+
+
+def test_an_engine_that_does_not_listen(ends: tuple[socket.socket, socket.socket]) -> None:
+    engine, control = ends
+    outbox = Outbox(control)
+    told = 0
+    while not outbox.is_behind:
+        outbox.tell(NEWS)
+        told += len(NEWS)
+        assert told * len(NEWS[0][0]) < 2**23, "it queues without bound"
+    queued = outbox._queued
+    outbox.report("io-error", "a disk that fails for ever")
+    assert outbox._queued <= queued
+    outbox.put(READY)  # what the engine waits for is queued all the same
+    heard = 0
+    while True:
+        *records, last = unpack_records(engine.recv(MAX_PACKET))
+        heard += sum(len(record.news) for record in (*records, last) if isinstance(record, Told))
+        if not isinstance(last, Told):
+            break
+    assert heard == told
+    outbox.close()
+    assert not outbox.is_behind and outbox._queued == 0
