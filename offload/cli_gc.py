@@ -96,6 +96,8 @@ def _print_trimmed(done: Trimmed, limits: Limits) -> None:
             "within": done.within,
             "limits": limits_json(limits),
             "servers": done.servers,
+            "refused": done.refused,
+            "fixed": {"files": done.fixed_files, "bytes": done.fixed_bytes},
             "evicted_files": done.evicted_files,
             "evicted_bytes": done.evicted_bytes,
             "before": before,
@@ -115,5 +117,11 @@ def _show_trimmed(done: Trimmed) -> None:
     )
     for cause, count in sorted(done.failures.items()):
         typer.echo(f"failed: {cause}: {count}")
-    if not done.within:
+    if done.refused:
+        typer.echo(
+            "the limits cannot be reached, and nothing was deleted: without any page "
+            f"{done.fixed_files} files, {size(done.fixed_bytes)} would be left "
+            "(the books, foreign files, directories)"
+        )
+    elif not done.within:
         typer.echo("the limits were not reached: nothing else can be deleted")

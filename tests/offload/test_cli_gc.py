@@ -11,7 +11,6 @@ from typer.testing import CliRunner
 
 from kvstrata.offload.cli import app
 from kvstrata.tiers.fs.layout import NamespacePaths
-from kvstrata.tiers.fs.space import offline
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key, store
 from tests.offload.cli_world import KEYS, run, run_json
@@ -56,15 +55,31 @@ def test_gc_beside_a_server(root: Path, paths: NamespacePaths) -> None:
     assert done["after"]["files"] < done["before"]["files"] and len(left(paths)) < 20
 
 
-def test_limits_that_cannot_be_reached(
-    root: Path, paths: NamespacePaths, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(offline, "_STUCK_S", 0.2)
+def test_limits_that_cannot_be_reached(root: Path, paths: NamespacePaths) -> None:
+    """Then nothing is deleted."""
+    disk = os.statvfs(root)
+    for limit in (
+        ("--max-bytes", "16KiB"),  # which the books alone take
+        ("--max-files", 2),
+        ("--min-free-bytes", disk.f_blocks * disk.f_frsize),
+    ):
+        shown = run("gc", root, *limit, exit_code=1).splitlines()[-1]
+        assert shown.startswith("the limits cannot be reached, and nothing was deleted: without")
+        done = run_json("gc", root, *limit, exit_code=1)
+        assert done["refused"] and not done["within"] and done["evicted_files"] == 0
+        assert f" {done['fixed']['files']} files, " in shown
+        assert done["before"] == done["after"]
+        assert all(os.path.exists(paths.page(key)) for key in KEYS)
+    assert 2 < done["fixed"]["files"] < done["before"]["files"]
+    assert 16 * 1024 < done["fixed"]["bytes"] < done["before"]["bytes"]
+
+
+def test_the_least_that_can_be_reached(root: Path, paths: NamespacePaths) -> None:
     (root / "foreign").write_bytes(bytes(10**5))
-    shown = run("gc", root, "--max-bytes", "50KB", exit_code=1)
-    assert shown.splitlines()[-1] == "the limits were not reached: nothing else can be deleted"
-    assert (root / "foreign").exists() and not any(os.path.exists(paths.page(k)) for k in KEYS)
-    assert run_json("gc", root, "--max-bytes", "50KB", exit_code=1)["within"] is False
+    refused = run_json("gc", root, "--max-bytes", "16KiB", exit_code=1)
+    done = run_json("gc", root, "--max-bytes", refused["fixed"]["bytes"])
+    assert done["within"] and not any(os.path.exists(paths.page(key)) for key in KEYS)
+    assert (root / "foreign").exists()
 
 
 @pytest.mark.parametrize(
@@ -104,7 +119,7 @@ def test_gc_without_the_right_to_write(
         if path.stat().st_uid == os.geteuid() and path != Path("/"):
             path.chmod(0o755)
     with another_user():
-        said = run("gc", root, "--max-files", "1", exit_code=2)
+        said = run("gc", root, "--max-files", "5", exit_code=2)
     assert said.startswith(f"kvstrata: '{root}': ")
     assert all(os.path.exists(paths.page(key)) for key in KEYS)
 
@@ -126,6 +141,6 @@ def test_root_makes_no_files_for_others(
 def test_json_is_the_only_thing_on_stdout(root: Path, paths: NamespacePaths) -> None:
     result = CliRunner().invoke(app, ["gc", str(root), "--max-files", "100", "--json"])
     assert set(json.loads(result.stdout)) == {
-        *("within", "limits", "servers", "evicted_files", "evicted_bytes"),
+        *("within", "limits", "refused", "fixed", "servers", "evicted_files", "evicted_bytes"),
         *("before", "after", "failures"),
     }

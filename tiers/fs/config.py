@@ -109,6 +109,10 @@ def _root_dir(value: object) -> str:
     if not isinstance(value, str) or not value or "\0" in value:
         raise TierConfigError(f"root_dir: {value!r} is wrong; give the directory for the files")
     path = os.path.expanduser(value)
+    if path.startswith("~"):
+        raise TierConfigError(
+            f"root_dir: {value!r} names a user who is unknown here; give an absolute path"
+        )
     if not os.path.isabs(path):
         # engine processes need not share a working directory
         raise TierConfigError(f"root_dir: {value!r} is relative; give an absolute path")

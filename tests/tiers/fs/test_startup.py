@@ -35,6 +35,7 @@ PAGE = {make_key(1): make_data(1, CONTEXT.layouts[0].nbytes)}
         ({"root_dir": ""}, "root_dir: '' is wrong"),
         ({"root_dir": 3}, "root_dir: 3 is wrong"),
         ({"root_dir": "/a\0b"}, "root_dir: .* is wrong"),
+        ({"root_dir": "~nosuch/x"}, "root_dir: '~nosuch/x' names a user who is unknown here"),
         ({"root_dir": "kv"}, "root_dir: 'kv' is relative; give an absolute path"),
         ({"root_dir": "/x", "rootdir": "/y"}, r"'rootdir' \(did you mean 'root_dir'\?\)"),
         ({"root_dir": "/x", "max_bytes": "many"}, "max_bytes: 'many' is not a size"),

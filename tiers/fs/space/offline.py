@@ -15,9 +15,11 @@ from kvstrata.tiers.fs.space import snapshot
 from kvstrata.tiers.fs.space.audit import audit
 from kvstrata.tiers.fs.space.follower import News
 from kvstrata.tiers.fs.space.journal import HEADER_BYTES, Op, decode, parse_name, read_namespace
-from kvstrata.tiers.fs.space.limits import Limits, Usage
+from kvstrata.tiers.fs.space.limits import Limits, Usage, room
+from kvstrata.tiers.fs.space.names import Names
+from kvstrata.tiers.fs.space.recount import books_size
 from kvstrata.tiers.fs.space.space import Space, Upkeep
-from kvstrata.tiers.fs.space.walk import BOOKS_NAME
+from kvstrata.tiers.fs.space.walk import BOOKS_NAME, Walked, walk
 
 _POLL_S = 0.02
 _STUCK_S = 15.0  # without any progress; another server's keeper looks every 50 ms
@@ -32,6 +34,9 @@ class Trimmed:
         evicted_files, evicted_bytes: what was deleted here; a running server that keeps the
             books deletes itself.
         before, after: what was taken at first, as far as it was known, and in the end.
+        fixed_files, fixed_bytes: what no trimming deletes: the books, foreign files, directories;
+            0 if there are no limits.
+        refused: whether nothing was deleted since the limits cannot be reached.
         within: whether everything below the root is within the limits now.
         servers: how many were living.
         failures: what went wrong, by cause.
@@ -41,6 +46,9 @@ class Trimmed:
     evicted_bytes: int
     before: Usage
     after: Usage
+    fixed_files: int
+    fixed_bytes: int
+    refused: bool
     within: bool
     servers: int
     failures: dict[str, int]
@@ -72,8 +80,9 @@ def trim(
 ) -> Trimmed:
     """Delete the least recently used pages below `root` until the limits hold.
 
-    Servers may be running there: for as long as this takes, the limits are theirs too. Without
-    limits the books are brought up to date, and nothing is deleted.
+    Servers may be running there: for as long as this takes, the limits are theirs too. Where all
+    pages together would not be enough, none is deleted. Without limits the books are brought up to
+    date, and nothing is deleted.
     `progress` is called with what is taken and the files deleted here.
 
     Raises:
@@ -85,6 +94,14 @@ def trim(
     found = audit(root)
     # where servers live they may have deleted something before we look again
     before = found.books.usage(root) if found.books and found.books.known else None
+    fixed = (0, 0)
+    if limits:
+        usage, least = _survey(root)
+        fixed = least.files, least.nbytes
+        left = room(limits, least)
+        if left.nbytes < 0 or left.files < 0:
+            servers = len(found.living)
+            return Trimmed(0, 0, usage, usage, *fixed, True, False, servers, {})
     space = Space(root, None, limits, mode & 0o666, mode & 0o777, accounts)
     last, since = (-1, -1, -1), time.monotonic()
     try:
@@ -110,6 +127,8 @@ def trim(
                     accounts.evicted_bytes,
                     before,
                     usage,
+                    *fixed,
+                    False,
                     within,
                     len(found.living),
                     accounts.failures.totals(),
@@ -117,6 +136,33 @@ def trim(
             time.sleep(_POLL_S)
     finally:
         space.close(60.0)
+
+
+def _survey(root: str) -> tuple[Usage, Usage]:
+    """What everything below the root takes, and what it would take without any page.
+
+    What is being written is left out.
+
+    Raises:
+        OSError: the file system cannot be asked.
+    """
+    walked, pages = Walked(), [0, 0]
+
+    def seen(name: bytes, cost: int, mtime: int) -> None:
+        pages[0] += cost
+        pages[1] += 1
+
+    for _ in walk(root, Names(), walked, seen, lambda name: True):
+        pass
+    directory = os.path.join(root, BOOKS_NAME)
+    books = books_size(directory, lambda name: True) if nofollow.lexists(directory) else (0, 0)
+    disk = os.statvfs(root)
+    fixed = walked.other_bytes + books[0], walked.other_files + books[1]
+    free = disk.f_bavail * disk.f_frsize
+    return (
+        Usage(fixed[0] + pages[0], fixed[1] + pages[1], free),
+        Usage(*fixed, free + pages[0]),
+    )
 
 
 def last_uses(root: str) -> dict[str, float]:

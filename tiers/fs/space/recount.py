@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 
 from kvstrata.tiers.fs import nofollow
@@ -87,7 +87,7 @@ class Recount:
             with suppress(OSError):
                 costs = [spare_cost(name) or 0 for name in nofollow.listdir(self._place.spares)]
             books.spare_bytes, books.spare_files = sum(costs), len(costs)
-            self._books_size = self._measure_books()
+            self._books_size = books_size(self._place.directory, self._is_writing)
             other = self._walked.other_bytes, self._walked.other_files
             books.base_bytes = holdings.catalog.nbytes + other[0] + self._books_size[0]
             books.base_files = len(holdings.catalog) + other[1] + self._books_size[1]
@@ -103,7 +103,8 @@ class Recount:
         Raises:
             OSError: the books cannot be read or written.
         """
-        before, self._books_size = self._books_size, self._measure_books()
+        before = self._books_size
+        self._books_size = books_size(self._place.directory, self._is_writing)
         if before != self._books_size:
             with self._place.ledger.locked() as books:
                 if books.keeper == self._place.server:
@@ -117,19 +118,6 @@ class Recount:
 
     def _is_writing(self, name: str) -> bool:
         return name.split("-")[1] in self.hosts
-
-    def _measure_books(self) -> tuple[int, int]:
-        """What the books take, without spares and what was reserved to overwrite one."""
-        nbytes = files = 0
-        with nofollow.scandir(self._place.directory) as entries:
-            for entry in entries:
-                if is_temporary(entry.name) and self._is_writing(entry.name):
-                    continue
-                with suppress(OSError):
-                    size = entry.stat(follow_symlinks=False).st_size
-                    nbytes += -(-size // BLOCK) * BLOCK
-                    files += not entry.is_dir(follow_symlinks=False)
-        return nbytes, files
 
     def _sweep_books(self) -> None:
         """Remove what the dead left among the books: claimed spares, snapshots, old leases."""
@@ -147,6 +135,24 @@ class Recount:
             if server not in known:  # else the keeper sees to it
                 with suppress(OSError):
                     nofollow.unlink(path)
+
+
+def books_size(directory: str, is_writing: Callable[[str], bool]) -> tuple[int, int]:
+    """Bytes and files of the books, without spares and what was reserved to overwrite one.
+
+    Raises:
+        OSError: their directory cannot be read.
+    """
+    nbytes = files = 0
+    with nofollow.scandir(directory) as entries:
+        for entry in entries:
+            if is_temporary(entry.name) and is_writing(entry.name):
+                continue
+            with suppress(OSError):
+                size = entry.stat(follow_symlinks=False).st_size
+                nbytes += -(-size // BLOCK) * BLOCK
+                files += not entry.is_dir(follow_symlinks=False)
+    return nbytes, files
 
 
 def strike(books: Books, server: bytes, directory: str) -> None:

@@ -115,6 +115,7 @@ class Space:
             else None
         )
         self._entered = False
+        self._shut_out = False  # and that was said
         self._settled: tuple[int, int] | None = None  # end of the journal if all was booked
         self.admission = Admission(ledger, server, root, directory, self._wake.set)
         self._thread = threading.Thread(target=self._run, name="kvstrata-fs-space", daemon=True)
@@ -290,7 +291,15 @@ class Space:
 
         Our last one is missing if the ledger was lost, or if we hung until we seemed dead.
         """
-        if len(books.rows) >= MAX_ROWS:
+        is_full = len(books.rows) >= MAX_ROWS
+        if is_full and not self._shut_out:
+            self._listener.report(
+                "books",
+                f"{self._place.root} has {MAX_ROWS} servers, which is the most: this one stores "
+                "nothing until another leaves",
+            )
+        self._shut_out = is_full
+        if is_full:
             return None
         if self._presence is not None:
             self._presence.renew()

@@ -67,6 +67,7 @@ class Server:
     ) -> None:
         (config,) = map(make_root, FsConfig.parse({"root_dir": str(root), **options}))
         self.failures: Counter[str] = Counter()
+        self.details: list[str] = []
         self.news: list[News] = []
         self.is_behind = False
         self.done: Counter[str] = Counter()
@@ -81,6 +82,7 @@ class Server:
 
     def report(self, cause: str, detail: str) -> None:
         self.failures[cause] += 1
+        self.details.append(detail)
 
     def tell(self, news: Sequence[News]) -> None:
         self.news += news

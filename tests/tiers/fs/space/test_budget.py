@@ -415,3 +415,18 @@ def test_a_ledger_that_cannot_be_used_keeps_no_reservation(
 
 def _fail_to_write(fd: int, content: bytes, position: int) -> int:
     raise OSError(5, "no longer")
+
+
+def test_a_server_too_many_says_so_once(
+    open_driven: OpenServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(space_module, "MAX_ROWS", 1)
+    first, second = open_driven(max_bytes=BUDGET), open_driven(max_bytes=BUDGET)
+    rest_driven(first, second)
+    assert second.put([1]) == {1: "budget"}
+    assert [text for text in second.details if "has 1 servers, which is the most" in text]
+    assert second.failures == {"books": 1, "budget": 1}
+    first.leave()
+    rest_driven(second)
+    assert second.put([1]) == {} and second.failures["books"] == 1
+    second.leave()

@@ -81,15 +81,32 @@ def test_trim_says_why_the_books_cannot_be_kept(
     monkeypatch.setattr(offline, "_STUCK_S", 0.2)
     (root / ".kvstrata/ledger").mkdir(parents=True)
     with pytest.raises(OSError, match="Is a directory"):
-        trim(str(root), Limits(max_bytes=1))
+        trim(str(root), Limits(max_bytes=2**20))
 
 
-def test_trim_that_cannot_succeed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offline, "_STUCK_S", 0.2)
+def test_trim_that_cannot_succeed(root: Path) -> None:
     root.mkdir()
     (root / "foreign").write_bytes(bytes(10**5))
-    assert not trim(str(root), Limits(max_bytes=10**4)).within
-    assert (root / "foreign").exists()
+    found = trim(str(root), Limits(max_bytes=10**5))
+    assert found.refused and not found.within and found.before == found.after
+    assert (found.fixed_files, found.fixed_bytes) == (1, 26 * 4096)  # its directory, too
+    assert list(root.iterdir()) == [root / "foreign"]
+
+
+def test_trim_that_is_stuck(
+    root: Path, open_tier: Callable[..., FsTier], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What grows meanwhile is no reason to wait for ever."""
+    monkeypatch.setattr(offline, "_STUCK_S", 0.2)
+    tier = open_tier()
+    store(tier, PAGES)
+    assert tier.shutdown(60.0)
+
+    def progress(usage: Usage, deleted: int) -> None:
+        (root / ".kvstrata/foreign").write_bytes(bytes(10**6))
+
+    found = trim(str(root), Limits(max_bytes=10**6), progress)
+    assert not found.within and not found.refused and found.evicted_files == 60
 
 
 def test_trim_needs_a_directory(tmp_path: Path) -> None:
