@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from server import Answer, Server
+from server import BLOCK_SIZE, Answer, Server, kv_transfer_config, serve_args
 from smollm2 import smollm2
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,24 +42,8 @@ QUESTIONS = (
 )
 ANSWER_TOKENS = 32
 
-BLOCK_SIZE = 32  # tokens; the smallest that vLLM's CPU attention takes
-MAX_MODEL_LEN = 2560  # tokens: one prompt and its answer
-SERVE_ARGS = [
-    # float32: the answer after a hit must be the cold one's, bit for bit
-    *("--dtype", "float32", "--enforce-eager", "--enable-prompt-tokens-details"),
-    *("--block-size", str(BLOCK_SIZE), "--max-model-len", str(MAX_MODEL_LEN)),
-    # one sequence of full length and vLLM's null block: two prompts do not fit
-    *("--num-gpu-blocks-override", str(MAX_MODEL_LEN // BLOCK_SIZE + 1), "--max-num-seqs", "1"),
-]
-KV_TRANSFER_CONFIG = {
-    "kv_connector": "OffloadingConnector",
-    "kv_role": "kv_both",
-    "kv_connector_extra_config": {
-        "spec_name": "KVStrataSpec",
-        "cpu_bytes_to_use": "1GiB",
-        "secondary_tiers": [{"type": "fs", "root_dir": str(KV_DIR)}],
-    },
-}
+SERVE_ARGS = serve_args(max_model_len=2560)  # one prompt and its answer
+KV_TRANSFER_CONFIG = kv_transfer_config("1GiB", KV_DIR)
 MIN_SERVED = 0.9  # share of the prompt that a hit must serve
 FILES_DEADLINE_S = 120
 

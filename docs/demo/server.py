@@ -19,6 +19,7 @@ from typing import Any
 from openai import OpenAI
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
+BLOCK_SIZE = 32  # tokens; the smallest that vLLM's CPU attention takes
 START_DEADLINE_S = 600
 STOP_DEADLINE_S = 20
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -28,6 +29,30 @@ DIE_WITH_PARENT = (
     f"import ctypes, os, sys; ctypes.CDLL(None).prctl({PR_SET_PDEATHSIG}, {signal.SIGTERM:d});"
     "os.execv(sys.argv[1], sys.argv[1:])"
 )
+
+
+def serve_args(max_model_len: int) -> list[str]:
+    """Arguments of a server whose GPU cache holds one sequence of so many tokens, and no two."""
+    blocks = max_model_len // BLOCK_SIZE + 1  # and vLLM's null block
+    return [
+        # float32: the answer after a hit must be the cold one's, bit for bit
+        *("--dtype", "float32", "--enforce-eager", "--enable-prompt-tokens-details"),
+        *("--block-size", str(BLOCK_SIZE), "--max-model-len", str(max_model_len)),
+        *("--num-gpu-blocks-override", str(blocks), "--max-num-seqs", "1"),
+    ]
+
+
+def kv_transfer_config(cpu_bytes: str, root_dir: Path, **options: object) -> dict[str, Any]:
+    """kvstrata with one filesystem tier, which has these further options."""
+    return {
+        "kv_connector": "OffloadingConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {
+            "spec_name": "KVStrataSpec",
+            "cpu_bytes_to_use": cpu_bytes,
+            "secondary_tiers": [{"type": "fs", "root_dir": str(root_dir), **options}],
+        },
+    }
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from server import Answer, Server
+from server import BLOCK_SIZE, Answer, Server, kv_transfer_config, serve_args
 from smollm2 import smollm2
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,27 +39,13 @@ WORDS = (ROOT / "LICENSE").read_text().split()
 DOCUMENTS = 20
 DOCUMENT_WORDS = 250  # about 400 tokens
 ANSWER_TOKENS = 8
-BLOCK_SIZE = 32  # tokens
-MAX_MODEL_LEN = 768
 # float32: 30 layers, 3 heads, keys and values of 64 elements; and the file's header
 FILE_BYTES = BLOCK_SIZE * 30 * 3 * 2 * 64 * 4 + 4096
 PAGES_EACH = 12  # full blocks of a prompt, about
 BUDGET = DOCUMENTS * PAGES_EACH * FILE_BYTES // 2
-SERVE_ARGS = [
-    *("--dtype", "float32", "--enforce-eager", "--enable-prompt-tokens-details"),
-    *("--block-size", str(BLOCK_SIZE), "--max-model-len", str(MAX_MODEL_LEN)),
-    # the GPU cache holds one prompt, so that the tiers are asked for the next
-    *("--num-gpu-blocks-override", str(MAX_MODEL_LEN // BLOCK_SIZE + 1), "--max-num-seqs", "1"),
-]
-KV_TRANSFER_CONFIG = {
-    "kv_connector": "OffloadingConnector",
-    "kv_role": "kv_both",
-    "kv_connector_extra_config": {
-        "spec_name": "KVStrataSpec",
-        "cpu_bytes_to_use": "96MiB",  # some prompts, so that most must come from files
-        "secondary_tiers": [{"type": "fs", "root_dir": str(KV_DIR), "max_bytes": BUDGET}],
-    },
-}
+SERVE_ARGS = serve_args(max_model_len=768)  # so that the tiers are asked for the next prompt
+# the CPU tier holds some prompts, so that most must come from files
+KV_TRANSFER_CONFIG = kv_transfer_config("96MiB", KV_DIR, max_bytes=BUDGET)
 SLACK = 2**24  # of `max_bytes`: docs/budget.md, "What is promised"
 # What two servers that evict each other's files may see, and recompute.
 EXPECTED_FAILURES = {"missing", "checksum", "key"}

@@ -27,6 +27,7 @@ from kvstrata.tiers.fs.temporary import (
 )
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key, store
+from tests.tiers.fs.waiting import wait_until
 
 SIZE = CONTEXT.layouts[0].nbytes
 KEYS = [make_key(n) for n in range(64)]
@@ -71,13 +72,6 @@ def is_alive(pid: int) -> bool:
 
 def temporaries(root: Path) -> list[str]:
     return [name for _, _, names in os.walk(root) for name in names if is_temporary(name)]
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60.0
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def check_pages(result: JobResult, arrived: dict[bytes, bytes]) -> None:

@@ -29,6 +29,7 @@ from kvstrata.tiers.testing import (
     settle,
     store,
 )
+from tests.tiers.fs.waiting import wait_until
 
 OpenTier = Callable[..., FsTier]
 SIZE = CONTEXT.layouts[2].nbytes
@@ -48,13 +49,6 @@ def state(pid: int) -> str:
 def children() -> list[int]:
     path = f"/proc/{os.getpid()}/task/{os.getpid()}/children"
     return [int(pid) for pid in Path(path).read_text().split()]
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60.0
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def fill(slots: Slots) -> None:

@@ -99,16 +99,21 @@ def use(tier: FsTier, root: Path) -> None:
     check_root(str(root))
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("budget", [{}, {"max_bytes": 30 * COST}], ids=["", "budget"])
+@pytest.fixture(params=[{}, {"max_bytes": 30 * COST}], ids=["", "budget"])
+def budget(request: pytest.FixtureRequest) -> dict[str, int]:
+    return dict(request.param)
+
+
+@pytest.fixture(params=PLACES)
+def case(request: pytest.FixtureRequest, budget: dict[str, int]) -> tuple[str, dict[str, int]]:
+    """Where a link is, and the tier's options."""
+    return request.param, budget
+
+
 def test_a_link_before_the_start(
-    open_tier: OpenTier,
-    paths: NamespacePaths,
-    root: Path,
-    tmp_path: Path,
-    place: str,
-    budget: dict[str, int],
+    open_tier: OpenTier, paths: NamespacePaths, tmp_path: Path, case: tuple[str, dict[str, int]]
 ) -> None:
+    place, budget = case
     first = open_tier()
     store(first, DATA)
     assert first.shutdown(60.0)
@@ -118,26 +123,20 @@ def test_a_link_before_the_start(
         with pytest.raises(TierConfigError, match="symbolic link"):
             open_tier(**budget)
     else:
-        use(open_tier(**budget), root)
+        use(open_tier(**budget), Path(paths.root))
     assert picture(tmp_path / "outside") == before
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("budget", [{}, {"max_bytes": 30 * COST}], ids=["", "budget"])
 def test_a_link_while_running(
-    open_tier: OpenTier,
-    paths: NamespacePaths,
-    root: Path,
-    tmp_path: Path,
-    place: str,
-    budget: dict[str, int],
+    open_tier: OpenTier, paths: NamespacePaths, tmp_path: Path, case: tuple[str, dict[str, int]]
 ) -> None:
+    place, budget = case
     tier = open_tier(**budget)
-    use(tier, root)
+    use(tier, Path(paths.root))
     lead_away(places(paths)[place], tmp_path / "outside")
     time.sleep(0.2)  # what was under way may end where it began
     before = picture(tmp_path / "outside")
-    use(tier, root)
+    use(tier, Path(paths.root))
     assert picture(tmp_path / "outside") == before
     # without the link all is as it was
     places(paths)[place].unlink()

@@ -17,6 +17,7 @@ from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key, store
 from tests.tiers.fs.space.conftest import OpenServer
 from tests.tiers.fs.space.harness import rest
 from tests.tiers.fs.space.test_servers import start
+from tests.tiers.fs.waiting import wait_until
 
 PAGES = {make_key(n): make_data(n, CONTEXT.layouts[0].nbytes) for n in range(8)}
 
@@ -32,13 +33,6 @@ def books(root: Path, open_tier: Callable[..., FsTier]) -> Path:
 
 def reasons(root: Path) -> list[str]:
     return [damage.reason for damage in audit(str(root)).damage]
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30.0
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def flip(path: Path, position: int) -> None:

@@ -23,6 +23,7 @@ from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key, store
 from tests.tiers.fs.space.conftest import OpenServer
 from tests.tiers.fs.space.harness import disk_usage, rest
+from tests.tiers.fs.waiting import wait_until
 
 REPOSITORY = Path(__file__).parents[4]
 SIZE = CONTEXT.layouts[2].nbytes
@@ -124,13 +125,6 @@ def books(root: Path) -> Books:
         pass
     ledger.close()
     return found
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60.0
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize(("count", "steps"), [(2, 100), (8, 40)])
