@@ -121,13 +121,19 @@ class Admission:
         """Files that were written for grants of so many bytes are in the journal now."""
         self._count(-nbytes, -files)
 
-    def give_back(self) -> None:
-        """Give up what was reserved ahead, if none of it was wanted since the last call."""
+    def give_back(self, row: Row, at_once: bool = False) -> None:
+        """Give up what was reserved ahead, if none of it was wanted since the last call.
+
+        `row` is that of the server in the ledger, which is locked.
+        """
         with self._count_lock:
-            if not self._ahead_used:
-                self.open_bytes -= sum(cost * files for cost, files in self._ahead.items())
-                self.open_files -= sum(self._ahead.values())
+            if at_once or not self._ahead_used:
+                nbytes = sum(cost * files for cost, files in self._ahead.items())
+                files = sum(self._ahead.values())
                 self._ahead.clear()
+                self.open_bytes, self.open_files = self.open_bytes - nbytes, self.open_files - files
+                row.reserved_bytes = max(0, row.reserved_bytes - nbytes)
+                row.reserved_files = max(0, row.reserved_files - files)
             self._ahead_used = False
 
     def _count(self, nbytes: int, files: int) -> None:

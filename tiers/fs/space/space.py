@@ -257,12 +257,12 @@ class Space:
     def _join(self) -> bool:
         """See to our row in the ledger; True if we are the keeper."""
         now = time.monotonic()
-        self.admission.give_back()
         with self._place.ledger.locked() as books:
             row = books.rows.get(self._place.server) or self._enter(books)
             if row is None:
                 return False
             row.dead = False
+            self.admission.give_back(row, self._stop.is_set())
             beat = now >= self._beat_due
             if beat:
                 self._beat, self._beat_due = self._beat + 1, now + _BEAT_S
