@@ -228,8 +228,8 @@ class IoProcesses:
         for group in self._groups:
             while group.queue:
                 self._drop(group.queue.popleft())
-            if group.current:
-                group.current.process.finish()
+        if self._readers.current:
+            self._readers.current.process.finish()
 
     def close(self, timeout_s: float) -> bool:
         """`stop`, and wait at most `timeout_s` seconds for the end.
@@ -244,6 +244,8 @@ class IoProcesses:
             if not any(group.running() for group in self._groups):
                 return True
             now = time.monotonic()
+            if self._writers.current and not self._readers.running():
+                self._writers.current.process.finish()  # last: they book what the readers stored
             if now >= kill_at:
                 for group in self._groups:
                     if group.current:
