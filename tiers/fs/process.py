@@ -19,6 +19,11 @@ class IoProcess:
 
     It must be started by a thread that lives as long as the process is needed: the kernel
     ends it with the thread. So that none is left behind, it is started by exec and not forked.
+
+    It has a process group of its own, so that Ctrl-C reaches only the engine, which then stops
+    it, but stays in the engine's session. Linux shares the processor among sessions first
+    (CONFIG_SCHED_AUTOGROUP, sched(7)), and Linux 6.18 was seen to leave another session
+    without any for 10 s while an engine with few cores called sched_yield in its loops.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -38,7 +43,7 @@ class IoProcess:
                     pass_fds=(theirs.fileno(), setup.region.fd),
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
-                    start_new_session=True,  # Ctrl-C is for the engine, which then stops it
+                    process_group=0,
                 )
         except BaseException:
             self._socket.close()
