@@ -15,19 +15,21 @@ from kvstrata.tiers.base import Lookup
 # Each entry takes about 200 bytes with a 36-byte key, so at most about 100 MB.
 MAX_PRESENT = 2**19
 MAX_REFUSED = 2**14
+MAX_LOST = 2**12
 MAX_CHECKS = 2**16  # under check at once; a disk that hangs must not fill the memory
 ABSENT_FOR_S = 2.0  # how long a negative answer may be repeated to the same request
 CHECK_WITHIN_S = 5.0  # a check that takes longer is answered with MISS
 
 
 class Index:
-    """Keys known present, keys refused, keys being checked, and recent negative answers."""
+    """Keys known present, lost or refused, keys being checked, and recent negative answers."""
 
     def __init__(self, max_present: int = MAX_PRESENT, max_refused: int = MAX_REFUSED) -> None:
         self._max_present = max_present
         self._max_refused = max_refused
         self._present: OrderedDict[bytes, None] = OrderedDict()  # least recently used first
         self._refused: OrderedDict[bytes, None] = OrderedDict()
+        self._lost: OrderedDict[bytes, None] = OrderedDict()
         self._asked: dict[bytes, float] = {}  # under check, and since when it was asked for
         self._waiting: dict[bytes, set[str]] = {}  # requests that asked for a key under check
         self._unsent: dict[bytes, None] = {}  # those under check that were not yet sent off
@@ -89,6 +91,7 @@ class Index:
         """The page is on the disk."""
         if key in self._refused:
             return
+        self._lost.pop(key, None)
         self._present[key] = None
         self._present.move_to_end(key)
         if len(self._present) > self._max_present:
@@ -99,6 +102,18 @@ class Index:
         known = key in self._present
         self._present.pop(key, None)
         return known
+
+    def hear(self, key: bytes) -> None:
+        """Somebody says that the page is on the disk; of a lost one that may be old news."""
+        if key not in self._lost:
+            self.add(key)
+
+    def lose(self, key: bytes) -> bool:
+        """A load found no usable page: `discard`, and from now on only the disk is believed."""
+        self._lost[key] = None
+        if len(self._lost) > MAX_LOST:
+            self._lost.popitem(last=False)
+        return self.discard(key)
 
     def refuse(self, key: bytes) -> None:
         """What is on the disk under this key cannot be used and could not be moved away."""

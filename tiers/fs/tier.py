@@ -353,7 +353,7 @@ class FsTier(SecondaryTier):
         for key, present in processes.take_news():
             if present:
                 if self._layout_nbytes(key) is not None:  # journals are anybody's work
-                    self._index.add(key)
+                    self._index.hear(key)
             elif self._index.discard(key):
                 self._removed.append(key)
 
@@ -366,7 +366,7 @@ class FsTier(SecondaryTier):
     def _count(self, job: _OpenJob, key: bytes, outcome: Outcome) -> None:
         if outcome.cause is not None:
             job.failed[key] = outcome.cause
-            if outcome.gone and self._index.discard(key):
+            if outcome.gone and self._index.lose(key):
                 self._removed.append(key)
             if outcome.stuck:
                 self._index.refuse(key)

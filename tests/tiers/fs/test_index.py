@@ -111,6 +111,22 @@ def test_refused_keys_stay_refused_until_stored() -> None:
     assert [index.is_refused(key) for key in (A, B, C)] == [False, True, True]
 
 
+def test_of_a_lost_page_only_the_disk_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "MAX_LOST", 2)
+    index = Index()
+    index.hear(A)
+    assert index.lose(A) and not index.lose(A)
+    index.hear(A)  # old news
+    assert index.lookup(A, "r", 0.0) is Lookup.RETRY
+    index.answer(*index.take_unsent(), present=True, now=0.0)
+    assert index.lookup(A, "r", 0.0) is Lookup.HIT
+    for key in (A, B, C):
+        index.lose(key)
+        index.hear(key)
+    index.hear(A)  # forgotten, since there were too many
+    assert [index.is_present(key) for key in (A, B, C)] == [True, False, False]
+
+
 def test_a_late_negative_answer_does_not_undo_a_store() -> None:
     index = Index()
     index.lookup(A, "r", 0.0)

@@ -345,6 +345,14 @@ def test_others_inherit_nothing(open_tier: OpenTier) -> None:
         assert len([name for name in names if name.startswith("socket")]) == 1
 
 
+def test_the_processes_share_the_processor_with_the_engine_but_not_its_signals(
+    open_tier: OpenTier,
+) -> None:
+    for pid in open_tier().roots[0].processes.pids():
+        assert os.getsid(pid) == os.getsid(0)
+        assert os.getpgid(pid) == pid
+
+
 ENGINE = """
 import os, sys, time
 from kvstrata.tiers.fs.tier import FsTier

@@ -97,14 +97,21 @@ def test_trim_that_is_stuck(
     root: Path, open_tier: Callable[..., FsTier], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What grows meanwhile is no reason to wait for ever."""
-    monkeypatch.setattr(offline, "_STUCK_S", 0.2)
     tier = open_tier()
     store(tier, PAGES)
     assert tier.shutdown(60.0)
+    survey = offline._survey
+
+    def survey_and_grow(root: str) -> tuple[Usage, Usage]:
+        found = survey(root)
+        Path(root, ".kvstrata/foreign").write_bytes(bytes(10**6))
+        return found
 
     def progress(usage: Usage, deleted: int) -> None:
-        (root / ".kvstrata/foreign").write_bytes(bytes(10**6))
+        if deleted == 60:
+            monkeypatch.setattr(offline, "_STUCK_S", 0.2)
 
+    monkeypatch.setattr(offline, "_survey", survey_and_grow)
     found = trim(str(root), Limits(max_bytes=10**6), progress)
     assert not found.within and not found.refused and found.evicted_files == 60
 
