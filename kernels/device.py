@@ -6,9 +6,13 @@ the streams and events allow.
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
+
+from kvstrata.kernels.driver import Driver, open_driver
 
 Stream = Any
 Event = Any
@@ -16,6 +20,18 @@ cuda: Any = torch.cuda  # its classes are untyped
 
 # Drivers refuse very large registrations; vLLM splits at the same size.
 _MAX_PINNED_RUN = 64 << 30
+_PORTABLE_AND_MAPPED = 3  # cudaHostRegister: kernels may use the addresses
+
+
+class Runs(NamedTuple):
+    """Contiguous pieces of device and host memory that belong together.
+
+    device, host: addresses, int64 [n]. sizes: bytes, int64 [n].
+    """
+
+    device: np.ndarray
+    host: np.ndarray
+    sizes: np.ndarray
 
 
 class Device(Protocol):
@@ -32,6 +48,12 @@ class Device(Protocol):
 
     def run(self, stream: Stream, action: Callable[[], None]) -> None:
         """Queue what `action` does."""
+
+    def copy(self, stream: Stream, runs: Runs, *, to_host: bool) -> None:
+        """Queue copies between device and pinned host memory.
+
+        Raises RuntimeError when the driver refuses.
+        """
 
     def record(self, event: Event, stream: Stream) -> None:
         """The event now means: all that is queued on the stream so far is done."""
@@ -55,7 +77,7 @@ class Device(Protocol):
         """Host memory [numel] that the device copies from without the host's help."""
 
     def pin(self, region: torch.Tensor) -> None:
-        """Make host memory [slots, slot bytes] what `allocate_pinned` gives.
+        """Make host memory [slots, slot bytes] what `allocate_pinned` gives, for kernels too.
 
         Raises RuntimeError when the driver refuses.
         """
@@ -81,6 +103,11 @@ class CudaDevice:
         self._device = device
         self._pinned: list[int] = []  # addresses
 
+    @cached_property
+    def driver(self) -> Driver:
+        """What copies."""
+        return open_driver()
+
     def stream(self, *, urgent: bool) -> Stream:
         return cuda.Stream(self._device, priority=-1 if urgent else 0)
 
@@ -93,6 +120,11 @@ class CudaDevice:
     def run(self, stream: Stream, action: Callable[[], None]) -> None:
         with cuda.stream(stream):
             action()
+
+    def copy(self, stream: Stream, runs: Runs, *, to_host: bool) -> None:
+        ends = (runs.host, runs.device) if to_host else (runs.device, runs.host)
+        with cuda.device(self._device):
+            self.driver.copy(*ends, runs.sizes, stream.cuda_stream)
 
     def record(self, event: Event, stream: Stream) -> None:
         event.record(stream)
@@ -121,7 +153,8 @@ class CudaDevice:
         with cuda.device(self._device):
             for first in range(0, slots, step):
                 run = region[first : first + step]
-                error = int(cuda.cudart().cudaHostRegister(run.data_ptr(), run.nbytes, 0))
+                flags = _PORTABLE_AND_MAPPED
+                error = int(cuda.cudart().cudaHostRegister(run.data_ptr(), run.nbytes, flags))
                 if error:
                     self.unpin()
                     raise RuntimeError(

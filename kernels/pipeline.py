@@ -9,6 +9,7 @@ import torch
 
 from kvstrata.kernels.pack import copy_torch
 from kvstrata.kernels.plan import Segment
+from kvstrata.kernels.transport import Transport
 
 
 class GroupWork(NamedTuple):
@@ -51,8 +52,16 @@ class Pipeline(Protocol):
     def finished(self) -> list[Finished]:
         """The jobs that are done since the last call. Does not wait."""
 
+    def fence(self, job_ids: Collection[int]) -> None:
+        """Order the model behind these jobs: what is queued on the compute stream from now on
+        comes after stores have read their blocks and loads have written theirs. Unknown ids are
+        left out."""
+
     def wait(self, job_ids: Collection[int]) -> None:
         """Return when these jobs are done; ids that are unknown or reported count as done."""
+
+    def describe(self) -> str:
+        """How pages move here, in one line for the log."""
 
     def shutdown(self) -> None:
         """Wait for everything and release what the pipeline holds. Callable twice."""
@@ -84,8 +93,14 @@ class CpuPipeline:
         done, self._finished = self._finished, []
         return done
 
+    def fence(self, job_ids: Collection[int]) -> None:
+        pass  # done at submit
+
     def wait(self, job_ids: Collection[int]) -> None:
         pass  # done at submit
+
+    def describe(self) -> str:
+        return "pages are copied by the CPU"
 
     def shutdown(self) -> None:
         pass  # holds nothing
@@ -148,10 +163,13 @@ def check_work(groups: Groups, region: torch.Tensor, work: Sequence[GroupWork]) 
                 )
 
 
-def open_pipeline(groups: Groups, region: torch.Tensor) -> Pipeline:
+def open_pipeline(
+    groups: Groups, region: torch.Tensor, transport: Transport | None = None
+) -> Pipeline:
     """The pipeline for the device on which the KV caches lie.
 
-    groups, region: see `CpuPipeline`.
+    groups, region: see `CpuPipeline`. Nothing may be in use yet.
+    transport: between a GPU and the region, of everything; None finds the best by trying.
     Raises ValueError when the caches lie on several devices or on an unsupported one.
     """
     devices = {segment.device for segments in groups.values() for segment in segments}
@@ -160,8 +178,8 @@ def open_pipeline(groups: Groups, region: torch.Tensor) -> Pipeline:
     if len(devices) > 1 or {device.type for device in devices} != {"cuda"}:
         raise ValueError(f"KV caches on {sorted(map(str, devices))} are not supported")
     from kvstrata.kernels.device import CudaDevice
+    from kvstrata.kernels.gpu import GpuPipeline
     from kvstrata.kernels.pack import copy_triton
-    from kvstrata.kernels.staging import StagedPipeline
 
     (device,) = devices
-    return StagedPipeline(groups, region, CudaDevice(device), copy_triton)
+    return GpuPipeline(groups, region, CudaDevice(device), copy_triton, transport)

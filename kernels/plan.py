@@ -1,7 +1,7 @@
 """The plan of a copy: which bytes of the KV caches go where in a page, for one worker."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 from typing import NamedTuple
 
@@ -160,6 +160,49 @@ def plan(
             kind = by_name[shape.layers[0]]
             segments.append(_segment(shape, kind, positions, local, blocks_per_chunk))
     return tuple(segments)
+
+
+def split(segment: Segment, most_bytes: int) -> tuple[Segment, ...]:
+    """The segment as parts whose shards take at most `most_bytes`, each to be copied alone.
+
+    Heads are split first, since a range of them is one range of the page; where one head is too
+    large, its layers. One layer of one head is never split: its part may be larger.
+    """
+    slab, per_head = segment.slab_bytes, segment.local_layers * segment.slab_bytes
+    heads = min(segment.local_heads, max(1, most_bytes // per_head))
+    layers = segment.local_layers if per_head <= most_bytes else max(1, most_bytes // slab)
+    return tuple(
+        _part(segment, h, min(heads, segment.local_heads - h), i, i + layers)
+        for h in range(0, segment.local_heads, heads)
+        for i in range(0, segment.local_layers, layers)
+    )
+
+
+def _part(
+    segment: Segment, first_head: int, heads: int, first_layer: int, stop_layer: int
+) -> Segment:
+    """The local heads and layers in these ranges."""
+    sets = []
+    for part in segment.sets:
+        mine = [i for i, at in enumerate(part.positions) if first_layer <= at < stop_layer]
+        if mine:
+            positions = tuple(part.positions[i] - first_layer for i in mine)
+            skipped = torch.tensor(
+                [first_head * part.strides[1], -first_layer * segment.slab_bytes]
+            )
+            table = persistent(part.table[mine].cpu() + skipped, part.table.device)
+            views = tuple(part.views[i].narrow(1, first_head, heads) for i in mine)
+            sets.append(replace(part, positions=positions, views=views, table=table))
+    names = segment.names[first_layer:stop_layer]
+    return replace(
+        segment,
+        names=names,
+        first_head=segment.first_head + first_head,
+        local_heads=heads,
+        first_layer=segment.first_layer + first_layer,
+        local_layers=len(names),
+        sets=tuple(sets),
+    )
 
 
 def _segment(

@@ -31,8 +31,10 @@ _OWN_KEYS = (
     "promotion_deadline_s",
     "weights_fixed",
     "lora_paths_immutable",
+    "transport",
 )
 EVICTION_POLICIES = ("lru", "arc")
+TRANSPORTS = ("auto", "staged", "direct", "zero-copy")  # see kvstrata.kernels.transport
 
 
 class ConfigError(ValueError):
@@ -62,6 +64,7 @@ class OffloadConfig:
         promotion_deadline_s: a promotion that has not arrived by then is a miss.
         weights_fixed: None: decided from the engine's configuration.
         lora_paths_immutable: the user's word that an adapter's path never changes content.
+        transport: how pages go between a GPU and the primary tier; "auto" tries at start.
     """
 
     cpu_bytes: int
@@ -74,6 +77,7 @@ class OffloadConfig:
     promotion_deadline_s: float = 10.0
     weights_fixed: bool | None = None
     lora_paths_immutable: bool = False
+    transport: str = "auto"
 
 
 def parse_config(extra: Mapping[str, Any]) -> OffloadConfig:
@@ -114,6 +118,9 @@ def _parse(extra: Mapping[str, Any]) -> OffloadConfig:
     policy = extra.get("eviction_policy", "lru")
     if policy not in EVICTION_POLICIES:
         raise ConfigError(f"eviction_policy={policy!r}: use one of {', '.join(EVICTION_POLICIES)}")
+    transport = extra.get("transport", "auto")
+    if transport not in TRANSPORTS:
+        raise ConfigError(f"transport={transport!r}: use one of {', '.join(TRANSPORTS)}")
     weights_fixed = extra.get("weights_fixed")
     return OffloadConfig(
         cpu_bytes=parse_bytes("cpu_bytes_to_use", extra["cpu_bytes_to_use"]),
@@ -126,6 +133,7 @@ def _parse(extra: Mapping[str, Any]) -> OffloadConfig:
         promotion_deadline_s=_number(extra, "promotion_deadline_s", 10.0, least=0.0, most=3600.0),
         weights_fixed=None if weights_fixed is None else _flag(extra, "weights_fixed"),
         lora_paths_immutable=_flag(extra, "lora_paths_immutable"),
+        transport=transport,
     )
 
 

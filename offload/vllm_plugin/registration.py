@@ -6,6 +6,7 @@ its header what the scheduler must know; see `kvstrata.offload.region`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from kvstrata.kernels.geometry import LayerShape
 from kvstrata.kernels.pipeline import Pipeline, open_pipeline
 from kvstrata.kernels.plan import plan
 from kvstrata.kernels.selftest import check_round_trip
+from kvstrata.kernels.transport import Transport
 from kvstrata.offload.config import OffloadConfig
 from kvstrata.offload.region import (
     Region,
@@ -41,6 +43,8 @@ from kvstrata.offload.vllm_plugin.pages import (
 )
 from kvstrata.offload.vllm_plugin.worker import KVStrataWorker
 from kvstrata.tiers.base import layouts_to_json
+
+logger = logging.getLogger("kvstrata")
 
 # Bound of the header's JSON text: names and shapes of a hundred layers take about 20 KiB.
 HEADER_TEXT_BYTES = 1 << 20
@@ -124,17 +128,21 @@ def open_worker(
         }
         for segments in groups.values():
             check_round_trip(segments)
-        return open_pipeline(groups, torch.from_numpy(region.pages))
+        transport = None if settings.transport == "auto" else Transport(settings.transport)
+        return open_pipeline(groups, torch.from_numpy(region.pages), transport)
 
     created = ranks.agree(create)
     region = ranks.agree(lambda: created or open_region(config.engine_id))
     pipeline = ranks.agree(register)
+    logger.info("kvstrata: %s", pipeline.describe())
+    assert vllm_config.kv_transfer_config is not None
     return KVStrataWorker(
         pipeline,
         region,
         rank,
         [group.group_id for group in config.groups],
         config.cache.blocks_per_chunk,
+        alone=vllm_config.kv_transfer_config.kv_connector == "OffloadingConnector",
     )
 
 

@@ -26,7 +26,12 @@ class KVStrataWorker(OffloadingWorker):
         rank: int,
         group_ids: Sequence[int],
         blocks_per_chunk: int,
+        *,
+        alone: bool,
     ) -> None:
+        """alone: no other connector writes to the KV cache, so that all that happens to blocks is
+        queued on the compute stream."""
+        self._alone = alone
         self._pipeline = pipeline
         self._region = region
         self._rank = rank
@@ -76,8 +81,14 @@ class KVStrataWorker(OffloadingWorker):
         return results
 
     def wait(self, job_ids: set[int]) -> None:
-        """Block until the transfers have ended; unknown ones have."""
-        self._pipeline.wait(job_ids)
+        """Let vLLM use the transfers' blocks for something else from now on.
+
+        The engine need not stop for that: the device keeps the order.
+        """
+        if self._alone:
+            self._pipeline.fence(job_ids)
+        else:
+            self._pipeline.wait(job_ids)
 
     def shutdown(self) -> None:
         """End all transfers and let go of the region."""

@@ -1,28 +1,33 @@
 """A device that runs queued work in any order that its streams and events allow."""
 
+import ctypes
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from random import Random
 
 import torch
 
+from kvstrata.kernels.device import Runs
+
 
 class SimEvent:
     def __init__(self) -> None:
-        self.recorded = self.happened = 0  # how often
+        self.recorded = 0  # how often
+        self.happened: set[int] = set()  # which of these; a later one may be the first
         self.time = 0
 
 
 class SimStream:
     def __init__(self, speed: float) -> None:
         self.speed = speed  # how often it is chosen
-        self.queue: deque[tuple[SimEvent, int] | Callable[[], None]] = deque()
+        self.queue: deque[tuple[SimEvent, int] | Callable[[], object]] = deque()
 
     def runnable(self) -> bool:
         if not self.queue:
             return False
         head = self.queue[0]
-        return callable(head) or head[0].happened >= head[1]
+        return callable(head) or head[1] == 0 or head[1] in head[0].happened
 
 
 class SimulatedDevice:
@@ -49,12 +54,19 @@ class SimulatedDevice:
     def run(self, stream: SimStream, action: Callable[[], None]) -> None:
         stream.queue.append(action)
 
+    def copy(self, stream: SimStream, runs: Runs, *, to_host: bool) -> None:
+        pieces = list(zip(*(column.tolist() for column in runs), strict=True))
+        self.random.shuffle(pieces)  # a batch has no order
+        for device, host, nbytes in pieces:
+            to, source = (host, device) if to_host else (device, host)
+            stream.queue.append(partial(ctypes.memmove, to, source, nbytes))
+
     def record(self, event: SimEvent, stream: SimStream) -> None:
         event.recorded += 1
         number = event.recorded
 
         def happen() -> None:
-            event.happened = max(event.happened, number)
+            event.happened.add(number)
             event.time = self.clock
 
         stream.queue.append(happen)
@@ -63,7 +75,7 @@ class SimulatedDevice:
         stream.queue.append((event, event.recorded))
 
     def reached(self, event: SimEvent) -> bool:
-        return event.happened == event.recorded
+        return event.recorded == 0 or event.recorded in event.happened
 
     def synchronize(self, event: SimEvent) -> None:
         while not self.reached(event):

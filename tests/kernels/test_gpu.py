@@ -5,8 +5,8 @@ import pytest
 import torch
 from kernel_worlds import DEVICE, Model, Rank, some_blocks
 
+from kvstrata.kernels.gpu import GpuPipeline
 from kvstrata.kernels.pipeline import GroupWork, open_pipeline
-from kvstrata.kernels.staging import StagedPipeline
 
 pytestmark = pytest.mark.gpu
 MODEL = Model(layers=4, tokens=16, dim=64, chunks=40)
@@ -23,7 +23,7 @@ def test_round_trip_without_any_allocation(expedited: bool) -> None:
         for r in range(tp):
             rank = Rank(MODEL, "LBNHC", blocks=BLOCKS, tp=tp, rank=r, device=DEVICE).write(ids)
             writer = open_pipeline({0: rank.segments}, region)
-            assert isinstance(writer, StagedPipeline)
+            assert isinstance(writer, GpuPipeline)
             before = torch.cuda.memory_stats()["allocation.all.allocated"]
             writer.submit_store(0, work)
             writer.wait({0})

@@ -26,6 +26,7 @@ class FakePipeline:
         self.loads: dict[int, bool] = {}
         self.ended: list[Finished] = []
         self.waited: list[set[int]] = []
+        self.fenced: list[set[int]] = []
         self.open = True
 
     def submit_store(self, job_id: int, work: Sequence[GroupWork]) -> None:
@@ -40,6 +41,12 @@ class FakePipeline:
     def finished(self) -> list[Finished]:
         ended, self.ended = self.ended, []
         return ended
+
+    def describe(self) -> str:
+        return ""
+
+    def fence(self, job_ids: Collection[int]) -> None:
+        self.fenced.append(set(job_ids))
 
     def wait(self, job_ids: Collection[int]) -> None:
         self.waited.append(set(job_ids))
@@ -77,7 +84,7 @@ def region() -> FakeRegion:
 
 @pytest.fixture
 def worker(pipeline: FakePipeline, region: Any) -> KVStrataWorker:
-    return KVStrataWorker(pipeline, region, RANK, [0], blocks_per_chunk=2)
+    return KVStrataWorker(pipeline, region, RANK, [0], blocks_per_chunk=2, alone=True)
 
 
 def blocks(*ids: int, first: int = 0) -> GPULoadStoreSpec:
@@ -167,10 +174,19 @@ def test_loads_leave_the_marks_and_may_be_expedited(
     assert pipeline.loads == {1: False, 2: True} and region.incomplete == {}
 
 
+def test_blocks_that_others_write_too_are_waited_for(
+    pipeline: FakePipeline, region: FakeRegion
+) -> None:
+    """Another connector's transfers are on no stream of ours."""
+    worker = KVStrataWorker(pipeline, region, RANK, [0], blocks_per_chunk=2, alone=False)
+    worker.wait({1, 2})
+    assert pipeline.waited == [{1, 2}] and not pipeline.fenced
+
+
 def test_wait_and_shutdown(
     worker: KVStrataWorker, pipeline: FakePipeline, region: FakeRegion
 ) -> None:
     worker.wait({1, 2})
-    assert pipeline.waited == [{1, 2}]
+    assert pipeline.fenced == [{1, 2}] and not pipeline.waited
     worker.shutdown()
     assert not pipeline.open and not region.open
