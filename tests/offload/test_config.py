@@ -75,7 +75,7 @@ def test_every_key_is_read() -> None:
 
 
 def test_transports_are_those_of_the_pipeline() -> None:
-    assert TRANSPORTS == ("auto", *Transport)
+    assert ("auto", *Transport) == TRANSPORTS
 
 
 def test_frozen() -> None:
