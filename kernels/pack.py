@@ -44,12 +44,29 @@ class Copy(Protocol):
     ) -> None: ...
 
 
-# Starting values after the design's compiler study; a tile is what one program copies at a time:
-# 64 bytes per thread, about 32 registers.
+# Launch configuration: reasoned from the figures named here, not yet measured on hardware.
+#
+# The copy must outrun the link that its bytes travel over, with as little of the GPU as will do.
+# By Little's law its rate is the bytes in flight over the time of one tile: MAX_PROGRAMS x
+# TILE_BYTES = 256 KiB over about 1 us (block id, then data: two memory accesses of some 500
+# cycles, one after the other, and the stores) is some 260 GB/s. A PCIe 5.0 x16 link moves 54 GB/s
+# in runs of 128 KiB and more (vLLM's blog on its KV offloading connector, H100), so that a batch
+# is packed in about a quarter of the time that its DMA takes. The same blog saw a copy kernel lose
+# to DMA end to end because it held SMs that the model needed: hence short bursts on few SMs.
+
+# What one program copies at a time: 64 bytes per thread in flight, in four 16-byte accesses. They
+# take 16 registers, the whole kernel at most 40 on NVIDIA as compiled (256 bytes per thread took
+# 90, 1024 spilled). It is also one head's slab of 16 tokens of head size 128 in bf16.
 TILE_BYTES = 8192
-MIN_TILE_WORDS = 512  # one 16-byte access per thread
+# One 16-byte access per thread: a smaller tile would leave threads without work.
+MIN_TILE_WORDS = 512
+# 128 threads: 2 KiB per access. More warps mean fewer bytes per thread for the same tile.
 NUM_WARPS = 4
-MAX_PROGRAMS = 32  # few enough to leave the SMs to the model
+# At most a quarter of an H100's 132 SMs, and of each of those 4 of 64 warps and a twelfth of the
+# registers: the rest stays with the model.
+MAX_PROGRAMS = 32
+# Triton would pipeline the loop through shared memory, which a model's kernels want for themselves.
+NUM_STAGES = 1
 
 
 def copy_torch(
@@ -324,7 +341,7 @@ def copy_triton(
             pages.stride(0) // dtype.itemsize,
             **constants,
             num_warps=NUM_WARPS,
-            num_stages=1,
+            num_stages=NUM_STAGES,
         )
 
 
