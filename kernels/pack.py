@@ -225,6 +225,7 @@ if triton is not None:
             page = number // (TILES * INNER * LAYERS)
             block_id = tl.load(ids + page * BLOCKS + block // KERNEL_BLOCKS)
             row = tl.load(rows + page)
+            cache = tl.load(table + 2 * layer).to(pages.dtype)
             in_head = tl.load(table + 2 * layer + 1) // WORD_BYTES + block.to(tl.int64) * SLAB
 
             step = (tile % STEPS) * STEP
@@ -234,21 +235,17 @@ if triton is not None:
                 inside = inside & (step + lane < EXTENT)
             page_start = OFFSET + in_head + _offset(first, 1, 1, SLAB, HEAD_PITCH, 0, 0)
             page_words = tl.multiple_of(pages + row * pitch + page_start, ALIGNMENT) + in_page
-            if block_id >= 0:
-                cache = tl.load(table + 2 * layer).to(pages.dtype)
-                kernel_block = block_id * KERNEL_BLOCKS + block % KERNEL_BLOCKS
-                cache_start = kernel_block * BLOCK_STRIDE + _offset(
-                    first, ROWS, PARTS, PART, HEAD_STRIDE, ROW_STRIDE, PART_STRIDE
-                )
-                cache_words = tl.multiple_of(cache + cache_start, ALIGNMENT) + in_cache
-                if UNPACK:
-                    tl.store(cache_words, tl.load(page_words, mask=inside), mask=inside)
-                else:
-                    tl.store(page_words, tl.load(cache_words, mask=inside), mask=inside)
+            kernel_block = block_id * KERNEL_BLOCKS + block % KERNEL_BLOCKS
+            cache_start = kernel_block * BLOCK_STRIDE + _offset(
+                first, ROWS, PARTS, PART, HEAD_STRIDE, ROW_STRIDE, PART_STRIDE
+            )
+            cache_words = tl.multiple_of(cache + cache_start, ALIGNMENT) + in_cache
+            # a mask, not a branch: the address in the table need not wait for the block id
+            present = inside & (tl.zeros([TILE], tl.int64) + block_id >= 0)
+            if UNPACK:
+                tl.store(cache_words, tl.load(page_words, mask=present), mask=present)
             else:
-                if not UNPACK:
-                    zeros = tl.zeros([TILE], dtype=pages.dtype.element_ty)
-                    tl.store(page_words, zeros, mask=inside)
+                tl.store(page_words, tl.load(cache_words, mask=present, other=0), mask=inside)
 
 
 def _tiling(sizes: Sequence[int], limit: int) -> tuple[int, int]:
