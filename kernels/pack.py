@@ -48,11 +48,11 @@ class Copy(Protocol):
 #
 # The copy must outrun the link that its bytes travel over, with as little of the GPU as will do.
 # By Little's law its rate is the bytes in flight over the time of one tile: MAX_PROGRAMS x
-# TILE_BYTES = 256 KiB over about 1 us (block id, then data: two memory accesses of some 500
-# cycles, one after the other, and the stores) is some 260 GB/s. A PCIe 5.0 x16 link moves 54 GB/s
-# in runs of 128 KiB and more (vLLM's blog on its KV offloading connector, H100), so that a batch
-# is packed in about a quarter of the time that its DMA takes. The same blog saw a copy kernel lose
-# to DMA end to end because it held SMs that the model needed: hence short bursts on few SMs.
+# TILE_BYTES = 256 KiB over an assumed 1 us (two memory accesses that wait for each other, block id
+# and data, and the stores) is some 260 GB/s. A PCIe 5.0 x16 link moves 54 GB/s in runs of 128 KiB
+# and more (vLLM's blog on its KV offloading connector, H100), so that a batch is packed in about a
+# quarter of the time that its DMA takes. The same blog saw a copy kernel lose to DMA end to end
+# because it held SMs that the model needed: hence short bursts on few SMs.
 
 # What one program copies at a time: 64 bytes per thread in flight, in four 16-byte accesses. They
 # take 16 registers, the whole kernel at most 40 on NVIDIA as compiled (256 bytes per thread took
