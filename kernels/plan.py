@@ -16,7 +16,7 @@ from kvstrata.kernels.geometry import (
     SegmentShape,
     segment_shapes,
 )
-from kvstrata.kernels.runs import CacheRuns, cache_runs
+from kvstrata.kernels.runs import CacheRuns, cache_runs, runs_at
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,9 @@ class LayerSet:
         """The caches, which lie in CPU memory, in runs of `part_bytes`."""
         blocks, heads, *_ = self.views[0].shape
         shape = (blocks, heads, self.rows, self.parts)
-        addresses = [view.data_ptr() for view in self.views]
-        return cache_runs(addresses, self.part_bytes, shape, self.strides)
+        return cache_runs(
+            [runs_at(v.data_ptr(), self.part_bytes, shape, self.strides) for v in self.views]
+        )
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ Runs = np.ndarray[Any, np.dtype[np.void]]
 
 
 class _Interface:
+    """Memory in numpy's array interface protocol."""
+
     def __init__(self, **interface: object) -> None:
         self.__array_interface__ = {"version": 3, **interface}
 
@@ -22,22 +24,43 @@ def runs_at(address: int, run_bytes: int, shape: Sequence[int], strides: Sequenc
 
     strides: in bytes.
     """
-    return np.asarray(
-        _Interface(
-            data=(address, False),
-            typestr=f"|V{run_bytes}",
-            shape=tuple(shape),
-            strides=tuple(strides),
-        )
+    described = _Interface(
+        data=(address, False),
+        typestr=f"|V{run_bytes}",
+        shape=tuple(shape),
+        strides=tuple(strides),
     )
+    return np.asarray(described)
+
+
+def runs_from(*arrays: Runs) -> Runs:
+    """A run at every byte from the first run of the arrays to the last; what lies between the runs
+    of the arrays must not be touched.
+
+    Writing what lies inside that range makes numpy copy it twice: right, but slower. Page regions
+    are mapped after the KV caches and lie between two of them only by accident.
+    """
+    firsts = [array.ctypes.data for array in arrays]
+    lasts = [
+        first + sum((n - 1) * stride for n, stride in zip(a.shape, a.strides, strict=True))
+        for first, a in zip(firsts, arrays, strict=True)
+    ]
+    return runs_at(min(firsts), arrays[0].itemsize, (max(lasts) - min(firsts) + 1,), (1,))
+
+
+def places(shape: Sequence[int], strides: Sequence[int]) -> np.ndarray:
+    """int64 of that shape: the distance in bytes of each element from the first."""
+    total = np.zeros((), dtype=np.int64)
+    for size, stride in zip(shape, strides, strict=True):
+        total = total[..., None] + np.arange(size) * stride
+    return total
 
 
 class CacheRuns(NamedTuple):
-    """The caches of a set of layers.
+    """The caches of a set of layers in CPU memory.
 
     layers: each layer's runs, [kernel blocks, H, N, P].
-    memory: a run at every byte from the lowest cache to the highest; what lies between the caches
-        is not ours.
+    memory: see `runs_from`, of all layers.
     starts: int64 [H, layers, 1, N, P], where in `memory` the runs of kernel block 0 are.
     """
 
@@ -46,22 +69,9 @@ class CacheRuns(NamedTuple):
     starts: np.ndarray
 
 
-def cache_runs(
-    addresses: Sequence[int], run_bytes: int, shape: Sequence[int], strides: Sequence[int]
-) -> CacheRuns:
-    """The runs of caches in CPU memory.
-
-    shape, strides: kernel blocks, H, N, P; in bytes.
-    """
-    lowest = min(addresses)
-    reach = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    _, heads, rows, parts = (
-        np.arange(size) * stride for size, stride in zip(shape, strides, strict=True)
-    )
-    inside = heads[:, None, None, None, None] + rows[:, None] + parts
-    layers = np.array(addresses)[:, None, None, None] - lowest
-    return CacheRuns(
-        tuple(runs_at(address, run_bytes, shape, strides) for address in addresses),
-        runs_at(lowest, run_bytes, (max(addresses) - lowest + reach + 1,), (1,)),
-        inside + layers,
-    )
+def cache_runs(layers: Sequence[Runs]) -> CacheRuns:
+    """The same for layers of equal shape and strides."""
+    addresses = np.array([layer.ctypes.data for layer in layers])
+    inside = places(layers[0].shape[1:], layers[0].strides[1:])
+    starts = (addresses - addresses.min())[:, None, None, None] + inside[:, None, None]
+    return CacheRuns(tuple(layers), runs_from(*layers), starts)
