@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from kvstrata.kernels.pack import copy_torch
+from kvstrata.kernels.pack_cpu import copy_cpu
 from kvstrata.kernels.plan import Segment
 from kvstrata.kernels.transport import Transport
 
@@ -73,6 +73,11 @@ Groups = Mapping[int, tuple[Segment, ...]]
 class CpuPipeline:
     """The pipeline where KV caches lie in CPU memory: every job is done when its submit returns.
 
+    The copies stay on the engine's thread: the 71 MB of a 1,513-token prompt of SmolLM2-135M in
+    float32 took 5.5 ms to store and 4.2 ms to load on the two-core machine whose prefill of that
+    prompt takes 8 s, which is 0.07 %. A thread would save less than that, for it competes with the
+    model for the same cores, and would add a hand-over to every job.
+
     groups: this worker's segments by group.
     region: uint8 [slots, slot bytes] in CPU memory; page p of a group fills the start of a slot.
     """
@@ -114,7 +119,7 @@ class CpuPipeline:
                 mine = slice(None) if unpack else elected(segment, slots)
                 rows = torch.from_numpy(slots[mine])
                 ids = torch.from_numpy(block_ids[mine])
-                copy_torch(segment, segment.in_page, self._region, rows, ids, unpack=unpack)
+                copy_cpu(segment, segment.in_page, self._region, rows, ids, unpack=unpack)
                 nbytes += rows.numel() * segment.shard_bytes
         self._finished.append(Finished(job_id, nbytes, time.perf_counter() - start))
 
