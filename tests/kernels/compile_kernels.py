@@ -2,8 +2,8 @@
 
 Writes one JSON line per distinct kernel: the geometries that use it, direction, alignment in bytes,
 assembly, and what the target's tools say of it.
-Must run without TRITON_INTERPRET. Arguments: the target's backend, arch and warp size,
-and the file to write.
+Must run without TRITON_INTERPRET. Arguments: the target's backend, arch and warp size, the numbers
+of blocks per chunk, and the file to write.
 """
 
 import json
@@ -12,7 +12,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -44,19 +44,23 @@ ODD = {
     "8-byte words": Rank(Model(heads=2, tokens=16, dim=20, size=1, chunks=1), "LBNHC"),
     "bytes": Rank(Model(heads=2, tokens=16, dim=7, size=1, chunks=1), "split-inner"),
 }
-TABLE = tuple(product(models.MODELS, models.LAYOUTS, (1, 4, 16)))  # blocks per chunk
 
 
 def table_name(model: models.Model, layout: str, blocks_per_chunk: int) -> str:
     return f"{model.name}, {layout}, {blocks_per_chunk} blocks per chunk"
 
 
-def segments() -> Iterator[tuple[str, Segment]]:
+def names(chunks: Sequence[int]) -> set[str]:
+    """Every geometry's name, the table's with so many blocks per chunk."""
+    return {*ODD, *(table_name(*one) for one in product(models.MODELS, models.LAYOUTS, chunks))}
+
+
+def segments(chunks: Sequence[int]) -> Iterator[tuple[str, Segment]]:
     """Every geometry, by name."""
     for name, rank in ODD.items():
         (segment,) = rank.segments
         yield name, segment
-    for model, layout, blocks_per_chunk in TABLE:
+    for model, layout, blocks_per_chunk in product(models.MODELS, models.LAYOUTS, chunks):
         for group in model.groups:
             (segment,) = models.rank_caches(
                 group, layout, num_blocks=2, blocks_per_chunk=blocks_per_chunk, tp=model.tp
@@ -64,16 +68,16 @@ def segments() -> Iterator[tuple[str, Segment]]:
             yield table_name(model, layout, blocks_per_chunk), segment
 
 
-def distinct_kernels() -> list[tuple[list[str], dict[str, Any]]]:
+def distinct_kernels(chunks: Sequence[int]) -> list[tuple[list[str], dict[str, Any]]]:
     """(names of the geometries, compile-time arguments), each set of arguments once."""
     found: dict[tuple[tuple[str, Any], ...], list[str]] = {}
-    for name, segment in segments():
+    for name, segment in segments(chunks):
         for unpack in (False, True):
             constants = pack.kernel_constants(
                 segment, segment.sets[0], segment.packed(0), segment.word_bytes, unpack=unpack
             )
             found.setdefault(tuple(constants.items()), []).append(name)
-    return [(names, dict(constants)) for constants, names in found.items()]
+    return [(geometries, dict(constants)) for constants, geometries in found.items()]
 
 
 def compile_kernel(constants: dict[str, Any], target: GPUTarget) -> Any:
@@ -141,14 +145,14 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def main() -> None:
-    backend, arch, warp, output = sys.argv[1:]
+    backend, arch, warp, *chunks, output = sys.argv[1:]
     target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp))
     results = []
     cubins = []
-    for names, constants in distinct_kernels():
+    for geometries, constants in distinct_kernels([int(count) for count in chunks]):
         kernel = compile_kernel(constants, target)
         result = {
-            "geometries": names,
+            "geometries": geometries,
             "unpack": constants["UNPACK"],
             "alignment": constants["ALIGNMENT"],
             "assembly": kernel.asm["ptx" if backend == "cuda" else "amdgcn"],

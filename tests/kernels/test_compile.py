@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compile_kernels import ODD, TABLE, table_name
+from compile_kernels import ODD, names
 
 SCRIPT = Path(__file__).parent / "compile_kernels.py"
 TARGETS = {
@@ -24,7 +24,7 @@ TARGETS = {
     "sm_100": ("cuda", "100", "32"),
     "gfx942": ("hip", "gfx942", "64"),
 }
-NAMES = {*ODD, *(table_name(*entry) for entry in TABLE)}
+CHUNKS = ("1", "4", "16")  # blocks per chunk
 # bytes that the planner proved -> how data is read and written
 PTX = {16: ".v4.b32", 8: ".v2.b32", 1: ".b8"}
 SASS = {16: "E.128", 8: "E.64", 1: "E.U8"}
@@ -36,13 +36,23 @@ Kernel = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, subprocess.Popen]]:
-    """A running compiler per target, all at once."""
+def outputs(
+    tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> Iterator[dict[str, subprocess.Popen]]:
+    """A running compiler per target, all at once; all chunk sizes on one, or on each with --long.
+
+    The number of blocks per chunk only changes how far apart the same accesses are.
+    """
+    every = pytestconfig.getoption("--long")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     running = {
         name: subprocess.Popen(
-            [sys.executable, SCRIPT, *arguments, tmp_path_factory.mktemp(name) / "kernels"],
+            [
+                *(sys.executable, SCRIPT, *arguments),
+                *(CHUNKS if every or name == "sm_90" else CHUNKS[1:2]),
+                tmp_path_factory.mktemp(name) / "kernels",
+            ],
             env=environment,
             stderr=subprocess.PIPE,
             text=True,
@@ -60,8 +70,9 @@ def compiled(process: subprocess.Popen) -> list[Kernel]:
     assert process.returncode == 0, errors[-3000:]
     lines = Path(process.args[-1]).read_text().splitlines()
     kernels = [json.loads(line) for line in lines]
+    chunks = [int(argument) for argument in process.args[5:-1]]
     there = {(name, k["unpack"]) for k in kernels for name in k["geometries"]}
-    assert there == set(product(NAMES, (False, True)))
+    assert there == set(product(names(chunks), (False, True)))
     assert {k["alignment"] for k in kernels} == set(PTX)
     for kernel in kernels:
         if any(name not in ODD for name in kernel["geometries"]):

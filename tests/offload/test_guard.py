@@ -129,7 +129,11 @@ def test_a_tier_that_raises_in_every_method(caplog: pytest.LogCaptureFixture) ->
     assert all(record.exc_info for record in caplog.records)
 
 
-@pytest.mark.parametrize("garbage", [None, 7, "HIT", [None], [b"x", 3], iter([1])], ids=repr)
+@pytest.mark.parametrize(
+    "garbage",
+    [None, 7, "HIT", [None], [b"x", 3], iter([1])],
+    ids=["None", "7", "HIT", "[None]", "[b'x', 3]", "an iterator"],
+)
 def test_a_tier_that_answers_nonsense(garbage: Any) -> None:
     answers = call_all(GuardedTier("odd", Broken(lambda: garbage)))
     assert answers[0] is not Lookup.HIT and answers[0] is not Lookup.RETRY
