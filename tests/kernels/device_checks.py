@@ -3,6 +3,7 @@
 Each check makes its caches and region, moves pages, and compares every byte with `copy_torch`.
 """
 
+import mmap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,7 +85,10 @@ def fill(*tensors: torch.Tensor, seed: int) -> None:
 
 
 def new_region(model: Model, slots: int) -> torch.Tensor:
-    return torch.full((slots, model.page_bytes + GUARD_BYTES), 0xA5, dtype=torch.uint8)
+    """Whole memory pages, as in production: a driver registers no page twice."""
+    width = model.page_bytes + GUARD_BYTES
+    region = torch.frombuffer(mmap.mmap(-1, slots * width), dtype=torch.uint8)
+    return region.fill_(0xA5).view(slots, width)
 
 
 def check_round_trip(
@@ -98,12 +102,13 @@ def check_round_trip(
     tp: int = 1,
     expedited: bool = False,
     other: str | None = None,
+    other_tp: int = 2,
     shift: int = 0,
 ) -> None:
     """All ranks store to one region; one rank of another layout and topology loads.
 
     ids: int64 [chunks, blocks_per_chunk]; random ones with gaps, unless given.
-    other: the layout that loads; the next one, unless given.
+    other, other_tp: the layout that loads, the next one unless given, and its last rank.
     """
     if ids is None:
         ids = some_blocks(model, blocks, device=CPU)
@@ -127,14 +132,22 @@ def check_round_trip(
             (done,) = pipeline.finished()
         assert done.nbytes == segment.shard_bytes * model.chunks and done.seconds >= 0
         oracle(segment, unpack=False)
-        del rank, segment
+        del rank, segment, pipeline  # they may be large
     assert torch.equal(region.to(machine.memory), pages)
 
     loads = other or ALL[(ALL.index(layout) + 1) % len(ALL)]
-    world = {"blocks": blocks, "tp": 2, "rank": 1, "shift": shift, "device": machine.memory}
-    if model.heads == 1:
-        world |= {"tp": 1, "rank": 0}
-    reader, twin = (Rank(model, loads, **world) for _ in range(2))
+    reader, twin = (
+        Rank(
+            model,
+            loads,
+            blocks=blocks,
+            tp=other_tp,
+            rank=other_tp - 1,
+            shift=shift,
+            device=machine.memory,
+        )
+        for _ in range(2)
+    )
     fill(reader.buffer, twin.buffer, seed=99)
     with machine.open({0: reader.segments}, region, transport) as pipeline:
         region.copy_(pages)  # the kernels' first launch has written zeros to the first one
