@@ -1,5 +1,8 @@
 """The parts of a large shard together are the shard."""
 
+import ctypes
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -8,6 +11,7 @@ from kernel_worlds import LAYOUTS, SPLIT, Model, Rank, some_blocks
 
 from kvstrata.kernels.pack import copy_torch
 from kvstrata.kernels.plan import split
+from kvstrata.kernels.transport import Fragments
 
 CPU = torch.device("cpu")
 MODEL = Model(layers=3, heads=4, dim=4)
@@ -46,6 +50,16 @@ def test_the_parts_together_are_the_segment(world: dict, most: int) -> None:
         pieces = [whole[:, run : run + shard.length] for run in runs]
         assert torch.equal(packed, torch.cat(pieces, 1)), "a staged part is its runs of the page"
     assert torch.equal(together, whole)
+
+    together.fill_(0xA5)
+    pages = together.data_ptr() + np.arange(2) * MODEL.page_bytes
+    for part in parts:
+        runs = Fragments(part, part.in_page).runs(pages, ids.numpy(), None)
+        for piece in zip(
+            runs.host.tolist(), runs.device.tolist(), runs.sizes.tolist(), strict=True
+        ):
+            ctypes.memmove(*piece)
+    assert torch.equal(together, whole), "the parts' addresses"
 
     empty = Rank(MODEL, **world)
     for part in split(empty.segments[0], most):

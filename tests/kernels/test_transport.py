@@ -101,6 +101,20 @@ def test_latent_rows_are_one_piece_per_layer_and_block() -> None:
     assert fragments.per_block == 5 and fragments.mean_bytes == 16 * 12 * 2
 
 
+def test_neighbours_in_the_first_block_alone_are_two_pieces() -> None:
+    memory = torch.arange(80, dtype=torch.int16)
+    caches = [
+        token_major("a", memory.as_strided((3, 1, 2, 4), (16, 8, 4, 1))),
+        token_major("b", memory.as_strided((3, 1, 2, 4), (32, 8, 4, 1), 8)),
+    ]
+    local = {cache.name: LocalLayer(cache, 0) for cache in caches}
+    (segment,) = plan([cache.shape(1) for cache in caches], local, 1)
+    page = torch.zeros(1, 16, dtype=torch.int16)
+    at = np.array([page.data_ptr()])
+    apply(Fragments(segment, segment.in_page).runs(at, np.array([[1]]), None), to_host=True)
+    assert page.tolist() == [[*range(16, 24), *range(40, 48)]]
+
+
 # -- the choice ---------------------------------------------------------------------
 
 SECONDS = st.floats(1e-6, 1.0)
