@@ -2,7 +2,7 @@
 # The targets share one virtual environment and few cores, so -j changes nothing.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help install lint format types test-unit test-engine test test-faults bench-fs fuzz demo demo-shared
+.PHONY: help install lint format types test-unit test-engine test test-gpu test-faults bench-fs fuzz demo demo-shared
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -66,6 +66,17 @@ test-unit: install ## all tests but the engine's
 
 test-engine: install ## the tests that start a real vLLM engine
 	$(BIN)/pytest -m vllm
+
+# Where torch, Triton, pytest and hypothesis are, `make test-gpu PYTHON=python3` installs nothing:
+# the links that the type checkers follow make the package importable.
+ifeq ($(origin PYTHON),command line)
+GPU_PYTHON := PYTHONPATH=$(CURDIR)/.typing $(PYTHON)
+else
+GPU_PYTHON := $(BIN)/python
+test-gpu: install
+endif
+test-gpu: ## the kernels' tests on the GPU; no vLLM needed (make test-gpu PYTHON=python3: no .venv)
+	$(GPU_PYTHON) -m pytest tests/kernels
 
 test: lint types test-unit test-engine ## everything CI runs
 

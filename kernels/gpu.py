@@ -146,7 +146,8 @@ class GpuPipeline:
         self._rows = device.allocate(MAX_BATCH, torch.int64)
         self._rows.copy_(torch.arange(MAX_BATCH))
         self._zeros = device.allocate(max(p.fragments.most_bytes for p in parts), torch.uint8)
-        self._zeros.zero_()
+        # from pageable memory: done when it returns, whatever stream will read it
+        self._zeros.copy_(torch.zeros(len(self._zeros), dtype=torch.uint8))
         slot_bytes = max([STAGING_BYTES, *(part.pitch for part in parts)])
         longest = max(1 + part.segment.blocks_per_chunk for part in parts) * MAX_BATCH
         blocks = sum(part.segment.num_blocks for part in parts)

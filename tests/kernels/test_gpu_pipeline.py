@@ -4,7 +4,6 @@ Whatever order the device chooses, the region and the caches must end as if ever
 once when it was submitted.
 """
 
-from dataclasses import replace
 from random import Random
 
 import numpy as np
@@ -19,8 +18,9 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
-from kernel_worlds import Model, Rank
+from kernel_worlds import Model
 from simulated_device import SimulatedDevice
+from traffic import Side
 
 from kvstrata.kernels import device as device_module
 from kvstrata.kernels import gpu
@@ -32,7 +32,6 @@ from kvstrata.kernels.transport import Transport
 
 BLOCKS, SLOTS = 12, 10
 MODEL = Model(layers=3, heads=2, tokens=1, dim=2, size=1, blocks_per_chunk=2)
-SMALL = replace(MODEL, layers=1, heads=1, dim=1)
 WORLDS = {
     "one worker": {},
     "half of the heads": {"tp": 2, "rank": 1},
@@ -50,23 +49,6 @@ def small_buffers():
         patch.setattr(gpu, "STAGING_SLOTS", 1)
         patch.setattr(gpu, "RING_ROUNDS", 0)
         yield
-
-
-class Side:
-    """Caches of two groups, and a region; group 1 has two segments."""
-
-    def __init__(self, world: dict) -> None:
-        self.ranks = [Rank(MODEL, "LBHNC", blocks=BLOCKS, **world)]
-        self.ranks += [Rank(MODEL, "BLNHC", blocks=BLOCKS, **world)]
-        other = Rank(SMALL, "LBHNC", blocks=BLOCKS)
-        self.ranks.append(other)
-        behind = replace(other.segments[0], page_offset=MODEL.page_bytes)
-        self.groups = {0: self.ranks[0].segments, 1: (*self.ranks[1].segments, behind)}
-        size = MODEL.page_bytes + SMALL.page_bytes
-        self.region = torch.full((SLOTS, size), 0x11, dtype=torch.uint8)
-
-    def views(self, group: int) -> list[torch.Tensor]:
-        return [view for s in self.groups[group] for part in s.sets for view in part.views]
 
 
 class AnyOrder(RuleBasedStateMachine):
@@ -93,7 +75,7 @@ class AnyOrder(RuleBasedStateMachine):
         gpu.MAX_BATCH, gpu.STAGING_BYTES, gpu.STAGING_SLOTS = batch, staging, slots
         self.random = Random(seed)
         self.device = SimulatedDevice(self.random)
-        self.real, self.model = Side(WORLDS[world]), Side(WORLDS[world])
+        self.real, self.model = (Side(MODEL, BLOCKS, SLOTS, **WORLDS[world]) for _ in range(2))
         self.staged = GpuPipeline(
             self.real.groups, self.real.region, self.device, copy_torch, transport
         )
@@ -217,7 +199,7 @@ TestAnyOrder.settings = settings(max_examples=200, stateful_step_count=25, deadl
 
 
 def test_a_job_id_under_way_is_refused() -> None:
-    side = Side({})
+    side = Side(MODEL, BLOCKS, SLOTS)
     pipeline = GpuPipeline(side.groups, side.region, SimulatedDevice(Random(0)), copy_torch)
     work = [GroupWork(0, np.array([1]), np.array([[1, 2]]))]
     pipeline.submit_store(7, work)
