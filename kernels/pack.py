@@ -14,6 +14,7 @@ path on CPUs, so triton is needed only where a GPU is.
 Ids and rows are not looked at here: the caller has checked that they exist.
 """
 
+from collections.abc import Sequence
 from math import gcd
 from typing import Any, Protocol
 
@@ -43,12 +44,29 @@ class Copy(Protocol):
     ) -> None: ...
 
 
-# Starting values after the design's compiler study; a tile is what one program copies at a time:
-# 64 bytes per thread, about 32 registers.
+# Launch configuration: reasoned from the figures named here, not yet measured on hardware.
+#
+# The copy must outrun the link that its bytes travel over, with as little of the GPU as will do.
+# By Little's law its rate is the bytes in flight over the time of one tile: MAX_PROGRAMS x
+# TILE_BYTES = 256 KiB over about 1 us (block id, then data: two memory accesses of some 500
+# cycles, one after the other, and the stores) is some 260 GB/s. A PCIe 5.0 x16 link moves 54 GB/s
+# in runs of 128 KiB and more (vLLM's blog on its KV offloading connector, H100), so that a batch
+# is packed in about a quarter of the time that its DMA takes. The same blog saw a copy kernel lose
+# to DMA end to end because it held SMs that the model needed: hence short bursts on few SMs.
+
+# What one program copies at a time: 64 bytes per thread in flight, in four 16-byte accesses. They
+# take 16 registers, the whole kernel at most 40 on NVIDIA as compiled (256 bytes per thread took
+# 90, 1024 spilled). It is also one head's slab of 16 tokens of head size 128 in bf16.
 TILE_BYTES = 8192
-MIN_TILE_WORDS = 512  # one 16-byte access per thread
+# One 16-byte access per thread: a smaller tile would leave threads without work.
+MIN_TILE_WORDS = 512
+# 128 threads: 2 KiB per access. More warps mean fewer bytes per thread for the same tile.
 NUM_WARPS = 4
-MAX_PROGRAMS = 32  # few enough to leave the SMs to the model
+# At most a quarter of an H100's 132 SMs, and of each of those 4 of 64 warps and a twelfth of the
+# registers: the rest stays with the model.
+MAX_PROGRAMS = 32
+# Triton would pipeline the loop through shared memory, which a model's kernels want for themselves.
+NUM_STAGES = 1
 
 
 def copy_torch(
@@ -140,6 +158,27 @@ def _kernel_block_ids(block_ids: torch.Tensor, kernel_blocks: int) -> torch.Tens
 
 if triton is not None:
 
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _offset(  # type: ignore[no-untyped-def]
+        word,
+        ROWS: tl.constexpr,
+        PARTS: tl.constexpr,
+        PART: tl.constexpr,
+        HEAD_STRIDE: tl.constexpr,
+        ROW_STRIDE: tl.constexpr,
+        PART_STRIDE: tl.constexpr,
+    ):
+        """Where the words of [heads, ROWS, PARTS, PART], counted in that order, lie.
+
+        Every index comes straight from the word's number: the compiler does not see that words
+        stay neighbours through a remainder of a remainder. 64 bits: strides pass 2^31 where
+        layers or K and V lie outside the blocks.
+        """
+        head = (word // (ROWS * PARTS * PART)).to(tl.int64)
+        row = ((word // (PARTS * PART)) % ROWS).to(tl.int64)
+        part = ((word // PART) % PARTS).to(tl.int64)
+        return head * HEAD_STRIDE + row * ROW_STRIDE + part * PART_STRIDE + word % PART
+
     @triton.jit(do_not_specialize=["table", "pages", "rows", "ids", "jobs", "pitch"])  # type: ignore[untyped-decorator]
     def _copy_kernel(  # type: ignore[no-untyped-def]
         table,  # int64 [LAYERS, 2]: address of the cache, bytes from a head's start to the layer
@@ -161,6 +200,8 @@ if triton is not None:
         PART_STRIDE: tl.constexpr,
         OFFSET: tl.constexpr,
         HEAD_PITCH: tl.constexpr,
+        EXTENT: tl.constexpr,  # see `_tiling`
+        STEP: tl.constexpr,
         TILE: tl.constexpr,
         WORD_BYTES: tl.constexpr,
         ALIGNMENT: tl.constexpr,  # bytes that divide every address of a part
@@ -168,33 +209,38 @@ if triton is not None:
     ):
         # Counts and addresses are not specialised, so that no call after the first compiles.
         SLAB: tl.constexpr = ROWS * PARTS * PART  # one kernel block of one head
-        TILES: tl.constexpr = (HEADS * SLAB + TILE - 1) // TILE
+        STEPS: tl.constexpr = (EXTENT + STEP - 1) // STEP
+        TILES: tl.constexpr = (HEADS * SLAB) // EXTENT * STEPS
         INNER: tl.constexpr = BLOCKS * KERNEL_BLOCKS
+        # A tile cuts one axis at most, so a word lies where the tile's first word lies plus a
+        # distance that is the same in every tile: nothing is divided per word in the loop.
+        lane = tl.arange(0, TILE)
+        in_cache = _offset(lane, ROWS, PARTS, PART, HEAD_STRIDE, ROW_STRIDE, PART_STRIDE)
+        in_page = _offset(lane, 1, 1, SLAB, HEAD_PITCH, 0, 0)
         for job in range(tl.program_id(0), jobs, tl.num_programs(0)):
-            tile = job % TILES
-            block = (job // TILES) % INNER
-            layer = (job // (TILES * INNER)) % LAYERS
-            page = job // (TILES * INNER * LAYERS)
+            number = tl.cast(job, tl.uint32)  # divided without a sign
+            tile = number % TILES
+            block = (number // TILES) % INNER
+            layer = (number // (TILES * INNER)) % LAYERS
+            page = number // (TILES * INNER * LAYERS)
             block_id = tl.load(ids + page * BLOCKS + block // KERNEL_BLOCKS)
             row = tl.load(rows + page)
-            in_head = tl.load(table + 2 * layer + 1) // WORD_BYTES + block * SLAB
+            in_head = tl.load(table + 2 * layer + 1) // WORD_BYTES + block.to(tl.int64) * SLAB
 
-            # Every index comes straight from the word's number: the compiler does not see that
-            # words stay neighbours through a remainder of a remainder.
-            word = tile * TILE + tl.arange(0, TILE)
-            inside = word < HEADS * SLAB
-            head = (word // SLAB).to(tl.int64)
-            page_base = tl.multiple_of(pages + row * pitch + (OFFSET + in_head), ALIGNMENT)
-            page_words = page_base + (head * HEAD_PITCH + word % SLAB)
+            step = (tile % STEPS) * STEP
+            first = (tile // STEPS) * EXTENT + step
+            inside = lane < STEP
+            if EXTENT % STEP != 0:
+                inside = inside & (step + lane < EXTENT)
+            page_start = OFFSET + in_head + _offset(first, 1, 1, SLAB, HEAD_PITCH, 0, 0)
+            page_words = tl.multiple_of(pages + row * pitch + page_start, ALIGNMENT) + in_page
             if block_id >= 0:
-                # 64 bits: strides pass 2^31 where layers or K and V lie outside the blocks
-                part = ((word // PART) % PARTS).to(tl.int64)
-                token = ((word // (PART * PARTS)) % ROWS).to(tl.int64)
                 cache = tl.load(table + 2 * layer).to(pages.dtype)
                 kernel_block = block_id * KERNEL_BLOCKS + block % KERNEL_BLOCKS
-                cache_base = tl.multiple_of(cache + kernel_block * BLOCK_STRIDE, ALIGNMENT)
-                outer = head * HEAD_STRIDE + token * ROW_STRIDE + part * PART_STRIDE
-                cache_words = cache_base + (outer + word % PART)
+                cache_start = kernel_block * BLOCK_STRIDE + _offset(
+                    first, ROWS, PARTS, PART, HEAD_STRIDE, ROW_STRIDE, PART_STRIDE
+                )
+                cache_words = tl.multiple_of(cache + cache_start, ALIGNMENT) + in_cache
                 if UNPACK:
                     tl.store(cache_words, tl.load(page_words, mask=inside), mask=inside)
                 else:
@@ -205,6 +251,22 @@ if triton is not None:
                     tl.store(page_words, zeros, mask=inside)
 
 
+def _tiling(sizes: Sequence[int], limit: int) -> tuple[int, int]:
+    """(extent, step) in words: how the words of one block of one layer are cut into tiles.
+
+    sizes: parts of the axes, innermost first, of which the first is in words.
+    limit: words of a tile at most.
+    A tile is all of the inner axes and a run of the next one, so that it cuts one axis at most:
+    of `extent` words each tile takes `step`, and the last one what is left.
+    """
+    inner = 1
+    for size in sizes:
+        if inner * size > limit:
+            return inner * size, limit // inner * inner
+        inner *= size
+    return inner, inner
+
+
 def kernel_constants(
     segment: Segment, layers: LayerSet, layout: RowLayout, alignment: int, *, unpack: bool
 ) -> dict[str, Any]:
@@ -213,7 +275,10 @@ def kernel_constants(
     alignment: 16, 8, 4, 2 or 1; divides every address, stride and offset involved, in bytes.
     """
     size = min(alignment, 4)  # bytes of a word; wider accesses are vectors of words
-    words = segment.local_heads * layers.rows * layers.parts * layers.part_bytes // size
+    part_words = layers.part_bytes // size
+    extent, step = _tiling(
+        (part_words, layers.parts, layers.rows, segment.local_heads), TILE_BYTES // size
+    )
     block, head, row, part = (stride // size for stride in layers.strides)
     return {
         "LAYERS": len(layers.positions),
@@ -222,14 +287,16 @@ def kernel_constants(
         "HEADS": segment.local_heads,
         "ROWS": layers.rows,
         "PARTS": layers.parts,
-        "PART": layers.part_bytes // size,
+        "PART": part_words,
         "BLOCK_STRIDE": block,
         "HEAD_STRIDE": head,
         "ROW_STRIDE": row,
         "PART_STRIDE": part,
         "OFFSET": layout.offset // size,
         "HEAD_PITCH": layout.head_pitch // size,
-        "TILE": min(TILE_BYTES // size, max(MIN_TILE_WORDS, 1 << (words - 1).bit_length())),
+        "EXTENT": extent,
+        "STEP": step,
+        "TILE": max(MIN_TILE_WORDS, 1 << (step - 1).bit_length()),
         "WORD_BYTES": size,
         "ALIGNMENT": alignment,
         "UNPACK": unpack,
@@ -259,10 +326,11 @@ def copy_triton(
     dtype = {1: torch.uint8, 2: torch.int16}.get(alignment, torch.int32)
     for layers in segment.sets:
         constants = kernel_constants(segment, layers, layout, alignment, unpack=unpack)
-        slab = constants["ROWS"] * constants["PARTS"] * constants["PART"]
-        tiles = -(-constants["HEADS"] * slab // constants["TILE"])
+        words = constants["HEADS"] * constants["ROWS"] * constants["PARTS"] * constants["PART"]
+        extent, step = constants["EXTENT"], constants["STEP"]
+        tiles = words // extent * -(-extent // step)
         jobs = tiles * len(layers.positions) * block_ids.numel() * layers.kernel_blocks
-        if jobs >= 2**31:
+        if jobs > 2**31 - MAX_PROGRAMS:  # the loop's counter passes `jobs` by a stride at most
             raise ValueError(f"{rows.numel()} pages are too many for one launch")
         _copy_kernel[(min(MAX_PROGRAMS, jobs),)](
             layers.table,
@@ -273,7 +341,7 @@ def copy_triton(
             pages.stride(0) // dtype.itemsize,
             **constants,
             num_warps=NUM_WARPS,
-            num_stages=1,
+            num_stages=NUM_STAGES,
         )
 
 

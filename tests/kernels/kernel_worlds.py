@@ -17,9 +17,9 @@ from kvstrata.kernels.geometry import (
     split_kv,
     token_major,
 )
+from kvstrata.kernels.models import LAYOUTS as LAYOUTS
 from kvstrata.kernels.plan import LocalLayer, Segment, plan
 
-LAYOUTS = ("LBHNC", "LBNHC", "LHBNC", "BLHNC", "BLNHC", "BHLNC")
 SPLIT = {"split-outer": "LPBHND", "split-inner": "LBPNHD"}
 GUARD = 64  # elements of guard on both sides of every allocation
 # Where the kernel runs: on a GPU where there is one, else interpreted on the CPU.
