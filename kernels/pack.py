@@ -1,7 +1,7 @@
 """Copies between KV cache blocks and pages: the Triton kernel, its launcher and its torch oracle.
 
-Both copies take the same arguments and move the same bytes. The oracle is also the production
-path on CPUs, so triton is needed only where a GPU is.
+All copies take the same arguments and move the same bytes. The one for CPUs is in `pack_cpu.py`,
+so triton is needed only where a GPU is.
 
     segment: the plan; the caches are `segment.sets[...].views`.
     layout: where the worker's part of the segment lies in a row of `pages`.
@@ -30,7 +30,7 @@ except ImportError:  # a CPU-only vLLM brings no triton
 
 
 class Copy(Protocol):
-    """What both copies are, for who calls either. Arguments: see the module."""
+    """What all copies are, for who calls any of them. Arguments: see the module."""
 
     def __call__(
         self,
@@ -82,12 +82,12 @@ def copy_torch(
 
     Raises ValueError for arguments that do not fit the segment.
     """
-    _check(segment, layout, pages, rows, block_ids)
+    check_arguments(segment, layout, pages, rows, block_ids)
     if rows.numel() == 0:
         return
     alignment = _word_bytes(segment, layout, pages)
     for layers in segment.sets:
-        ids = _kernel_block_ids(block_ids, layers.kernel_blocks)
+        ids = kernel_block_ids(block_ids, layers.kernel_blocks)
         page, block = (ids >= 0).nonzero(as_tuple=True)
         present = ids[page, block]
         normal = layers.views[0]
@@ -120,13 +120,14 @@ def copy_torch(
                 target[rows[page], block] = blocks[present]
 
 
-def _check(
+def check_arguments(
     segment: Segment,
     layout: RowLayout,
     pages: torch.Tensor,
     rows: torch.Tensor,
     block_ids: torch.Tensor,
 ) -> None:
+    """Raise ValueError for arguments of a copy that do not fit the segment."""
     if pages.dtype != torch.uint8 or pages.ndim != 2 or pages.stride(1) != 1:
         raise ValueError("pages must be uint8 [rows, pitch] with last stride 1")
     length = segment.local_layers * segment.slab_bytes
@@ -147,7 +148,7 @@ def _word_bytes(segment: Segment, layout: RowLayout, pages: torch.Tensor) -> int
     return gcd(segment.word_bytes, *numbers, *layout)
 
 
-def _kernel_block_ids(block_ids: torch.Tensor, kernel_blocks: int) -> torch.Tensor:
+def kernel_block_ids(block_ids: torch.Tensor, kernel_blocks: int) -> torch.Tensor:
     """int64 [n, blocks_per_chunk * kernel_blocks]: each block's kernel blocks in order."""
     if kernel_blocks == 1:
         return block_ids
@@ -317,7 +318,7 @@ def copy_triton(
     Everything must lie on the segment's device. Arguments: see the module.
     Raises ValueError for arguments that do not fit the segment.
     """
-    _check(segment, layout, pages, rows, block_ids)
+    check_arguments(segment, layout, pages, rows, block_ids)
     if rows.numel() == 0:
         return
     if not (rows.is_contiguous() and block_ids.is_contiguous()):
@@ -347,4 +348,6 @@ def copy_triton(
 
 def copy_for(device: torch.device) -> Copy:
     """The copy that is used in production for caches on `device`."""
-    return copy_torch if device.type == "cpu" else copy_triton
+    from kvstrata.kernels.pack_cpu import copy_cpu
+
+    return copy_cpu if device.type == "cpu" else copy_triton

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from kvstrata.kernels.pack import copy_torch
+from kvstrata.kernels.pack_cpu import copy_cpu
 from kvstrata.kernels.plan import Segment
 from kvstrata.kernels.transport import Transport
 
@@ -114,7 +114,7 @@ class CpuPipeline:
                 mine = slice(None) if unpack else elected(segment, slots)
                 rows = torch.from_numpy(slots[mine])
                 ids = torch.from_numpy(block_ids[mine])
-                copy_torch(segment, segment.in_page, self._region, rows, ids, unpack=unpack)
+                copy_cpu(segment, segment.in_page, self._region, rows, ids, unpack=unpack)
                 nbytes += rows.numel() * segment.shard_bytes
         self._finished.append(Finished(job_id, nbytes, time.perf_counter() - start))
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import gcd
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from kvstrata.kernels.geometry import (
     SegmentShape,
     segment_shapes,
 )
+from kvstrata.kernels.runs import CacheRuns, cache_runs, runs_at
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,15 @@ class LayerSet:
     parts: int
     part_bytes: int
     strides: tuple[int, int, int, int]
+
+    @cached_property
+    def runs(self) -> CacheRuns:
+        """The caches, which lie in CPU memory, in runs of `part_bytes`."""
+        blocks, heads, *_ = self.views[0].shape
+        shape = (blocks, heads, self.rows, self.parts)
+        return cache_runs(
+            [runs_at(v.data_ptr(), self.part_bytes, shape, self.strides) for v in self.views]
+        )
 
 
 @dataclass(frozen=True)

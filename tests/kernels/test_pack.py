@@ -1,4 +1,4 @@
-"""Both copies against a naive page, over layouts, topologies, sizes, alignments and gaps."""
+"""All copies against a naive page, over layouts, topologies, sizes, alignments and gaps."""
 
 from functools import partial
 from pathlib import Path
@@ -16,12 +16,15 @@ from kvstrata.kernels.geometry import (
     token_major,
 )
 from kvstrata.kernels.pack import MAX_PROGRAMS, TILE_BYTES, Copy, copy_torch, copy_triton
+from kvstrata.kernels.pack_cpu import copy_cpu
 from kvstrata.kernels.plan import LocalLayer, RowLayout, plan
 
 Rank = partial(AnyRank, device=DEVICE)
 arange = partial(torch.arange, device=DEVICE)
 zeros = partial(torch.zeros, dtype=torch.uint8, device=DEVICE)
-COPIES = pytest.mark.parametrize("copy", [copy_torch, copy_triton])
+COPIES = pytest.mark.parametrize(
+    "copy", [copy_torch, copy_triton, *([copy_cpu] if DEVICE.type == "cpu" else [])]
+)
 ALL = (*LAYOUTS, *SPLIT)
 
 
@@ -211,6 +214,12 @@ def test_layers_with_different_strides_share_a_segment(copy: Copy) -> None:
     pages = zeros(2, model.page_bytes)
     copy(segment, segment.in_page, pages, arange(2), ids, unpack=False)
     assert torch.equal(pages, model.naive_pages(ids))
+    written = [rank.buffer.clone() for rank in ranks]
+    for layers in segment.sets:
+        for view in layers.views:
+            view[ids.flatten()] = 0
+    copy(segment, segment.in_page, pages, arange(2), ids, unpack=True)
+    assert all(torch.equal(rank.buffer, b) for rank, b in zip(ranks, written, strict=True))
 
 
 @COPIES
