@@ -24,6 +24,7 @@ from kvstrata.kernels.plan import LocalLayer, Segment, plan
 
 ROUND_BYTES = 128 << 20
 OURS, MEMCPY = "kvstrata", "one memcpy"
+RATIO = "ratio to one memcpy"
 
 
 class WrongBytes(Exception):
@@ -135,7 +136,7 @@ def _measure(shape: Shape, scattered: bool, round_bytes: int, repeat: int) -> It
             speed = region.nbytes / 1e9 / statistics.median(medians)
             yield Figure(case, contestant, "speed", speed, "GB/s")
         ratio = statistics.median(memcpy / ours for ours, memcpy in times)
-        yield Figure(case, OURS, "ratio to one memcpy", ratio, "")
+        yield Figure(case, OURS, RATIO, ratio, "")
 
 
 def _time(action: Callable[[], None]) -> float:
