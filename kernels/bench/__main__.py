@@ -43,6 +43,7 @@ def measure_gpu(
     per_chunks: Sequence[int],
     blocks: Sequence[int],
     repeat: int,
+    device: torch.device,
 ) -> Iterator[Result]:
     """All models in all layouts; the loops beside the transfers once per model."""
     from kvstrata.kernels.bench.contestants import contestants
@@ -50,7 +51,7 @@ def measure_gpu(
     from kvstrata.kernels.bench.scene import Scene, region_bytes
     from kvstrata.kernels.bench.transfers import latency, measure
 
-    device, most = torch.device("cuda", cuda.current_device()), max(blocks)
+    most = max(blocks)
     nbytes = max(region_bytes(model, most) for model in models)
     memory = torch.empty(nbytes, dtype=torch.uint8)
     pinning = CudaDevice(device)
@@ -107,7 +108,8 @@ def main(
 
         if not has_stock():
             print("stock vLLM's copy functions are not installed: measuring without them")
-        results += measure_gpu(models, layout, per_chunk, blocks, repeat)
+        device = torch.device("cuda", cuda.current_device())
+        results += measure_gpu(models, layout, per_chunk, blocks, repeat, device)
     else:
         print("no GPU here: measuring the CPU path; for GPUs a model, which measures nothing")
         predictions = list(cost_model.predict(models, layout, per_chunk))

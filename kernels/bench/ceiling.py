@@ -18,7 +18,7 @@ def measure(model: str, device: torch.device) -> Iterator[Result]:
 
     model: before whose cases this is measured, since links drift.
     """
-    host = [torch.zeros(CEILING_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+    host = [_pinned(CEILING_BYTES) for _ in range(2)]
     there = [torch.zeros(CEILING_BYTES, dtype=torch.uint8, device=device) for _ in range(2)]
     streams = [cuda.Stream(device) for _ in range(2)]
     pairs = {STORE: (host[0], there[0]), LOAD: (there[1], host[1])}  # (to, from)
@@ -38,3 +38,7 @@ def measure(model: str, device: torch.device) -> Iterator[Result]:
         moved = CEILING_BYTES * (2 if operation == BOTH else 1)
         speed = moved / 1e9 / statistics.median(times[1:])
         yield Result(Case(model, "", operation), CEILING, SPEED, speed, "GB/s")
+
+
+def _pinned(nbytes: int) -> torch.Tensor:
+    return torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True)
