@@ -66,6 +66,8 @@ def measure_gpu(
             yield from measure_neighbours(scene, found, most, repeat)
         for contestant in found:
             contestant.close()
+        del scene, found
+        cuda.empty_cache()  # blocks of this scene's sizes fit no other
 
     for model in models:
         links = list(ceiling.measure(model.name, device))
