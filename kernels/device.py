@@ -92,8 +92,15 @@ def persistent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     vLLM registers KV caches inside its sleep-mode memory pool, whose memory it takes away later.
     Pools apply to the thread that entered them; a thread of our own is outside.
     """
+
+    def move() -> torch.Tensor:
+        moved = tensor.to(device)
+        if moved.is_cuda:
+            cuda.current_stream(device).synchronize()  # any stream may read it
+        return moved
+
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(lambda: tensor.to(device)).result()
+        return thread.submit(move).result()
 
 
 class CudaDevice:

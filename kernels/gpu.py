@@ -156,6 +156,7 @@ class GpuPipeline:
             for urgent in (False, False, True)
         )
         device.pin(region)
+        self._await_buffers()
         self._warm_up(parts, transport)
         self.trials: dict[tuple[str, str], list[Trial]] = {}
         for of in self._parts.values():
@@ -354,6 +355,13 @@ class GpuPipeline:
         return Runs(device.ravel(), host.ravel(), np.full(host.size, shard.length))
 
     # -- before the first job ---------------------------------------------------------
+
+    def _await_buffers(self) -> None:
+        """What was written to the buffers so far comes before all use of them."""
+        written = self._event()
+        self._device.record(written, self._device.compute_stream())
+        self._device.synchronize(written)
+        self._spare_events.append(written)
 
     def _warm_up(self, parts: Sequence[_Part], transport: Transport | None) -> None:
         """Compile and launch every kernel once, on blocks that are all missing."""

@@ -48,11 +48,11 @@ class Copy(Protocol):
 #
 # The copy must outrun the link that its bytes travel over, with as little of the GPU as will do.
 # By Little's law its rate is the bytes in flight over the time of one tile: MAX_PROGRAMS x
-# TILE_BYTES = 256 KiB over about 1 us (block id, then data: two memory accesses of some 500
-# cycles, one after the other, and the stores) is some 260 GB/s. A PCIe 5.0 x16 link moves 54 GB/s
-# in runs of 128 KiB and more (vLLM's blog on its KV offloading connector, H100), so that a batch
-# is packed in about a quarter of the time that its DMA takes. The same blog saw a copy kernel lose
-# to DMA end to end because it held SMs that the model needed: hence short bursts on few SMs.
+# TILE_BYTES = 256 KiB over an assumed 1 us (two memory accesses that wait for each other, block id
+# and data, and the stores) is some 260 GB/s. A PCIe 5.0 x16 link moves 54 GB/s in runs of 128 KiB
+# and more (vLLM's blog on its KV offloading connector, H100), so that a batch is packed in about a
+# quarter of the time that its DMA takes. The same blog saw a copy kernel lose to DMA end to end
+# because it held SMs that the model needed: hence short bursts on few SMs.
 
 # What one program copies at a time: 64 bytes per thread in flight, in four 16-byte accesses. They
 # take 16 registers, the whole kernel at most 40 on NVIDIA as compiled (256 bytes per thread took
@@ -226,6 +226,7 @@ if triton is not None:
             page = number // (TILES * INNER * LAYERS)
             block_id = tl.load(ids + page * BLOCKS + block // KERNEL_BLOCKS)
             row = tl.load(rows + page)
+            cache = tl.load(table + 2 * layer).to(pages.dtype)
             in_head = tl.load(table + 2 * layer + 1) // WORD_BYTES + block.to(tl.int64) * SLAB
 
             step = (tile % STEPS) * STEP
@@ -235,21 +236,17 @@ if triton is not None:
                 inside = inside & (step + lane < EXTENT)
             page_start = OFFSET + in_head + _offset(first, 1, 1, SLAB, HEAD_PITCH, 0, 0)
             page_words = tl.multiple_of(pages + row * pitch + page_start, ALIGNMENT) + in_page
-            if block_id >= 0:
-                cache = tl.load(table + 2 * layer).to(pages.dtype)
-                kernel_block = block_id * KERNEL_BLOCKS + block % KERNEL_BLOCKS
-                cache_start = kernel_block * BLOCK_STRIDE + _offset(
-                    first, ROWS, PARTS, PART, HEAD_STRIDE, ROW_STRIDE, PART_STRIDE
-                )
-                cache_words = tl.multiple_of(cache + cache_start, ALIGNMENT) + in_cache
-                if UNPACK:
-                    tl.store(cache_words, tl.load(page_words, mask=inside), mask=inside)
-                else:
-                    tl.store(page_words, tl.load(cache_words, mask=inside), mask=inside)
+            kernel_block = block_id * KERNEL_BLOCKS + block % KERNEL_BLOCKS
+            cache_start = kernel_block * BLOCK_STRIDE + _offset(
+                first, ROWS, PARTS, PART, HEAD_STRIDE, ROW_STRIDE, PART_STRIDE
+            )
+            cache_words = tl.multiple_of(cache + cache_start, ALIGNMENT) + in_cache
+            # a mask, not a branch: the address in the table need not wait for the block id
+            present = inside & (tl.zeros([TILE], tl.int64) + block_id >= 0)
+            if UNPACK:
+                tl.store(cache_words, tl.load(page_words, mask=present), mask=present)
             else:
-                if not UNPACK:
-                    zeros = tl.zeros([TILE], dtype=pages.dtype.element_ty)
-                    tl.store(page_words, zeros, mask=inside)
+                tl.store(page_words, tl.load(cache_words, mask=present, other=0), mask=inside)
 
 
 def _tiling(sizes: Sequence[int], limit: int) -> tuple[int, int]:

@@ -75,11 +75,10 @@ def _pack(layers: LayerSet, pages: Runs, rows: list[int], ids: np.ndarray) -> No
     page, block = np.divmod(order, ids.shape[1])
     pitch, head, layer, inner, *row = pages.strides
     begin = np.array(rows)[page] * pitch + block * inner
-    inside = places((pages.shape[1], *pages.shape[4:]), (head, *row))
-    targets = begin[:, None, None, None] + inside
+    inside = begin[:, None, None, None] + places((pages.shape[1], *pages.shape[4:]), (head, *row))
+    targets = np.array(layers.positions)[:, None, None, None, None] * layer + inside
     memory = runs_from(pages)
-    for position, cache in zip(layers.positions, layers.runs.layers, strict=True):
-        here = targets + position * layer
+    for here, cache in zip(targets, layers.runs.layers, strict=True):
         for start, end, first in neighbours:
             memory[here[start:end]] = cache[first : first + end - start]
 

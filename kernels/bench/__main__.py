@@ -28,6 +28,7 @@ from kvstrata.kernels.models import LAYOUTS, MODELS, Model
 MEASURED_LAYOUTS = ["LBHNC", "LBNHC", "BHLNC", "BLNHC"]
 BLOCKS = [1, 8, 64, 512]
 PER_CHUNK = [1, 4, 16]
+_CPU_ROUNDS = 5  # for each one of a GPU: they take milliseconds, and CPUs are noisy
 
 
 def measure_cpu(repeat: int, round_bytes: int) -> Iterator[Result]:
@@ -102,8 +103,11 @@ def main(
         raise typer.BadParameter(f"{name} is none of {', '.join(LAYOUTS)}")
     if max(blocks) < max(per_chunk):
         raise typer.BadParameter(f"{max(blocks)} blocks make no chunk of {max(per_chunk)}")
+    print("measuring the CPU path", file=sys.stderr)
+    results = list(
+        measure_cpu(_CPU_ROUNDS * repeat, cpu_mib << 20)
+    )  # forks, so before CUDA has threads
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
-    results = list(measure_cpu(repeat, cpu_mib << 20))
     predictions = []
     if cuda.is_available():
         from kvstrata.kernels.bench.contestants import has_stock

@@ -11,7 +11,9 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 
 import numpy as np
 import torch
@@ -107,17 +109,16 @@ def measure(
     repeat: int, shapes: tuple[Shape, ...] = SHAPES, round_bytes: int = ROUND_BYTES
 ) -> Iterator[Figure]:
     """GB/s of both, and the median of the ratios of neighbouring rounds, for each shape."""
-    threads = torch.get_num_threads()
+    for shape in shapes:
+        for scattered in (False, True):
+            # in a process of its own memory lies as in a worker that has just started
+            with ProcessPoolExecutor(1, get_context("fork")) as process:
+                case = process.submit(_measure, shape, scattered, round_bytes, repeat)
+                yield from case.result()
+
+
+def _measure(shape: Shape, scattered: bool, round_bytes: int, repeat: int) -> list[Figure]:
     torch.set_num_threads(1)
-    try:
-        for shape in shapes:
-            for scattered in (False, True):
-                yield from _measure(shape, scattered, round_bytes, repeat)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _measure(shape: Shape, scattered: bool, round_bytes: int, repeat: int) -> Iterator[Figure]:
     world = World(shape, scattered, round_bytes)
     world.verify()
     region, flat = world.region.numpy(), world.flat.numpy()
@@ -129,14 +130,16 @@ def _measure(shape: Shape, scattered: bool, round_bytes: int, repeat: int) -> It
     for _ in range(repeat):
         for operation, (ours, memcpy) in pairs.items():
             seconds[operation].append((_time(ours), _time(memcpy)))
+    figures = []
     for operation, times in seconds.items():
         blocks = "scattered" if scattered else "a run"
         case = f"{operation}, {shape.page_bytes >> 10} KiB pages, blocks {blocks}"
         for contestant, medians in zip((OURS, MEMCPY), zip(*times, strict=True), strict=True):
             speed = region.nbytes / 1e9 / statistics.median(medians)
-            yield Figure(case, contestant, "speed", speed, "GB/s")
+            figures.append(Figure(case, contestant, "speed", speed, "GB/s"))
         ratio = statistics.median(memcpy / ours for ours, memcpy in times)
-        yield Figure(case, OURS, RATIO, ratio, "")
+        figures.append(Figure(case, OURS, RATIO, ratio, ""))
+    return figures
 
 
 def _time(action: Callable[[], None]) -> float:

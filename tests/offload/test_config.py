@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstrata.offload.config import ConfigError, OffloadConfig, TierEntry, parse_config
+from kvstrata.kernels.transport import Transport
+from kvstrata.offload.config import (
+    TRANSPORTS,
+    ConfigError,
+    OffloadConfig,
+    TierEntry,
+    parse_config,
+)
 
 
 def parse(**extra: Any) -> OffloadConfig:
@@ -27,6 +34,7 @@ def test_defaults() -> None:
         promotion_deadline_s=10.0,
         weights_fixed=None,
         lora_paths_immutable=False,
+        transport="auto",
     )
 
 
@@ -48,6 +56,7 @@ def test_every_key_is_read() -> None:
         promotion_deadline_s=3600,
         weights_fixed=False,
         lora_paths_immutable=True,
+        transport="zero-copy",
     )
     assert found == OffloadConfig(
         cpu_bytes=123_456,
@@ -60,8 +69,13 @@ def test_every_key_is_read() -> None:
         promotion_deadline_s=3600.0,
         weights_fixed=False,
         lora_paths_immutable=True,
+        transport="zero-copy",
     )
     assert isinstance(found.promotion_fraction, float)
+
+
+def test_transports_are_those_of_the_pipeline() -> None:
+    assert ("auto", *Transport) == TRANSPORTS
 
 
 def test_frozen() -> None:
@@ -98,6 +112,7 @@ BAD: dict[str, list[Any]] = {
     "promotion_deadline_s": NOT_SECONDS,
     "weights_fixed": [flag for flag in NOT_FLAGS if flag is not None],
     "lora_paths_immutable": NOT_FLAGS,
+    "transport": ["DIRECT", "dma", "zero_copy", "", None, 1, ["direct"], {}],
     "offload_prompt_only": NOT_FLAGS,
     "self_describing_kv_events": NOT_FLAGS,
     "secondary_tiers": ["fs", {"type": "fs"}, None, 3, True],
