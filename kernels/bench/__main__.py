@@ -119,7 +119,7 @@ def main(
     else:
         print("no GPU here: measuring the CPU path; for GPUs a model, which measures nothing")
         predictions = list(cost_model.predict(models, layout, per_chunk))
-    print_table(results, predictions, Console(width=None if sys.stdout.isatty() else 200))
+    print_table(results, predictions, Console(width=None if sys.stdout.isatty() else 240))
     if csv:
         append_csv(csv, [result.figure for result in results])
     if picture:

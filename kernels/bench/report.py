@@ -38,8 +38,8 @@ def print_table(
     values = {(str(r.case), r.metric, r.contestant): r for r in results}
     names = list(dict.fromkeys(r.contestant for r in results))
     table = Table(box=None)
-    for heading in ("case", "metric"):
-        table.add_column(heading, no_wrap=True)
+    table.add_column("case")
+    table.add_column("metric", no_wrap=True)
     for heading in (*names, *(["model"] if predictions else [])):
         table.add_column(heading, justify="right", no_wrap=True)
     lines = dict.fromkeys((str(r.case), r.metric, r.unit) for r in results if r.metric != SHARE)
