@@ -2,7 +2,7 @@
 # The targets share one virtual environment and few cores, so -j changes nothing.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help install lint format types test-unit test-engine test test-gpu test-faults bench-fs fuzz demo demo-shared
+.PHONY: help install lint format types test-unit test-engine test test-gpu test-faults bench-fs bench-kernels fuzz demo demo-shared
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -87,6 +87,11 @@ BENCH_DIR := .bench
 bench-fs: install ## the filesystem tier against stock vLLM's and the device (BENCH_DIR=... on the disk)
 	$(BIN)/python -m kvstrata.tiers.fs.bench --root $(BENCH_DIR) \
 		--csv $(BENCH_DIR)/fs.csv --plot $(BENCH_DIR)/fs.png
+
+bench-kernels: install ## pages between GPU (or CPU) caches and CPU memory, against the link (BENCH_DIR=...)
+	mkdir -p $(BENCH_DIR)
+	$(BIN)/python -m kvstrata.kernels.bench \
+		--csv $(BENCH_DIR)/kernels.csv --plot $(BENCH_DIR)/kernels.png
 
 # atheris is no dependency of the tests
 FUZZ_SECONDS := 600

@@ -26,6 +26,7 @@ from kvstrata.kernels.plan import LocalLayer, Segment, plan
 
 ROUND_BYTES = 128 << 20
 OURS, MEMCPY = "kvstrata", "one memcpy"
+RATIO = "ratio to one memcpy"
 
 
 class WrongBytes(Exception):
@@ -137,7 +138,7 @@ def _measure(shape: Shape, scattered: bool, round_bytes: int, repeat: int) -> li
             speed = region.nbytes / 1e9 / statistics.median(medians)
             figures.append(Figure(case, contestant, "speed", speed, "GB/s"))
         ratio = statistics.median(memcpy / ours for ours, memcpy in times)
-        figures.append(Figure(case, OURS, "ratio to one memcpy", ratio, ""))
+        figures.append(Figure(case, OURS, RATIO, ratio, ""))
     return figures
 
 

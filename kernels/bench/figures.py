@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from kvstrata.kernels.device import cuda
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -31,11 +33,15 @@ def machine() -> dict[str, str]:
     """What the figures depend on besides kvstrata; in front of each line of the CSV file."""
     return {
         "machine": f"{_processor()}, {os.cpu_count()} cores",
+        "gpu": cuda.get_device_name() if cuda.is_available() else "none",
+        "driver": _driver(),
         "kernel": platform.release(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "numpy": metadata.version("numpy"),
-        "kvstrata": metadata.version("kvstrata"),
+        "triton": _version("triton"),
+        "numpy": _version("numpy"),
+        "kvstrata": _version("kvstrata"),
+        "vllm": _version("vllm"),
     }
 
 
@@ -48,6 +54,23 @@ def append_csv(path: Path, figures: Iterable[Figure]) -> None:
         if new:
             writer.writerow((*here, *(field.name for field in fields(Figure))))
         writer.writerows((*here.values(), *astuple(figure)) for figure in figures)
+
+
+def _version(package: str) -> str:
+    """Of an installed package; a checkout on the path is none."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def _driver() -> str:
+    """Version of NVIDIA's kernel module."""
+    try:
+        line = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+    except OSError:
+        return "none"
+    return next((word for word in line.split() if word[0].isdigit()), line)
 
 
 def _processor() -> str:

@@ -1,0 +1,6 @@
+"""The shared module simulated_cuda."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
