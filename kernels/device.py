@@ -23,7 +23,7 @@ _MAX_PINNED_RUN = 64 << 30
 _PORTABLE_AND_MAPPED = 3  # cudaHostRegister: kernels may use the addresses
 
 
-class Runs(NamedTuple):
+class Pieces(NamedTuple):
     """Contiguous pieces of device and host memory that belong together.
 
     device, host: addresses, int64 [n]. sizes: bytes, int64 [n].
@@ -49,7 +49,7 @@ class Device(Protocol):
     def run(self, stream: Stream, action: Callable[[], None]) -> None:
         """Queue what `action` does."""
 
-    def copy(self, stream: Stream, runs: Runs, *, to_host: bool) -> None:
+    def copy(self, stream: Stream, pieces: Pieces, *, to_host: bool) -> None:
         """Queue copies between device and pinned host memory.
 
         Raises RuntimeError when the driver refuses.
@@ -128,10 +128,10 @@ class CudaDevice:
         with cuda.stream(stream):
             action()
 
-    def copy(self, stream: Stream, runs: Runs, *, to_host: bool) -> None:
-        ends = (runs.host, runs.device) if to_host else (runs.device, runs.host)
+    def copy(self, stream: Stream, pieces: Pieces, *, to_host: bool) -> None:
+        ends = (pieces.host, pieces.device) if to_host else (pieces.device, pieces.host)
         with cuda.device(self._device):
-            self.driver.copy(*ends, runs.sizes, stream.cuda_stream)
+            self.driver.copy(*ends, pieces.sizes, stream.cuda_stream)
 
     def record(self, event: Event, stream: Stream) -> None:
         event.record(stream)

@@ -16,7 +16,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from kvstrata.kernels.device import Device, Event, Runs, Stream
+from kvstrata.kernels.device import Device, Event, Pieces, Stream
 from kvstrata.kernels.lanes import Lane
 from kvstrata.kernels.pack import Copy
 from kvstrata.kernels.pipeline import (
@@ -341,11 +341,11 @@ class GpuPipeline:
         addresses: np.ndarray = self._region.data_ptr() + batch.slots * self._region.stride(0)
         return addresses
 
-    def _fragments(self, batch: _Batch, *, store: bool) -> Runs:
+    def _fragments(self, batch: _Batch, *, store: bool) -> Pieces:
         zeros = self._zeros.data_ptr() if store else None
-        return batch.part.fragments.runs(self._pages_at(batch), batch.block_ids, zeros)
+        return batch.part.fragments.pieces(self._pages_at(batch), batch.block_ids, zeros)
 
-    def _shards(self, batch: _Batch, pages: torch.Tensor) -> Runs:
+    def _shards(self, batch: _Batch, pages: torch.Tensor) -> Pieces:
         """One run per staged page, or one per page and head where pipeline parallelism, or a
         shard that was split, gives some layers of each head."""
         shard = batch.part.segment.shard
@@ -353,7 +353,7 @@ class GpuPipeline:
         host = self._pages_at(batch)[:, None] + shard.offset + runs * shard.pitch
         staged = pages.data_ptr() + np.arange(len(pages)) * pages.stride(0)
         device = staged[:, None] + runs * shard.length
-        return Runs(device.ravel(), host.ravel(), np.full(host.size, shard.length))
+        return Pieces(device.ravel(), host.ravel(), np.full(host.size, shard.length))
 
     # -- before the first job ---------------------------------------------------------
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvstrata.kernels.device import Runs
+from kvstrata.kernels.device import Pieces
 from kvstrata.kernels.plan import LayerSet, RowLayout, Segment
 
 
@@ -132,7 +132,7 @@ class Fragments:
         """Size of the largest piece."""
         return int(self._sizes.max())
 
-    def runs(self, pages: np.ndarray, block_ids: np.ndarray, zeros: int | None) -> Runs:
+    def pieces(self, pages: np.ndarray, block_ids: np.ndarray, zeros: int | None) -> Pieces:
         """The pieces of some pages.
 
         pages: int64 [n], addresses of the pages. block_ids: int64 [n, blocks_per_chunk].
@@ -146,9 +146,9 @@ class Fragments:
         missing = np.broadcast_to((block_ids < 0)[:, :, None], host.shape)
         if zeros is None:
             here = ~missing
-            return Runs(cache[here], host[here], sizes[here])
+            return Pieces(cache[here], host[here], sizes[here])
         cache = np.where(missing, zeros, cache)
-        return Runs(cache.ravel(), host.ravel(), np.ascontiguousarray(sizes).ravel())
+        return Pieces(cache.ravel(), host.ravel(), np.ascontiguousarray(sizes).ravel())
 
 
 def _pieces(

@@ -192,7 +192,7 @@ class Stock:
                     pages = region.data_ptr() + slots * region.stride(0)
                     for fragments in self._scene.fragments[number]:
                         device, host, sizes = map(
-                            torch.from_numpy, fragments.runs(pages, ids, None)
+                            torch.from_numpy, fragments.pieces(pages, ids, None)
                         )
                         ends = (device, host) if store else (host, device)
                         self._copy[store](*ends, sizes, is_src_access_order_any=not store)

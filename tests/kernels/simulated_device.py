@@ -8,7 +8,7 @@ from random import Random
 
 import torch
 
-from kvstrata.kernels.device import Runs
+from kvstrata.kernels.device import Pieces
 
 
 class SimEvent:
@@ -54,10 +54,10 @@ class SimulatedDevice:
     def run(self, stream: SimStream, action: Callable[[], None]) -> None:
         stream.queue.append(action)
 
-    def copy(self, stream: SimStream, runs: Runs, *, to_host: bool) -> None:
-        pieces = list(zip(*(column.tolist() for column in runs), strict=True))
-        self.random.shuffle(pieces)  # a batch has no order
-        for device, host, nbytes in pieces:
+    def copy(self, stream: SimStream, pieces: Pieces, *, to_host: bool) -> None:
+        each = list(zip(*(column.tolist() for column in pieces), strict=True))
+        self.random.shuffle(each)  # a batch has no order
+        for device, host, nbytes in each:
             to, source = (host, device) if to_host else (device, host)
             stream.queue.append(partial(ctypes.memmove, to, source, nbytes))
 

@@ -54,7 +54,7 @@ def test_the_parts_together_are_the_segment(world: dict, most: int) -> None:
     together.fill_(0xA5)
     pages = together.data_ptr() + np.arange(2) * MODEL.page_bytes
     for part in parts:
-        runs = Fragments(part, part.in_page).runs(pages, ids.numpy(), None)
+        runs = Fragments(part, part.in_page).pieces(pages, ids.numpy(), None)
         for piece in zip(
             runs.host.tolist(), runs.device.tolist(), runs.sizes.tolist(), strict=True
         ):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernel_worlds import LAYOUTS, SPLIT, Model, Rank, some_blocks
 
-from kvstrata.kernels.device import Runs
+from kvstrata.kernels.device import Pieces
 from kvstrata.kernels.geometry import token_major
 from kvstrata.kernels.pack import copy_torch
 from kvstrata.kernels.plan import LocalLayer, plan
@@ -31,8 +31,8 @@ WORLDS = st.fixed_dictionaries(
 )
 
 
-def apply(runs: Runs, *, to_host: bool) -> None:
-    for device, host, nbytes in zip(*(column.tolist() for column in runs), strict=True):
+def apply(pieces: Pieces, *, to_host: bool) -> None:
+    for device, host, nbytes in zip(*(column.tolist() for column in pieces), strict=True):
         ctypes.memmove(*((host, device) if to_host else (device, host)), nbytes)
 
 
@@ -57,16 +57,16 @@ def test_the_pieces_are_what_the_oracle_copies(
     rows = torch.from_numpy(slots)
 
     zeros = torch.zeros(fragments.most_bytes, dtype=torch.uint8)
-    runs = fragments.runs(at, ids.numpy(), zeros.data_ptr())
-    assert all(column.dtype == np.int64 and column.flags.c_contiguous for column in runs)
-    assert runs.sizes.max() == fragments.most_bytes
-    assert runs.sizes.mean() == pytest.approx(fragments.mean_bytes)
-    assert runs.sizes.sum() == 2 * segment.shard_bytes
-    apply(runs, to_host=True)
+    pieces = fragments.pieces(at, ids.numpy(), zeros.data_ptr())
+    assert all(column.dtype == np.int64 and column.flags.c_contiguous for column in pieces)
+    assert pieces.sizes.max() == fragments.most_bytes
+    assert pieces.sizes.mean() == pytest.approx(fragments.mean_bytes)
+    assert pieces.sizes.sum() == 2 * segment.shard_bytes
+    apply(pieces, to_host=True)
     copy_torch(segment, segment.in_page, wanted, rows, ids, unpack=False)
     assert torch.equal(region, wanted)
 
-    device, host, sizes = (column.reshape(-1, fragments.per_block) for column in runs)
+    device, host, sizes = (column.reshape(-1, fragments.per_block) for column in pieces)
     joined = (host[:, :-1] + sizes[:, :-1] == host[:, 1:]) & (
         device[:, :-1] + sizes[:, :-1] == device[:, 1:]
     )
@@ -76,7 +76,7 @@ def test_the_pieces_are_what_the_oracle_copies(
     twin = Rank(model, tp=tp, rank=r, **world)
     twin.buffer.copy_(rank.buffer)
     (same,) = twin.segments
-    apply(fragments.runs(at, ids.numpy(), None), to_host=False)
+    apply(fragments.pieces(at, ids.numpy(), None), to_host=False)
     copy_torch(same, same.in_page, region, rows, ids, unpack=True)
     assert torch.equal(rank.buffer, twin.buffer)
 
@@ -111,7 +111,7 @@ def test_neighbours_in_the_first_block_alone_are_two_pieces() -> None:
     (segment,) = plan([cache.shape(1) for cache in caches], local, 1)
     page = torch.zeros(1, 16, dtype=torch.int16)
     at = np.array([page.data_ptr()])
-    apply(Fragments(segment, segment.in_page).runs(at, np.array([[1]]), None), to_host=True)
+    apply(Fragments(segment, segment.in_page).pieces(at, np.array([[1]]), None), to_host=True)
     assert page.tolist() == [[*range(16, 24), *range(40, 48)]]
 
 
