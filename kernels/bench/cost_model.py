@@ -2,8 +2,9 @@
 
 The fragments are counted in real plans. The costs are those of vLLM's blog on its KV offloading
 connector, of an H100 (DESIGN section 4 quotes them): about 0.5 us of CPU per descriptor; 8 KiB
-fragments at 12 to 15 GB/s, 128 KiB at 54 GB/s. The time of a fragment is its descriptor's and that of its bytes, whose rate follows
-from the speed at 128 KiB; at 8 KiB this gives 13 GB/s, inside the published range.
+fragments at 12 to 15 GB/s, 128 KiB at 54 GB/s. The time of a fragment is its descriptor's and that
+of its bytes, whose rate follows from the speed at 128 KiB; at 8 KiB this gives 13 GB/s, inside the
+published range.
 """
 
 from __future__ import annotations
