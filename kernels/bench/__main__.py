@@ -47,7 +47,7 @@ def measure_gpu(
     device: torch.device,
 ) -> Iterator[Result]:
     """All models in all layouts; the loops beside the transfers once per model."""
-    from kvstrata.kernels.bench.contestants import contestants
+    from kvstrata.kernels.bench.contestants import Piped, contestants
     from kvstrata.kernels.bench.neighbours import measure as measure_neighbours
     from kvstrata.kernels.bench.scene import Scene, region_bytes
     from kvstrata.kernels.bench.transfers import latency, measure
@@ -61,6 +61,8 @@ def measure_gpu(
     def one(model: Model, layout: str, per_chunk: int) -> Iterator[Result]:
         scene = Scene(model, layout, per_chunk, most, memory, device)
         found = contestants(scene)
+        ours = next(one for one in found if isinstance(one, Piped))
+        print(f"  chunks of {per_chunk}: {ours.pipeline.describe()}", file=sys.stderr)
         yield from measure(scene, found, blocks, ceilings, repeat)
         yield from latency(scene, found)
         if (layout, per_chunk) == (layouts[0], per_chunks[0]):
