@@ -76,6 +76,7 @@ GPU_PYTHON := $(BIN)/python
 test-gpu: install
 endif
 test-gpu: ## the kernels' tests on the GPU; no vLLM needed (make test-gpu PYTHON=python3: no .venv)
+	$(GPU_PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("no CUDA device")'
 	$(GPU_PYTHON) -m pytest tests/kernels
 
 test: lint types test-unit test-engine ## everything CI runs

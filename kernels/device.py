@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from kvstrata.kernels.driver import Driver, open_driver
+from kvstrata.kernels.driver import Driver, drivers
 
 Stream = Any
 Event = Any
@@ -112,8 +112,23 @@ class CudaDevice:
 
     @cached_property
     def driver(self) -> Driver:
-        """What copies."""
-        return open_driver()
+        """What copies: the first of the machine's ways that works here.
+
+        Raises RuntimeError when none does, OSError without the driver's library.
+        """
+        host, there = self.allocate_pinned(1, torch.int64), self.allocate(1, torch.int64)
+        to, source = (np.array([end.data_ptr()]) for end in (there, host))
+        stream = self.stream(urgent=False)
+        refusals = []
+        for driver in drivers():
+            try:
+                with cuda.device(self._device):
+                    driver.copy(to, source, np.array([host.nbytes]), stream.cuda_stream)
+                stream.synchronize()
+                return driver
+            except RuntimeError as error:
+                refusals.append(f"{driver.name}: {error}")
+        raise RuntimeError("; ".join(refusals))
 
     def stream(self, *, urgent: bool) -> Stream:
         return cuda.Stream(self._device, priority=-1 if urgent else 0)

@@ -5,7 +5,7 @@ for ten thousand. (cuda-bindings takes lists and converts each element.)
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -41,20 +41,21 @@ class _Attributes(ctypes.Structure):
     )
 
 
-def open_driver() -> Driver:
-    """The best way of this machine's driver.
+def drivers() -> Iterator[Driver]:
+    """The ways of this machine's driver, the best first.
 
     CUDA 12.8 and later have `cuMemcpyBatchAsync`; else, and on ROCm, each piece is a call.
     Raises OSError when the driver's library is not there.
     """
     if torch.version.hip:
         hip = ctypes.CDLL("libamdhip64.so")
-        return Driver("hipMemcpyAsync", _one_by_one(hip.hipMemcpyAsync, [_HIP_DEFAULT]))
+        yield Driver("hipMemcpyAsync", _one_by_one(hip.hipMemcpyAsync, [_HIP_DEFAULT]))
+        return
     cuda = ctypes.CDLL("libcuda.so.1")
     batch = getattr(cuda, "cuMemcpyBatchAsync", None)
     if batch is not None:
-        return Driver("cuMemcpyBatchAsync", _batched(batch))
-    return Driver("cuMemcpyAsync", _one_by_one(cuda.cuMemcpyAsync, []))
+        yield Driver("cuMemcpyBatchAsync", _batched(batch))
+    yield Driver("cuMemcpyAsync", _one_by_one(cuda.cuMemcpyAsync, []))
 
 
 def _batched(function: Callable[..., int]) -> Copy:

@@ -8,8 +8,10 @@ between, but where a lane's ring of block ids is full.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,6 +31,7 @@ from kvstrata.kernels.pipeline import (
 )
 from kvstrata.kernels.plan import RowLayout, Segment, split
 from kvstrata.kernels.transport import (
+    FEW_BYTES,
     FEW_PAGES,
     LEAST_RUN,
     Choice,
@@ -38,13 +41,16 @@ from kvstrata.kernels.transport import (
     choose,
 )
 
+logger = logging.getLogger("kvstrata.kernels")
+
 # Large enough for a DMA to reach its speed (about 150 us on PCIe 5), small enough for three lanes
 # to go unnoticed in GPU memory. Larger shards are split.
 STAGING_BYTES = 8 << 20
 # One is filled, one is moved, and one evens out the difference.
 STAGING_SLOTS = 3
-MAX_BATCH = 256  # pages, and pieces of a direct copy: keep the arrays of one batch small
-MAX_RUNS = 1 << 16
+# Pages of a batch, and pieces of a direct copy: keep the arrays of one batch small.
+MAX_BATCH = 256
+MAX_PIECES = 1 << 16
 # A ring holds the ids of so many times all blocks: what can be under way, and as much again.
 RING_ROUNDS = 2
 _TRIAL = -1  # no job of vLLM's has this id
@@ -70,15 +76,12 @@ class _Part:
         if transport is Transport.STAGED:
             return slot_bytes // self.pitch
         if transport is Transport.DIRECT:
-            return max(1, MAX_RUNS // (self.fragments.per_block * self.segment.blocks_per_chunk))
+            return max(1, MAX_PIECES // (self.fragments.per_block * self.segment.blocks_per_chunk))
         return MAX_BATCH
 
-    def candidates(self) -> list[Transport]:
-        """The transports that may pay."""
-        found = [Transport.STAGED, Transport.ZERO_COPY]
-        if self.fragments.mean_bytes >= LEAST_RUN:
-            found.append(Transport.DIRECT)
-        return found
+    def may_pay(self, transport: Transport) -> bool:
+        """Whether it is worth a trial."""
+        return transport is not Transport.DIRECT or self.fragments.mean_bytes >= LEAST_RUN
 
 
 @dataclass
@@ -150,7 +153,7 @@ class GpuPipeline:
         self._zeros.copy_(torch.zeros(len(self._zeros), dtype=torch.uint8))
         slot_bytes = max([STAGING_BYTES, *(part.pitch for part in parts)])
         longest = max(1 + part.segment.blocks_per_chunk for part in parts) * MAX_BATCH
-        blocks = sum(part.segment.num_blocks for part in parts)
+        blocks = sum(some[0].segment.num_blocks for of in self._parts.values() for some in of)
         numbers = max(longest, RING_ROUNDS * 2 * blocks)
         self._store, self._load, self._expedited = (
             Lane(device, STAGING_SLOTS, slot_bytes, numbers, urgent=urgent)
@@ -158,7 +161,8 @@ class GpuPipeline:
         )
         device.pin(region)
         self._await_buffers()
-        self._warm_up(parts, transport)
+        self._ways = list(Transport) if transport is None else [transport]
+        self._warm_up(parts)
         self.trials: dict[tuple[str, str], list[Trial]] = {}
         for of in self._parts.values():
             for some in of:
@@ -166,37 +170,38 @@ class GpuPipeline:
 
     def submit_store(self, job_id: int, work: Sequence[GroupWork]) -> None:
         """See `Pipeline`."""
-        job, lane, device = self._open(job_id, work), self._store, self._device
-        device.hold(lane.kernels, job.submitted)
-        device.record(job.start, lane.kernels)
-        direct = False
-        for batch, transport in self._batches(work, lane, store=True):
-            direct = direct or transport is Transport.DIRECT
-            self._store_batch(lane, batch, transport, job)
-            job.nbytes += batch.nbytes
-        if not direct:
-            device.record(job.released, lane.kernels)
-        gathered = self._event()
-        device.record(gathered, lane.kernels)
-        device.hold(lane.dma, gathered)
-        self._spare_events.append(gathered)
-        if direct:
-            device.record(job.released, lane.dma)
-        device.record(job.end, lane.dma)
+        lane, device = self._store, self._device
+        with self._open(job_id, work) as job:
+            device.hold(lane.kernels, job.submitted)
+            device.record(job.start, lane.kernels)
+            direct = False
+            for batch, transport in self._batches(work, lane, store=True):
+                direct = direct or transport is Transport.DIRECT
+                self._store_batch(lane, batch, transport, job)
+                job.nbytes += batch.nbytes
+            if not direct:
+                device.record(job.released, lane.kernels)
+            gathered = self._event()
+            device.record(gathered, lane.kernels)
+            device.hold(lane.dma, gathered)
+            self._spare_events.append(gathered)
+            if direct:
+                device.record(job.released, lane.dma)
+            device.record(job.end, lane.dma)
 
     def submit_load(self, job_id: int, work: Sequence[GroupWork], expedited: bool = False) -> None:
         """See `Pipeline`."""
-        job, device = self._open(job_id, work), self._device
-        lane = self._expedited if expedited else self._load
-        device.record(job.start, lane.dma)
-        # The model may still use the blocks' former content, but staging is nobody's.
-        device.hold(lane.kernels, job.submitted)
-        device.hold(lane.kernels, job.start)
-        for batch, transport in self._batches(work, lane, store=False):
-            self._load_batch(lane, batch, transport)
-            job.nbytes += batch.nbytes
-        device.record(job.released, lane.kernels)
-        device.record(job.end, lane.kernels)
+        lane, device = self._expedited if expedited else self._load, self._device
+        with self._open(job_id, work) as job:
+            device.record(job.start, lane.dma)
+            # The model may still use the blocks' former content, but staging is nobody's.
+            device.hold(lane.kernels, job.submitted)
+            device.hold(lane.kernels, job.start)
+            for batch, transport in self._batches(work, lane, store=False):
+                self._load_batch(lane, batch, transport)
+                job.nbytes += batch.nbytes
+            device.record(job.released, lane.kernels)
+            device.record(job.end, lane.kernels)
 
     def finished(self) -> list[Finished]:
         """See `Pipeline`."""
@@ -226,7 +231,7 @@ class GpuPipeline:
         """See `Pipeline`."""
         return "; ".join(
             f"{some[0].segment.names[0]} and alike: {way} "
-            f"{choice.few} up to {FEW_PAGES} pages, else {choice.many}"
+            f"{choice.few} up to {FEW_PAGES} pages and {FEW_BYTES >> 20} MiB, else {choice.many}"
             f"{_brackets(self.trials.get((some[0].segment.names[0], way), []))}"
             for of in self._parts.values()
             for some in of
@@ -238,13 +243,19 @@ class GpuPipeline:
         self.wait(list(self._jobs))
         self._device.unpin()
 
-    def _open(self, job_id: int, work: Sequence[GroupWork]) -> _Job:
+    @contextmanager
+    def _open(self, job_id: int, work: Sequence[GroupWork]) -> Iterator[_Job]:
+        """A job to be queued; none, if that fails."""
         if job_id in self._jobs:
             raise ValueError(f"job {job_id} is still under way")
         check_work(self._groups, self._region, work)
         job = self._jobs[job_id] = _Job(*(self._event() for _ in range(4)))
         self._device.record(job.submitted, self._device.compute_stream())
-        return job
+        try:
+            yield job
+        except BaseException:
+            del self._jobs[job_id]  # its events are not used again: some are not recorded
+            raise
 
     def _event(self) -> Event:
         return self._spare_events.pop() if self._spare_events else self._device.event()
@@ -267,8 +278,9 @@ class GpuPipeline:
         count = len(pages)
         there = lane.ring.put(np.concatenate((pages, ids.ravel())))
         there_pages, there_ids = there[:count], there[count:].view(ids.shape)
+        nbytes = count * sum(part.shard_bytes for part in parts)
         for part in parts:
-            transport = part.choice(store=store).of(count)
+            transport = part.choice(store=store).of(count, nbytes)
             step = part.pages(transport, lane.slot_bytes)
             for i in range(0, count, step):
                 some = slice(i, i + step)
@@ -364,9 +376,9 @@ class GpuPipeline:
         self._device.synchronize(written)
         self._spare_events.append(written)
 
-    def _warm_up(self, parts: Sequence[_Part], transport: Transport | None) -> None:
-        """Compile and launch every kernel once, on blocks that are all missing."""
-        lane, done = self._store, self._event()
+    def _warm_up(self, parts: Sequence[_Part]) -> None:
+        """Compile and launch every kernel once, on blocks that are all missing, and copy once."""
+        lane, device, done = self._store, self._device, self._event()
         for part in parts:
             width = part.segment.blocks_per_chunk
             slots, ids = np.zeros(1, np.int64), np.full((1, width), -1)
@@ -374,13 +386,29 @@ class GpuPipeline:
             batch = _Batch(part, slots, ids, there[:1], there[1:].view(1, -1))
             pages = self._staged_pages(lane.next_slot().memory, batch)
             for unpack in (False, True):
-                if transport in (None, Transport.STAGED):
+                if Transport.STAGED in self._ways:
                     self._pack(lane.kernels, batch, pages, unpack=unpack)
-                if transport in (None, Transport.ZERO_COPY):
-                    self._zero_copy(lane.kernels, batch, unpack=unpack)
-        self._device.record(done, lane.kernels)
-        self._device.synchronize(done)
+                if Transport.ZERO_COPY in self._ways:
+                    self._warm_up_zero_copy(lane.kernels, batch, unpack=unpack)
+        device.record(done, lane.kernels)
+        device.synchronize(done)
+        staged = lane.next_slot().memory.data_ptr()
+        host = self._region.data_ptr() + parts[0].segment.in_page.offset
+        piece = Pieces(np.array([staged]), np.array([host]), np.ones(1, np.int64))
+        for to_host in (False, True):  # a byte goes there and back
+            device.copy(lane.dma, piece, to_host=to_host)
+        device.record(done, lane.dma)
+        device.synchronize(done)
         self._spare_events.append(done)
+
+    def _warm_up_zero_copy(self, stream: Stream, batch: _Batch, *, unpack: bool) -> None:
+        try:
+            self._zero_copy(stream, batch, unpack=unpack)
+        except (RuntimeError, ValueError) as error:  # Triton's, where host memory has no address
+            self._ways.remove(Transport.ZERO_COPY)
+            if not self._ways:
+                raise
+            logger.warning("kvstrata: transport zero-copy is left out: %s", error)
 
     def _decide(self, parts: list[_Part], transport: Transport | None) -> None:
         """Choose the transports of one segment, whose parts are alike."""
@@ -392,7 +420,7 @@ class GpuPipeline:
                 blocks = first.segment.num_blocks // first.segment.blocks_per_chunk
                 choice, trials = choose(
                     partial(self._try, first, store),
-                    first.candidates(),
+                    [way for way in self._ways if first.may_pay(way)],
                     min(MAX_BATCH, len(self._region), blocks),
                     first.shard_bytes,
                 )
@@ -411,16 +439,16 @@ class GpuPipeline:
         ids[ids >= part.segment.num_blocks] = -1
         lane = self._store if store else self._load
         start = time.perf_counter()
-        job = self._open(_TRIAL, [])
-        self._device.hold(lane.kernels, job.submitted)
-        for batch, way in self._upload([part], np.arange(pages), ids, lane, store=store):
-            if store:
-                self._store_batch(lane, batch, way, job)
-            else:
-                self._load_batch(lane, batch, way)
-        for stream in (lane.kernels, lane.dma):
-            self._device.record(job.end, stream)
-            self._device.synchronize(job.end)
+        with self._open(_TRIAL, []) as job:
+            self._device.hold(lane.kernels, job.submitted)
+            for batch, way in self._upload([part], np.arange(pages), ids, lane, store=store):
+                if store:
+                    self._store_batch(lane, batch, way, job)
+                else:
+                    self._load_batch(lane, batch, way)
+            for stream in (lane.kernels, lane.dma):
+                self._device.record(job.end, stream)
+                self._device.synchronize(job.end)
         seconds = time.perf_counter() - start
         self._spare_events += self._jobs.pop(_TRIAL).events()
         return seconds

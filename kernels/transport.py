@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from statistics import median
@@ -18,6 +19,8 @@ import numpy as np
 
 from kvstrata.kernels.device import Pieces
 from kvstrata.kernels.plan import LayerSet, RowLayout, Segment
+
+logger = logging.getLogger("kvstrata.kernels")
 
 
 class Transport(StrEnum):
@@ -29,14 +32,14 @@ class Transport(StrEnum):
 
 
 class Choice(NamedTuple):
-    """The transports of one direction: of up to `FEW_PAGES` pages, and of more."""
+    """The transports of one direction: of few pages, and of more."""
 
     few: Transport
     many: Transport
 
-    def of(self, pages: int) -> Transport:
-        """The transport of so many pages."""
-        return self.few if pages <= FEW_PAGES else self.many
+    def of(self, pages: int, nbytes: int) -> Transport:
+        """The transport of so many pages, with so many bytes of this worker's in all."""
+        return self.few if pages <= FEW_PAGES and nbytes <= FEW_BYTES else self.many
 
 
 class Trial(NamedTuple):
@@ -52,7 +55,10 @@ class Trial(NamedTuple):
         return f"{self.transport} {self.pages} x {self.page_bytes} B: {rate:.2f} GB/s"
 
 
-FEW_PAGES = 4  # between the two sizes that are tried, one page and many
+# Few are so many pages at most, which is between the two sizes that are tried, and so many bytes,
+# which take 20 us on a PCIe 5 link: about what it costs to start a pack and a DMA.
+FEW_PAGES = 4
+FEW_BYTES = 1 << 20
 TRIAL_BYTES = 64 << 20  # many pages: about 1 ms on a PCIe 5 link
 _ROUNDS = 5
 # Below this the 0.5 us that a driver takes per piece (DESIGN section 4) is most of the time.
@@ -74,23 +80,38 @@ def choose(
     """The best transports of one direction.
 
     seconds: moves so many pages by a transport and tells how long that took.
-    candidates: what is possible. most_pages: how many pages a trial may take.
+    candidates: what is possible; one that raises RuntimeError is left out, with a warning.
+    most_pages: how many pages a trial may take.
+    Raises RuntimeError when none is left.
     """
+    ways = list(candidates)
     many = max(1, min(most_pages, TRIAL_BYTES // page_bytes))
     trials = []
     best = []
     for pages in (1, many):
-        times: dict[Transport, list[float]] = {transport: [] for transport in candidates}
+        times: dict[Transport, list[float]] = {transport: [] for transport in ways}
         for _ in range(_ROUNDS):  # in turns, so that a disturbance meets all
-            for transport in candidates:
-                times[transport].append(seconds(transport, pages))
-        medians = {transport: median(values) for transport, values in times.items()}
+            for transport in list(ways):
+                try:
+                    times[transport].append(seconds(transport, pages))
+                except RuntimeError as error:
+                    ways.remove(transport)
+                    if not ways:
+                        raise
+                    logger.warning("kvstrata: transport %s is left out: %s", transport, error)
+        medians = {transport: median(times[transport]) for transport in ways}
         trials += [Trial(t, pages, page_bytes, value) for t, value in medians.items()]
-        if pages > FEW_PAGES and Transport.ZERO_COPY in medians:
+        is_few = pages <= FEW_PAGES and pages * page_bytes <= FEW_BYTES
+        if not is_few and Transport.ZERO_COPY in medians:
             medians[Transport.ZERO_COPY] *= _HOLDS_SMS
-        limit = min(medians.values()) * _EQUAL
-        best.append(next(t for t in _PREFERRED if t in medians and medians[t] <= limit))
-    return Choice(*best), trials
+        best.append(medians)
+    return Choice(*(_preferred(medians, ways) for medians in best)), trials
+
+
+def _preferred(medians: dict[Transport, float], ways: Sequence[Transport]) -> Transport:
+    """The fastest of these ways, or one that is as fast and preferred."""
+    limit = min(medians[way] for way in ways) * _EQUAL
+    return next(way for way in _PREFERRED if way in ways and medians[way] <= limit)
 
 
 class Fragments:

@@ -28,6 +28,7 @@ from kvstrata.kernels.models import LAYOUTS, MODELS, Model
 MEASURED_LAYOUTS = ["LBHNC", "LBNHC", "BHLNC", "BLNHC"]
 BLOCKS = [1, 8, 64, 512]
 PER_CHUNK = [1, 4, 16]
+PICTURES = [".png", ".svg", ".pdf"]
 _CPU_ROUNDS = 5  # for each one of a GPU: they take milliseconds, and CPUs are noisy
 
 
@@ -105,6 +106,11 @@ def main(
         raise typer.BadParameter(f"{name} is none of {', '.join(LAYOUTS)}")
     if max(blocks) < max(per_chunk):
         raise typer.BadParameter(f"{max(blocks)} blocks make no chunk of {max(per_chunk)}")
+    for path in filter(None, (csv, picture)):
+        if not path.parent.is_dir():
+            raise typer.BadParameter(f"{path}: there is no directory {path.parent}")
+    if picture and picture.suffix not in PICTURES:
+        raise typer.BadParameter(f"{picture}: end the name with one of {', '.join(PICTURES)}")
     print("measuring the CPU path", file=sys.stderr)
     results = list(
         measure_cpu(_CPU_ROUNDS * repeat, cpu_mib << 20)

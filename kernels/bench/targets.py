@@ -8,6 +8,7 @@ from typing import NamedTuple
 from kvstrata.kernels.bench import cpu
 from kvstrata.kernels.bench.cases import (
     BASELINES,
+    BESIDE,
     BOTH,
     LARGE_BYTES,
     LOAD,
@@ -113,6 +114,8 @@ def _judge(target: Target, values: dict[tuple[Case, str, str], float]) -> tuple[
         ours = (contestant, metric) == (target.contestant, target.metric)
         if not ours or not target.applies(case):
             continue
+        if metric == SLOWDOWN and not values.get((case, contestant, BESIDE), 0.0):
+            continue  # there was no transfer
         if target.against:
             others = [values.get((case, other, metric), 0.0) for other in target.against]
             if not any(others):
@@ -127,6 +130,7 @@ def _judge(target: Target, values: dict[tuple[Case, str, str], float]) -> tuple[
         (v, c) for v, c in found if (v > target.bound if target.at_most else v < target.bound)
     ]
     if not missed:
-        return "met", f": {found[0][0]:.2f} {sign} {target.bound:g}"
+        cases = f"{len(found)} case" + "s" * (len(found) > 1)
+        return "met", f": {found[0][0]:.2f} {sign} {target.bound:g}, the worst of {cases}"
     worst = "; ".join(f"{value:.2f} {case}" for value, case in missed[:_SHOWN])
     return "missed", f" {sign} {target.bound:g} in {len(missed)} of {len(found)}, worst: {worst}"

@@ -9,7 +9,7 @@ from random import Random
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -195,7 +195,11 @@ class AnyOrder(RuleBasedStateMachine):
 
 
 TestAnyOrder = AnyOrder.TestCase
-TestAnyOrder.settings = settings(max_examples=200, stateful_step_count=25, deadline=None)
+# Not shrunk: that takes minutes, since any other order may fail or not.
+PHASES = [Phase.explicit, Phase.reuse, Phase.generate]
+TestAnyOrder.settings = settings(
+    max_examples=200, stateful_step_count=25, deadline=None, phases=PHASES
+)
 
 
 def test_a_job_id_under_way_is_refused() -> None:
@@ -205,6 +209,61 @@ def test_a_job_id_under_way_is_refused() -> None:
     pipeline.submit_store(7, work)
     with pytest.raises(ValueError, match="job 7"):
         pipeline.submit_load(7, work)
+
+
+@pytest.mark.parametrize("transport", list(Transport))
+def test_everything_is_used_once_before_the_first_job(transport: Transport) -> None:
+    side, device = Side(MODEL, BLOCKS, SLOTS), SimulatedDevice(Random(0))
+    copied, copy = [], device.copy
+    device.copy = lambda *a, to_host: copied.append(to_host) or copy(*a, to_host=to_host)  # type: ignore[method-assign]
+    GpuPipeline(side.groups, side.region, device, copy_torch, transport)
+    assert copied == [False, True]
+
+
+@pytest.mark.parametrize("submit", ["submit_store", "submit_load"])
+def test_a_job_that_was_refused_is_none(submit: str) -> None:
+    side, device = Side(MODEL, BLOCKS, SLOTS), SimulatedDevice(Random(0))
+    pipeline = GpuPipeline(side.groups, side.region, device, copy_torch, Transport.STAGED)
+    work = [GroupWork(0, np.array([1]), np.array([[1, 2]]))]
+    copy = device.copy
+
+    def refuse(*arguments: object, to_host: bool) -> None:
+        raise RuntimeError("refused")
+
+    pipeline.submit_store(1, work)
+    pipeline.wait({1})
+    assert [job.job_id for job in pipeline.finished()] == [1]
+    device.copy = refuse  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="refused"):
+        getattr(pipeline, submit)(2, work)
+    device.copy = copy  # type: ignore[method-assign]
+    assert pipeline.finished() == []
+    getattr(pipeline, submit)(2, work)
+    pipeline.wait({2})
+    assert [job.job_id for job in pipeline.finished()] == [2]
+
+
+def test_zero_copy_is_left_out_where_kernels_cannot_reach_the_region(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    side = Side(MODEL, BLOCKS, SLOTS)
+
+    def copy(segment, layout, pages, rows, block_ids, *, unpack):
+        if pages.untyped_storage().data_ptr() == side.region.data_ptr():
+            raise ValueError("cpu tensor?")
+        copy_torch(segment, layout, pages, rows, block_ids, unpack=unpack)
+
+    class AtOnce(SimulatedDevice):
+        """Launches, as a real device does, when it is told to."""
+
+        def run(self, stream, action):
+            action()
+
+    pipeline = GpuPipeline(side.groups, side.region, AtOnce(Random(0)), copy)
+    assert "zero-copy is left out: cpu tensor?" in caplog.text
+    assert "zero-copy" not in pipeline.describe()
+    with pytest.raises(ValueError, match="cpu tensor"):
+        GpuPipeline(side.groups, side.region, AtOnce(Random(0)), copy, Transport.ZERO_COPY)
 
 
 class FakeRuntime:

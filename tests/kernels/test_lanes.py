@@ -53,6 +53,20 @@ def test_every_number_arrives_and_only_a_full_ring_waits(
     assert read == list(range(len(puts)))
 
 
+def test_what_is_left_of_the_last_round_is_not_written_over() -> None:
+    """Uploads of 8, 1, 3 and 8 numbers into a ring of 10, none of which was read in between."""
+    device = SimulatedDevice(Random(0))
+    stream = device.stream(urgent=False)
+    ring = MetadataRing(device, stream, 10)
+    seen = []
+    for number, size in enumerate((8, 1, 3, 8)):
+        there = ring.put(np.full(size, number))
+        device.run(stream, lambda there=there: seen.append(there.tolist()))
+    while device.step():
+        pass
+    assert seen == [[0] * 8, [1], [2] * 3, [3] * 8]
+
+
 def test_events_are_used_again() -> None:
     """Uploads that are done give theirs back, long before the ring comes round."""
     device = SimulatedDevice(Random(0))

@@ -14,7 +14,15 @@ from kvstrata.kernels.device import Pieces
 from kvstrata.kernels.geometry import token_major
 from kvstrata.kernels.pack import copy_torch
 from kvstrata.kernels.plan import LocalLayer, plan
-from kvstrata.kernels.transport import FEW_PAGES, TRIAL_BYTES, Choice, Fragments, Transport, choose
+from kvstrata.kernels.transport import (
+    FEW_BYTES,
+    FEW_PAGES,
+    TRIAL_BYTES,
+    Choice,
+    Fragments,
+    Transport,
+    choose,
+)
 
 CPU = torch.device("cpu")
 MODEL = Model(layers=3, heads=4, dim=4)
@@ -156,6 +164,29 @@ def test_zero_copy_of_many_pages_must_be_much_faster() -> None:
     assert chosen(times) == (ZERO_COPY, STAGED)
     assert chosen(times, FEW_PAGES) == (ZERO_COPY, ZERO_COPY), "that is not many"
     assert chosen({STAGED: (2.0, 2.0), ZERO_COPY: (1.2, 1.2)}) == (ZERO_COPY, ZERO_COPY)
+
+
+def test_few_pages_that_are_large_are_many() -> None:
+    choice = Choice(ZERO_COPY, STAGED)
+    assert choice.of(FEW_PAGES, FEW_BYTES) is ZERO_COPY
+    assert choice.of(FEW_PAGES + 1, 1) is choice.of(1, FEW_BYTES + 1) is STAGED
+    times = {STAGED: 2.0, ZERO_COPY: 1.5}
+    choice, _ = choose(lambda way, pages: times[way], list(times), 1, FEW_BYTES + 1)
+    assert choice.many is STAGED
+
+
+@pytest.mark.parametrize("last", [1, 256])
+def test_a_transport_that_fails_is_left_out(last: int, caplog: pytest.LogCaptureFixture) -> None:
+    def seconds(transport: Transport, pages: int) -> float:
+        if transport is DIRECT and pages == last:
+            raise RuntimeError("refused")
+        return 1.0 if transport is DIRECT else 2.0
+
+    choice, trials = choose(seconds, [STAGED, DIRECT], 256, 1000)
+    assert choice == (STAGED, STAGED) and "direct is left out: refused" in caplog.text
+    assert [t.transport for t in trials if t.pages == last] == [STAGED]
+    with pytest.raises(RuntimeError, match="refused"):
+        choose(seconds, [DIRECT], 256, 1000)
 
 
 def test_trials_are_bounded_and_disturbances_are_ignored() -> None:

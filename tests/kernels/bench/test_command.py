@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from kvstrata.kernels.bench import cpu
 from kvstrata.kernels.bench.__main__ import main
 from kvstrata.kernels.bench.cases import (
+    BESIDE,
     BOTH,
     CEILING,
     INDEXED,
@@ -73,7 +74,13 @@ def test_the_command_without_a_gpu(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("option", "value", "said"),
-    [("--model", "GPT-2", "Llama-3-8B"), ("--layout", "HBLNC", "LBHNC"), ("--blocks", "4", "16")],
+    [
+        ("--model", "GPT-2", "Llama-3-8B"),
+        ("--layout", "HBLNC", "LBHNC"),
+        ("--blocks", "4", "16"),
+        ("--csv", "/nowhere/x.csv", "no directory /nowhere"),
+        ("--plot", "x.xyz", ".png"),
+    ],
 )
 def test_a_wrong_option_is_refused_with_what_is_right(option: str, value: str, said: str) -> None:
     app = typer.Typer(rich_markup_mode=None)
@@ -109,12 +116,16 @@ def test_the_summary_names_what_was_met_missed_and_not_measured() -> None:
         a_result(OURS, SUBMIT, 3.0),
         a_result(PER_FRAGMENT, SUBMIT, 65.0),
         a_result(OURS, SLOWDOWN, 1.02, operation=GEMM),
+        a_result(OURS, BESIDE, 40.0, operation=GEMM),
         a_result(OURS, SLOWDOWN, 1.09, operation=GEMM, model="other"),
+        a_result(OURS, BESIDE, 40.0, operation=GEMM, model="other"),
+        a_result(OURS, SLOWDOWN, 1.5, operation=GEMM, model="nothing moved"),
+        a_result(OURS, BESIDE, 0.0, operation=GEMM, model="nothing moved"),
     ]
     line = summary(results)
     assert "\n" not in line
-    assert "2 met (staged, of the ceiling: 0.96 >= 0.95; CPU submit at TP8, " in line
-    assert "against per-fragment: 0.05 <= 0.1)" in line
+    assert "2 met (staged, of the ceiling: 0.96 >= 0.95, the worst of 1 case; CPU submit" in line
+    assert "against per-fragment: 0.05 <= 0.1, the worst of 1 case)" in line
     assert (
         "2 missed (Llama-3-70B TP8 LBHNC, against per-fragment >= 3 in 1 of 1, worst: 2.31" in line
     )

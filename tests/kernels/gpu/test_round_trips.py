@@ -9,7 +9,7 @@ from kernel_worlds import DEVICE, Model
 
 from kvstrata.kernels import device as device_module
 from kvstrata.kernels.device import CudaDevice
-from kvstrata.kernels.driver import Driver, _one_by_one, open_driver
+from kvstrata.kernels.driver import Driver, _one_by_one, drivers
 from kvstrata.kernels.pack import copy_triton
 from kvstrata.kernels.transport import Transport
 
@@ -55,7 +55,7 @@ def test_a_region_of_several_registrations(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("transport", [Transport.STAGED, Transport.DIRECT])
 @pytest.mark.parametrize("name", ["cuMemcpyBatchAsync", "cuMemcpyAsync"])
 def test_both_copy_functions(name: str, transport: Transport) -> None:
-    driver = open_driver()
+    driver = next(drivers())
     if name == "cuMemcpyAsync":
         driver = Driver(name, _one_by_one(ctypes.CDLL("libcuda.so.1").cuMemcpyAsync, []))
     if driver.name != name:
