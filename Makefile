@@ -81,8 +81,8 @@ test-gpu: ## the kernels' tests on the GPU; no vLLM needed (make test-gpu PYTHON
 
 test: lint types test-unit test-engine ## everything CI runs
 
-test-faults: install ## the filesystem tier against kills, full disks and hostile files, at length
-	$(BIN)/pytest --long tests/tiers
+test-faults: install ## the long forms: kills, full disks and hostile files; each kernel on each target
+	$(BIN)/pytest --long tests/tiers tests/kernels/test_compile.py
 
 BENCH_DIR := .bench
 bench-fs: install ## the filesystem tier against stock vLLM's and the device (BENCH_DIR=... on the disk)

@@ -18,6 +18,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from kvstrata.kernels.batches import Batch, Part
 from kvstrata.kernels.device import Device, Event, Pieces, Stream
 from kvstrata.kernels.lanes import Lane
 from kvstrata.kernels.pack import Copy
@@ -29,13 +30,11 @@ from kvstrata.kernels.pipeline import (
     check_work,
     elected,
 )
-from kvstrata.kernels.plan import RowLayout, Segment, split
+from kvstrata.kernels.plan import RowLayout, split
 from kvstrata.kernels.transport import (
     FEW_BYTES,
     FEW_PAGES,
-    LEAST_RUN,
     Choice,
-    Fragments,
     Transport,
     Trial,
     choose,
@@ -48,40 +47,10 @@ logger = logging.getLogger("kvstrata.kernels")
 STAGING_BYTES = 8 << 20
 # One is filled, one is moved, and one evens out the difference.
 STAGING_SLOTS = 3
-# Pages of a batch, and pieces of a direct copy: keep the arrays of one batch small.
-MAX_BATCH = 256
-MAX_PIECES = 1 << 16
+MAX_BATCH = 256  # pages: keeps the arrays of one batch small
 # A ring holds the ids of so many times all blocks: what can be under way, and as much again.
 RING_ROUNDS = 2
 _TRIAL = -1  # no job of vLLM's has this id
-
-
-class _Part:
-    """A segment, or some heads of it, that moves as one: what its transports need."""
-
-    def __init__(self, segment: Segment) -> None:
-        self.segment = segment
-        self.shard_bytes = segment.shard_bytes
-        # from one staged page to the next, aligned for 16-byte accesses
-        self.pitch = segment.shard_bytes + (-segment.shard_bytes) % 16
-        self.fragments = Fragments(segment, segment.in_page)
-        self.store = self.load = Choice(Transport.STAGED, Transport.STAGED)
-
-    def choice(self, *, store: bool) -> Choice:
-        """The transports of a direction."""
-        return self.store if store else self.load
-
-    def pages(self, transport: Transport, slot_bytes: int) -> int:
-        """How many pages one batch takes."""
-        if transport is Transport.STAGED:
-            return slot_bytes // self.pitch
-        if transport is Transport.DIRECT:
-            return max(1, MAX_PIECES // (self.fragments.per_block * self.segment.blocks_per_chunk))
-        return MAX_BATCH
-
-    def may_pay(self, transport: Transport) -> bool:
-        """Whether it is worth a trial."""
-        return transport is not Transport.DIRECT or self.fragments.mean_bytes >= LEAST_RUN
 
 
 @dataclass
@@ -96,24 +65,6 @@ class _Job:
 
     def events(self) -> tuple[Event, ...]:
         return (self.submitted, self.start, self.released, self.end)
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Pages of one part that move together.
-
-    slots, block_ids: int64 [n] and [n, blocks_per_chunk]; there_*: the same on the device.
-    """
-
-    part: _Part
-    slots: np.ndarray
-    block_ids: np.ndarray
-    there_slots: torch.Tensor
-    there_ids: torch.Tensor
-
-    @property
-    def nbytes(self) -> int:
-        return len(self.slots) * self.part.shard_bytes
 
 
 class GpuPipeline:
@@ -142,7 +93,7 @@ class GpuPipeline:
         self._jobs: dict[int, _Job] = {}
         self._spare_events: list[Event] = []
         self._parts = {
-            group: [[_Part(part) for part in split(s, STAGING_BYTES)] for s in segments]
+            group: [[Part(part) for part in split(s, STAGING_BYTES)] for s in segments]
             for group, segments in groups.items()
         }
         parts = [part for of in self._parts.values() for some in of for part in some]
@@ -262,7 +213,7 @@ class GpuPipeline:
 
     def _batches(
         self, work: Sequence[GroupWork], lane: Lane, *, store: bool
-    ) -> Iterator[tuple[_Batch, Transport]]:
+    ) -> Iterator[tuple[Batch, Transport]]:
         """The work in batches that fit a staging slot; their block ids are on the way."""
         for group, slots, block_ids in work:
             for parts in self._parts[group]:
@@ -273,21 +224,21 @@ class GpuPipeline:
                     yield from self._upload(parts, pages[some], ids[some], lane, store=store)
 
     def _upload(
-        self, parts: list[_Part], pages: np.ndarray, ids: np.ndarray, lane: Lane, *, store: bool
-    ) -> Iterator[tuple[_Batch, Transport]]:
+        self, parts: list[Part], pages: np.ndarray, ids: np.ndarray, lane: Lane, *, store: bool
+    ) -> Iterator[tuple[Batch, Transport]]:
         count = len(pages)
         there = lane.ring.put(np.concatenate((pages, ids.ravel())))
         there_pages, there_ids = there[:count], there[count:].view(ids.shape)
         nbytes = count * sum(part.shard_bytes for part in parts)
         for part in parts:
             transport = part.choice(store=store).of(count, nbytes)
-            step = part.pages(transport, lane.slot_bytes)
+            step = part.pages(transport, lane.slot_bytes, count)
             for i in range(0, count, step):
                 some = slice(i, i + step)
-                batch = _Batch(part, pages[some], ids[some], there_pages[some], there_ids[some])
+                batch = Batch(part, pages[some], ids[some], there_pages[some], there_ids[some])
                 yield batch, transport
 
-    def _store_batch(self, lane: Lane, batch: _Batch, transport: Transport, job: _Job) -> None:
+    def _store_batch(self, lane: Lane, batch: Batch, transport: Transport, job: _Job) -> None:
         device = self._device
         if transport is Transport.DIRECT:
             device.hold(lane.dma, job.submitted)
@@ -304,7 +255,7 @@ class GpuPipeline:
             device.copy(lane.dma, self._shards(batch, pages), to_host=True)
             device.record(slot.free, lane.dma)
 
-    def _load_batch(self, lane: Lane, batch: _Batch, transport: Transport) -> None:
+    def _load_batch(self, lane: Lane, batch: Batch, transport: Transport) -> None:
         device = self._device
         if transport is Transport.DIRECT:
             # beside the kernels, so that it holds no staged copy back while it waits for compute
@@ -321,12 +272,12 @@ class GpuPipeline:
             self._pack(lane.kernels, batch, pages, unpack=True)
             device.record(slot.free, lane.kernels)
 
-    def _staged_pages(self, memory: torch.Tensor, batch: _Batch) -> torch.Tensor:
+    def _staged_pages(self, memory: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Staging as uint8 [pages, pitch]."""
         count, pitch = len(batch.slots), batch.part.pitch
         return memory[: count * pitch].view(count, pitch)
 
-    def _pack(self, stream: Stream, batch: _Batch, pages: torch.Tensor, *, unpack: bool) -> None:
+    def _pack(self, stream: Stream, batch: Batch, pages: torch.Tensor, *, unpack: bool) -> None:
         """Queue the kernel between the blocks and staged pages."""
         segment, rows = batch.part.segment, self._rows[: len(pages)]
         layout = segment.packed(0)
@@ -336,7 +287,7 @@ class GpuPipeline:
 
         self._device.run(stream, launch)
 
-    def _zero_copy(self, stream: Stream, batch: _Batch, *, unpack: bool) -> None:
+    def _zero_copy(self, stream: Stream, batch: Batch, *, unpack: bool) -> None:
         """Queue the kernel between the blocks and the region."""
         segment = batch.part.segment
         # rows that begin at the part: its offset is no constant of the kernel
@@ -348,16 +299,16 @@ class GpuPipeline:
 
         self._device.run(stream, launch)
 
-    def _pages_at(self, batch: _Batch) -> np.ndarray:
+    def _pages_at(self, batch: Batch) -> np.ndarray:
         """Addresses of the pages, int64 [n]."""
         addresses: np.ndarray = self._region.data_ptr() + batch.slots * self._region.stride(0)
         return addresses
 
-    def _fragments(self, batch: _Batch, *, store: bool) -> Pieces:
+    def _fragments(self, batch: Batch, *, store: bool) -> Pieces:
         zeros = self._zeros.data_ptr() if store else None
         return batch.part.fragments.pieces(self._pages_at(batch), batch.block_ids, zeros)
 
-    def _shards(self, batch: _Batch, pages: torch.Tensor) -> Pieces:
+    def _shards(self, batch: Batch, pages: torch.Tensor) -> Pieces:
         """One run per staged page, or one per page and head where pipeline parallelism, or a
         shard that was split, gives some layers of each head."""
         shard = batch.part.segment.shard
@@ -376,14 +327,14 @@ class GpuPipeline:
         self._device.synchronize(written)
         self._spare_events.append(written)
 
-    def _warm_up(self, parts: Sequence[_Part]) -> None:
+    def _warm_up(self, parts: Sequence[Part]) -> None:
         """Compile and launch every kernel once, on blocks that are all missing, and copy once."""
         lane, device, done = self._store, self._device, self._event()
         for part in parts:
             width = part.segment.blocks_per_chunk
             slots, ids = np.zeros(1, np.int64), np.full((1, width), -1)
             there = lane.ring.put(np.concatenate((slots, ids.ravel())))
-            batch = _Batch(part, slots, ids, there[:1], there[1:].view(1, -1))
+            batch = Batch(part, slots, ids, there[:1], there[1:].view(1, -1))
             pages = self._staged_pages(lane.next_slot().memory, batch)
             for unpack in (False, True):
                 if Transport.STAGED in self._ways:
@@ -401,7 +352,7 @@ class GpuPipeline:
         device.synchronize(done)
         self._spare_events.append(done)
 
-    def _warm_up_zero_copy(self, stream: Stream, batch: _Batch, *, unpack: bool) -> None:
+    def _warm_up_zero_copy(self, stream: Stream, batch: Batch, *, unpack: bool) -> None:
         try:
             self._zero_copy(stream, batch, unpack=unpack)
         except (RuntimeError, ValueError) as error:  # Triton's, where host memory has no address
@@ -410,7 +361,7 @@ class GpuPipeline:
                 raise
             logger.warning("kvstrata: transport zero-copy is left out: %s", error)
 
-    def _decide(self, parts: list[_Part], transport: Transport | None) -> None:
+    def _decide(self, parts: list[Part], transport: Transport | None) -> None:
         """Choose the transports of one segment, whose parts are alike."""
         first = parts[0]
         for store in (True, False):  # stores first: loads bring back what they stored
@@ -431,7 +382,7 @@ class GpuPipeline:
                 else:
                     part.load = choice
 
-    def _try(self, part: _Part, store: bool, transport: Transport, pages: int) -> float:
+    def _try(self, part: Part, store: bool, transport: Transport, pages: int) -> float:
         """Seconds to move the first blocks to the first pages, or back."""
         part.store = part.load = Choice(transport, transport)
         width = part.segment.blocks_per_chunk
