@@ -32,6 +32,13 @@ class Part:
         """The transports of a direction."""
         return self.store if store else self.load
 
+    def choose(self, choice: Choice, *, store: bool) -> None:
+        """Move that direction so from now on."""
+        if store:
+            self.store = choice
+        else:
+            self.load = choice
+
     def pages(self, transport: Transport, slot_bytes: int, count: int) -> int:
         """How many of `count` pages one batch takes; slot_bytes: of a staging slot."""
         if transport is Transport.STAGED:

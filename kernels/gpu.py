@@ -100,8 +100,7 @@ class GpuPipeline:
         self._rows = device.allocate(MAX_BATCH, torch.int64)
         self._rows.copy_(torch.arange(MAX_BATCH))
         self._zeros = device.allocate(max(p.fragments.most_bytes for p in parts), torch.uint8)
-        # from pageable memory: done when it returns, whatever stream will read it
-        self._zeros.copy_(torch.zeros(len(self._zeros), dtype=torch.uint8))
+        self._zeros.zero_()
         slot_bytes = max([STAGING_BYTES, *(part.pitch for part in parts)])
         longest = max(1 + part.segment.blocks_per_chunk for part in parts) * MAX_BATCH
         blocks = sum(some[0].segment.num_blocks for of in self._parts.values() for some in of)
@@ -377,14 +376,11 @@ class GpuPipeline:
                 )
                 self.trials[first.segment.names[0], "store" if store else "load"] = trials
             for part in parts:
-                if store:
-                    part.store = choice
-                else:
-                    part.load = choice
+                part.choose(choice, store=store)
 
     def _try(self, part: Part, store: bool, transport: Transport, pages: int) -> float:
         """Seconds to move the first blocks to the first pages, or back."""
-        part.store = part.load = Choice(transport, transport)
+        part.choose(Choice(transport, transport), store=store)
         width = part.segment.blocks_per_chunk
         ids = np.arange(pages * width).reshape(pages, width)
         ids[ids >= part.segment.num_blocks] = -1

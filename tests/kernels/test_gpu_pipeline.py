@@ -4,6 +4,7 @@ Whatever order the device chooses, the region and the caches must end as if ever
 once when it was submitted.
 """
 
+import itertools
 from random import Random
 
 import numpy as np
@@ -28,7 +29,7 @@ from kvstrata.kernels.device import CudaDevice
 from kvstrata.kernels.gpu import GpuPipeline
 from kvstrata.kernels.pack import copy_torch
 from kvstrata.kernels.pipeline import CpuPipeline, GroupWork
-from kvstrata.kernels.transport import Transport
+from kvstrata.kernels.transport import Choice, Transport
 
 BLOCKS, SLOTS = 12, 10
 MODEL = Model(layers=3, heads=2, tokens=1, dim=2, size=1, blocks_per_chunk=2)
@@ -218,6 +219,25 @@ def test_everything_is_used_once_before_the_first_job(transport: Transport) -> N
     device.copy = lambda *a, to_host: copied.append(to_host) or copy(*a, to_host=to_host)  # type: ignore[method-assign]
     GpuPipeline(side.groups, side.region, device, copy_torch, transport)
     assert copied == [False, True]
+
+
+def test_the_trials_of_one_direction_leave_the_other_as_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store, load = (Choice(Transport.STAGED, Transport.DIRECT), Choice(*[Transport.ZERO_COPY] * 2))
+    chosen = itertools.cycle([store, load])
+
+    def choose(seconds, candidates, most_pages, page_bytes):
+        for transport in candidates:
+            seconds(transport, 1)
+        return next(chosen), []
+
+    monkeypatch.setattr(gpu, "choose", choose)
+    side = Side(MODEL, BLOCKS, SLOTS)
+    pipeline = GpuPipeline(side.groups, side.region, SimulatedDevice(Random(0)), copy_torch)
+    lines = pipeline.describe().split("; ")
+    assert lines and all("staged up to" in line and "else direct" in line for line in lines[::2])
+    assert all("zero-copy up to" in line and "else zero-copy" in line for line in lines[1::2])
 
 
 @pytest.mark.parametrize("submit", ["submit_store", "submit_load"])
