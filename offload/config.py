@@ -27,6 +27,8 @@ _OWN_KEYS = (
     "max_tracker_size",
     "secondary_tiers",
     "promotion_fraction",
+    "pin_fraction",
+    "load_or_recompute",
     "lookup_deadline_s",
     "promotion_deadline_s",
     "weights_fixed",
@@ -43,10 +45,15 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class TierEntry:
-    """One element of `secondary_tiers`, checked. `entry` is as the user wrote it."""
+    """One element of `secondary_tiers`, checked. `entry` is as the user wrote it.
+
+    `store_threshold` and `max_tracker_size` mean for this tier what they mean for the engine.
+    """
 
     name: str
     entry: Mapping[str, Any]
+    store_threshold: int = 0
+    max_tracker_size: int = 64_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +67,8 @@ class OffloadConfig:
         max_tracker_size: how many keys the counting for `store_threshold` remembers.
         tiers: secondary tiers in the order of look-up.
         promotion_fraction: largest share of the primary tier held by running promotions.
+        pin_fraction: largest share of the primary tier held by requests' `pin_seconds`.
+        load_or_recompute: compute a prefix where loading it is expected to take longer.
         lookup_deadline_s: a tier that has not answered a look-up by then is a miss.
         promotion_deadline_s: a promotion that has not arrived by then is a miss.
         weights_fixed: None: decided from the engine's configuration.
@@ -73,6 +82,8 @@ class OffloadConfig:
     max_tracker_size: int = 64_000
     tiers: tuple[TierEntry, ...] = field(default_factory=tuple)
     promotion_fraction: float = 0.5
+    pin_fraction: float = 0.25
+    load_or_recompute: bool = False
     lookup_deadline_s: float = 1.0
     promotion_deadline_s: float = 10.0
     weights_fixed: bool | None = None
@@ -129,6 +140,8 @@ def _parse(extra: Mapping[str, Any]) -> OffloadConfig:
         max_tracker_size=_integer(extra, "max_tracker_size", 64_000, least=1),
         tiers=_parse_tiers(extra.get("secondary_tiers", [])),
         promotion_fraction=_number(extra, "promotion_fraction", 0.5, least=0.0, most=1.0),
+        pin_fraction=_number(extra, "pin_fraction", 0.25, least=0.0, most=1.0),
+        load_or_recompute=_flag(extra, "load_or_recompute"),
         lookup_deadline_s=_number(extra, "lookup_deadline_s", 1.0, least=0.0, most=3600.0),
         promotion_deadline_s=_number(extra, "promotion_deadline_s", 10.0, least=0.0, most=3600.0),
         weights_fixed=None if weights_fixed is None else _flag(extra, "weights_fixed"),
@@ -151,7 +164,9 @@ def _parse_tiers(value: Any) -> tuple[TierEntry, ...]:
             )
         try:
             tier_class(entry).check_options(tier_options(entry))
-        except TierConfigError as error:
+            threshold = _integer(entry, "store_threshold", 0, least=0)
+            tracked = _integer(entry, "max_tracker_size", 64_000, least=1)
+        except (TierConfigError, ConfigError) as error:
             raise ConfigError(f"secondary_tiers[{index}]: {error}") from None
         if dict(entry) in [tier.entry for tier in tiers]:
             raise ConfigError(
@@ -160,7 +175,8 @@ def _parse_tiers(value: Any) -> tuple[TierEntry, ...]:
             )
         type_name = str(entry["type"])
         same = sum(1 for tier in tiers if tier.entry["type"] == type_name)
-        tiers.append(TierEntry(f"{type_name}-{same + 1}" if same else type_name, dict(entry)))
+        name = f"{type_name}-{same + 1}" if same else type_name
+        tiers.append(TierEntry(name, dict(entry), threshold, tracked))
     return tuple(tiers)
 
 
@@ -171,7 +187,7 @@ def _flag(extra: Mapping[str, Any], key: str) -> bool:
     return value
 
 
-def _integer(extra: Mapping[str, Any], key: str, default: int, *, least: int) -> int:
+def _integer(extra: Mapping[Any, Any], key: str, default: int, *, least: int) -> int:
     value = extra.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigError(f"{key}={value!r}: use a whole number of at least {least}")

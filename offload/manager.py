@@ -1,7 +1,7 @@
 """TieringManager: what is stored, promoted, evicted and awaited. No vLLM in here.
 
 Called from one thread, the scheduler's. Pages go GPU -> primary tier -> every secondary
-tier (cascade) and secondary tier -> primary tier -> GPU (promotion, started by a look-up
+tier (cascade.py) and secondary tier -> primary tier -> GPU (promotion.py, started by a look-up
 that hits a secondary tier). Nothing here blocks except `reset` and `shutdown`, which have
 a bound. Tiers are expected not to raise (`GuardedTier` sees to it).
 """
@@ -10,26 +10,30 @@ from __future__ import annotations
 
 import enum
 import logging
-import math
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from kvstrata.offload.breaker import Kind
+from kvstrata.offload.cascade import Cascades
 from kvstrata.offload.config import OffloadConfig
+from kvstrata.offload.costs import PrefillSpeed
+from kvstrata.offload.events import Event, Report
 from kvstrata.offload.eviction import POLICIES
 from kvstrata.offload.kept import KeptPages, tail_first
 from kvstrata.offload.offers import Offers
+from kvstrata.offload.payoff import Payoff
+from kvstrata.offload.pins import Pins
 from kvstrata.offload.primary import Entry, PrimaryTier, Writer
+from kvstrata.offload.promotion import Promotions
 from kvstrata.offload.request import RequestState
-from kvstrata.offload.tier_jobs import NamedTier, Running, TierJobs
-from kvstrata.tiers.base import JobResult, Lookup, RequestView
+from kvstrata.offload.tier_jobs import TierJobs
+from kvstrata.offload.tier_link import NamedTier, TierLink
+from kvstrata.offload.wishes import WishReader
+from kvstrata.tiers.base import Lookup, PageLayout, RequestView
 
 logger = logging.getLogger("kvstrata.manager")
-
-# Largest share of the primary tier that pages on their way to one secondary tier may hold:
-# a tier that hangs must leave room for the GPU's pages.
-MOST_CASCADING = 0.75
 
 
 class Answer(enum.Enum):
@@ -49,20 +53,13 @@ class StorePlan(NamedTuple):
     evicted: list[bytes]
 
 
-class Event(NamedTuple):
-    """Pages came into (or left) a tier; `tier` is None for the primary tier."""
-
-    keys: list[bytes]
-    removed: bool
-    tier: NamedTier | None
-
-
 class TieringManager:
     """Pages in the primary tier and the secondary tiers behind it.
 
     Args:
         config: the engine's configuration.
         slots: slots of the primary tier.
+        layouts: page layout by group.
         view: (slot, group) -> the page's bytes.
         valid: slot -> whether the workers filled it completely.
         open_tiers: makes the secondary tiers; called again at a reset when
@@ -75,6 +72,7 @@ class TieringManager:
         self,
         config: OffloadConfig,
         slots: int,
+        layouts: Mapping[int, PageLayout],
         view: Callable[[int, int], memoryview],
         valid: Callable[[int], bool],
         open_tiers: Callable[[], Sequence[NamedTier]],
@@ -86,23 +84,40 @@ class TieringManager:
         self._valid = valid
         self._weights_fixed = weights_fixed
         self._clock = clock
+        self._report = Report()
+        self.counters: Counter[str] = self._report.counters
         self.primary = PrimaryTier(slots, POLICIES[config.eviction_policy](slots))
-        self._most_promoting = max(1, int(slots * config.promotion_fraction))
-        self._most_cascading = math.ceil(slots * MOST_CASCADING)
-        self._jobs = TierJobs(open_tiers, view, clock)
-        self._requests: dict[str, RequestState] = {}
-        self._wanted: dict[tuple[int, str], list[Entry]] = {}  # (tier index, request)
-        self._promotion_started: dict[bytes, float] = {}
-        self._offers = Offers(config.store_threshold, config.max_tracker_size)
-        self._events: list[Event] = []
         self._kept = KeptPages(self.primary)
+        self._pins = Pins(self.primary, int(slots * config.pin_fraction), clock)
+        self._offers = Offers(config.store_threshold, config.max_tracker_size)
+        self._speed = PrefillSpeed()
+        self._payoff = Payoff(config.load_or_recompute, self._speed)
+        self._jobs = TierJobs(open_tiers, view, config.promotion_deadline_s, clock)
+        self._promotions = Promotions(
+            config,
+            self.primary,
+            self._kept,
+            self._jobs,
+            self._payoff,
+            layouts,
+            clock,
+            self._report,
+        )
+        self._cascades = Cascades(self.primary, self._jobs, layouts, self._report)
+        self._wishes = WishReader([link.name for link in self._jobs.links])
+        self._requests: dict[str, RequestState] = {}
+        self._step = 0
         self._polled = False  # results were taken in this step
-        self.counters: Counter[str] = Counter()
 
     @property
     def tiers(self) -> tuple[NamedTier, ...]:
         """The secondary tiers in the order of look-up."""
-        return self._jobs.tiers
+        return tuple(link.named for link in self._jobs.links)
+
+    @property
+    def links(self) -> tuple[TierLink, ...]:
+        """The secondary tiers in the order of look-up, with what was learnt of them."""
+        return self._jobs.links
 
     # -- look-up and load ---------------------------------------------------------
 
@@ -111,39 +126,24 @@ class TieringManager:
 
         `end_token` is the chunk's end in the request, in tokens.
         """
-        self._poll()
-        state = self._state(request)
+        if not self._polled:
+            self._poll()
+        state = self._requests.get(request.req_id) or self._new_state(request)
         entry = self.primary.get(key)
-        if entry is not None:
-            if entry.ready:
-                self._kept.keep(entry)
-                self.counters["primary_hits"] += 1
-                return Answer.HIT
-            if entry.writer is Writer.GPU or self._in_time(key):
-                return Answer.PENDING
+        if entry is None:
+            answer = self._lookup_tiers(key, end_token, state)
+        elif entry.writer is None:
+            self._kept.keep(entry)
+            self.counters["primary_hits"] += 1
+            answer = Answer.HIT
+        elif entry.writer is Writer.GPU or self._promotions.in_time(entry):
+            answer = Answer.PENDING
+        else:
             self.counters["promotion_timeouts"] += 1
             return Answer.MISS
-        retry = False
-        for index, named in enumerate(self.tiers):
-            if request.tiers is not None and named.name not in request.tiers:
-                continue
-            if index in state.silent or (index, key) in state.failed:
-                continue
-            found = named.tier.lookup(key, request)
-            if found is Lookup.RETRY:
-                retry = self._may_retry(state, index, key) or retry
-                continue
-            state.first_retry.pop((index, key), None)
-            if found is Lookup.HIT and not retry:
-                # Behind an undecided key nothing is reserved: the prefix may end there.
-                if state.awaits:
-                    return Answer.RETRY
-                return self._promote(index, key, end_token, state)
-        if retry:
-            state.awaits = True
-            return Answer.RETRY
-        self.counters["misses"] += 1
-        return Answer.MISS
+        if answer is not Answer.MISS and end_token > state.reach:
+            state.reach = end_token
+        return answer
 
     def source(self, key: bytes, request: RequestView) -> str | None:
         """The name of the tier the page was promoted from for this request, if it was."""
@@ -166,6 +166,10 @@ class TieringManager:
             self.primary.begin_read(entry, gpu=True)
         self.touch(keys, request)
         self.counters["loaded_pages"] += len(entries)
+        state = self._state(request)
+        self._cascades.asked(keys)
+        self._cascades.give(entries, state)
+        self._pin(entries, state)
         return [entry.slot for entry in entries]
 
     def complete_load(self, keys: Collection[bytes]) -> None:
@@ -178,8 +182,9 @@ class TieringManager:
     def touch(self, keys: Collection[bytes], request: RequestView) -> None:
         """The pages, in prefix order, were used, perhaps elsewhere (in GPU memory)."""
         self.primary.touch(reversed(list(keys)))
-        for named in self.tiers:
-            named.tier.touch(keys, request)
+        for link in self._jobs.links:
+            if link.breaker.closed:
+                link.tier.touch(keys, request)
 
     # -- store --------------------------------------------------------------------
 
@@ -198,7 +203,12 @@ class TieringManager:
         """
         # vLLM asks after the end of the step: this must not pass for the next step's poll.
         self._take_results()
+        state = self._state(request)
         ends = dict(keys)
+        if ends:
+            state.progress = self._speed.advance(
+                state.progress, self._step, self._clock(), max(ends.values())
+            )
         new = [key for key in ends if self.primary.get(key) is None]
         wanted = [key for key in new if self._offers.is_wanted(key)]
         # More than could ever fit: its beginning is better than nothing.
@@ -210,13 +220,12 @@ class TieringManager:
             self.counters["store_no_room"] += 1
             return None
         self._offers.count(new)
+        self._cascades.asked(ends)
         self.counters["stores_skipped"] += len(new) - len(wanted)
         entries, evicted = taken
         if entries:
-            self._state(request).open_stores += 1
-        if evicted:
-            self.counters["evicted_pages"] += len(evicted)
-            self._events.append(Event(evicted, removed=True, tier=None))
+            state.open_stores += 1
+        self._report.left(evicted)
         return StorePlan([e.key for e in entries], [e.slot for e in entries], evicted)
 
     def complete_store(self, keys: Collection[bytes], request: RequestView) -> None:
@@ -232,12 +241,12 @@ class TieringManager:
             else:
                 self.counters["incomplete_pages"] += 1
         stored.reverse()
+        state = self._state(request)
         if stored:
             self.counters["stored_pages"] += len(stored)
-            self._events.append(Event([e.key for e in stored], removed=False, tier=None))
-            for named in self.tiers:
-                self._cascade(named, stored, request)
-        state = self._state(request)
+            self._report.came([entry.key for entry in stored])
+            self._cascades.give(stored, state)
+            self._pin(stored, state)
         state.open_stores -= 1
         self._forget_if_over(state)
 
@@ -245,9 +254,9 @@ class TieringManager:
 
     def on_new_request(self, request: RequestView) -> None:
         """A request arrived."""
-        self._requests[request.req_id] = RequestState(request)
-        for named in self.tiers:
-            named.tier.on_new_request(request)
+        self._new_state(request)
+        for link in self._jobs.links:
+            link.tier.on_new_request(request)
 
     def on_request_finished(self, request: RequestView) -> None:
         """No more look-ups, loads and stores will be prepared for the request."""
@@ -259,28 +268,27 @@ class TieringManager:
         """A scheduler step ended: send off the promotions of the step as batches."""
         self._poll()
         self._polled = False
+        self._step += 1
+        self._payoff.end_step()
+        self._promotions.send()
+        self._cascades.probe()
         self._kept.end_step()
+        self._pins.expire()
         for state in self._requests.values():
             state.awaits = False
-        wanted, self._wanted = self._wanted, {}
-        for (index, req_id), entries in wanted.items():
-            asker = self._requests.get(req_id)
-            view = asker.view if asker is not None else RequestView(req_id)
-            self._jobs.submit(self.tiers[index], entries, view, promotion=True)
-        for named in self.tiers:
-            named.tier.on_step_end()
+            state.reach = 0
+        for link in self._jobs.links:
+            link.tier.on_step_end()
 
     def has_pending_work(self) -> bool:
         """Whether steps are needed although no request runs. Hung jobs do not count."""
-        return bool(self._wanted) or self._jobs.any_in_time(self._config.promotion_deadline_s)
+        return self._promotions.unsent or self._jobs.any_in_time()
 
     def take_events(self) -> Iterable[Event]:
         """What came and went since the last call."""
-        for named in self.tiers:
-            removed = list(named.tier.take_removed())
-            if removed:
-                self._events.append(Event(removed, removed=True, tier=named))
-        events, self._events = self._events, []
+        for link in self._jobs.links:
+            self._report.left(list(link.tier.take_removed()), link.named)
+        events, self._report.events = self._report.events, []
         return events
 
     # -- reset and shutdown -------------------------------------------------------
@@ -288,25 +296,25 @@ class TieringManager:
     def reset(self) -> list[Entry]:
         """Forget the primary tier's pages; keep the secondary tiers' if weights are fixed.
 
+        Jobs under way go on, and their slots come free as they end. If the weights may have
+        changed, the tiers are stopped first, and others opened that know no earlier page.
+
         Returns:
             Entries that GPU transfers may still touch; give them to
             `primary.end_gpu` once the workers are past those transfers.
         """
-        self._jobs.drain()
         self._take_results()
-        for entries in self._wanted.values():  # reserved, never submitted
-            for entry in entries:
-                self.primary.finish_write(entry, good=False)
-        self._wanted.clear()
+        self._promotions.clear()
         self._kept.clear()
+        self._pins.clear()
         held = self.primary.reset()
-        self._promotion_started.clear()
         self._offers.clear()
-        self._events.clear()
+        self._report.events.clear()
         for state in list(self._requests.values()):
             # vLLM reports no completion for what was under way before a reset
             state.open_stores = 0
             state.sources.clear()
+            state.progress = None
             self._forget_if_over(state)
         if not self._weights_fixed:
             self._jobs.stop()
@@ -323,63 +331,72 @@ class TieringManager:
     # -- inside -------------------------------------------------------------------
 
     def _state(self, request: RequestView) -> RequestState:
-        state = self._requests.get(request.req_id)
-        if state is None:
-            state = self._requests[request.req_id] = RequestState(request)
+        return self._requests.get(request.req_id) or self._new_state(request)
+
+    def _new_state(self, request: RequestView) -> RequestState:
+        state = RequestState(request, self._wishes.read(request.params))
+        self.counters["ignored_wishes"] = self._wishes.ignored
+        self._requests[request.req_id] = state
         return state
 
     def _forget_if_over(self, state: RequestState) -> None:
         if state.finished and state.open_stores <= 0:
             self._requests.pop(state.view.req_id, None)
-            for named in self.tiers:
-                named.tier.on_request_finished(state.view)
+            for link in self._jobs.links:
+                link.tier.on_request_finished(state.view)
 
-    def _cascade(self, named: NamedTier, stored: Sequence[Entry], request: RequestView) -> None:
-        """Hand pages to a tier, as far as it does not hold too much of the primary tier."""
-        room = self._most_cascading - self._jobs.cascading(named)
-        entries = stored[: max(0, room)]
-        self.counters[f"cascade_skipped:{named.name}"] += len(stored) - len(entries)
-        if not entries:
-            return
-        for entry in entries:
-            self.primary.begin_read(entry, gpu=False)
-        self._jobs.submit(named, entries, request, promotion=False)
+    def _pin(self, entries: Iterable[Entry], state: RequestState) -> None:
+        if state.wishes.pin_seconds > 0.0:
+            self.counters["pins_refused"] += self._pins.pin(entries, state.wishes.pin_seconds)
 
-    def _may_retry(self, state: RequestState, index: int, key: bytes) -> bool:
+    def _lookup_tiers(self, key: bytes, end_token: int, state: RequestState) -> Answer:
+        """Ask the secondary tiers in their order, and begin a promotion from the first hit."""
+        request = state.view
+        retry = False
+        for link in self._jobs.links:
+            index = link.index
+            if request.tiers is not None and link.name not in request.tiers:
+                continue
+            if index in state.silent or (index, key) in state.failed or not link.breaker.closed:
+                continue
+            if not self._promotions.may_pay(link, key, state):
+                self.counters["recomputed_pages"] += 1
+                continue
+            found = link.tier.lookup(key, request)
+            if found is Lookup.RETRY:
+                retry = self._may_retry(link, key, state) or retry
+                continue
+            if state.first_retry.pop((index, key), None) is not None:
+                link.breaker.succeeded(Kind.LOOKUP)
+            if found is Lookup.HIT and not retry:
+                # Behind an undecided key nothing is reserved: the prefix may end there.
+                if state.awaits:
+                    return Answer.RETRY
+                reserved = self._promotions.reserve(link, key, end_token, state)
+                return Answer.PENDING if reserved else Answer.MISS
+        if retry:
+            state.awaits = True
+            return Answer.RETRY
+        self.counters["misses"] += 1
+        return Answer.MISS
+
+    def _may_retry(self, link: TierLink, key: bytes, state: RequestState) -> bool:
         """Whether the request may still wait for the tier's answer."""
         now = self._clock()
-        since = state.first_retry.setdefault((index, key), now)
+        since = state.first_retry.setdefault((link.index, key), now)
         if now - since < self._config.lookup_deadline_s:
             return True
-        state.silent.add(index)
+        state.silent.add(link.index)
+        link.breaker.failed(Kind.LOOKUP)
+        if not self.counters["lookup_timeouts"]:
+            logger.warning(
+                "tier %s did not answer a look-up within %g s; requests go on without it "
+                "(logged once; counted from now on as lookup_timeouts)",
+                link.name,
+                self._config.lookup_deadline_s,
+            )
         self.counters["lookup_timeouts"] += 1
-        logger.warning(
-            "tier %s did not answer a look-up within %g s; request %s goes on without it",
-            self.tiers[index].name,
-            self._config.lookup_deadline_s,
-            state.view.req_id,
-        )
         return False
-
-    def _in_time(self, key: bytes) -> bool:
-        started = self._promotion_started.get(key, self._clock())
-        return self._clock() - started < self._config.promotion_deadline_s
-
-    def _promote(self, index: int, key: bytes, end_token: int, state: RequestState) -> Answer:
-        taken = None
-        if self.primary.promoting < self._most_promoting:
-            taken = self.primary.allocate([(key, end_token)], Writer.TIER)
-        if taken is None:
-            self.counters["promotion_no_room"] += 1
-            return Answer.MISS
-        entries, evicted = taken
-        if evicted:
-            self.counters["evicted_pages"] += len(evicted)
-            self._events.append(Event(evicted, removed=True, tier=None))
-        self._promotion_started[key] = self._clock()
-        state.sources[key] = self.tiers[index].name
-        self._wanted.setdefault((index, state.view.req_id), []).extend(entries)
-        return Answer.PENDING
 
     def _poll(self) -> None:
         """Take the tiers' results, once per step."""
@@ -389,34 +406,12 @@ class TieringManager:
 
     def _take_results(self) -> None:
         for job, result in self._jobs.results():
-            self._end(job, result)
-
-    def _end(self, job: Running, result: JobResult) -> None:
-        direction = "promoted" if job.promotion else "cascaded"
-        name = job.tier.name
-        self.counters[f"{direction}_pages:{name}"] += len(job.entries) - len(result.failed)
-        self.counters[f"{direction}_failed:{name}"] += len(result.failed)
-        self.counters[f"{direction}_bytes:{name}"] += result.nbytes
-        if not job.promotion:
-            for entry in reversed(list(job.entries.values())):
-                self.primary.end_read(entry, gpu=False)
-            stored = [key for key in job.entries if key not in result.failed]
-            if stored and job.tier in self.tiers:
-                self._events.append(Event(stored, removed=False, tier=job.tier))
-            return
-        arrived: list[bytes] = []
-        state = self._requests.get(job.request.req_id)
-        for key, entry in job.entries.items():
-            good = key not in result.failed
-            if entry.attached:
-                self._promotion_started.pop(key, None)
-                if good:
-                    arrived.append(key)
-                elif state is not None:
-                    state.failed.add((self.tiers.index(job.tier), key))
-                    state.sources.pop(key, None)
-            self.primary.finish_write(entry, good=good)
-            if entry.attached:
-                self._kept.keep(entry)
-        if arrived:
-            self._events.append(Event(arrived, removed=False, tier=None))
+            direction = "promoted" if job.promotion else "cascaded"
+            name = job.link.name
+            self.counters[f"{direction}_pages:{name}"] += len(job.entries) - len(result.failed)
+            self.counters[f"{direction}_failed:{name}"] += len(result.failed)
+            self.counters[f"{direction}_bytes:{name}"] += result.nbytes
+            if job.promotion:
+                self._promotions.end(job, result, self._requests.get(job.request.req_id))
+            else:
+                self._cascades.end(job, result)

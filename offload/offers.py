@@ -1,4 +1,4 @@
-"""Counts how often a chunk was offered, for `store_threshold`."""
+"""Counts how often a chunk was asked for, for `store_threshold`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,10 @@ class Offers:
     def is_wanted(self, key: bytes) -> bool:
         """Whether the offer now being made is the one to store the key at."""
         return self._counts.get(key, 0) + 1 >= self._threshold
+
+    def was_wanted(self, key: bytes) -> bool:
+        """Whether the key was offered often enough already."""
+        return self._threshold <= 1 or self._counts.get(key, 0) >= self._threshold
 
     def count(self, keys: Iterable[bytes]) -> None:
         """The keys were offered."""

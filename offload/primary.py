@@ -27,7 +27,8 @@ class Entry:
 
     `end_token` is the chunk's end in the request that brought it, in tokens. `writer` is
     None once the page is ready. `gpu_reads` and `tier_reads` count the transfers out of
-    the slot. `attached`: the key still leads here.
+    the slot. `attached`: the key still leads here. `offered` has a bit for each secondary tier
+    that need not be given the page: it has it, is getting it, or refused it.
     """
 
     key: bytes
@@ -37,6 +38,7 @@ class Entry:
     gpu_reads: int = 0
     tier_reads: int = 0
     attached: bool = True
+    offered: int = 0
 
     @property
     def ready(self) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from kvstrata.offload.costs import Progress
+from kvstrata.offload.wishes import NO_WISHES, Wishes
 from kvstrata.tiers.base import RequestView
 
 
@@ -12,12 +14,18 @@ class RequestState:
     """What is remembered of a request until it ends."""
 
     view: RequestView
-    # (tier index, key) that did not arrive: not tried again for this request
+    wishes: Wishes = NO_WISHES
+    # (tier index, key) not to be tried again for this request: it did not arrive, or loading
+    # it was not worth it
     failed: set[tuple[int, bytes]] = field(default_factory=set)
     # (tier index, key) -> when the tier first answered RETRY
     first_retry: dict[tuple[int, bytes], float] = field(default_factory=dict)
     silent: set[int] = field(default_factory=set)  # tiers past their look-up deadline
+    declined: set[int] = field(default_factory=set)  # tiers that seemed not worth loading from
+    trying: set[int] = field(default_factory=set)  # tiers to load from whatever it costs
     sources: dict[bytes, str] = field(default_factory=dict)  # promoted key -> tier name
     awaits: bool = False  # some look-up of this step was answered RETRY
+    reach: int = 0  # furthest end, in tokens, of a page of this step that is there or coming
+    progress: Progress | None = None  # of its prefill
     open_stores: int = 0
     finished: bool = False

@@ -3,39 +3,40 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from kvstrata.offload.breaker import Kind
 from kvstrata.offload.primary import Entry
-from kvstrata.tiers.base import Job, JobResult, Page, RequestView, SecondaryTier, key_group
+from kvstrata.offload.tier_link import NamedTier, TierLink
+from kvstrata.tiers.base import PAGE_CAUSES, Job, JobResult, Page, RequestView, key_group
 
 logger = logging.getLogger("kvstrata.manager")
 
-# A tier gets this long to end its jobs at a reset or shutdown; then it is left behind.
+# All tiers together get this long to end their jobs, and as long again to stop; what hangs
+# is then left behind.
 STOP_TIMEOUT_S = 5.0
-# A store that takes longer no longer keeps an otherwise idle engine stepping.
+# A store that takes longer no longer keeps an otherwise idle engine stepping, and counts as
+# a failure of the tier.
 STORE_PATIENCE_S = 60.0
 
 
-@dataclass(frozen=True, slots=True)
-class NamedTier:
-    """A secondary tier and the name it has in requests, logs and metrics."""
-
-    name: str
-    tier: SecondaryTier
-    medium: str | None = None  # vLLM's word: "CPU", "STORAGE", or None for anything else
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Running:
-    """A job under way at a tier: a promotion into the primary tier, or a cascade out of it."""
+    """A job under way at a tier: a promotion into the primary tier, or a cascade out of it.
 
-    tier: NamedTier
+    `ahead` is the bytes under way in its direction at its submission, its own included.
+    """
+
+    link: TierLink
     entries: Mapping[bytes, Entry]
     promotion: bool
     started: float
     request: RequestView
+    ahead: int
+    nbytes: int
+    probe: bool = False
+    overdue: bool = False
 
 
 class TierJobs:
@@ -44,6 +45,7 @@ class TierJobs:
     Args:
         open_tiers: makes the secondary tiers.
         view: (slot, group) -> the page's bytes.
+        promotion_deadline_s: a promotion that takes longer counts as a failure of the tier.
         clock: seconds, monotonic.
     """
 
@@ -51,76 +53,127 @@ class TierJobs:
         self,
         open_tiers: Callable[[], Sequence[NamedTier]],
         view: Callable[[int, int], memoryview],
+        promotion_deadline_s: float,
         clock: Callable[[], float],
     ) -> None:
         self._open_tiers = open_tiers
         self._view = view
+        self._promotion_deadline_s = promotion_deadline_s
         self._clock = clock
-        self.tiers = tuple(open_tiers())
-        self._running: dict[int, Running] = {}
+        self._running: dict[int, Running] = {}  # oldest first
         self._next_job = 0
-        self._cascading: Counter[NamedTier] = Counter()
-        self._left_behind: list[NamedTier] = []  # did not stop in time; may still end jobs
+        self._left_behind: list[TierLink] = []  # did not stop in time; may still end jobs
+        self.links: tuple[TierLink, ...] = ()
+        self._open()
 
     def __len__(self) -> int:
         return len(self._running)
 
     def submit(
-        self, tier: NamedTier, entries: Sequence[Entry], request: RequestView, *, promotion: bool
+        self,
+        link: TierLink,
+        entries: Sequence[Entry],
+        request: RequestView,
+        *,
+        promotion: bool,
+        probe: bool = False,
     ) -> None:
         """Start one job; its result comes from `results`."""
         job_id = self._next_job
         self._next_job += 1
-        by_key = {entry.key: entry for entry in entries}
-        self._running[job_id] = Running(tier, by_key, promotion, self._clock(), request)
-        job = Job(job_id, tuple(self._page(entry) for entry in entries), request)
+        pages = tuple(self._page(entry) for entry in entries)
+        nbytes = sum(page.view.nbytes for page in pages)
+        traffic = link.traffic(promotion=promotion)
+        traffic.pages += len(pages)
+        traffic.nbytes += nbytes
+        self._running[job_id] = Running(
+            link,
+            {entry.key: entry for entry in entries},
+            promotion,
+            self._clock(),
+            request,
+            traffic.nbytes,
+            nbytes,
+            probe,
+        )
+        job = Job(job_id, pages, request)
         if promotion:
-            tier.tier.submit_load(job)
+            link.tier.submit_load(job)
         else:
-            self._cascading[tier] += len(entries)
-            tier.tier.submit_store(job)
+            link.tier.submit_store(job)
 
     def results(self) -> Iterator[tuple[Running, JobResult]]:
         """The jobs that ended since the last call."""
-        for named in (*self.tiers, *self._left_behind):
-            for result in named.tier.get_finished():
+        self._look_for_overdue()
+        for link in (*self.links, *self._left_behind):
+            for result in link.tier.get_finished():
                 job = self._running.pop(result.job_id)
-                if not job.promotion:
-                    self._cascading[named] -= len(job.entries)
+                traffic = link.traffic(promotion=job.promotion)
+                traffic.pages -= len(job.entries)
+                traffic.nbytes -= job.nbytes
+                self._judge(job, result)
                 yield job, result
 
-    def cascading(self, tier: NamedTier) -> int:
-        """How many pages the tier is storing."""
-        return self._cascading[tier]
-
-    def any_in_time(self, promotion_deadline_s: float) -> bool:
-        """Whether a job is under way that has not outrun its time."""
-        now = self._clock()
-        return any(
-            now - job.started < (promotion_deadline_s if job.promotion else STORE_PATIENCE_S)
-            for job in self._running.values()
-        )
+    def any_in_time(self) -> bool:
+        """Whether a job that somebody counts on is under way and has not outrun its time."""
+        self._look_for_overdue()
+        return any(not job.overdue and not job.probe for job in self._running.values())
 
     def drain(self) -> None:
-        """Wait for the jobs under way, each tier at most `STOP_TIMEOUT_S`."""
-        for named in self.tiers:
-            if not named.tier.drain(STOP_TIMEOUT_S):
-                logger.warning("tier %s did not drain within %g s", named.name, STOP_TIMEOUT_S)
+        """Wait for the jobs under way, at most `STOP_TIMEOUT_S` for all tiers together."""
+        self._bounded("drain", lambda link, left: link.tier.drain(left))
 
     def stop(self) -> None:
-        """Stop the tiers, each within `STOP_TIMEOUT_S`; one that hangs is left behind."""
-        for named in self.tiers:
-            if not named.tier.shutdown(STOP_TIMEOUT_S):
-                logger.warning("tier %s did not stop within %g s", named.name, STOP_TIMEOUT_S)
-                self._left_behind.append(named)
+        """Stop the tiers, within `STOP_TIMEOUT_S` in all; one that hangs is left behind."""
+        self._left_behind += self._bounded("stop", lambda link, left: link.tier.shutdown(left))
 
     def reopen(self) -> None:
         """Open the tiers anew after `stop`; if that fails, go on without them."""
         try:
-            self.tiers = tuple(self._open_tiers())
+            self._open()
         except Exception:  # the engine goes on, whatever a medium does
             logger.exception("secondary tiers cannot be opened again: they are off")
-            self.tiers = ()
+            self.links = ()
+
+    def _open(self) -> None:
+        self.links = tuple(
+            TierLink(named, index, self._clock) for index, named in enumerate(self._open_tiers())
+        )
+
+    def _bounded(self, verb: str, call: Callable[[TierLink, float], bool]) -> list[TierLink]:
+        """Do something to every tier, healthy ones first; those that did not end in time."""
+        deadline = self._clock() + STOP_TIMEOUT_S
+        late = []
+        for link in sorted(self.links, key=lambda link: not link.breaker.closed):
+            if not call(link, max(0.0, deadline - self._clock())):
+                logger.warning("tier %s did not %s in time", link.name, verb)
+                late.append(link)
+        return late
+
+    def _look_for_overdue(self) -> None:
+        now = self._clock()
+        for job in self._running.values():
+            patience = self._promotion_deadline_s if job.promotion else STORE_PATIENCE_S
+            if not job.overdue and now - job.started >= patience:
+                job.overdue = True
+                job.link.breaker.failed(Kind.LOAD if job.promotion else Kind.STORE)
+
+    def _judge(self, job: Running, result: JobResult) -> None:
+        """What the job says of the tier's health, and what it cost."""
+        kind = Kind.LOAD if job.promotion else Kind.STORE
+        sick = [cause for cause in result.failed.values() if cause not in PAGE_CAUSES]
+        if len(sick) == len(job.entries):
+            if not job.overdue:  # else counted already
+                job.link.breaker.failed(kind)
+            return
+        if len(result.failed) == len(job.entries):
+            return  # says nothing of the medium
+        if job.probe:
+            job.link.breaker.probe_succeeded()
+        if not job.overdue:
+            job.link.breaker.succeeded(kind)
+        cost = job.link.traffic(promotion=job.promotion).cost
+        cost.add(job.ahead, self._clock() - job.started)
 
     def _page(self, entry: Entry) -> Page:
         group = key_group(entry.key)

@@ -35,6 +35,18 @@ DTYPE_BYTES: Mapping[str, int] = {
 }
 
 
+# Causes in `JobResult.failed` that speak of a page, or of room for it, and not of the medium:
+# a tier that reports them is well. Any other cause counts towards taking the tier out.
+PAGE_CAUSES = frozenset(
+    (
+        *("missing", "truncated", "size", "header", "version", "namespace", "key", "shape"),
+        *("checksum", "symlink", "not-regular", "unreadable"),
+        *("no-space", "budget", "too-large", "read-only", "denied", "no-directory", "books"),
+        "shutdown",
+    )
+)
+
+
 class TierConfigError(ValueError):
     """A tier's options are wrong: the message names the key, the value and the remedy."""
 
@@ -190,9 +202,11 @@ class JobResult:
     """The end of a job.
 
     `failed` maps the keys that were not stored, or did not arrive, to a short cause
-    such as "missing" or "checksum"; all other keys of the job succeeded. The content of
-    a failed page's view is undefined. `nbytes` counts the bytes moved, `seconds` the
-    time from the start of the work to its end.
+    such as "missing" or "checksum"; all other keys of the job succeeded. Jobs of which every
+    page fails for a cause outside `PAGE_CAUSES` are failures of the tier: after three in a
+    row the manager leaves it alone for a while. The content of a failed page's view is
+    undefined. `nbytes` counts the bytes moved, `seconds` the time from the start of the work
+    to its end.
     """
 
     job_id: int

@@ -12,6 +12,9 @@ from kvstrata.tiers.options import nearest
 
 ENTRY_POINT_GROUP = "kvstrata.tiers"
 
+# Keys that an entry of any type may have; the last two are the manager's.
+COMMON_KEYS = ("type", "module_path", "store_threshold", "max_tracker_size")
+
 # short name -> "module:class", imported when asked for
 BUILT_IN: Mapping[str, str] = {
     "fs": "kvstrata.tiers.fs.tier:FsTier",
@@ -52,8 +55,8 @@ def tier_class(entry: Mapping[str, Any]) -> type[SecondaryTier]:
 
 
 def tier_options(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The entry without `type` and `module_path`: what the tier's class receives."""
-    return {key: value for key, value in entry.items() if key not in ("type", "module_path")}
+    """The entry without the keys that every tier has: what the tier's class receives."""
+    return {key: value for key, value in entry.items() if key not in COMMON_KEYS}
 
 
 def _known() -> list[str]:

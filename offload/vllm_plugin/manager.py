@@ -31,7 +31,7 @@ from kvstrata.offload.guard import GuardedTier
 from kvstrata.offload.manager import Answer, TieringManager
 from kvstrata.offload.primary import Entry
 from kvstrata.offload.region import Region, open_region
-from kvstrata.offload.tier_jobs import NamedTier
+from kvstrata.offload.tier_link import NamedTier
 from kvstrata.offload.vllm_plugin.metrics import StatsReader
 from kvstrata.offload.vllm_plugin.transfer import PageSlots
 from kvstrata.tiers.base import (
@@ -234,12 +234,17 @@ def open_manager(
         for entry in entries:
             cls: type[SecondaryTier] = tier_class(entry.entry)
             tier = GuardedTier(entry.name, cls(tier_options(entry.entry), context))
-            opened.append(NamedTier(entry.name, tier, cls.medium))
+            opened.append(
+                NamedTier(
+                    entry.name, tier, cls.medium, entry.store_threshold, entry.max_tracker_size
+                )
+            )
         return opened
 
     manager = TieringManager(
         settings,
         region.slots,
+        layouts,
         lambda slot, group: region.view(slot, sizes[group]),
         region.is_complete,
         open_tiers,

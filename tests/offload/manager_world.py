@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from kvstrata.offload.config import OffloadConfig
 from kvstrata.offload.manager import Answer, TieringManager
-from kvstrata.offload.tier_jobs import NamedTier
+from kvstrata.offload.tier_link import NamedTier
 from kvstrata.tiers.base import PageLayout, RequestView, SecondaryTier, TensorSpec, TierContext
 
 PAGE = 16  # bytes
@@ -42,6 +42,7 @@ class World:
         self.manager = TieringManager(
             self.config,
             self.slots,
+            LAYOUTS,
             lambda slot, group: memoryview(self.memory[slot]),
             lambda slot: slot not in self.incomplete,
             self._open,

@@ -6,8 +6,9 @@ import pytest
 
 from kvstrata.offload import tier_jobs
 from kvstrata.offload.config import OffloadConfig
+from kvstrata.offload.events import Event
 from kvstrata.offload.guard import GuardedTier
-from kvstrata.offload.manager import Answer, Event, TieringManager
+from kvstrata.offload.manager import Answer, TieringManager
 from kvstrata.tiers.base import Job, JobResult, Lookup, RequestView, SecondaryTier
 from kvstrata.tiers.memory import MemoryTier
 from kvstrata.tiers.testing import FaultyTier, SlowTier
@@ -73,8 +74,8 @@ def assert_nothing_is_left(manager: TieringManager) -> None:
     """No state of finished requests, jobs and promotions; all slots can be had."""
     manager.on_step_end()
     manager.on_step_end()
-    assert not manager._requests and not manager._wanted and not manager._jobs
-    assert not manager._promotion_started and not manager._kept
+    assert not manager._requests and not manager._promotions.unsent and not manager._jobs
+    assert not manager._promotions and not manager._kept
     assert manager.primary.free + manager.primary.idle == manager.primary.slots
     assert manager.primary.promoting == 0 and not manager.has_pending_work()
 
@@ -676,26 +677,34 @@ def test_reset_forgets_finished_requests_with_stores_under_way() -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "waits"), [(TieringManager.reset, 2), (TieringManager.shutdown, 4)]
+    ("call", "fixed", "given"),
+    [
+        (TieringManager.reset, True, []),
+        (TieringManager.reset, False, [2.0, 0.5]),
+        (TieringManager.shutdown, True, [2.0, 0.5, 2.0, 0.5]),
+    ],
 )
-def test_a_hung_tier_bounds_reset_and_shutdown(
-    call: Callable[[TieringManager], object], waits: int, monkeypatch: pytest.MonkeyPatch
+def test_hung_tiers_bound_reset_and_shutdown(
+    call: Callable[[TieringManager], object],
+    fixed: bool,
+    given: list[float],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tier_jobs, "STOP_TIMEOUT_S", 0.25)
-    given: list[float] = []
+    """All tiers together have one bound."""
+    monkeypatch.setattr(tier_jobs, "STOP_TIMEOUT_S", 2.0)
+    timeouts: list[float] = []
 
     class Hung(Recorder):
         def drain(self, timeout_s: float) -> bool:
-            given.append(timeout_s)
+            timeouts.append(timeout_s)
+            world.now += 1.5
             return False
 
-        def shutdown(self, timeout_s: float) -> bool:
-            given.append(timeout_s)
-            return False
+        shutdown = drain
 
-    world = World([Hung(), Hung()])
+    world = World([Hung(), Hung()], weights_fixed=fixed)
     call(world.manager)
-    assert given == [0.25] * waits
+    assert timeouts == given
 
 
 def test_shutdown_takes_the_last_results() -> None:

@@ -277,8 +277,8 @@ class ManagerMachine(RuleBasedStateMachine):
             self.end_what_a_reset_left()
         self.world.step(10)
         manager = self.manager
-        assert not manager._requests and not manager._wanted and not manager._jobs
-        assert not manager._promotion_started and not manager._kept
+        assert not manager._requests and not manager._promotions.unsent and not manager._jobs
+        assert not manager._promotions and not manager._kept
         assert not manager.has_pending_work() and manager.primary.promoting == 0
         assert manager.primary.free + manager.primary.idle == self.world.slots
         for entry in manager.primary:

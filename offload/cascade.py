@@ -1,0 +1,115 @@
+"""Cascades: pages on their way from the primary tier into secondary tiers."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+
+from kvstrata.offload.events import Report
+from kvstrata.offload.primary import Entry, PrimaryTier
+from kvstrata.offload.request import RequestState
+from kvstrata.offload.tier_jobs import Running, TierJobs
+from kvstrata.offload.tier_link import TierLink
+from kvstrata.tiers.base import JobResult, PageLayout, RequestView, key_group
+
+# Largest share of the primary tier that pages on their way to secondary tiers may hold, and that
+# those to one of several tiers may hold: a tier that hangs must leave room for the GPU's pages,
+# and for pages on their way to the others.
+MOST_CASCADING = 0.75
+MOST_TO_ONE_TIER = 0.5
+# A tier whose queue of stores would take longer is given no more until it is shorter: pages in
+# the queue cannot be evicted.
+LONGEST_QUEUE_S = 10.0
+
+
+class Cascades:
+    """Gives pages to the tiers that should have them, as far as the tiers keep up.
+
+    Args:
+        primary: where the pages are.
+        jobs: the tiers' jobs.
+        layouts: page layout by group.
+        report: the manager's.
+    """
+
+    def __init__(
+        self,
+        primary: PrimaryTier,
+        jobs: TierJobs,
+        layouts: Mapping[int, PageLayout],
+        report: Report,
+    ) -> None:
+        self._primary = primary
+        self._jobs = jobs
+        self._layouts = layouts
+        self._report = report
+        self._under_way: Counter[Entry] = Counter()  # -> to how many tiers
+
+    def asked(self, keys: Collection[bytes]) -> None:
+        """A request asked for the pages, which counts for the tiers' `store_threshold`."""
+        for link in self._jobs.links:
+            link.asked.count(keys)
+
+    def give(self, entries: Sequence[Entry], state: RequestState) -> None:
+        """Store ready pages, in prefix order, in the tiers that should have them and do not."""
+        for link in self._jobs.links:
+            due = [entry for entry in entries if not entry.offered & link.bit]
+            if not due or not state.wishes.allow(link.name):
+                continue
+            due = [entry for entry in due if link.asked.was_wanted(entry.key)]
+            chosen = self._fitting(link, due) if link.breaker.closed else []
+            self._report.counters[f"cascade_skipped:{link.name}"] += len(due) - len(chosen)
+            if chosen:
+                self._submit(link, chosen, state.view)
+
+    def probe(self) -> None:
+        """Give one page to each tier that was taken out and may be well again."""
+        for link in self._jobs.links:
+            if not link.breaker.wants_probe:
+                continue
+            entry = next((entry for entry in self._primary if entry.ready), None)
+            if entry is not None:
+                link.breaker.probing()
+                self._submit(link, [entry], RequestView("probe"), probe=True)
+
+    def end(self, job: Running, result: JobResult) -> None:
+        """A job ended."""
+        for entry in reversed(list(job.entries.values())):
+            self._under_way[entry] -= 1
+            if not self._under_way[entry]:
+                del self._under_way[entry]
+            self._primary.end_read(entry, gpu=False)
+            if entry.key in result.failed:
+                entry.offered &= ~job.link.bit  # to be tried when it is asked for again
+        if job.link in self._jobs.links:
+            stored = [key for key in job.entries if key not in result.failed]
+            self._report.came(stored, job.link.named)
+
+    def _submit(
+        self, link: TierLink, entries: Sequence[Entry], request: RequestView, *, probe: bool = False
+    ) -> None:
+        for entry in entries:
+            entry.offered |= link.bit
+            self._under_way[entry] += 1
+            self._primary.begin_read(entry, gpu=False)
+        self._jobs.submit(link, entries, request, promotion=False, probe=probe)
+
+    def _fitting(self, link: TierLink, due: Sequence[Entry]) -> list[Entry]:
+        """The first pages, as many as the tier may be given now."""
+        slots = self._primary.slots
+        several = len(self._jobs.links) > 1
+        most = math.ceil(slots * (MOST_TO_ONE_TIER if several else MOST_CASCADING))
+        room = math.ceil(slots * MOST_CASCADING) - len(self._under_way)
+        nbytes = link.stores.nbytes
+        chosen: list[Entry] = []
+        for entry in due[: max(0, most - link.stores.pages)]:
+            nbytes += self._layouts[key_group(entry.key)].nbytes
+            # With nothing under way one page goes in any case, to see how long it takes now.
+            if (chosen or link.stores.pages) and link.stores.cost.seconds(nbytes) > LONGEST_QUEUE_S:
+                break
+            room -= entry not in self._under_way
+            if room < 0:
+                break
+            chosen.append(entry)
+        return chosen

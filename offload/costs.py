@@ -1,0 +1,97 @@
+"""What moving pages costs, and what computing them costs, as measured in this engine."""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from dataclasses import dataclass
+
+# Jobs remembered per tier and direction. Few, since the speed of a disk or network changes.
+_JOBS = 32
+# A cost is known from so many jobs on.
+LEAST_JOBS = 4
+# Steps of prefill remembered, and how many make the speed known.
+_STEPS = 128
+LEAST_STEPS = 20
+
+
+class TransferCost:
+    """Seconds a tier takes for a number of bytes, those queued before them included.
+
+    A straight line (latency plus bytes by bandwidth) through the last jobs by least squares;
+    where that line makes no sense, one through the origin.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: deque[tuple[float, float]] = deque(maxlen=_JOBS)
+        self._line: tuple[float, float] | None = None  # seconds per byte, seconds
+
+    def add(self, nbytes: int, seconds: float) -> None:
+        """A job ended `seconds` after its submission, when so many bytes were under way."""
+        self._jobs.append((float(nbytes), seconds))
+        self._line = None
+
+    @property
+    def known(self) -> bool:
+        """There were enough jobs to tell."""
+        return len(self._jobs) >= LEAST_JOBS
+
+    def seconds(self, nbytes: int) -> float:
+        """Expected time from submission to end with so many bytes under way; 0.0 if unknown."""
+        slope, start = self._fit()
+        return start + slope * nbytes
+
+    @property
+    def seconds_per_byte(self) -> float:
+        """The marginal cost: the inverse of the bandwidth in bytes/s; 0.0 if unknown."""
+        return self._fit()[0]
+
+    def _fit(self) -> tuple[float, float]:
+        if not self.known:
+            return 0.0, 0.0
+        if self._line is None:
+            nbytes, seconds = zip(*self._jobs, strict=True)
+            slope = start = -1.0
+            if len(set(nbytes)) > 1:
+                slope, start = statistics.linear_regression(nbytes, seconds)
+            if slope < 0.0 or start < 0.0:
+                slope, start = sum(seconds) / max(1.0, sum(nbytes)), 0.0
+            self._line = slope, start
+        return self._line
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a request's prefill was at its last offer of pages."""
+
+    step: int  # number of the scheduler step
+    time: float  # seconds
+    tokens: int  # end of what is computed by the end of that step
+    run: int = 0  # steps without a gap before this one
+
+
+class PrefillSpeed:
+    """Tokens per second that a request gains while it is being prefilled.
+
+    Taken from the distance between offers of successive steps. A run's first distance is left
+    out: where vLLM schedules one step ahead of the GPU, it is no time at all. Decoding does
+    not count, since it fills a chunk in many steps.
+    """
+
+    def __init__(self) -> None:
+        self._steps: deque[tuple[int, float]] = deque(maxlen=_STEPS)  # tokens, seconds
+
+    def advance(self, last: Progress | None, step: int, time: float, tokens: int) -> Progress:
+        """Note an offer of a request whose last one was `last`; to be handed in next time."""
+        if last is None or step != last.step + 1 or tokens <= last.tokens:
+            return Progress(step, time, tokens)
+        if last.run >= 1:
+            self._steps.append((tokens - last.tokens, time - last.time))
+        return Progress(step, time, tokens, last.run + 1)
+
+    def seconds_per_token(self) -> float | None:
+        """None while it is not known."""
+        if len(self._steps) < LEAST_STEPS:
+            return None
+        tokens, seconds = map(sum, zip(*self._steps, strict=True))
+        return seconds / tokens

@@ -1,0 +1,37 @@
+"""What the manager reports: totals that only grow, and pages that came and went."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from kvstrata.offload.tier_link import NamedTier
+
+
+class Event(NamedTuple):
+    """Pages came into (or left) a tier; `tier` is None for the primary tier."""
+
+    keys: list[bytes]
+    removed: bool
+    tier: NamedTier | None
+
+
+class Report:
+    """Totals by name (`<event>` or `<event>:<tier>`), and the events not yet taken."""
+
+    def __init__(self) -> None:
+        self.counters: Counter[str] = Counter()
+        self.events: list[Event] = []
+
+    def came(self, keys: Sequence[bytes], tier: NamedTier | None = None) -> None:
+        """Pages came into a tier, None for the primary tier."""
+        if keys:
+            self.events.append(Event(list(keys), removed=False, tier=tier))
+
+    def left(self, keys: Sequence[bytes], tier: NamedTier | None = None) -> None:
+        """Pages left a tier, None for the primary tier: those were evicted."""
+        if keys:
+            self.events.append(Event(list(keys), removed=True, tier=tier))
+            if tier is None:
+                self.counters["evicted_pages"] += len(keys)

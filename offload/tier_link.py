@@ -1,0 +1,61 @@
+"""TierLink: one secondary tier, and what the manager has learnt of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvstrata.offload.breaker import CircuitBreaker
+from kvstrata.offload.costs import TransferCost
+from kvstrata.offload.offers import Offers
+from kvstrata.tiers.base import SecondaryTier
+
+
+@dataclass(frozen=True, slots=True)
+class NamedTier:
+    """A secondary tier and the name it has in requests, logs and metrics.
+
+    `store_threshold` and `max_tracker_size` are those of its entry in `secondary_tiers`.
+    """
+
+    name: str
+    tier: SecondaryTier
+    medium: str | None = None  # vLLM's word: "CPU", "STORAGE", or None for anything else
+    store_threshold: int = 0
+    max_tracker_size: int = 64_000
+
+
+class Traffic:
+    """The jobs of one direction under way at a tier, and what earlier ones cost."""
+
+    def __init__(self) -> None:
+        self.pages = 0
+        self.nbytes = 0
+        self.cost = TransferCost()
+
+
+class TierLink:
+    """A secondary tier as the manager deals with it.
+
+    Args:
+        named: the tier.
+        index: its place in the order of look-up.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, named: NamedTier, index: int, clock: Callable[[], float]) -> None:
+        self.named = named
+        self.name = named.name
+        self.tier = named.tier
+        self.index = index
+        self.bit = 1 << index  # in `Entry.offered`
+        self.breaker = CircuitBreaker(named.name, clock)
+        self.asked = Offers(named.store_threshold, named.max_tracker_size)
+        self.loads = Traffic()
+        self.stores = Traffic()
+        self.promoting = 0  # slots of the primary tier reserved for it
+        self.declined = 0  # requests that computed what they could have loaded
+
+    def traffic(self, *, promotion: bool) -> Traffic:
+        """Loads for a promotion, else stores."""
+        return self.loads if promotion else self.stores
