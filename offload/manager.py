@@ -45,6 +45,11 @@ class Answer(enum.Enum):
     RETRY = enum.auto()  # a tier does not know yet
 
 
+# Members bound once: in Python 3.11 each `Answer.HIT` is a call.
+_HIT, _MISS, _PENDING = Answer.HIT, Answer.MISS, Answer.PENDING
+_GPU = Writer.GPU
+
+
 class StorePlan(NamedTuple):
     """Where the GPU's pages go: `slots[i]` for `keys[i]`; `evicted` made room."""
 
@@ -106,6 +111,7 @@ class TieringManager:
         self._cascades = Cascades(self.primary, self._jobs, layouts, self._report)
         self._wishes = WishReader([link.name for link in self._jobs.links])
         self._requests: dict[str, RequestState] = {}
+        self._awaiting: list[RequestState] = []  # of this step
         self._step = 0
         self._polled = False  # results were taken in this step
 
@@ -128,22 +134,18 @@ class TieringManager:
         """
         if not self._polled:
             self._poll()
-        state = self._requests.get(request.req_id) or self._new_state(request)
         entry = self.primary.get(key)
         if entry is None:
-            answer = self._lookup_tiers(key, end_token, state)
-        elif entry.writer is None:
+            return self._lookup_tiers(key, end_token, self._state(request))
+        writer = entry.writer
+        if writer is None:
             self._kept.keep(entry)
             self.counters["primary_hits"] += 1
-            answer = Answer.HIT
-        elif entry.writer is Writer.GPU or self._promotions.in_time(entry):
-            answer = Answer.PENDING
-        else:
-            self.counters["promotion_timeouts"] += 1
-            return Answer.MISS
-        if answer is not Answer.MISS and end_token > state.reach:
-            state.reach = end_token
-        return answer
+            return _HIT
+        if writer is _GPU or self._promotions.in_time(entry):
+            return _PENDING
+        self.counters["promotion_timeouts"] += 1
+        return _MISS
 
     def source(self, key: bytes, request: RequestView) -> str | None:
         """The name of the tier the page was promoted from for this request, if it was."""
@@ -209,12 +211,14 @@ class TieringManager:
             state.progress = self._speed.advance(
                 state.progress, self._step, self._clock(), max(ends.values())
             )
-        new = [key for key in ends if self.primary.get(key) is None]
-        wanted = [key for key in new if self._offers.is_wanted(key)]
+        get = self.primary.get
+        present = [key for key in ends if get(key) is not None]
+        new = [key for key in ends if get(key) is None] if present else list(ends)
+        wanted = self._offers.wanted(new)
         # More than could ever fit: its beginning is better than nothing.
-        del wanted[self.primary.slots - (len(ends) - len(new)) :]
+        del wanted[self.primary.slots - len(present) :]
         taken = self.primary.allocate(
-            [(key, ends[key]) for key in wanted], Writer.GPU, protected=ends
+            [(key, ends[key]) for key in wanted], Writer.GPU, protected=present
         )
         if taken is None:
             self.counters["store_no_room"] += 1
@@ -230,23 +234,20 @@ class TieringManager:
 
     def complete_store(self, keys: Collection[bytes], request: RequestView) -> None:
         """The GPU's pages of one plan have arrived: make them loadable, and cascade."""
-        stored: list[Entry] = []
         entries = [entry for key in keys if (entry := self.primary.get(key)) is not None]
-        for entry in tail_first(entries):
-            assert entry.writer is Writer.GPU
-            good = self._valid(entry.slot)
-            self.primary.finish_write(entry, good=good)
-            if good:
-                stored.append(entry)
-            else:
-                self.counters["incomplete_pages"] += 1
-        stored.reverse()
+        last_first = tail_first(entries)
+        assert all(entry.writer is _GPU for entry in last_first)
+        bad = [entry for entry in last_first if not self._valid(entry.slot)]
+        stored = [entry for entry in reversed(last_first) if entry not in bad]
         state = self._state(request)
         if stored:
             self.counters["stored_pages"] += len(stored)
             self._report.came([entry.key for entry in stored])
             self._cascades.give(stored, state)
             self._pin(stored, state)
+        for entry in last_first:
+            self.primary.finish_write(entry, good=entry not in bad)
+        self.counters["incomplete_pages"] += len(bad)
         state.open_stores -= 1
         self._forget_if_over(state)
 
@@ -274,9 +275,9 @@ class TieringManager:
         self._cascades.probe()
         self._kept.end_step()
         self._pins.expire()
-        for state in self._requests.values():
+        for state in self._awaiting:
             state.awaits = False
-            state.reach = 0
+        self._awaiting.clear()
         for link in self._jobs.links:
             link.tier.on_step_end()
 
@@ -376,9 +377,10 @@ class TieringManager:
                 return Answer.PENDING if reserved else Answer.MISS
         if retry:
             state.awaits = True
+            self._awaiting.append(state)
             return Answer.RETRY
         self.counters["misses"] += 1
-        return Answer.MISS
+        return _MISS
 
     def _may_retry(self, link: TierLink, key: bytes, state: RequestState) -> bool:
         """Whether the request may still wait for the tier's answer."""

@@ -22,9 +22,11 @@ class Offers:
     def __len__(self) -> int:
         return len(self._counts)
 
-    def is_wanted(self, key: bytes) -> bool:
-        """Whether the offer now being made is the one to store the key at."""
-        return self._counts.get(key, 0) + 1 >= self._threshold
+    def wanted(self, keys: Iterable[bytes]) -> list[bytes]:
+        """The keys for which the offer now being made is one to store them at."""
+        if self._threshold <= 1:
+            return list(keys)
+        return [key for key in keys if self._counts.get(key, 0) + 1 >= self._threshold]
 
     def was_wanted(self, key: bytes) -> bool:
         """Whether the key was offered often enough already."""

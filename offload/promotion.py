@@ -150,11 +150,9 @@ class Promotions:
         groups = {key_group(entry.key) for _, entry in pairs}
         in_order = len(groups) == 1 and all(one < two for one, two in pairwise(ends))
         if in_order:
-            # Pages of the primary tier behind the last one are of use only with it.
-            bounds = [start, *ends[:-1], max(ends[-1], state.reach)]
-            tokens = [end - begin for begin, end in pairwise(bounds)]
+            tokens = [end - begin for begin, end in pairwise([start, *ends])]
         else:
-            tokens = [0] * (len(pairs) - 1) + [max(*ends, state.reach) - start]
+            tokens = [0] * (len(pairs) - 1) + [max(ends) - start]
         parts = [
             Part(link, layout.nbytes, spared)
             for (link, _), layout, spared in zip(pairs, layouts, tokens, strict=True)

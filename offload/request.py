@@ -25,7 +25,6 @@ class RequestState:
     trying: set[int] = field(default_factory=set)  # tiers to load from whatever it costs
     sources: dict[bytes, str] = field(default_factory=dict)  # promoted key -> tier name
     awaits: bool = False  # some look-up of this step was answered RETRY
-    reach: int = 0  # furthest end, in tokens, of a page of this step that is there or coming
     progress: Progress | None = None  # of its prefill
     open_stores: int = 0
     finished: bool = False

@@ -104,6 +104,8 @@ class TierJobs:
 
     def results(self) -> Iterator[tuple[Running, JobResult]]:
         """The jobs that ended since the last call."""
+        if not self._running:
+            return
         self._look_for_overdue()
         for link in (*self.links, *self._left_behind):
             for result in link.tier.get_finished():

@@ -33,6 +33,7 @@ class World:
     config: OffloadConfig = field(default_factory=lambda: OffloadConfig(cpu_bytes=1))
     weights_fixed: bool = True
     reopen: Callable[[], Sequence[SecondaryTier]] | None = None
+    thresholds: Sequence[int] = ()  # of the tiers; 0 where there is none
 
     def __post_init__(self) -> None:
         self.memory = [bytearray(b"\xee" * PAGE) for _ in range(self.slots)]
@@ -53,10 +54,16 @@ class World:
     def _open(self) -> list[NamedTier]:
         tiers = self.reopen() if self.opened and self.reopen else self.tiers
         self.opened += 1
-        return [NamedTier(f"tier{index}", tier, "STORAGE") for index, tier in enumerate(tiers)]
+        thresholds = [*self.thresholds, *[0] * len(tiers)]
+        return [
+            NamedTier(f"tier{index}", tier, "STORAGE", thresholds[index])
+            for index, tier in enumerate(tiers)
+        ]
 
-    def request(self, req_id: str = "r", tiers: frozenset[str] | None = None) -> RequestView:
-        view = RequestView(req_id, {}, tiers)
+    def request(
+        self, req_id: str = "r", tiers: frozenset[str] | None = None, wishes: object = None
+    ) -> RequestView:
+        view = RequestView(req_id, {"kvstrata": wishes}, tiers)
         self.manager.on_new_request(view)
         return view
 

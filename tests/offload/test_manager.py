@@ -725,6 +725,8 @@ def test_results_of_unguarded_strangers_are_errors() -> None:
         def get_finished(self) -> Sequence[JobResult]:
             return [JobResult(77)]
 
+    world = World([Stranger()])
     with pytest.raises(KeyError):
-        World([Stranger()]).step()
+        world.store(ITEMS[:1], world.request())
+        world.step()
     World([GuardedTier("stranger", Stranger())]).step()

@@ -49,6 +49,9 @@ class ManagerMachine(RuleBasedStateMachine):
         policy=st.sampled_from(["lru", "arc"]),
         fraction=st.sampled_from([0.2, 0.5, 1.0]),
         threshold=st.sampled_from([0, 0, 2]),
+        of_tiers=st.lists(st.sampled_from([0, 0, 2]), max_size=2),
+        pins=st.sampled_from([0.25, 1.0]),
+        recompute=st.booleans(),
         weights_fixed=st.booleans(),
     )
     def start(
@@ -59,6 +62,9 @@ class ManagerMachine(RuleBasedStateMachine):
         policy: str,
         fraction: float,
         threshold: int,
+        of_tiers: list[int],
+        pins: float,
+        recompute: bool,
         weights_fixed: bool,
     ) -> None:
         self.polls = tiers
@@ -73,12 +79,16 @@ class ManagerMachine(RuleBasedStateMachine):
                 eviction_policy=policy,
                 promotion_fraction=fraction,
                 store_threshold=threshold,
+                pin_fraction=pins,
+                load_or_recompute=recompute,
             ),
             weights_fixed,
             self.open,
+            of_tiers,
         )
         self.manager = self.world.manager
         self.quota = max(1, int(slots * fraction))
+        self.most_pinned = int(slots * pins)
         self.epoch = 0
         self.number = 0
         self.requests: list[Request] = []
@@ -112,11 +122,23 @@ class ManagerMachine(RuleBasedStateMachine):
     # -- vLLM ---------------------------------------------------------------------
 
     @precondition(lambda self: len(self.requests) < 4)
-    @rule(prefix=st.integers(0, 1), only=st.sampled_from([None, None, "tier0", "none"]))
-    def arrive(self, prefix: int, only: str | None) -> None:
+    @rule(
+        prefix=st.integers(0, 1),
+        only=st.sampled_from([None, None, "tier0", "none"]),
+        wishes=st.fixed_dictionaries(
+            {},
+            optional={
+                "persist": st.sampled_from([True, False, "no"]),
+                "tiers": st.sampled_from([["tier0"], [], ["unknown"], 7]),
+                "pin_seconds": st.sampled_from([3, 20.0, -1, float("nan")]),
+            },
+        ),
+    )
+    def arrive(self, prefix: int, only: str | None, wishes: dict[str, object]) -> None:
         self.number += 1
         tiers = None if only is None else frozenset({only})
-        self.requests.append(Request(self.world.request(str(self.number), tiers), prefix))
+        view = self.world.request(str(self.number), tiers, wishes)
+        self.requests.append(Request(view, prefix))
 
     @precondition(lambda self: any(r.waiting for r in self.requests))
     @rule(data=st.data())
@@ -236,7 +258,16 @@ class ManagerMachine(RuleBasedStateMachine):
     def change_what_fails(self, bad: set[bytes]) -> None:
         self.bad = bad
 
-    @rule(seconds=st.sampled_from([0.4, 1.0, 11.0]))
+    @rule(computing=st.sampled_from([0.001, 1.0, 100.0]), data=st.data())
+    def measure(self, computing: float, data: st.DataObject) -> None:
+        """The engine computes at some speed, and the tiers turned out to load at another."""
+        self.manager._speed._steps.extend([(1000, computing * 1000)] * 20)
+        for link in self.manager.links:
+            loading = data.draw(st.sampled_from([0.001, 1.0, 100.0]))
+            for nbytes in range(PAGE, 9 * PAGE, PAGE):
+                link.loads.cost.add(nbytes, loading * nbytes)
+
+    @rule(seconds=st.sampled_from([0.4, 1.0, 11.0, 61.0]))
     def wait(self, seconds: float) -> None:
         self.world.now += seconds
 
@@ -254,6 +285,22 @@ class ManagerMachine(RuleBasedStateMachine):
         assert len(set(live.values())) == len(live)
         assert self.manager.primary.free == self.world.slots - len(live)
         assert self.manager.primary.promoting <= self.quota
+        assert len(self.manager._pins) <= self.most_pinned
+        for entry in self.manager.primary:
+            assert entry.gpu_reads >= 0 and entry.tier_reads >= 0
+        links = self.manager.links
+        assert all(link.promoting >= 0 and link.loads.pages >= 0 for link in links)
+        under_way = self.manager._cascades._under_way
+        assert all(entry.tier_reads > 0 for entry in under_way)
+        busy = {id(e) for e in self.manager.primary if e.busy}
+        assert self.manager.primary.idle == len(self.manager.primary) - len(busy)
+
+    @invariant()
+    def a_closed_breaker_is_all_that_lets_jobs_through(self) -> None:
+        if not hasattr(self, "manager"):
+            return
+        for job in self.manager._jobs._running.values():
+            assert len(job.entries) == 1 or not job.probe
 
     def teardown(self) -> None:
         """Whatever happened: requests come to an end, and nothing stays behind."""
@@ -276,7 +323,13 @@ class ManagerMachine(RuleBasedStateMachine):
         while self.left:
             self.end_what_a_reset_left()
         self.world.step(10)
+        self.world.now += 100.0  # all pins end
+        self.world.step(10)
         manager = self.manager
+        assert not manager._pins and not manager._cascades._under_way
+        for link in manager.links:
+            assert (link.promoting, link.loads.pages, link.stores.pages) == (0, 0, 0)
+            assert (link.loads.nbytes, link.stores.nbytes) == (0, 0)
         assert not manager._requests and not manager._promotions.unsent and not manager._jobs
         assert not manager._promotions and not manager._kept
         assert not manager.has_pending_work() and manager.primary.promoting == 0

@@ -196,7 +196,7 @@ def test_events_that_nobody_asked_for_do_not_pile_up(tmp_path: Path) -> None:
     adapter.complete(KEYS[:1], spec, request)
     adapter.manager.on_schedule_end(STEP)
     assert list(adapter.manager.take_events()) == []
-    assert adapter.inner._events == []
+    assert adapter.inner._report.events == []
 
 
 def test_stats_are_increments(adapter: Adapter) -> None:
