@@ -8,20 +8,18 @@ a bound. Tiers are expected not to raise (`GuardedTier` sees to it).
 
 from __future__ import annotations
 
-import enum
-import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from kvstrata.offload.breaker import Kind
 from kvstrata.offload.cascade import Cascades
 from kvstrata.offload.config import OffloadConfig
 from kvstrata.offload.costs import PrefillSpeed
 from kvstrata.offload.events import Event, Report
 from kvstrata.offload.eviction import POLICIES
 from kvstrata.offload.kept import KeptPages, tail_first
+from kvstrata.offload.lookup import Answer, TierLookup
 from kvstrata.offload.offers import Offers
 from kvstrata.offload.payoff import Payoff
 from kvstrata.offload.pins import Pins
@@ -31,19 +29,7 @@ from kvstrata.offload.request import RequestState
 from kvstrata.offload.tier_jobs import TierJobs
 from kvstrata.offload.tier_link import NamedTier, TierLink
 from kvstrata.offload.wishes import WishReader
-from kvstrata.tiers.base import Lookup, PageLayout, RequestView
-
-logger = logging.getLogger("kvstrata.manager")
-
-
-class Answer(enum.Enum):
-    """What a look-up says; PENDING will become HIT or MISS in bounded time."""
-
-    HIT = enum.auto()
-    MISS = enum.auto()
-    PENDING = enum.auto()  # the page is coming
-    RETRY = enum.auto()  # a tier does not know yet
-
+from kvstrata.tiers.base import PageLayout, RequestView
 
 # Members bound once: in Python 3.11 each `Answer.HIT` is a call.
 _HIT, _MISS, _PENDING = Answer.HIT, Answer.MISS, Answer.PENDING
@@ -85,7 +71,6 @@ class TieringManager:
         weights_fixed: bool,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._config = config
         self._valid = valid
         self._weights_fixed = weights_fixed
         self._clock = clock
@@ -108,10 +93,10 @@ class TieringManager:
             clock,
             self._report,
         )
+        self._lookup = TierLookup(config, self._jobs, self._promotions, clock, self._report)
         self._cascades = Cascades(self.primary, self._jobs, layouts, self._report)
         self._wishes = WishReader([link.name for link in self._jobs.links])
         self._requests: dict[str, RequestState] = {}
-        self._awaiting: list[RequestState] = []  # of this step
         self._step = 0
         self._polled = False  # results were taken in this step
 
@@ -125,6 +110,15 @@ class TieringManager:
         """The secondary tiers in the order of look-up, with what was learnt of them."""
         return self._jobs.links
 
+    @property
+    def pinned(self) -> int:
+        """Pages held by `pin_seconds`."""
+        return len(self._pins)
+
+    def seconds_per_token(self) -> float | None:
+        """How long a request's prefill takes per token, as measured; None if not known."""
+        return self._speed.seconds_per_token()
+
     # -- look-up and load ---------------------------------------------------------
 
     def lookup(self, key: bytes, end_token: int, request: RequestView) -> Answer:
@@ -136,7 +130,7 @@ class TieringManager:
             self._poll()
         entry = self.primary.get(key)
         if entry is None:
-            return self._lookup_tiers(key, end_token, self._state(request))
+            return self._lookup.ask(key, end_token, self._state(request))
         writer = entry.writer
         if writer is None:
             self._kept.keep(entry)
@@ -275,9 +269,7 @@ class TieringManager:
         self._cascades.probe()
         self._kept.end_step()
         self._pins.expire()
-        for state in self._awaiting:
-            state.awaits = False
-        self._awaiting.clear()
+        self._lookup.end_step()
         for link in self._jobs.links:
             link.tier.on_step_end()
 
@@ -349,56 +341,6 @@ class TieringManager:
     def _pin(self, entries: Iterable[Entry], state: RequestState) -> None:
         if state.wishes.pin_seconds > 0.0:
             self.counters["pins_refused"] += self._pins.pin(entries, state.wishes.pin_seconds)
-
-    def _lookup_tiers(self, key: bytes, end_token: int, state: RequestState) -> Answer:
-        """Ask the secondary tiers in their order, and begin a promotion from the first hit."""
-        request = state.view
-        retry = False
-        for link in self._jobs.links:
-            index = link.index
-            if request.tiers is not None and link.name not in request.tiers:
-                continue
-            if index in state.silent or (index, key) in state.failed or not link.breaker.closed:
-                continue
-            if not self._promotions.may_pay(link, key, state):
-                self.counters["recomputed_pages"] += 1
-                continue
-            found = link.tier.lookup(key, request)
-            if found is Lookup.RETRY:
-                retry = self._may_retry(link, key, state) or retry
-                continue
-            if state.first_retry.pop((index, key), None) is not None:
-                link.breaker.succeeded(Kind.LOOKUP)
-            if found is Lookup.HIT and not retry:
-                # Behind an undecided key nothing is reserved: the prefix may end there.
-                if state.awaits:
-                    return Answer.RETRY
-                reserved = self._promotions.reserve(link, key, end_token, state)
-                return Answer.PENDING if reserved else Answer.MISS
-        if retry:
-            state.awaits = True
-            self._awaiting.append(state)
-            return Answer.RETRY
-        self.counters["misses"] += 1
-        return _MISS
-
-    def _may_retry(self, link: TierLink, key: bytes, state: RequestState) -> bool:
-        """Whether the request may still wait for the tier's answer."""
-        now = self._clock()
-        since = state.first_retry.setdefault((link.index, key), now)
-        if now - since < self._config.lookup_deadline_s:
-            return True
-        state.silent.add(link.index)
-        link.breaker.failed(Kind.LOOKUP)
-        if not self.counters["lookup_timeouts"]:
-            logger.warning(
-                "tier %s did not answer a look-up within %g s; requests go on without it "
-                "(logged once; counted from now on as lookup_timeouts)",
-                link.name,
-                self._config.lookup_deadline_s,
-            )
-        self.counters["lookup_timeouts"] += 1
-        return False
 
     def _poll(self) -> None:
         """Take the tiers' results, once per step."""

@@ -28,7 +28,8 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvstrata.offload.config import OffloadConfig
 from kvstrata.offload.guard import GuardedTier
-from kvstrata.offload.manager import Answer, TieringManager
+from kvstrata.offload.lookup import Answer
+from kvstrata.offload.manager import TieringManager
 from kvstrata.offload.primary import Entry
 from kvstrata.offload.region import Region, open_region
 from kvstrata.offload.tier_link import NamedTier

@@ -15,12 +15,14 @@ from vllm.v1.kv_offload.base import (
 )
 
 from kvstrata.offload.manager import TieringManager
+from kvstrata.offload.tier_link import TierLink
 
 EVENTS = "kvstrata_events"
 SLOTS = "kvstrata_primary_slots"
 TIER_EVENTS = "kvstrata_tier_events"
 TIER_FAILURES = "kvstrata_tier_failures"
 TIER_STATE = "kvstrata_tier_state"
+PREFILL_SPEED = "kvstrata_prefill_tokens_per_second"
 
 
 def metric_definitions() -> dict[str, OffloadingMetricMetadata]:
@@ -30,8 +32,12 @@ def metric_definitions() -> dict[str, OffloadingMetricMetadata]:
             "What the manager did, in pages or occurrences, by event.", ("event",)
         ),
         SLOTS: OffloadingGaugeMetadata(
-            "Slots of the primary tier by state: free, idle (evictable), busy, promoting.",
+            "Slots of the primary tier by state: free, idle (evictable), busy, and of the busy "
+            "ones: promoting, pinned.",
             ("state",),
+        ),
+        PREFILL_SPEED: OffloadingGaugeMetadata(
+            "Tokens per second by which a request's prefill advances; 0 while it is not known."
         ),
         TIER_EVENTS: OffloadingCounterMetadata(
             "What a secondary tier did, in pages, bytes or occurrences, by event.",
@@ -68,14 +74,18 @@ class StatsReader:
             ("idle", primary.idle),
             ("busy", busy),
             ("promoting", primary.promoting),
+            ("pinned", manager.pinned),
         ):
             stats.set_gauge(SLOTS, slots, (state,))
-        for named in manager.tiers:
-            tier_stats = named.tier.stats()
-            self._add_all(stats, TIER_EVENTS, named.name, tier_stats.counters)
-            self._add_all(stats, TIER_FAILURES, named.name, tier_stats.failures)
-            for name, gauge in tier_stats.gauges.items():
-                stats.set_gauge(TIER_STATE, gauge, (named.name, name))
+        per_token = manager.seconds_per_token()
+        stats.set_gauge(PREFILL_SPEED, 1.0 / per_token if per_token else 0.0)
+        for link in manager.links:
+            tier_stats = link.tier.stats()
+            self._add_all(stats, TIER_EVENTS, link.name, tier_stats.counters)
+            self._add_all(stats, TIER_FAILURES, link.name, tier_stats.failures)
+            self._add(stats, TIER_EVENTS, (link.name, "breaker_openings"), link.breaker.openings)
+            for name, gauge in {**tier_stats.gauges, **_link_gauges(link)}.items():
+                stats.set_gauge(TIER_STATE, gauge, (link.name, name))
         return stats
 
     def _add_all(
@@ -96,3 +106,17 @@ class StatsReader:
         self._seen[(metric, *labels)] = total
         if increment > 0:
             stats.increase_counter(metric, increment, labels)
+
+
+def _link_gauges(link: TierLink) -> dict[str, float]:
+    """What the manager knows of a tier; costs as far as they were measured."""
+    gauges = {
+        "breaker_open": float(not link.breaker.closed),
+        "storing_pages": float(link.stores.pages),
+        "loading_pages": float(link.loads.pages),
+    }
+    for direction, traffic in (("load", link.loads), ("store", link.stores)):
+        if traffic.cost.known:
+            gauges[f"{direction}_latency_s"] = traffic.cost.seconds(0)
+            gauges[f"{direction}_seconds_per_gib"] = traffic.cost.seconds_per_byte * 2**30
+    return gauges

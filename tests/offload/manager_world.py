@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from kvstrata.offload.config import OffloadConfig
-from kvstrata.offload.manager import Answer, TieringManager
+from kvstrata.offload.lookup import Answer
+from kvstrata.offload.manager import TieringManager
 from kvstrata.offload.tier_link import NamedTier
 from kvstrata.tiers.base import PageLayout, RequestView, SecondaryTier, TensorSpec, TierContext
 

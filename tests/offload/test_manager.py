@@ -8,7 +8,8 @@ from kvstrata.offload import tier_jobs
 from kvstrata.offload.config import OffloadConfig
 from kvstrata.offload.events import Event
 from kvstrata.offload.guard import GuardedTier
-from kvstrata.offload.manager import Answer, TieringManager
+from kvstrata.offload.lookup import Answer
+from kvstrata.offload.manager import TieringManager
 from kvstrata.tiers.base import Job, JobResult, Lookup, RequestView, SecondaryTier
 from kvstrata.tiers.memory import MemoryTier
 from kvstrata.tiers.testing import FaultyTier, SlowTier

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvstrata.offload.config import OffloadConfig
 from kvstrata.offload.guard import GuardedTier
-from kvstrata.offload.manager import Answer
+from kvstrata.offload.lookup import Answer
 from kvstrata.offload.primary import Entry
 from kvstrata.tiers.base import RequestView, SecondaryTier
 from kvstrata.tiers.memory import MemoryTier

@@ -1,0 +1,110 @@
+"""TierLookup: asks the secondary tiers for a page that the primary tier does not have."""
+
+from __future__ import annotations
+
+import enum
+import logging
+from collections.abc import Callable
+
+from kvstrata.offload.breaker import Kind
+from kvstrata.offload.config import OffloadConfig
+from kvstrata.offload.events import Report
+from kvstrata.offload.promotion import Promotions
+from kvstrata.offload.request import RequestState
+from kvstrata.offload.tier_jobs import TierJobs
+from kvstrata.offload.tier_link import TierLink
+from kvstrata.tiers.base import Lookup
+
+logger = logging.getLogger("kvstrata.manager")
+
+
+class Answer(enum.Enum):
+    """What a look-up says; PENDING will become HIT or MISS in bounded time."""
+
+    HIT = enum.auto()
+    MISS = enum.auto()
+    PENDING = enum.auto()  # the page is coming
+    RETRY = enum.auto()  # a tier does not know yet
+
+
+class TierLookup:
+    """Asks the tiers in their order; the first that has the page begins to promote it.
+
+    Args:
+        config: for the deadline of look-ups.
+        jobs: the tiers.
+        promotions: what a hit starts.
+        clock: seconds, monotonic.
+        report: the manager's.
+    """
+
+    def __init__(
+        self,
+        config: OffloadConfig,
+        jobs: TierJobs,
+        promotions: Promotions,
+        clock: Callable[[], float],
+        report: Report,
+    ) -> None:
+        self._deadline_s = config.lookup_deadline_s
+        self._jobs = jobs
+        self._promotions = promotions
+        self._clock = clock
+        self._counters = report.counters
+        self._awaiting: list[RequestState] = []  # requests with a RETRY in this step
+
+    def ask(self, key: bytes, end_token: int, state: RequestState) -> Answer:
+        """PENDING, RETRY or MISS; see `TieringManager.lookup`."""
+        request = state.view
+        retry = False
+        for link in self._jobs.links:
+            index = link.index
+            if request.tiers is not None and link.name not in request.tiers:
+                continue
+            if index in state.silent or (index, key) in state.failed or not link.breaker.closed:
+                continue
+            if not self._promotions.may_pay(link, key, state):
+                self._counters["recomputed_pages"] += 1
+                continue
+            found = link.tier.lookup(key, request)
+            if found is Lookup.RETRY:
+                retry = self._may_wait(link, key, state) or retry
+                continue
+            if state.first_retry.pop((index, key), None) is not None:
+                link.breaker.succeeded(Kind.LOOKUP)
+            if found is Lookup.HIT and not retry:
+                # Behind an undecided key nothing is reserved: the prefix may end there.
+                if state.awaits:
+                    return Answer.RETRY
+                reserved = self._promotions.reserve(link, key, end_token, state)
+                return Answer.PENDING if reserved else Answer.MISS
+        if retry:
+            state.awaits = True
+            self._awaiting.append(state)
+            return Answer.RETRY
+        self._counters["misses"] += 1
+        return Answer.MISS
+
+    def end_step(self) -> None:
+        """The step ended, and with it what its look-ups have in common."""
+        for state in self._awaiting:
+            state.awaits = False
+        self._awaiting.clear()
+
+    def _may_wait(self, link: TierLink, key: bytes, state: RequestState) -> bool:
+        """Whether the request may still wait for the tier's answer."""
+        now = self._clock()
+        since = state.first_retry.setdefault((link.index, key), now)
+        if now - since < self._deadline_s:
+            return True
+        state.silent.add(link.index)
+        link.breaker.failed(Kind.LOOKUP)
+        if not self._counters["lookup_timeouts"]:
+            logger.warning(
+                "tier %s did not answer a look-up within %g s; requests go on without it "
+                "(logged once; counted from now on as lookup_timeouts)",
+                link.name,
+                self._deadline_s,
+            )
+        self._counters["lookup_timeouts"] += 1
+        return False
