@@ -135,6 +135,8 @@ class TieringManager:
         if writer is None:
             self._kept.keep(entry)
             self.counters["primary_hits"] += 1
+            if self._promotions.unsent:
+                self._promotions.reached(request.req_id, end_token)
             return _HIT
         if writer is _GPU or self._promotions.in_time(entry):
             return _PENDING
@@ -275,7 +277,7 @@ class TieringManager:
 
     def has_pending_work(self) -> bool:
         """Whether steps are needed although no request runs. Hung jobs do not count."""
-        return self._promotions.unsent or self._jobs.any_in_time()
+        return bool(self._promotions.unsent) or self._jobs.any_in_time()
 
     def take_events(self) -> Iterable[Event]:
         """What came and went since the last call."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from kvstrata.offload.config import OffloadConfig
@@ -18,6 +19,19 @@ from kvstrata.tiers.base import JobResult, PageLayout, key_group
 # Largest share of the promotions' room that one of several tiers may hold: what one tier never
 # delivers must not keep the others from delivering.
 MOST_OF_ONE_TIER = 0.75
+
+
+@dataclass(slots=True)
+class Batch:
+    """What was reserved for a request in this step, in the order of look-up.
+
+    `reach` is the furthest end, in tokens, of a page that was found in the primary tier behind
+    reserved ones, and is of use only with them.
+    """
+
+    state: RequestState
+    pages: list[tuple[TierLink, Entry]] = field(default_factory=list)
+    reach: int = 0
 
 
 class Promotions:
@@ -54,17 +68,11 @@ class Promotions:
         self._layouts = layouts
         self._clock = clock
         self._report = report
-        # By request, in the order of look-up
-        self._reserved: dict[str, tuple[RequestState, list[tuple[TierLink, Entry]]]] = {}
+        self.unsent: dict[str, Batch] = {}  # by request; empty at the end of each step
         self._started: dict[Entry, float] = {}
 
     def __len__(self) -> int:
         return len(self._started)
-
-    @property
-    def unsent(self) -> bool:
-        """Whether something was reserved in this step."""
-        return bool(self._reserved)
 
     def may_pay(self, link: TierLink, key: bytes, state: RequestState) -> bool:
         """Whether it makes sense to ask the tier for the page."""
@@ -93,22 +101,32 @@ class Promotions:
         link.promoting += 1
         self._started[entry] = self._clock()
         state.sources[key] = link.name
-        self._reserved.setdefault(state.view.req_id, (state, []))[1].append((link, entry))
+        batch = self.unsent.get(state.view.req_id)
+        if batch is None:
+            batch = self.unsent[state.view.req_id] = Batch(state)
+        batch.pages.append((link, entry))
         return True
+
+    def reached(self, req_id: str, end_token: int) -> None:
+        """A page of the primary tier, in use by the request, ends there."""
+        batch = self.unsent.get(req_id)
+        if batch is not None and end_token > batch.reach:
+            batch.reach = end_token
 
     def send(self) -> None:
         """Send off what was reserved in this step: one job for each request and tier."""
-        reserved, self._reserved = self._reserved, {}
-        for state, pairs in reserved.values():
-            worth = self._worth(pairs, state)
-            for link, entry in pairs[worth:]:
+        unsent, self.unsent = self.unsent, {}
+        for batch in unsent.values():
+            state, pages = batch.state, batch.pages
+            worth = self._worth(batch)
+            for link, entry in pages[worth:]:
                 self._report.counters["recomputed_pages"] += 1
                 state.failed.add((link.index, entry.key))
                 self._end(link, entry, state, good=False)
-            batches: dict[TierLink, list[Entry]] = {}
-            for link, entry in pairs[:worth]:
-                batches.setdefault(link, []).append(entry)
-            for link, entries in batches.items():
+            jobs: dict[TierLink, list[Entry]] = {}
+            for link, entry in pages[:worth]:
+                jobs.setdefault(link, []).append(entry)
+            for link, entries in jobs.items():
                 self._jobs.submit(link, entries, state.view, promotion=True)
 
     def end(self, job: Running, result: JobResult, state: RequestState | None) -> None:
@@ -128,11 +146,11 @@ class Promotions:
 
     def clear(self) -> None:
         """Forget what was not sent off, and how long the rest is under way."""
-        for _, pairs in self._reserved.values():
-            for link, entry in pairs:
+        for batch in self.unsent.values():
+            for link, entry in batch.pages:
                 link.promoting -= 1
                 self._primary.finish_write(entry, good=False)
-        self._reserved.clear()
+        self.unsent.clear()
         self._started.clear()
 
     def _end(self, link: TierLink, entry: Entry, state: RequestState | None, *, good: bool) -> None:
@@ -142,19 +160,20 @@ class Promotions:
             state.sources.pop(entry.key, None)
         self._primary.finish_write(entry, good=good)
 
-    def _worth(self, pairs: Sequence[tuple[TierLink, Entry]], state: RequestState) -> int:
+    def _worth(self, batch: Batch) -> int:
         """How many of the reserved pages to load. Each spares the tokens up to its end."""
-        ends = [entry.end_token for _, entry in pairs]
-        layouts = [self._layouts[key_group(entry.key)] for _, entry in pairs]
+        ends = [entry.end_token for _, entry in batch.pages]
+        layouts = [self._layouts[key_group(entry.key)] for _, entry in batch.pages]
         start = min(end - layout.tokens for end, layout in zip(ends, layouts, strict=True))
-        groups = {key_group(entry.key) for _, entry in pairs}
+        groups = {key_group(entry.key) for _, entry in batch.pages}
         in_order = len(groups) == 1 and all(one < two for one, two in pairwise(ends))
+        reach = max(*ends, batch.reach)
         if in_order:
-            tokens = [end - begin for begin, end in pairwise([start, *ends])]
+            tokens = [end - begin for begin, end in pairwise([start, *ends[:-1], reach])]
         else:
-            tokens = [0] * (len(pairs) - 1) + [max(ends) - start]
+            tokens = [0] * (len(ends) - 1) + [reach - start]
         parts = [
             Part(link, layout.nbytes, spared)
-            for (link, _), layout, spared in zip(pairs, layouts, tokens, strict=True)
+            for (link, _), layout, spared in zip(batch.pages, layouts, tokens, strict=True)
         ]
-        return self._payoff.worth(parts, state, in_order=in_order)
+        return self._payoff.worth(parts, batch.state, in_order=in_order)

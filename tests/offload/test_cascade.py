@@ -1,0 +1,321 @@
+"""Which pages go to which tier, and when a tier gets none."""
+
+import pytest
+
+from kvstrata.offload.breaker import FAILURES_TO_OPEN, FIRST_BACKOFF_S
+from kvstrata.offload.config import OffloadConfig
+from kvstrata.offload.lookup import Answer
+from kvstrata.tiers.base import PAGE_CAUSES, Job, Lookup, RequestView
+from kvstrata.tiers.memory import MemoryTier
+from kvstrata.tiers.testing import FaultyTier, SlowTier
+from tests.offload.manager_world import CONTEXT, PAGE, World, chunk, content
+
+HIT, MISS, PENDING, RETRY = Answer.HIT, Answer.MISS, Answer.PENDING, Answer.RETRY
+ITEMS = [chunk(0, index) for index in range(6)]
+KEYS = [key for key, _ in ITEMS]
+
+
+class Recorder(MemoryTier):
+    """Counts what it is given."""
+
+    def __init__(self, *items: tuple[bytes, int]) -> None:
+        super().__init__({}, CONTEXT)
+        self._pages.update((key, content(key)) for key, _ in items)
+        self.given: list[list[bytes]] = []
+
+    def submit_store(self, job: Job) -> None:
+        self.given.append([page.key for page in job.pages])
+        super().submit_store(job)
+
+
+def load(world: World, items: list[tuple[bytes, int]], request: RequestView) -> None:
+    """What vLLM does with a prefix that it finds in the primary tier."""
+    assert [world.lookup(item, request) for item in items] == [HIT] * len(items)
+    keys = [key for key, _ in items]
+    world.manager.prepare_load(keys, request)
+    world.manager.complete_load(keys)
+
+
+# -- which pages --------------------------------------------------------------------
+
+
+def test_a_threshold_of_a_tier_leaves_the_primary_tier_alone() -> None:
+    """The disk receives what was asked for twice, memory all."""
+    memory, disk = Recorder(), Recorder()
+    world = World([memory, disk], slots=16, thresholds=[0, 2])
+    world.store(ITEMS[:4], world.request("1"))
+    assert memory.given == [KEYS[:4]] and disk.given == []
+    load(world, ITEMS[:2], world.request("2"))
+    assert disk.given == [KEYS[:2]]
+    load(world, ITEMS[:3], world.request("3"))
+    assert disk.given == [KEYS[:2], KEYS[2:3]], "each page once"
+    assert memory.given == [KEYS[:4]]
+
+
+def test_what_was_evicted_between_counts_too() -> None:
+    disk = Recorder()
+    world = World([disk], slots=2, thresholds=[2])
+    world.store(ITEMS[:2], world.request("1"))
+    world.step(2)
+    world.store([chunk(9, 0), chunk(9, 1)], world.request("2"))
+    world.step(2)
+    world.store(ITEMS[:2], world.request("3"))
+    assert disk.given == [KEYS[:2]]
+
+
+def test_a_promoted_page_is_given_to_the_tiers_that_missed_it() -> None:
+    near, middle, far = Recorder(), Recorder(*ITEMS[:1]), Recorder()
+    world = World([near, middle, far])
+    request = world.request()
+    assert world.lookup(ITEMS[0], request) is PENDING
+    world.step(2)
+    load(world, ITEMS[:1], request)
+    assert (near.given, middle.given, far.given) == ([KEYS[:1]], [], [])
+
+
+@pytest.mark.parametrize(
+    ("wishes", "given"),
+    [
+        ({"persist": False}, [0, 0]),
+        ({"tiers": ["tier1"]}, [0, 1]),
+        ({"tiers": []}, [0, 0]),
+        ({"tiers": ["tier0", "tier1"]}, [1, 1]),
+        ({"tiers": ["tier1"], "persist": False}, [0, 0]),
+        ({"persist": "no", "tiers": ["nowhere"]}, [1, 1]),
+        ("nonsense", [1, 1]),
+    ],
+)
+def test_wishes(wishes: object, given: list[int]) -> None:
+    tiers = [Recorder(), Recorder()]
+    world = World(tiers)
+    request = world.request(wishes=wishes)
+    world.store(ITEMS[:2], request)
+    load(world, ITEMS[:2], request)
+    assert [len(tier.given) for tier in tiers] == given
+    load(world, ITEMS[:2], world.request("without wishes"))
+    assert [tier.given for tier in tiers] == [[KEYS[:2]], [KEYS[:2]]], "others need not do without"
+
+
+def test_a_page_that_was_refused_is_offered_when_it_is_asked_for_again() -> None:
+    full = True
+    tier = Recorder()
+    faulty = FaultyTier(tier, lambda op, key: "no-space" if op == "store" and full else None)
+    world = World([faulty])
+    world.store(ITEMS[:1], world.request("1"))
+    world.step(2)
+    full = False
+    load(world, ITEMS[:1], world.request("2"))
+    world.step(2)
+    assert tier.lookup(KEYS[0], world.request("3")) is Lookup.HIT
+
+
+# -- pins ---------------------------------------------------------------------------
+
+
+def test_pinned_pages_survive_a_flood() -> None:
+    config = OffloadConfig(cpu_bytes=1, pin_fraction=0.5)
+    world = World([], slots=4, config=config)
+    request = world.request("1", wishes={"pin_seconds": 60})
+    world.store(ITEMS[:3], request)
+    assert world.manager.pinned == 2 and world.manager.counters["pins_refused"] == 1
+    for number in range(5):
+        world.step(3)
+        world.store([chunk(number + 1, 0), chunk(number + 1, 1)], world.request("2"))
+    assert [world.lookup(item, request) for item in ITEMS[:3]] == [HIT, HIT, MISS]
+    world.now = 60.0
+    world.step(3)
+    world.store([chunk(7, index) for index in range(4)], world.request("2"))
+    assert world.lookup(ITEMS[0], request) is MISS and world.manager.pinned == 0
+
+
+def test_what_is_loaded_is_pinned_too_and_a_reset_ends_it() -> None:
+    world = World([], slots=4, config=OffloadConfig(cpu_bytes=1, pin_fraction=0.5))
+    world.store(ITEMS[:2], world.request("1"))
+    load(world, ITEMS[:2], world.request("2", wishes={"pin_seconds": 60}))
+    assert world.manager.pinned == 2
+    assert world.manager.reset() == []
+    assert world.manager.pinned == 0 and world.manager.primary.free == 4
+
+
+# -- tiers that do not keep up --------------------------------------------------------
+
+
+def test_one_of_several_tiers_cannot_take_the_others_room() -> None:
+    hung, well = SlowTier(Recorder()), Recorder()
+    hung.hang()
+    world = World([hung, well], slots=8)
+    for prefix in range(8):
+        world.store([chunk(prefix, 0)], world.request())
+        world.step(3)
+    assert [len(link.stores.cost._jobs) for link in world.manager.links] == [0, 8]
+    assert world.manager.counters["cascade_skipped:tier0"] == 4
+    assert world.manager.primary.idle == 4
+
+
+def test_stores_to_a_slow_tier_are_shed_by_the_time_its_queue_takes() -> None:
+    tier = SlowTier(Recorder())
+    world = World([tier], slots=16)
+    (link,) = world.manager.links
+    for pages in range(1, 9):
+        link.stores.cost.add(pages * PAGE, 3.0 * pages)
+    tier.hang()
+    world.store(ITEMS[:6], world.request())
+    assert link.stores.pages == 3, "nine seconds, and not twelve"
+    assert world.manager.counters["cascade_skipped:tier0"] == 3
+    tier.release()
+    world.step(2)
+    assert link.stores.pages == 0
+    load(world, ITEMS[:6], world.request("2"))
+    assert link.stores.pages == 3, "the others come when they are asked for again"
+
+
+def test_a_tier_with_a_long_latency_gets_a_page_at_a_time() -> None:
+    tier = SlowTier(Recorder())
+    world = World([tier], slots=16)
+    (link,) = world.manager.links
+    for _ in range(8):
+        link.stores.cost.add(PAGE, 100.0)
+    tier.hang()
+    world.store(ITEMS[:3], world.request())
+    assert link.stores.pages == 1, "else nobody would see that it became faster"
+
+
+# -- circuit breaker ------------------------------------------------------------------
+
+
+class Sick(Recorder):
+    """Every job fails while it is sick."""
+
+    cause: str | None = "io-error"
+
+    def fails(self, operation: str, key: bytes) -> str | None:
+        return self.cause if operation != "lookup" else None
+
+
+def sick_world(slots: int = 16) -> tuple[Sick, World]:
+    sick = Sick(*ITEMS)
+    return sick, World([FaultyTier(sick, sick.fails)], slots=slots)
+
+
+def open_breaker(world: World) -> None:
+    for number in range(FAILURES_TO_OPEN):
+        request = world.request(str(number))
+        assert world.lookup(ITEMS[number], request) is PENDING
+        world.step(2)
+        assert world.lookup(ITEMS[number], request) is MISS
+        world.manager.on_request_finished(request)
+    assert not world.manager.links[0].breaker.closed
+
+
+def test_a_tier_that_fails_is_neither_asked_nor_given_anything() -> None:
+    sick, world = sick_world()
+    open_breaker(world)
+    asked = sick.stats().counters["lookups"]
+    assert world.lookup(ITEMS[3], world.request()) is MISS
+    world.store([chunk(1, 0)], world.request())
+    world.step()
+    assert sick.stats().counters["lookups"] == asked and sick.given == []
+    assert world.manager.counters["cascade_skipped:tier0"] == 1
+
+
+def test_a_probe_finds_out_when_it_is_well_again() -> None:
+    sick, world = sick_world()
+    open_breaker(world)
+    world.store([chunk(1, 0), chunk(1, 1)], world.request())
+    world.now += FIRST_BACKOFF_S
+    world.step(2)
+    assert sick.given == [[]], "one page, which failed"
+    assert not world.manager.links[0].breaker.closed
+    world.step(5)
+    assert len(sick.given) == 1, "not before the back-off"
+    sick.cause = None
+    world.now += 2 * FIRST_BACKOFF_S
+    world.step(2)
+    assert sick.given[1:] == [[chunk(1, 0)[0]]]
+    assert world.manager.links[0].breaker.closed
+    request = world.request()
+    assert world.lookup(ITEMS[0], request) is PENDING
+    world.step(2)
+    assert world.lookup(ITEMS[0], request) is HIT
+
+
+def test_without_a_page_nothing_is_probed() -> None:
+    _, world = sick_world()
+    open_breaker(world)
+    world.now += FIRST_BACKOFF_S
+    world.step(3)
+    assert not world.manager._jobs
+
+
+@pytest.mark.parametrize("cause", sorted(PAGE_CAUSES))
+def test_bad_pages_do_not_open_it(cause: str) -> None:
+    sick, world = sick_world()
+    sick.cause = cause
+    for number in range(2 * FAILURES_TO_OPEN):
+        request = world.request(str(number))
+        assert world.lookup(ITEMS[number % 6], request) is PENDING
+        world.step(2)
+        world.store([chunk(1, number)], request)
+        world.step(2)
+    assert world.manager.links[0].breaker.closed
+
+
+def test_one_good_page_in_a_job_is_a_success() -> None:
+    tier = FaultyTier(Recorder(*ITEMS), lambda op, key: None if key == KEYS[0] else "io-error")
+    world = World([tier])
+    for number in range(2 * FAILURES_TO_OPEN):
+        request = world.request(str(number))
+        for item in ITEMS[:3]:
+            world.lookup(item, request)
+        world.step(2)
+        world.manager.reset()
+    assert world.manager.links[0].breaker.closed
+
+
+def test_promotions_that_hang_open_it_and_late_ones_close_it() -> None:
+    tier = SlowTier(Recorder(*ITEMS))
+    world = World([tier], slots=16)
+    tier_hangs = [world.request(str(n)) for n in range(FAILURES_TO_OPEN)]
+    for item, request in zip(ITEMS, tier_hangs, strict=False):
+        assert world.lookup(item, request) is PENDING
+    tier.hang()
+    world.step()
+    world.now = 10.0
+    assert world.lookup(ITEMS[0], tier_hangs[0]) is MISS
+    world.step()
+    assert not world.manager.links[0].breaker.closed
+    assert world.lookup(ITEMS[4], tier_hangs[0]) is MISS, "at once, not after a deadline"
+    tier.release()
+    world.store([chunk(1, 0)], tier_hangs[0])
+    world.now += FIRST_BACKOFF_S
+    world.step(4)
+    assert world.manager.links[0].breaker.closed, "the probe came through"
+    assert world.lookup(ITEMS[0], tier_hangs[0]) is HIT, "late is better than never"
+
+
+def test_lookups_without_an_answer_open_it() -> None:
+    tier = SlowTier(Recorder(*ITEMS))
+    tier.hang()
+    world = World([tier])
+    requests = [world.request(str(n)) for n in range(FAILURES_TO_OPEN)]
+    for request in requests:
+        assert world.lookup(ITEMS[0], request) is RETRY
+    world.now = 1.0
+    world.step()
+    for request in requests:
+        assert world.lookup(ITEMS[0], request) is MISS
+    assert world.lookup(ITEMS[0], world.request("new")) is MISS, "at once"
+
+
+def test_a_probe_that_hangs_does_not_keep_the_engine_stepping() -> None:
+    sick, world = sick_world()
+    open_breaker(world)
+    tier = world.manager.links[0].tier
+    assert isinstance(tier, FaultyTier)
+    slow = SlowTier(sick)
+    tier.inner = slow
+    slow.hang()
+    world.store([chunk(1, 0)], world.request())
+    world.now += FIRST_BACKOFF_S
+    world.step()
+    assert len(world.manager._jobs) == 1 and not world.manager.has_pending_work()
