@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import random
 import statistics
@@ -149,9 +150,18 @@ def measure(resident: int, tiers: int, rounds: int) -> Iterator[Figure]:
     In a round each stores a new request, loads one that is resident and, where there is a
     secondary tier, gets one promoted that only this tier has.
     """
+    importlib.import_module("kvstrata.offload.vllm_plugin.manager")  # with all of vLLM
     gc.collect()
     gc.freeze()  # as vLLM does when its engine is up
     players = {name: Player(make(name, resident, bool(tiers))) for name in (OURS, STOCK)}
+    _play(players, resident, rounds, tiers=bool(tiers))
+    for name in players:
+        yield from _figures(name, players[name], tiers, resident)
+    yield from _collections(players, tiers, resident)
+    gc.unfreeze()
+
+
+def _play(players: dict[str, Player], resident: int, rounds: int, *, tiers: bool) -> None:
     requests = _fill(players, resident, rounds)
     for player in players.values():
         for operation in {*player.seconds} - {FREE}:
@@ -161,18 +171,13 @@ def measure(resident: int, tiers: int, rounds: int) -> Iterator[Figure]:
     hot = max(1, resident // CHUNKS // 4)
     for index in range(rounds):
         new, old = _keys(), random.choice(requests[-hot:])
-        cold = requests[index]
         for name in random.sample([*players], len(players)):
             players[name].store(f"store-{index}", new, EVICTING)
             players[name].load(f"load-{index}", old)
             if tiers:
-                players[name].promote(f"promote-{index}", cold)
+                players[name].promote(f"promote-{index}", requests[index])
             players[name].rest()
         requests.append(new)
-    for name, player in players.items():
-        yield from _figures(name, player, tiers, resident)
-    yield from _collections(players, tiers, resident)
-    gc.unfreeze()
 
 
 def _fill(players: dict[str, Player], resident: int, extra: int) -> list[list[bytes]]:
