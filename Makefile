@@ -2,7 +2,7 @@
 # The targets share one virtual environment and few cores, so -j changes nothing.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help install lint format types test-unit test-engine test test-gpu test-faults bench-fs bench-kernels fuzz demo demo-shared
+.PHONY: help install lint format types test-unit test-engine test test-gpu test-faults bench-fs bench-kernels bench-manager fuzz demo demo-shared
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -93,6 +93,10 @@ bench-kernels: install ## pages between GPU (or CPU) caches and CPU memory, agai
 	mkdir -p $(BENCH_DIR)
 	$(BIN)/python -m kvstrata.kernels.bench \
 		--csv $(BENCH_DIR)/kernels.csv --plot $(BENCH_DIR)/kernels.png
+
+bench-manager: install ## the scheduler's time in the manager, against stock vLLM's (BENCH_DIR=...)
+	mkdir -p $(BENCH_DIR)
+	$(BIN)/python -m kvstrata.offload.bench.manager --csv $(BENCH_DIR)/manager.csv
 
 # atheris is no dependency of the tests
 FUZZ_SECONDS := 600

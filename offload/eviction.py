@@ -55,40 +55,54 @@ class EvictionPolicy(ABC):
 
 
 class LRU(EvictionPolicy):
-    """Least recently used first. The end of a use counts as a use."""
+    """Least recently used first. The end of a use counts as a use.
+
+    A pinned key stays in its place until its turn comes, and is then passed over once: pins
+    are far more frequent than evictions, and far from each other in memory.
+    """
 
     def __init__(self, capacity: int) -> None:
-        self._idle: OrderedDict[bytes, None] = OrderedDict()
+        self._order: OrderedDict[bytes, None] = OrderedDict()
+        self._pinned: set[bytes] = set()  # those in the order that are pinned
 
     def admit(self, key: bytes) -> None:
         pass  # the order does not depend on what comes in
 
     def insert(self, key: bytes) -> None:
-        pass  # pinned keys are not kept
+        pass  # it comes into the order when it is first unpinned
 
     def touch(self, key: bytes) -> None:
-        if key in self._idle:
-            self._idle.move_to_end(key)
+        if key not in self._pinned and key in self._order:
+            self._order.move_to_end(key)
 
     def pin(self, key: bytes) -> None:
-        del self._idle[key]
+        self._pinned.add(key)
 
     def unpin(self, key: bytes) -> None:
-        self._idle[key] = None
+        if key in self._pinned:
+            self._pinned.remove(key)
+            self._order.move_to_end(key)
+        else:
+            self._order[key] = None
 
     def remove(self, key: bytes) -> None:
-        self._idle.pop(key, None)
+        self._order.pop(key, None)
+        self._pinned.discard(key)
 
     def evict(self) -> bytes:
-        if not self._idle:
-            raise LookupError("no idle key")
-        return self._idle.popitem(last=False)[0]
+        while self._order:
+            key, _ = self._order.popitem(last=False)
+            if key not in self._pinned:
+                return key
+            self._pinned.remove(key)
+        raise LookupError("no idle key")
 
     def idle(self) -> int:
-        return len(self._idle)
+        return len(self._order) - len(self._pinned)
 
     def clear(self) -> None:
-        self._idle.clear()
+        self._order.clear()
+        self._pinned.clear()
 
 
 class ARC(EvictionPolicy):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable
+from operator import attrgetter
 
 from kvstrata.offload.primary import Entry, PrimaryTier
 from kvstrata.tiers.base import key_group
+
+_END_TOKEN = attrgetter("end_token")
 
 
 class KeptPages:
@@ -18,35 +20,40 @@ class KeptPages:
 
     def __init__(self, primary: PrimaryTier) -> None:
         self._primary = primary
-        self._kept: OrderedDict[Entry, int] = OrderedDict()  # -> step; oldest first
-        self._step = 0
+        self._now: dict[Entry, None] = {}  # asked for in this step
+        self._before: dict[Entry, None] = {}  # in the one before, and not in this
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._now) + len(self._before)
 
     def keep(self, entry: Entry) -> None:
         """Hold a ready page for this step and the next."""
-        if self._kept.pop(entry, None) is None:
+        if entry in self._now:
+            return
+        self._now[entry] = None
+        if entry in self._before:
+            del self._before[entry]
+        else:
             self._primary.begin_read(entry, gpu=False)
-        self._kept[entry] = self._step
 
     def end_step(self) -> None:
         """Let go of what was not asked for in the step that ends."""
-        self._let_go(before=self._step)
-        self._step += 1
+        before, self._before, self._now = self._before, self._now, {}
+        self._let_go(before)
 
     def clear(self) -> None:
         """Let go of everything."""
-        self._let_go(before=self._step + 1)
+        self.end_step()
+        self.end_step()
 
-    def _let_go(self, before: int) -> None:
-        old: list[Entry] = []
-        while self._kept and next(iter(self._kept.values())) < before:
-            old.append(self._kept.popitem(last=False)[0])
-        for entry in tail_first(old):
+    def _let_go(self, entries: Iterable[Entry]) -> None:
+        for entry in tail_first(entries):
             self._primary.end_read(entry, gpu=False)
 
 
 def tail_first(entries: Iterable[Entry]) -> list[Entry]:
     """The end of a prefix first: it is evicted first, as without its start it is useless."""
-    return sorted(entries, key=lambda entry: (key_group(entry.key), entry.end_token), reverse=True)
+    found = sorted(entries, key=_END_TOKEN, reverse=True)
+    if len({entry.key[-4:] for entry in found}) > 1:
+        found.sort(key=lambda entry: key_group(entry.key), reverse=True)
+    return found

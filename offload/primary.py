@@ -21,6 +21,9 @@ class Writer(enum.Enum):
     TIER = enum.auto()
 
 
+_GPU, _TIER = Writer.GPU, Writer.TIER  # in Python 3.11 each `Writer.GPU` is a call
+
+
 @dataclass(slots=True, eq=False)
 class Entry:
     """One page in one slot.
@@ -48,12 +51,12 @@ class Entry:
     @property
     def busy(self) -> bool:
         """Somebody reads or writes the slot."""
-        return self.writer is not None or self.gpu_reads > 0 or self.tier_reads > 0
+        return bool(self.writer or self.gpu_reads or self.tier_reads)
 
     @property
     def gpu_busy(self) -> bool:
         """A GPU transfer reads or writes the slot."""
-        return self.writer is Writer.GPU or self.gpu_reads > 0
+        return self.writer is _GPU or self.gpu_reads > 0
 
 
 class PrimaryTier:
@@ -120,28 +123,28 @@ class PrimaryTier:
             return None
         for entry in held:
             self._policy.pin(entry.key)
+        policy, free, known = self._policy, self._free, self._entries
         evicted: list[bytes] = []
         entries: list[Entry] = []
         for key, end_token in keys:
-            self._policy.admit(key)
-            if not self._free:
-                victim = self._entries.pop(self._policy.evict())
+            policy.admit(key)
+            if not free:
+                victim = known.pop(policy.evict())
                 victim.attached = False
                 evicted.append(victim.key)
-                self._free.append(victim.slot)
-            entry = Entry(key, self._free.pop(), end_token, writer)
-            self._entries[key] = entry
-            self._policy.insert(key)
+                free.append(victim.slot)
+            known[key] = entry = Entry(key, free.pop(), end_token, writer)
+            policy.insert(key)
             entries.append(entry)
         for entry in held:
-            self._policy.unpin(entry.key)
-        if writer is Writer.TIER:
+            policy.unpin(entry.key)
+        if writer is _TIER:
             self._promoting += len(entries)
         return entries, evicted
 
     def finish_write(self, entry: Entry, *, good: bool) -> None:
         """The writer is done: the page becomes ready, or is dropped if not `good`."""
-        if entry.writer is Writer.TIER:
+        if entry.writer is _TIER:
             self._promoting -= 1
         entry.writer = None
         if not entry.attached:
@@ -155,7 +158,7 @@ class PrimaryTier:
 
     def begin_read(self, entry: Entry, *, gpu: bool) -> None:
         """Hold a ready page while it is copied to the GPU or to a secondary tier."""
-        if entry.attached and not entry.busy:
+        if entry.attached and not (entry.writer or entry.gpu_reads or entry.tier_reads):
             self._policy.pin(entry.key)
         if gpu:
             entry.gpu_reads += 1
@@ -168,7 +171,7 @@ class PrimaryTier:
             entry.gpu_reads -= 1
         else:
             entry.tier_reads -= 1
-        if entry.busy:
+        if entry.writer or entry.gpu_reads or entry.tier_reads:  # busy, without the call
             return
         if entry.attached:
             self._policy.unpin(entry.key)
@@ -200,7 +203,7 @@ class PrimaryTier:
     def end_gpu(self, entry: Entry) -> None:
         """No GPU transfer touches this forgotten entry any more."""
         entry.gpu_reads = 0
-        if entry.writer is Writer.GPU:
+        if entry.writer is _GPU:
             entry.writer = None
         if not entry.busy:
             self._release(entry)

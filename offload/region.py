@@ -91,8 +91,9 @@ class Region:
         marks = whole[start : start + workers * _CACHE_LINE].view(np.int64)
         self._marks = marks.reshape(workers, _CACHE_LINE // 8)[:, 0]
         start += workers * _CACHE_LINE
-        self._incomplete = whole[start : start + self.slots]
+        self._incomplete = memoryview(self._map)[start : start + self.slots]
         start = self._first_slot = _header_bytes(text, workers, self.slots)
+        self._bytes = memoryview(self._map)[start : start + self.slots * self.slot_bytes]
         self.pages = whole[start : start + self.slots * self.slot_bytes].reshape(
             self.slots, self.slot_bytes
         )
@@ -103,7 +104,8 @@ class Region:
 
     def view(self, slot: int, nbytes: int) -> memoryview:
         """The first `nbytes` of a slot, writable and without a copy."""
-        return self.pages[slot, :nbytes].data
+        start = slot * self.slot_bytes
+        return self._bytes[start : start + nbytes]
 
     def set_incomplete(self, slot: int, incomplete: bool) -> None:
         """Say whether the workers could not fill the slot; all ranks write the same."""

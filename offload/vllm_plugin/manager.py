@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Collection, Iterable, Sequence
+from typing import cast
 
+import numpy as np
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import (
     OffloadingConnectorStats,
 )
@@ -39,19 +41,16 @@ from kvstrata.tiers.base import (
     RequestView,
     SecondaryTier,
     TierContext,
-    key_group,
     layouts_from_json,
 )
 from kvstrata.tiers.registry import tier_class, tier_options
 
 logger = logging.getLogger("kvstrata")
 
-_ANSWERS = {
-    Answer.HIT: LookupResult.HIT,
-    Answer.MISS: LookupResult.MISS,
-    Answer.PENDING: LookupResult.HIT_PENDING,
-    Answer.RETRY: LookupResult.RETRY,
-}
+# Bound once: in Python 3.11 reaching a member of an enumeration, or hashing one, is a call.
+_HIT, _MISS, _PENDING = Answer.HIT, Answer.MISS, Answer.PENDING
+_VLLM_HIT, _VLLM_MISS = LookupResult.HIT, LookupResult.MISS
+_VLLM_PENDING, _VLLM_RETRY = LookupResult.HIT_PENDING, LookupResult.RETRY
 _SOURCES = {"CPU": CacheHitSource.HOST, "STORAGE": CacheHitSource.DISK}
 
 
@@ -71,7 +70,13 @@ class KVStrataManager(OffloadingManager):
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         end = req_context.get_offload_key_position(key) or 0
-        return _ANSWERS[self._manager.lookup(key, end, self._view(req_context))]
+        view = req_context.get_state(RequestView) or self._view(req_context)
+        answer = self._manager.lookup(key, end, view)
+        if answer is _HIT:
+            return _VLLM_HIT
+        if answer is _MISS:
+            return _VLLM_MISS
+        return _VLLM_PENDING if answer is _PENDING else _VLLM_RETRY
 
     def get_load_source(self, key: OffloadKey, req_context: ReqContext) -> CacheHitSource:
         name = self._manager.source(key, self._view(req_context))
@@ -101,10 +106,10 @@ class KVStrataManager(OffloadingManager):
         chosen = self._manager.prepare_store(wanted, self._view(req_context))
         if chosen is None:
             return None
-        stored = [OffloadKey(key) for key in chosen.keys]
+        stored = cast(list[OffloadKey], chosen.keys)
         # vLLM makes a transfer only of a plan with keys: only those take a ticket.
         spec = self._transfer(stored, chosen.slots) if stored else PageSlots(0, (), ())
-        return PrepareStoreOutput(stored, spec, [OffloadKey(key) for key in chosen.evicted])
+        return PrepareStoreOutput(stored, spec, cast(list[OffloadKey], chosen.evicted))
 
     def complete_store(
         self, keys: Collection[OffloadKey], req_context: ReqContext, success: bool = True
@@ -168,7 +173,8 @@ class KVStrataManager(OffloadingManager):
 
     def _transfer(self, keys: Sequence[bytes], slots: Sequence[int]) -> PageSlots:
         self._ticket += 1
-        return PageSlots(self._ticket, slots, [key_group(key) for key in keys])
+        groups = np.frombuffer(b"".join([key[-4:] for key in keys]), ">i4")  # key_group of each
+        return PageSlots(self._ticket, slots, groups)
 
     def _release_held(self) -> None:
         """Free the slots of transfers that a reset left behind, once no worker is in them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 from vllm.v1.kv_offload.base import GPULoadStoreSpec, LoadStoreSpec
 
 from kvstrata.kernels.pipeline import GroupWork
@@ -22,7 +23,7 @@ class PageSlots(LoadStoreSpec):
         groups: int32 [n], the KV cache group index of each slot.
     """
 
-    def __init__(self, ticket: int, slots: Sequence[int], groups: Sequence[int]) -> None:
+    def __init__(self, ticket: int, slots: Sequence[int], groups: npt.ArrayLike) -> None:
         self.ticket = ticket
         self.slots = np.array(slots, dtype=np.int64)
         self.groups = np.array(groups, dtype=np.int32)

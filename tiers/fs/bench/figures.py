@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -56,14 +56,16 @@ def machine() -> dict[str, str]:
     }
 
 
-def append_csv(path: Path, figures: Iterable[Figure]) -> None:
-    """Append the figures to the file, which begins with a line of names."""
+def append_csv(
+    path: Path, figures: Iterable[tuple[object, ...]], names: Sequence[str] = Figure._fields
+) -> None:
+    """Append the figures, whose fields have these names, to the file; it begins with the names."""
     here = machine()
     new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.writer(file)
         if new:
-            writer.writerow((*here, *Figure._fields))
+            writer.writerow((*here, *names))
         writer.writerows((*here.values(), *figure) for figure in figures)
 
 

@@ -1,0 +1,79 @@
+"""Our manager and stock vLLM's, both with pages so small that a million take no memory.
+
+vLLM is imported inside the functions: importing a benchmark must not need it.
+"""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+
+from kvstrata.offload.bench.instant import InstantTier
+from kvstrata.offload.config import OffloadConfig, TierEntry
+from kvstrata.offload.region import create_region
+from kvstrata.tiers.base import PageLayout, TensorSpec, layouts_to_json
+
+OURS, STOCK = "kvstrata", "stock vLLM"
+_PAGE_BYTES = 16  # nobody moves them
+_TOKENS = 256  # of a chunk
+_HEADER_BYTES = 4096
+
+
+def make(name: str, slots: int, tier: bool) -> Any:
+    """A manager of `slots` pages, with or without a secondary tier; vLLM's OffloadingManager."""
+    return {OURS: _ours, STOCK: _stock}[name](slots, tier)
+
+
+def _ours(slots: int, tier: bool) -> Any:
+    """As an engine opens it: behind the adapter, the tier behind its guard."""
+    from kvstrata.offload.vllm_plugin.manager import open_manager
+
+    layout = PageLayout((TensorSpec("kv", "U8", (_PAGE_BYTES,)),), _TOKENS)
+    fields = {
+        "slots": slots,
+        "slot_bytes": _PAGE_BYTES,
+        "workers": 1,
+        "model": "benchmark",
+        "layouts": layouts_to_json({0: layout}),
+        "namespace": {},
+        "weights_fixed": True,
+        "lora": False,
+    }
+    engine = SimpleNamespace(engine_id=f"benchmark-{os.getpid()}")
+    region = create_region(engine.engine_id, fields, text_bytes=_HEADER_BYTES)
+    entry = {"type": InstantTier.__name__, "module_path": InstantTier.__module__}
+    tiers = (TierEntry("instant", entry),) if tier else ()
+    settings = OffloadConfig(cpu_bytes=slots * _PAGE_BYTES, tiers=tiers)
+    manager = open_manager(cast(Any, engine), settings, events=False)
+    region.close()
+    return manager
+
+
+class _Pages:
+    """What stock asks of vLLM's SharedOffloadRegion."""
+
+    def __init__(self, slots: int) -> None:
+        self._pages = np.zeros((slots, _PAGE_BYTES), np.uint8)
+
+    def create_kv_memoryview(self) -> memoryview:
+        return self._pages.data
+
+    def cleanup(self) -> None:
+        """Nothing is shared."""
+
+
+def _stock(slots: int, tier: bool) -> Any:
+    """As vLLM's TieringOffloadingSpec makes it, with its own example of a tier."""
+    from vllm.v1.kv_offload.tiering.example.manager import ExampleSecondaryTierManager
+    from vllm.v1.kv_offload.tiering.manager import (
+        CPUPrimaryTierOffloadingManager,
+        TieringOffloadingManager,
+    )
+
+    primary = CPUPrimaryTierOffloadingManager(slots, cast(Any, _Pages(slots)))
+    view = primary.get_kv_memoryview()
+    tiers = [ExampleSecondaryTierManager(cast(Any, None), view, "example")] if tier else []
+    return TieringOffloadingManager(primary, cast(Any, tiers))
