@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
 from kvstrata.offload.events import Report
@@ -44,7 +43,7 @@ class Cascades:
         self._jobs = jobs
         self._layouts = layouts
         self._report = report
-        self._under_way: Counter[Entry] = Counter()  # -> to how many tiers
+        self.under_way = 0  # pages on their way to at least one tier
 
     def asked(self, keys: Collection[bytes]) -> None:
         """A request asked for the pages, which counts for the tiers' `store_threshold`."""
@@ -54,12 +53,15 @@ class Cascades:
     def give(self, entries: Sequence[Entry], state: RequestState) -> None:
         """Store ready pages, in prefix order, in the tiers that should have them and do not."""
         for link in self._jobs.links:
-            due = [entry for entry in entries if not entry.offered & link.bit]
+            bit = link.bit
+            due = [entry for entry in entries if not entry.offered & bit]
             if not due or not state.wishes.allow(link.name):
                 continue
-            due = [entry for entry in due if link.asked.was_wanted(entry.key)]
+            if link.asked.counts:
+                due = [entry for entry in due if link.asked.was_wanted(entry.key)]
             chosen = self._fitting(link, due) if link.breaker.closed else []
-            self._report.counters[f"cascade_skipped:{link.name}"] += len(due) - len(chosen)
+            if len(chosen) < len(due):
+                self._report.counters[f"cascade_skipped:{link.name}"] += len(due) - len(chosen)
             if chosen:
                 self._submit(link, chosen, state.view)
 
@@ -75,13 +77,15 @@ class Cascades:
 
     def end(self, job: Running, result: JobResult) -> None:
         """A job ended."""
-        for entry in reversed(list(job.entries.values())):
-            self._under_way[entry] -= 1
-            if not self._under_way[entry]:
-                del self._under_way[entry]
-            self._primary.end_read(entry, gpu=False)
-            if entry.key in result.failed:
-                entry.offered &= ~job.link.bit  # to be tried when it is asked for again
+        entries = list(job.entries.values())
+        for entry in entries:
+            entry.cascades -= 1
+            self.under_way -= not entry.cascades
+        if result.failed:
+            for entry in entries:
+                if entry.key in result.failed:
+                    entry.offered &= ~job.link.bit  # to be tried when it is asked for again
+        self._primary.end_reads(reversed(entries), gpu=False)
         if job.link in self._jobs.links:
             stored = [key for key in job.entries if key not in result.failed]
             self._report.came(stored, job.link.named)
@@ -89,26 +93,33 @@ class Cascades:
     def _submit(
         self, link: TierLink, entries: Sequence[Entry], request: RequestView, *, probe: bool = False
     ) -> None:
+        bit = link.bit
         for entry in entries:
-            entry.offered |= link.bit
-            self._under_way[entry] += 1
-            self._primary.begin_read(entry, gpu=False)
+            entry.offered |= bit
+            self.under_way += not entry.cascades
+            entry.cascades += 1
+        self._primary.begin_reads(entries, gpu=False)
         self._jobs.submit(link, entries, request, promotion=False, probe=probe)
 
-    def _fitting(self, link: TierLink, due: Sequence[Entry]) -> list[Entry]:
+    def _fitting(self, link: TierLink, due: Sequence[Entry]) -> Sequence[Entry]:
         """The first pages, as many as the tier may be given now."""
         slots = self._primary.slots
         several = len(self._jobs.links) > 1
         most = math.ceil(slots * (MOST_TO_ONE_TIER if several else MOST_CASCADING))
-        room = math.ceil(slots * MOST_CASCADING) - len(self._under_way)
+        due = due[: max(0, most - link.stores.pages)]
+        room = math.ceil(slots * MOST_CASCADING) - self.under_way
+        sizes = [self._layouts[key_group(entry.key)].nbytes for entry in due]
+        time_left = link.stores.cost.seconds(link.stores.nbytes + sum(sizes)) <= LONGEST_QUEUE_S
+        if time_left and len(due) <= room:
+            return due
         nbytes = link.stores.nbytes
         chosen: list[Entry] = []
-        for entry in due[: max(0, most - link.stores.pages)]:
-            nbytes += self._layouts[key_group(entry.key)].nbytes
+        for entry, size in zip(due, sizes, strict=True):
+            nbytes += size
             # With nothing under way one page goes in any case, to see how long it takes now.
             if (chosen or link.stores.pages) and link.stores.cost.seconds(nbytes) > LONGEST_QUEUE_S:
                 break
-            room -= entry not in self._under_way
+            room -= not entry.cascades
             if room < 0:
                 break
             chosen.append(entry)

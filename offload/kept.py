@@ -34,7 +34,7 @@ class KeptPages:
         if entry in self._before:
             del self._before[entry]
         else:
-            self._primary.begin_read(entry, gpu=False)
+            self._primary.begin_reads((entry,), gpu=False)
 
     def end_step(self) -> None:
         """Let go of what was not asked for in the step that ends."""
@@ -47,8 +47,7 @@ class KeptPages:
         self.end_step()
 
     def _let_go(self, entries: Iterable[Entry]) -> None:
-        for entry in tail_first(entries):
-            self._primary.end_read(entry, gpu=False)
+        self._primary.end_reads(tail_first(entries), gpu=False)
 
 
 def tail_first(entries: Iterable[Entry]) -> list[Entry]:

@@ -160,8 +160,7 @@ class TieringManager:
             if entry is None or not entry.ready:
                 raise KeyError(f"page {key.hex()} is not ready to be loaded")
             entries.append(entry)
-        for entry in entries:
-            self.primary.begin_read(entry, gpu=True)
+        self.primary.begin_reads(entries, gpu=True)
         self.touch(keys, request)
         self.counters["loaded_pages"] += len(entries)
         state = self._state(request)
@@ -172,10 +171,9 @@ class TieringManager:
 
     def complete_load(self, keys: Collection[bytes]) -> None:
         """The GPU has the pages."""
-        entries = [entry for key in keys if (entry := self.primary.get(key)) is not None]
+        entries = self.primary.find(keys)
         assert len(entries) == len(keys), "a page held by prepare_load cannot leave"
-        for entry in tail_first(entries):
-            self.primary.end_read(entry, gpu=True)
+        self.primary.end_reads(tail_first(entries), gpu=True)
 
     def touch(self, keys: Collection[bytes], request: RequestView) -> None:
         """The pages, in prefix order, were used, perhaps elsewhere (in GPU memory)."""
@@ -230,20 +228,22 @@ class TieringManager:
 
     def complete_store(self, keys: Collection[bytes], request: RequestView) -> None:
         """The GPU's pages of one plan have arrived: make them loadable, and cascade."""
-        entries = [entry for key in keys if (entry := self.primary.get(key)) is not None]
-        last_first = tail_first(entries)
-        assert all(entry.writer is _GPU for entry in last_first)
-        bad = [entry for entry in last_first if not self._valid(entry.slot)]
-        stored = [entry for entry in reversed(last_first) if entry not in bad]
+        stored = tail_first(self.primary.find(keys))
+        assert all([entry.writer is _GPU for entry in stored])
+        valid = self._valid
+        if bad := [entry for entry in stored if not valid(entry.slot)]:
+            stored = [entry for entry in stored if entry not in bad]
+            self.primary.finish_writes(bad, good=False)
+            self.counters["incomplete_pages"] += len(bad)
         state = self._state(request)
         if stored:
+            in_order = stored[::-1]
             self.counters["stored_pages"] += len(stored)
-            self._report.came([entry.key for entry in stored])
-            self._cascades.give(stored, state)
-            self._pin(stored, state)
-        for entry in last_first:
-            self.primary.finish_write(entry, good=entry not in bad)
-        self.counters["incomplete_pages"] += len(bad)
+            self._report.came([entry.key for entry in in_order])
+            # Held by the tiers before they become idle, they are not pinned twice.
+            self._cascades.give(in_order, state)
+            self._pin(in_order, state)
+            self.primary.finish_writes(stored, good=True)
         state.open_stores -= 1
         self._forget_if_over(state)
 

@@ -19,22 +19,27 @@ class Offers:
         self._capacity = capacity
         self._counts: OrderedDict[bytes, int] = OrderedDict()
 
+    @property
+    def counts(self) -> bool:
+        """Whether there is a threshold to count up to."""
+        return self._threshold > 1
+
     def __len__(self) -> int:
         return len(self._counts)
 
     def wanted(self, keys: Iterable[bytes]) -> list[bytes]:
         """The keys for which the offer now being made is one to store them at."""
-        if self._threshold <= 1:
+        if not self.counts:
             return list(keys)
         return [key for key in keys if self._counts.get(key, 0) + 1 >= self._threshold]
 
     def was_wanted(self, key: bytes) -> bool:
         """Whether the key was offered often enough already."""
-        return self._threshold <= 1 or self._counts.get(key, 0) >= self._threshold
+        return self._counts.get(key, 0) >= self._threshold
 
     def count(self, keys: Iterable[bytes]) -> None:
         """The keys were offered."""
-        if self._threshold <= 1:
+        if not self.counts:
             return
         for key in keys:
             self._counts[key] = self._counts.pop(key, 0) + 1

@@ -42,7 +42,7 @@ class Pins:
                 if len(self._until) >= self._most:
                     refused += 1
                     continue
-                self._primary.begin_read(entry, gpu=False)
+                self._primary.begin_reads((entry,), gpu=False)
                 heapq.heappush(self._ends, (until, next(self._order), entry))
             self._until[entry] = until
         return refused
@@ -57,11 +57,10 @@ class Pins:
             else:
                 heapq.heappop(self._ends)
                 del self._until[entry]
-                self._primary.end_read(entry, gpu=False)
+                self._primary.end_reads((entry,), gpu=False)
 
     def clear(self) -> None:
         """Let go of everything."""
-        for entry in self._until:
-            self._primary.end_read(entry, gpu=False)
+        self._primary.end_reads(self._until, gpu=False)
         self._until.clear()
         self._ends.clear()

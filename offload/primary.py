@@ -8,7 +8,7 @@ more, so that two owners can never write one slot.
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from kvstrata.offload.eviction import EvictionPolicy
@@ -31,7 +31,8 @@ class Entry:
     `end_token` is the chunk's end in the request that brought it, in tokens. `writer` is
     None once the page is ready. `gpu_reads` and `tier_reads` count the transfers out of
     the slot. `attached`: the key still leads here. `offered` has a bit for each secondary tier
-    that need not be given the page: it has it, is getting it, or refused it.
+    that need not be given the page: it has it or is getting it. `cascades`: how many are
+    getting it.
     """
 
     key: bytes
@@ -42,6 +43,7 @@ class Entry:
     tier_reads: int = 0
     attached: bool = True
     offered: int = 0
+    cascades: int = 0
 
     @property
     def ready(self) -> bool:
@@ -73,12 +75,14 @@ class PrimaryTier:
         self.slots = slots
         self._policy = policy
         self._entries: dict[bytes, Entry] = {}
+        # The entry that a key leads to, ready or not. Called for every chunk, so not a method.
+        self.get: Callable[[bytes], Entry | None] = self._entries.get
         self._free = list(range(slots - 1, -1, -1))
         self._promoting = 0  # slots that tiers are filling, attached or not
 
-    def get(self, key: bytes) -> Entry | None:
-        """The entry that the key leads to, ready or not."""
-        return self._entries.get(key)
+    def find(self, keys: Iterable[bytes]) -> list[Entry]:
+        """The entries that the keys lead to; keys that lead nowhere are left out."""
+        return [entry for entry in map(self.get, keys) if entry is not None]
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -142,41 +146,49 @@ class PrimaryTier:
             self._promoting += len(entries)
         return entries, evicted
 
-    def finish_write(self, entry: Entry, *, good: bool) -> None:
-        """The writer is done: the page becomes ready, or is dropped if not `good`."""
-        if entry.writer is _TIER:
-            self._promoting -= 1
-        entry.writer = None
-        if not entry.attached:
-            self._release(entry)
-        elif good:
-            if not entry.busy:
-                self._policy.unpin(entry.key)
-        else:
-            self._policy.remove(entry.key)
-            self._detach(entry)
+    def finish_writes(self, entries: Iterable[Entry], *, good: bool) -> None:
+        """The writers are done: the pages become ready, or are dropped if not `good`."""
+        unpin = self._policy.unpin
+        for entry in entries:
+            if entry.writer is _TIER:
+                self._promoting -= 1
+            entry.writer = None
+            if not entry.attached:
+                self._release(entry)
+            elif not good:
+                self._policy.remove(entry.key)
+                self._detach(entry)
+            elif not (entry.gpu_reads or entry.tier_reads):
+                unpin(entry.key)
 
-    def begin_read(self, entry: Entry, *, gpu: bool) -> None:
-        """Hold a ready page while it is copied to the GPU or to a secondary tier."""
-        if entry.attached and not (entry.writer or entry.gpu_reads or entry.tier_reads):
-            self._policy.pin(entry.key)
-        if gpu:
-            entry.gpu_reads += 1
-        else:
-            entry.tier_reads += 1
+    def begin_reads(self, entries: Iterable[Entry], *, gpu: bool) -> None:
+        """Hold pages while they are copied to the GPU or to a secondary tier.
 
-    def end_read(self, entry: Entry, *, gpu: bool) -> None:
-        """Let go of a page held by `begin_read`."""
-        if gpu:
-            entry.gpu_reads -= 1
-        else:
-            entry.tier_reads -= 1
-        if entry.writer or entry.gpu_reads or entry.tier_reads:  # busy, without the call
-            return
-        if entry.attached:
-            self._policy.unpin(entry.key)
-        else:
-            self._release(entry)
+        Those copied to a secondary tier may be held just before they become ready.
+        """
+        pin = self._policy.pin
+        for entry in entries:
+            if entry.attached and not (entry.writer or entry.gpu_reads or entry.tier_reads):
+                pin(entry.key)
+            if gpu:
+                entry.gpu_reads += 1
+            else:
+                entry.tier_reads += 1
+
+    def end_reads(self, entries: Iterable[Entry], *, gpu: bool) -> None:
+        """Let go of pages held by `begin_reads`, in this order."""
+        unpin = self._policy.unpin
+        for entry in entries:
+            if gpu:
+                entry.gpu_reads -= 1
+            else:
+                entry.tier_reads -= 1
+            if entry.writer or entry.gpu_reads or entry.tier_reads:  # busy, without the call
+                continue
+            if entry.attached:
+                unpin(entry.key)
+            else:
+                self._release(entry)
 
     def touch(self, keys: Iterable[bytes]) -> None:
         """The pages were used; unknown keys are ignored."""

@@ -149,7 +149,7 @@ class Promotions:
         for batch in self.unsent.values():
             for link, entry in batch.pages:
                 link.promoting -= 1
-                self._primary.finish_write(entry, good=False)
+                self._primary.finish_writes((entry,), good=False)
         self.unsent.clear()
         self._started.clear()
 
@@ -158,7 +158,7 @@ class Promotions:
         self._started.pop(entry, None)
         if state is not None and not good:
             state.sources.pop(entry.key, None)
-        self._primary.finish_write(entry, good=good)
+        self._primary.finish_writes((entry,), good=good)
 
     def _worth(self, batch: Batch) -> int:
         """How many of the reserved pages to load. Each spares the tokens up to its end."""

@@ -81,7 +81,14 @@ class TierJobs:
         """Start one job; its result comes from `results`."""
         job_id = self._next_job
         self._next_job += 1
-        pages = tuple(self._page(entry) for entry in entries)
+        view = self._view
+        pages = tuple(
+            [
+                Page(entry.key, group, entry.end_token, entry.slot, view(entry.slot, group))
+                for entry in entries
+                for group in (key_group(entry.key),)
+            ]
+        )
         nbytes = sum(page.view.nbytes for page in pages)
         traffic = link.traffic(promotion=promotion)
         traffic.pages += len(pages)
@@ -176,7 +183,3 @@ class TierJobs:
             job.link.breaker.succeeded(kind)
         cost = job.link.traffic(promotion=job.promotion).cost
         cost.add(job.ahead, self._clock() - job.started)
-
-    def _page(self, entry: Entry) -> Page:
-        group = key_group(entry.key)
-        return Page(entry.key, group, entry.end_token, entry.slot, self._view(entry.slot, group))

@@ -18,7 +18,7 @@ def make(slots: int, most: int) -> tuple[PrimaryTier, Pins, Clock, list[Entry]]:
     taken = primary.allocate([(bytes([n]) * 8, n) for n in range(slots)], Writer.GPU)
     assert taken is not None
     for entry in taken[0]:
-        primary.finish_write(entry, good=True)
+        primary.finish_writes((entry,), good=True)
     return primary, Pins(primary, most, clock), clock, taken[0]
 
 

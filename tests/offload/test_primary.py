@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import pytest
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -20,7 +21,7 @@ def fill(primary: PrimaryTier, *keys: bytes) -> list[Entry]:
     taken = primary.allocate([(key, 0) for key in keys], Writer.GPU)
     assert taken is not None
     for entry in taken[0]:
-        primary.finish_write(entry, good=True)
+        primary.finish_writes((entry,), good=True)
     return taken[0]
 
 
@@ -37,7 +38,7 @@ def test_a_page_being_written_is_not_ready() -> None:
     (entry,), evicted = taken
     assert (entry.key, entry.end_token, entry.ready, entry.busy) == (b"a", 32, False, True)
     assert primary.get(b"a") is entry and evicted == [] and primary.free == 1
-    primary.finish_write(entry, good=True)
+    primary.finish_writes((entry,), good=True)
     assert entry.ready and not entry.busy and primary.idle == 1
 
 
@@ -46,7 +47,7 @@ def test_all_or_none() -> None:
     fill(primary, b"a", b"b")
     busy = primary.get(b"a")
     assert busy is not None
-    primary.begin_read(busy, gpu=True)
+    primary.begin_reads((busy,), gpu=True)
     assert primary.allocate([(b"x", 0), (b"y", 0), (b"z", 0)], Writer.GPU) is None
     assert {entry.key for entry in primary} == {b"a", b"b"} and primary.free == 1
     taken = primary.allocate([(b"x", 0), (b"y", 0)], Writer.GPU)
@@ -66,7 +67,7 @@ def test_a_failed_write_frees_its_slot() -> None:
     primary = tier(1)
     taken = primary.allocate([(b"a", 0)], Writer.TIER)
     assert taken is not None and primary.promoting == 1
-    primary.finish_write(taken[0][0], good=False)
+    primary.finish_writes((taken[0][0],), good=False)
     assert primary.get(b"a") is None
     assert (primary.free, primary.idle, primary.promoting) == (1, 0, 0)
 
@@ -74,13 +75,13 @@ def test_a_failed_write_frees_its_slot() -> None:
 def test_a_forgotten_page_keeps_its_slot_until_its_transfer_ends() -> None:
     primary = tier(1)
     (entry,) = fill(primary, b"a")
-    primary.begin_read(entry, gpu=True)
-    primary.begin_read(entry, gpu=False)
+    primary.begin_reads((entry,), gpu=True)
+    primary.begin_reads((entry,), gpu=False)
     assert primary.reset() == [entry]
     assert primary.allocate([(b"b", 0)], Writer.GPU) is None
     primary.end_gpu(entry)
     assert primary.allocate([(b"b", 0)], Writer.GPU) is None, "a tier still reads it"
-    primary.end_read(entry, gpu=False)
+    primary.end_reads((entry,), gpu=False)
     assert primary.allocate([(b"b", 0)], Writer.GPU) is not None
 
 
@@ -157,7 +158,7 @@ class PrimaryMachine(RuleBasedStateMachine):
         if not writing:
             return
         use = data.draw(st.sampled_from(writing))
-        self.primary.finish_write(use.entry, good=good)
+        self.primary.finish_writes((use.entry,), good=good)
         use.writer = None
         if use in self.orphans:
             self.orphans.remove(use)
@@ -169,7 +170,7 @@ class PrimaryMachine(RuleBasedStateMachine):
     def begin_read(self, data: st.DataObject, gpu: bool) -> None:
         ready = [use for use in self.known.values() if not use.writer]
         use = data.draw(st.sampled_from(ready))
-        self.primary.begin_read(use.entry, gpu=gpu)
+        self.primary.begin_reads((use.entry,), gpu=gpu)
         if gpu:
             use.gpu += 1
         else:
@@ -179,14 +180,14 @@ class PrimaryMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def end_gpu_read(self, data: st.DataObject) -> None:
         use = data.draw(st.sampled_from([use for use in self.known.values() if use.gpu]))
-        self.primary.end_read(use.entry, gpu=True)
+        self.primary.end_reads((use.entry,), gpu=True)
         use.gpu -= 1
 
     @precondition(lambda self: any(use.tier for use in self.uses()))
     @rule(data=st.data())
     def end_tier_read(self, data: st.DataObject) -> None:
         use = data.draw(st.sampled_from([use for use in self.uses() if use.tier]))
-        self.primary.end_read(use.entry, gpu=False)
+        self.primary.end_reads((use.entry,), gpu=False)
         use.tier -= 1
         self.drop_idle_orphans()
 
@@ -244,9 +245,9 @@ class PrimaryMachine(RuleBasedStateMachine):
         for use in list(self.orphans):
             self.primary.end_gpu(use.entry)
             for _ in range(use.tier):
-                self.primary.end_read(use.entry, gpu=False)
+                self.primary.end_reads((use.entry,), gpu=False)
             if use.writer is Writer.TIER:
-                self.primary.finish_write(use.entry, good=False)
+                self.primary.finish_writes((use.entry,), good=False)
         assert self.primary.free == self.slots and self.primary.promoting == 0
         taken = self.primary.allocate([(b"new%d" % n, 0) for n in range(self.slots)], Writer.GPU)
         assert taken is not None
@@ -263,3 +264,5 @@ class ARCPrimaryMachine(PrimaryMachine):
 
 TestLRUPrimary = LRUPrimaryMachine.TestCase
 TestARCPrimary = ARCPrimaryMachine.TestCase
+for case in (TestLRUPrimary, TestARCPrimary):
+    case.settings = settings(max_examples=6 * settings.default.max_examples)
