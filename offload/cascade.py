@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 from kvstrata.offload.events import Report
 from kvstrata.offload.primary import Entry, PrimaryTier
 from kvstrata.offload.request import RequestState
 from kvstrata.offload.tier_jobs import Running, TierJobs
 from kvstrata.offload.tier_link import TierLink
-from kvstrata.tiers.base import JobResult, PageLayout, RequestView, key_group
+from kvstrata.tiers.base import JobResult, RequestView
 
 # Largest share of the primary tier that pages on their way to secondary tiers may hold, and that
 # those to one of several tiers may hold: a tier that hangs must leave room for the GPU's pages,
@@ -28,7 +28,6 @@ class Cascades:
     Args:
         primary: where the pages are.
         jobs: the tiers' jobs.
-        layouts: page layout by group.
         report: the manager's.
     """
 
@@ -36,12 +35,10 @@ class Cascades:
         self,
         primary: PrimaryTier,
         jobs: TierJobs,
-        layouts: Mapping[int, PageLayout],
         report: Report,
     ) -> None:
         self._primary = primary
         self._jobs = jobs
-        self._layouts = layouts
         self._report = report
         self.under_way = 0  # pages on their way to at least one tier
 
@@ -108,7 +105,7 @@ class Cascades:
         most = math.ceil(slots * (MOST_TO_ONE_TIER if several else MOST_CASCADING))
         due = due[: max(0, most - link.stores.pages)]
         room = math.ceil(slots * MOST_CASCADING) - self.under_way
-        sizes = [self._layouts[key_group(entry.key)].nbytes for entry in due]
+        sizes = self._jobs.sizes(due)
         time_left = link.stores.cost.seconds(link.stores.nbytes + sum(sizes)) <= LONGEST_QUEUE_S
         if time_left and len(due) <= room:
             return due

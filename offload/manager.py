@@ -51,7 +51,7 @@ class TieringManager:
         config: the engine's configuration.
         slots: slots of the primary tier.
         layouts: page layout by group.
-        view: (slot, group) -> the page's bytes.
+        view: (slot, bytes) -> the beginning of the slot.
         valid: slot -> whether the workers filled it completely.
         open_tiers: makes the secondary tiers; called again at a reset when
             `weights_fixed` is false, for tiers that know nothing of earlier pages.
@@ -82,7 +82,7 @@ class TieringManager:
         self._offers = Offers(config.store_threshold, config.max_tracker_size)
         self._speed = PrefillSpeed()
         self._payoff = Payoff(config.load_or_recompute, self._speed)
-        self._jobs = TierJobs(open_tiers, view, config.promotion_deadline_s, clock)
+        self._jobs = TierJobs(open_tiers, view, layouts, config.promotion_deadline_s, clock)
         self._promotions = Promotions(
             config,
             self.primary,
@@ -94,7 +94,7 @@ class TieringManager:
             self._report,
         )
         self._lookup = TierLookup(config, self._jobs, self._promotions, clock, self._report)
-        self._cascades = Cascades(self.primary, self._jobs, layouts, self._report)
+        self._cascades = Cascades(self.primary, self._jobs, self._report)
         self._wishes = WishReader([link.name for link in self._jobs.links])
         self._requests: dict[str, RequestState] = {}
         self._step = 0

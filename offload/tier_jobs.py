@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvstrata.offload.breaker import Kind
 from kvstrata.offload.primary import Entry
 from kvstrata.offload.tier_link import NamedTier, TierLink
-from kvstrata.tiers.base import PAGE_CAUSES, Job, JobResult, Page, RequestView, key_group
+from kvstrata.tiers.base import PAGE_CAUSES, Job, JobResult, Page, PageLayout, RequestView
 
 logger = logging.getLogger("kvstrata.manager")
 
@@ -44,7 +44,8 @@ class TierJobs:
 
     Args:
         open_tiers: makes the secondary tiers.
-        view: (slot, group) -> the page's bytes.
+        view: (slot, bytes) -> the beginning of the slot.
+        layouts: page layout by group.
         promotion_deadline_s: a promotion that takes longer counts as a failure of the tier.
         clock: seconds, monotonic.
     """
@@ -53,11 +54,16 @@ class TierJobs:
         self,
         open_tiers: Callable[[], Sequence[NamedTier]],
         view: Callable[[int, int], memoryview],
+        layouts: Mapping[int, PageLayout],
         promotion_deadline_s: float,
         clock: Callable[[], float],
     ) -> None:
         self._open_tiers = open_tiers
         self._view = view
+        # By the last bytes of a key, which are cheaper to look up than to decode
+        self._groups = {
+            group.to_bytes(4, "big"): (group, layout.nbytes) for group, layout in layouts.items()
+        }
         self._promotion_deadline_s = promotion_deadline_s
         self._clock = clock
         self._running: dict[int, Running] = {}  # oldest first
@@ -81,15 +87,8 @@ class TierJobs:
         """Start one job; its result comes from `results`."""
         job_id = self._next_job
         self._next_job += 1
-        view = self._view
-        pages = tuple(
-            [
-                Page(entry.key, group, entry.end_token, entry.slot, view(entry.slot, group))
-                for entry in entries
-                for group in (key_group(entry.key),)
-            ]
-        )
-        nbytes = sum(page.view.nbytes for page in pages)
+        pages = self._pages(entries)
+        nbytes = sum(self.sizes(entries))
         traffic = link.traffic(promotion=promotion)
         traffic.pages += len(pages)
         traffic.nbytes += nbytes
@@ -108,6 +107,11 @@ class TierJobs:
             link.tier.submit_load(job)
         else:
             link.tier.submit_store(job)
+
+    def sizes(self, entries: Iterable[Entry]) -> list[int]:
+        """Bytes of each page."""
+        groups = self._groups
+        return [groups[entry.key[-4:]][1] for entry in entries]
 
     def results(self) -> Iterator[tuple[Running, JobResult]]:
         """The jobs that ended since the last call."""
@@ -183,3 +187,12 @@ class TierJobs:
             job.link.breaker.succeeded(kind)
         cost = job.link.traffic(promotion=job.promotion).cost
         cost.add(job.ahead, self._clock() - job.started)
+
+    def _pages(self, entries: Sequence[Entry]) -> tuple[Page, ...]:
+        view, groups = self._view, self._groups
+        pages = []
+        for entry in entries:
+            group, nbytes = groups[entry.key[-4:]]
+            slot = entry.slot
+            pages.append(Page(entry.key, group, entry.end_token, slot, view(slot, nbytes)))
+        return tuple(pages)

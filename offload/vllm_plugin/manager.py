@@ -222,7 +222,6 @@ def open_manager(
     region.unlink()
     fields = region.fields
     layouts = layouts_from_json(fields["layouts"])
-    sizes = {group: layout.nbytes for group, layout in layouts.items()}
     fixed = bool(fields["weights_fixed"])
     entries = settings.tiers
     if entries and fields["lora"] and not settings.lora_paths_immutable:
@@ -252,7 +251,7 @@ def open_manager(
         settings,
         region.slots,
         layouts,
-        lambda slot, group: region.view(slot, sizes[group]),
+        region.view,
         region.is_complete,
         open_tiers,
         weights_fixed=fixed,

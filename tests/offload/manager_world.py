@@ -45,7 +45,7 @@ class World:
             self.config,
             self.slots,
             LAYOUTS,
-            lambda slot, group: memoryview(self.memory[slot]),
+            lambda slot, nbytes: memoryview(self.memory[slot])[:nbytes],
             lambda slot: slot not in self.incomplete,
             self._open,
             weights_fixed=self.weights_fixed,
