@@ -2,7 +2,7 @@
 # The targets share one virtual environment and few cores, so -j changes nothing.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help install lint format types test-unit test-engine test test-gpu test-faults bench-fs bench-kernels bench-manager fuzz demo demo-shared
+.PHONY: help install lint format types test-unit test-engine test test-gpu test-faults bench-fs bench-kernels bench-manager bench-ttft fuzz demo demo-shared
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -97,6 +97,9 @@ bench-kernels: install ## pages between GPU (or CPU) caches and CPU memory, agai
 bench-manager: install ## the scheduler's time in the manager, against stock vLLM's (BENCH_DIR=...)
 	mkdir -p $(BENCH_DIR)
 	$(BIN)/python -m kvstrata.offload.bench.manager --csv $(BENCH_DIR)/manager.csv
+
+bench-ttft: install ## time to first token with offload against without (BENCH_DIR=... on the disk)
+	$(BIN)/python -m kvstrata.offload.bench.ttft --root $(BENCH_DIR) --csv $(BENCH_DIR)/ttft.csv
 
 # atheris is no dependency of the tests
 FUZZ_SECONDS := 600

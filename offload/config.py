@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvstrata.offload.eviction import policy_class
 from kvstrata.tiers.base import TierConfigError
 from kvstrata.tiers.options import check_keys, parse_bytes
 from kvstrata.tiers.registry import tier_class, tier_options
@@ -35,7 +36,6 @@ _OWN_KEYS = (
     "lora_paths_immutable",
     "transport",
 )
-EVICTION_POLICIES = ("lru", "arc")
 TRANSPORTS = ("auto", "staged", "direct", "zero-copy")  # see kvstrata.kernels.transport
 
 
@@ -62,7 +62,7 @@ class OffloadConfig:
 
     Attributes:
         cpu_bytes: size of the primary tier, all workers together.
-        eviction_policy: "lru" or "arc".
+        eviction_policy: "lru", "arc", or "package.module:Class" (see eviction.py).
         store_threshold: store a chunk from this many offers on; 0 and 1 store at once.
         max_tracker_size: how many keys the counting for `store_threshold` remembers.
         tiers: secondary tiers in the order of look-up.
@@ -127,8 +127,10 @@ def _parse(extra: Mapping[str, Any]) -> OffloadConfig:
     for key in ("offload_prompt_only", "self_describing_kv_events"):
         _flag(extra, key)
     policy = extra.get("eviction_policy", "lru")
-    if policy not in EVICTION_POLICIES:
-        raise ConfigError(f"eviction_policy={policy!r}: use one of {', '.join(EVICTION_POLICIES)}")
+    try:
+        policy_class(policy)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     transport = extra.get("transport", "auto")
     if transport not in TRANSPORTS:
         raise ConfigError(f"transport={transport!r}: use one of {', '.join(TRANSPORTS)}")

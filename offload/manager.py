@@ -17,7 +17,7 @@ from kvstrata.offload.cascade import Cascades
 from kvstrata.offload.config import OffloadConfig
 from kvstrata.offload.costs import PrefillSpeed
 from kvstrata.offload.events import Event, Report
-from kvstrata.offload.eviction import POLICIES
+from kvstrata.offload.eviction import policy_class
 from kvstrata.offload.kept import KeptPages, tail_first
 from kvstrata.offload.lookup import Answer, TierLookup
 from kvstrata.offload.offers import Offers
@@ -76,7 +76,7 @@ class TieringManager:
         self._clock = clock
         self._report = Report()
         self.counters: Counter[str] = self._report.counters
-        self.primary = PrimaryTier(slots, POLICIES[config.eviction_policy](slots))
+        self.primary = PrimaryTier(slots, policy_class(config.eviction_policy)(slots))
         self._kept = KeptPages(self.primary)
         self._pins = Pins(self.primary, int(slots * config.pin_fraction), clock)
         self._offers = Offers(config.store_threshold, config.max_tracker_size)

@@ -104,7 +104,7 @@ BAD: dict[str, list[Any]] = {
     ],
     "block_size": [0, *NOT_COUNTS[:4], *NOT_COUNTS[5:]],
     "blocks_per_chunk": [0, *NOT_COUNTS[:4], *NOT_COUNTS[5:], 2.7],
-    "eviction_policy": ["LRU", "fifo", "", None, 1, ["lru"], {}],
+    "eviction_policy": ["LRU", "fifo", "", None, 1, ["lru"], {}, "absent:Policy", "enum:Enum"],
     "store_threshold": NOT_COUNTS,
     "max_tracker_size": [0, *NOT_COUNTS],
     "promotion_fraction": NOT_SHARES,

@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvstrata.offload.eviction import LRU, POLICIES
+from kvstrata.offload.eviction import LRU, policy_class
 from kvstrata.offload.primary import Entry, PrimaryTier, Writer
 
 
@@ -109,7 +109,7 @@ class PrimaryMachine(RuleBasedStateMachine):
 
     @initialize(slots=st.integers(1, 5))
     def start(self, slots: int) -> None:
-        self.primary = PrimaryTier(slots, POLICIES[self.policy](slots))
+        self.primary = PrimaryTier(slots, policy_class(self.policy)(slots))
         self.slots = slots
         self.known: dict[bytes, Use] = {}
         self.orphans: list[Use] = []

@@ -1,0 +1,188 @@
+"""`python -m kvstrata.offload.bench.ttft`: time to first token with offload and without.
+
+Two engines answer the same requests, one after the other in random order. The CPU tier is small,
+so that what is reused comes from a filesystem tier behind a link that is slower than computing,
+as fast, or faster. What a request stores is stored before the next one comes.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from kvstrata.offload.bench.engine import TOKEN_BYTES, Engine, Reply
+from kvstrata.offload.bench.throttled import ThrottledTier
+from kvstrata.offload.bench.workloads import (
+    BATCH_TOKENS,
+    CHUNK_BLOCKS,
+    CPU_TOKENS,
+    GPU_BLOCKS,
+    MIDDLE,
+    Prompt,
+    warm_up,
+    workloads,
+)
+from kvstrata.tiers.fs.bench.figures import append_csv, machine
+
+# How long the link takes for a token, in the time that computing it takes.
+SPEEDS = {"slow": 5.0, "equal": 1.0, "fast": 0.1}
+LATENCY_S = 0.001
+LINKS = [*SPEEDS]
+ON, OFF = SETTINGS = ["on", "off"]  # load_or_recompute
+NEVER_HURTS = 1.03  # the largest median ratio with load_or_recompute on
+_SEED = 5
+
+
+class Figure(NamedTuple):
+    """What a workload did; medians over its requests.
+
+    Attributes:
+        link: name of the tier's speed.
+        load_or_recompute: "on" or "off".
+        workload: its name.
+        without_ms, with_ms: TTFT without offload and with it, in milliseconds.
+        ratio: median of the requests' TTFT with offload by that without.
+        cached: share of the prompt tokens that the engine with offload did not compute.
+    """
+
+    link: str
+    load_or_recompute: str
+    workload: str
+    without_ms: float
+    with_ms: float
+    ratio: float
+    cached: float
+
+
+def start(folder: Path, name: str, offload: dict[str, Any] | None) -> Engine:
+    """An engine; see `Engine`."""
+    return Engine(folder, name, blocks=GPU_BLOCKS, batch_tokens=BATCH_TOKENS, offload=offload)
+
+
+def offload_config(folder: Path, bytes_per_second: float, setting: str) -> dict[str, Any]:
+    """`kv_connector_extra_config` with a filesystem tier behind a link."""
+    return {
+        "spec_name": "KVStrataSpec",
+        "cpu_bytes_to_use": CPU_TOKENS * TOKEN_BYTES,
+        "blocks_per_chunk": CHUNK_BLOCKS,
+        "load_or_recompute": setting == ON,
+        "secondary_tiers": [
+            {
+                "type": ThrottledTier.__name__,
+                "module_path": ThrottledTier.__module__,
+                "latency_s": LATENCY_S,
+                "bytes_per_second": bytes_per_second,
+                "tier": {"type": "fs", "root_dir": str(folder)},
+            }
+        ],
+    }
+
+
+def measure(
+    root: Path, links: Sequence[str], settings: Sequence[str], rounds: int
+) -> Iterator[Figure]:
+    """All figures. One engine without offload is compared with one engine after the other."""
+    without = start(root, "without", None)
+    try:
+        replies = [without.ask(prompt) for prompt in warm_up(_SEED)]
+        per_token = statistics.median(reply.seconds for reply in replies) / MIDDLE
+        print(f"computing a token takes {per_token * 1e6:.0f} us", file=sys.stderr)
+        for link in links:
+            for setting in settings:
+                print(f"measuring: link {link}, load_or_recompute {setting}", file=sys.stderr)
+                name = f"{link}-{setting}"
+                speed = TOKEN_BYTES / (per_token * SPEEDS[link])
+                engine = start(root, name, offload_config(root / name, speed, setting))
+                try:
+                    yield from compare(without, engine, link, setting, rounds)
+                finally:
+                    engine.close()
+    finally:
+        without.close()
+
+
+def compare(
+    without: Engine, engine: Engine, link: str, setting: str, rounds: int
+) -> Iterator[Figure]:
+    """The figures of one engine with offload."""
+    for prompt in warm_up(_SEED + 1):
+        _ask_both(without, engine, prompt)
+    for name, prepare, measured in workloads(_SEED, rounds):
+        for prompt in prepare:
+            _ask_both(without, engine, prompt)
+        pairs = [_ask_both(without, engine, prompt) for prompt in measured]
+        yield Figure(
+            link,
+            setting,
+            name,
+            statistics.median(one.seconds for one, _ in pairs) * 1e3,
+            statistics.median(other.seconds for _, other in pairs) * 1e3,
+            statistics.median(other.seconds / one.seconds for one, other in pairs),
+            sum(other.cached for _, other in pairs) / sum(map(len, measured)),
+        )
+
+
+def _ask_both(without: Engine, engine: Engine, prompt: Prompt) -> tuple[Reply, Reply]:
+    """The replies of both engines to a request, which comes to them in random order."""
+    replies = {}
+    for one in random.sample((without, engine), 2):
+        replies[one] = one.ask(prompt)
+    return replies[without], replies[engine]
+
+
+def print_table(figures: Sequence[Figure], console: Console) -> None:
+    """A line per figure."""
+    table = Table("link", "load or recompute", "workload", box=None)
+    for heading in ("TTFT without, ms", "with, ms", "ratio", "cached"):
+        table.add_column(heading, justify="right")
+    for figure in figures:
+        times = [f"{figure.without_ms:.1f}", f"{figure.with_ms:.1f}", f"{figure.ratio:.2f}"]
+        table.add_row(*figure[:3], *times, f"{figure.cached:.0%}")
+    console.print(table)
+
+
+def summary(figures: Sequence[Figure]) -> str:
+    """The largest ratios with load_or_recompute on, in one line."""
+    on = [figure for figure in figures if figure.load_or_recompute == ON]
+    if not on:
+        return f"target: TTFT ratio <= {NEVER_HURTS:g} with load_or_recompute on: not measured"
+    worst = sorted(on, key=lambda figure: -figure.ratio)
+    missed = [figure for figure in worst if figure.ratio > NEVER_HURTS]
+    cases = ", ".join(f"{f.ratio:.2f} {f.workload} ({f.link})" for f in missed or worst[:1])
+    verdict = f"missed in {len(missed)} of {len(on)}" if missed else f"met in {len(on)}, worst"
+    return f"target: TTFT ratio <= {NEVER_HURTS:g} with load_or_recompute on: {verdict}: {cases}"
+
+
+def main(
+    root: Annotated[Path, typer.Option(help="A directory on the disk for the tier's files.")],
+    csv: Annotated[Path | None, typer.Option(help="Append the figures to this file.")] = None,
+    link: Annotated[list[str], typer.Option(help="Speeds of the link.")] = LINKS,
+    load_or_recompute: Annotated[list[str], typer.Option(help="on, off.")] = SETTINGS,
+    rounds: Annotated[int, typer.Option(min=1, help="How often prompts are reused.")] = 3,
+) -> None:
+    """Measure time to first token with offload against without, in five workloads."""
+    for name in {*link} - {*SPEEDS}:
+        raise typer.BadParameter(f"{name} is none of {', '.join(SPEEDS)}")
+    for name in {*load_or_recompute} - {ON, OFF}:
+        raise typer.BadParameter(f"{name} is none of {ON}, {OFF}")
+    print(", ".join(f"{name} {value}" for name, value in machine().items()))
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root.resolve()) as directory:
+        figures = list(measure(Path(directory), link, load_or_recompute, rounds))
+    print_table(figures, Console(width=None if sys.stdout.isatty() else 120))
+    if csv:
+        append_csv(csv, figures, Figure._fields)
+    print(summary(figures))
+
+
+if __name__ == "__main__":
+    typer.run(main)

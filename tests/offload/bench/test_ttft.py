@@ -1,0 +1,131 @@
+"""The TTFT benchmark asks what it says and compares like with like; no look at the speed."""
+
+import csv
+import importlib.util
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import typer
+
+import kvstrata.offload.bench.ttft as command
+from kvstrata.offload.bench.engine import BLOCK, Engine, EngineError, Reply
+from kvstrata.offload.bench.ttft import OFF, ON, Figure, compare, offload_config, summary
+from kvstrata.offload.bench.workloads import (
+    CHUNK_BLOCKS,
+    CPU_TOKENS,
+    GPU_BLOCKS,
+    LONG,
+    warm_up,
+    workloads,
+)
+from kvstrata.offload.config import parse_config
+
+NAMES = ["no reuse", "full reuse", "half reuse", "many short", "few long"]
+CHUNK = CHUNK_BLOCKS * BLOCK
+
+
+def test_the_workloads_reuse_what_they_say_and_never_from_the_gpu_or_the_cpu() -> None:
+    found = {workload.name: workload for workload in workloads(1, 2)}
+    assert [*found] == NAMES
+    assert LONG < (GPU_BLOCKS - 1) * BLOCK < 2 * LONG
+    for name in ("no reuse", "half reuse"):
+        measured = found[name].measured
+        assert len({*map(tuple, measured)}) == len(measured)
+    assert found["no reuse"].prepare == []
+    for name in ("full reuse", "many short", "few long"):
+        prepare, measured = found[name][1:]
+        assert measured == [*prepare, *prepare]
+        assert sum(len(prompt) // CHUNK * CHUNK for prompt in prepare) > CPU_TOKENS
+    prepare, measured = found["half reuse"][1:]
+    assert [list(prompt[: len(prompt) // 2]) for prompt in measured] == [*prepare, *prepare]
+    assert sum(map(len, prepare)) > CPU_TOKENS
+    assert len(found["few long"].measured[0]) == LONG
+
+
+class FakeEngine:
+    """Answers in a time of its own; what it is asked for is noted in `order`."""
+
+    def __init__(self, seconds: float, cached: int, order: list["FakeEngine"]) -> None:
+        self.reply = Reply(seconds, cached)
+        self.order = order
+        self.asked: list[tuple[int, ...]] = []
+
+    def ask(self, prompt: Sequence[int]) -> Reply:
+        self.asked.append(tuple(prompt))
+        self.order.append(self)
+        return self.reply
+
+
+def test_both_engines_get_the_same_requests_in_changing_order() -> None:
+    order: list[FakeEngine] = []
+    one, other = FakeEngine(0.2, 0, order), FakeEngine(0.1, 16, order)
+    figures = list(compare(cast(Engine, one), cast(Engine, other), "slow", ON, 1))
+    assert [figure.workload for figure in figures] == NAMES
+    assert one.asked == other.asked
+    assert one.asked[: len(warm_up(0))] != [*map(tuple, warm_up(0))]
+    assert {first is one for first in order[::2]} == {True, False}
+    assert all({order[i], order[i + 1]} == {one, other} for i in range(0, len(order), 2))
+    short = figures[3]
+    assert short[:3] == ("slow", ON, "many short")
+    assert short[3:] == pytest.approx((200.0, 100.0, 0.5, 0.1))
+
+
+def figure(ratio: float, setting: str = ON, workload: str = "no reuse") -> Figure:
+    return Figure("slow", setting, workload, 100.0, 100.0 * ratio, ratio, 0.0)
+
+
+def test_the_summary_judges_what_ran_with_load_or_recompute() -> None:
+    head = "target: TTFT ratio <= 1.03 with load_or_recompute on: "
+    assert summary([figure(3.0, OFF)]) == head + "not measured"
+    good = [figure(1.02), figure(0.5), figure(3.0, OFF)]
+    assert summary(good) == head + "met in 2, worst: 1.02 no reuse (slow)"
+    bad = [*good, figure(1.2, workload="few long"), figure(1.04)]
+    assert summary(bad) == head + "missed in 2 of 4: 1.20 few long (slow), 1.04 no reuse (slow)"
+
+
+def test_the_command_prints_the_ratios_and_appends_the_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def small(root: Path, links: list[str], settings: list[str], rounds: int) -> Iterator[Figure]:
+        for setting in settings:
+            yield figure(1.0, setting)
+
+    monkeypatch.setattr(command, "measure", small)
+    path = tmp_path / "ttft.csv"
+    for _ in range(2):
+        command.main(tmp_path / "root", path, ["slow"], [ON, OFF], 1)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("target: ")
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4
+    assert {"machine", "vllm", *Figure._fields} <= set(rows[0])
+    assert list((tmp_path / "root").iterdir()) == []
+    for wrong in ({"link": ["dead"]}, {"load_or_recompute": ["maybe"]}):
+        with pytest.raises(typer.BadParameter, match="is none of"):
+            command.main(tmp_path / "root", **cast(Any, wrong))
+
+
+@pytest.mark.parametrize("setting", [ON, OFF])
+def test_the_engines_configuration_is_one(setting: str, tmp_path: Path) -> None:
+    config = parse_config(offload_config(tmp_path, 1e6, setting))
+    assert config.load_or_recompute == (setting == ON)
+    assert len(config.tiers) == 1
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs an installed vLLM")
+def test_an_engine_loads_from_the_tier_behind_the_link(tmp_path: Path) -> None:
+    engine = command.start(tmp_path, "offload", offload_config(tmp_path / "kv", 1e9, OFF))
+    prompts = workloads(1, 1)[1].prepare
+    assert [engine.ask(prompt).cached for prompt in prompts] == [0] * len(prompts)
+    before = engine.counters()
+    reply = engine.ask(prompts[0])
+    counters = engine.counters()
+    engine.close()
+    assert reply.cached >= len(prompts[0]) - CHUNK
+    promoted = "promoted_pages:ThrottledTier"
+    assert counters[promoted] - before.get(promoted, 0) == len(prompts[0]) // CHUNK
+    with pytest.raises(EngineError, match="cpu_bytes_to_use"):
+        command.start(tmp_path, "broken", {"spec_name": "KVStrataSpec"})
