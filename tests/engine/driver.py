@@ -46,12 +46,16 @@ def connector(**extra: Any) -> dict[str, Any]:
 
 
 def engine_environment(tp: int = 1) -> dict[str, str]:
-    """The environment a user's engine has: none of the test suite's settings."""
+    """The environment a user's engine has: none of the test suite's settings.
+
+    One thread per worker: on a busy machine two wait for each other most of the time.
+    """
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env.update(
         HF_HUB_OFFLINE="1",
         VLLM_CPU_KVCACHE_SPACE="1",
-        VLLM_CPU_OMP_THREADS_BIND="0|1" if tp == 2 else "auto",
+        VLLM_CPU_OMP_THREADS_BIND="0|1" if tp == 2 else "nobind",
+        OMP_NUM_THREADS="1",
         VLLM_NO_USAGE_STATS="1",
         PYTHONPATH=str(ROOT),
     )
@@ -116,10 +120,18 @@ class Engine:
         self, prompts: Sequence[str], max_tokens: int = 12, params: dict[str, Any] | None = None
     ) -> list[dict[str, Any]]:
         """Greedy `tokens` and `cached` prompt tokens of each prompt, run together."""
-        answer: list[dict[str, Any]] = self._call(
-            "generate", prompts=list(prompts), max_tokens=max_tokens, params=params
+        requests = [{"prompt": p, "max_tokens": max_tokens, "params": params} for p in prompts]
+        answers: list[dict[str, Any]] = self._call("run", requests=requests, events=[])
+        return answers
+
+    def run(
+        self, requests: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]] = ()
+    ) -> list[dict[str, Any] | None]:
+        """See `EngineProcess.run`."""
+        answers: list[dict[str, Any] | None] = self._call(
+            "run", requests=list(requests), events=list(events)
         )
-        return answer
+        return answers
 
     def ask(self, text: str, **options: Any) -> dict[str, Any]:
         """`generate` for one prompt; its stores have ended on return."""
@@ -140,18 +152,49 @@ class Engine:
         """Reset the prefix cache, and ours if `connector`."""
         return bool(self._call("reset", connector=connector))
 
+    def sleep(self, level: int) -> None:
+        """Put the engine to sleep."""
+        self._call("sleep", level=level)
+
+    def wake_up(self) -> None:
+        """Wake the engine up."""
+        self._call("wake_up")
+
+    def change_weights(self) -> None:
+        """Change what the model computes, as an update of its weights does."""
+        self._call("change_weights")
+
+    def slow_transfers(self, least: int, most: int, seed: int = 0) -> None:
+        """From now on each GPU transfer takes `least` to `most` steps."""
+        self._call("slow_transfers", least=least, most=most, seed=seed)
+
     def counters(self) -> dict[str, Any]:
         """See `EngineProcess.counters`."""
         answer: dict[str, Any] = self._call("counters")
         return answer
 
-    def close(self) -> None:
-        """End the engine as a user would end a program."""
+    def held(self) -> dict[str, int]:
+        """See `EngineProcess.held`."""
+        answer: dict[str, int] = self._call("held")
+        return answer
+
+    def resources(self) -> dict[str, int]:
+        """See `EngineProcess.resources`."""
+        answer: dict[str, int] = self._call("resources")
+        return answer
+
+    def end(self) -> list[int]:
+        """End the engine as a user would end a program; the processes that it left behind."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(30)
+        return _session(self._process.pid)
+
+    def close(self) -> None:
+        """`end`, and kill what is left."""
+        self.end()
         _kill_group(self._process)
         self._log.close()
 
@@ -281,6 +324,17 @@ def serving(model: Path, log: Path, *, kv_transfer_config: dict[str, Any]) -> It
         yield server
     finally:
         server.close()
+
+
+def _session(leader: int) -> list[int]:
+    """The living processes of a session."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, session, *_ = path.read_text().rpartition(")")[2].split()
+            if int(session) == leader and state != "Z":
+                found.append(int(path.parent.name))
+    return found
 
 
 def _kill_group(process: subprocess.Popen[Any]) -> None:
