@@ -228,9 +228,11 @@ class Engine:
 
 
 class Server:
-    """`vllm serve`, started as a user would."""
+    """`vllm serve`, started as a user would, with `replicas` of the engine."""
 
-    def __init__(self, model: Path, log: Path, *, kv_transfer_config: dict[str, Any]) -> None:
+    def __init__(
+        self, model: Path, log: Path, *, kv_transfer_config: dict[str, Any], replicas: int = 1
+    ) -> None:
         self.log = log
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -252,6 +254,7 @@ class Server:
                     "--max-model-len=704",
                     f"--block-size={BLOCK}",
                     "--num-gpu-blocks-override=24",
+                    f"--data-parallel-size={replicas}",
                     "--enable-prompt-tokens-details",
                     f"--kv-transfer-config={json.dumps(kv_transfer_config)}",
                 ],
@@ -280,13 +283,18 @@ class Server:
             time.sleep(0.2)
         raise RuntimeError(f"the server did not become ready:\n{_tail(self.log)}")
 
-    def ask(self, text: str, max_tokens: int = 12) -> dict[str, Any]:
+    def ask(self, text: str, max_tokens: int = 12, replica: int = 0) -> dict[str, Any]:
         """Greedy text and cached prompt tokens of one completion."""
         from openai import OpenAI
 
         client = OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none")
         answer = client.completions.create(
-            model="model", prompt=text, max_tokens=max_tokens, temperature=0, timeout=120
+            model="model",
+            prompt=text,
+            max_tokens=max_tokens,
+            temperature=0,
+            timeout=120,
+            extra_headers={"X-data-parallel-rank": str(replica)},
         )
         assert answer.usage is not None
         details = answer.usage.prompt_tokens_details
@@ -316,9 +324,11 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(model: Path, log: Path, *, kv_transfer_config: dict[str, Any]) -> Iterator[Server]:
+def serving(
+    model: Path, log: Path, *, kv_transfer_config: dict[str, Any], replicas: int = 1
+) -> Iterator[Server]:
     """A server that is ready, closed at the end."""
-    server = Server(model, log, kv_transfer_config=kv_transfer_config)
+    server = Server(model, log, kv_transfer_config=kv_transfer_config, replicas=replicas)
     try:
         server.wait_ready()
         yield server
