@@ -46,12 +46,16 @@ def connector(**extra: Any) -> dict[str, Any]:
 
 
 def engine_environment(tp: int = 1) -> dict[str, str]:
-    """The environment a user's engine has: none of the test suite's settings."""
+    """The environment a user's engine has: none of the test suite's settings.
+
+    One thread per worker: on a busy machine two wait for each other most of the time.
+    """
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env.update(
         HF_HUB_OFFLINE="1",
         VLLM_CPU_KVCACHE_SPACE="1",
-        VLLM_CPU_OMP_THREADS_BIND="0|1" if tp == 2 else "auto",
+        VLLM_CPU_OMP_THREADS_BIND="0|1" if tp == 2 else "nobind",
+        OMP_NUM_THREADS="1",
         VLLM_NO_USAGE_STATS="1",
         PYTHONPATH=str(ROOT),
     )
@@ -116,10 +120,18 @@ class Engine:
         self, prompts: Sequence[str], max_tokens: int = 12, params: dict[str, Any] | None = None
     ) -> list[dict[str, Any]]:
         """Greedy `tokens` and `cached` prompt tokens of each prompt, run together."""
-        answer: list[dict[str, Any]] = self._call(
-            "generate", prompts=list(prompts), max_tokens=max_tokens, params=params
+        requests = [{"prompt": p, "max_tokens": max_tokens, "params": params} for p in prompts]
+        answers: list[dict[str, Any]] = self._call("run", requests=requests, events=[])
+        return answers
+
+    def run(
+        self, requests: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]] = ()
+    ) -> list[dict[str, Any] | None]:
+        """See `EngineProcess.run`."""
+        answers: list[dict[str, Any] | None] = self._call(
+            "run", requests=list(requests), events=list(events)
         )
-        return answer
+        return answers
 
     def ask(self, text: str, **options: Any) -> dict[str, Any]:
         """`generate` for one prompt; its stores have ended on return."""
@@ -140,18 +152,49 @@ class Engine:
         """Reset the prefix cache, and ours if `connector`."""
         return bool(self._call("reset", connector=connector))
 
+    def sleep(self, level: int) -> None:
+        """Put the engine to sleep."""
+        self._call("sleep", level=level)
+
+    def wake_up(self) -> None:
+        """Wake the engine up."""
+        self._call("wake_up")
+
+    def change_weights(self) -> None:
+        """Change what the model computes, as an update of its weights does."""
+        self._call("change_weights")
+
+    def slow_transfers(self, least: int, most: int, seed: int = 0) -> None:
+        """From now on each GPU transfer takes `least` to `most` steps."""
+        self._call("slow_transfers", least=least, most=most, seed=seed)
+
     def counters(self) -> dict[str, Any]:
         """See `EngineProcess.counters`."""
         answer: dict[str, Any] = self._call("counters")
         return answer
 
-    def close(self) -> None:
-        """End the engine as a user would end a program."""
+    def held(self) -> dict[str, int]:
+        """See `EngineProcess.held`."""
+        answer: dict[str, int] = self._call("held")
+        return answer
+
+    def resources(self) -> dict[str, int]:
+        """See `EngineProcess.resources`."""
+        answer: dict[str, int] = self._call("resources")
+        return answer
+
+    def end(self) -> list[int]:
+        """End the engine as a user would end a program; the processes that it left behind."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(30)
+        return _session(self._process.pid)
+
+    def close(self) -> None:
+        """`end`, and kill what is left."""
+        self.end()
         _kill_group(self._process)
         self._log.close()
 
@@ -185,9 +228,11 @@ class Engine:
 
 
 class Server:
-    """`vllm serve`, started as a user would."""
+    """`vllm serve`, started as a user would, with `replicas` of the engine."""
 
-    def __init__(self, model: Path, log: Path, *, kv_transfer_config: dict[str, Any]) -> None:
+    def __init__(
+        self, model: Path, log: Path, *, kv_transfer_config: dict[str, Any], replicas: int = 1
+    ) -> None:
         self.log = log
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -209,6 +254,7 @@ class Server:
                     "--max-model-len=704",
                     f"--block-size={BLOCK}",
                     "--num-gpu-blocks-override=24",
+                    f"--data-parallel-size={replicas}",
                     "--enable-prompt-tokens-details",
                     f"--kv-transfer-config={json.dumps(kv_transfer_config)}",
                 ],
@@ -237,13 +283,18 @@ class Server:
             time.sleep(0.2)
         raise RuntimeError(f"the server did not become ready:\n{_tail(self.log)}")
 
-    def ask(self, text: str, max_tokens: int = 12) -> dict[str, Any]:
+    def ask(self, text: str, max_tokens: int = 12, replica: int = 0) -> dict[str, Any]:
         """Greedy text and cached prompt tokens of one completion."""
         from openai import OpenAI
 
         client = OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none")
         answer = client.completions.create(
-            model="model", prompt=text, max_tokens=max_tokens, temperature=0, timeout=120
+            model="model",
+            prompt=text,
+            max_tokens=max_tokens,
+            temperature=0,
+            timeout=120,
+            extra_headers={"X-data-parallel-rank": str(replica)},
         )
         assert answer.usage is not None
         details = answer.usage.prompt_tokens_details
@@ -273,14 +324,27 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(model: Path, log: Path, *, kv_transfer_config: dict[str, Any]) -> Iterator[Server]:
+def serving(
+    model: Path, log: Path, *, kv_transfer_config: dict[str, Any], replicas: int = 1
+) -> Iterator[Server]:
     """A server that is ready, closed at the end."""
-    server = Server(model, log, kv_transfer_config=kv_transfer_config)
+    server = Server(model, log, kv_transfer_config=kv_transfer_config, replicas=replicas)
     try:
         server.wait_ready()
         yield server
     finally:
         server.close()
+
+
+def _session(leader: int) -> list[int]:
+    """The living processes of a session."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, session, *_ = path.read_text().rpartition(")")[2].split()
+            if int(session) == leader and state != "Z":
+                found.append(int(path.parent.name))
+    return found
 
 
 def _kill_group(process: subprocess.Popen[Any]) -> None:

@@ -4,11 +4,18 @@ Run as a program. Answers are lines on stdout that begin with `driver.MARK`.
 """
 
 import json
+import os
+import random
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from tests.engine.driver import MARK
+from tests.engine.slow_pipeline import SlowPipeline
+
+# No request of the tests takes a tenth of it, so one that does will never end.
+PATIENCE_S = 120.0
 
 
 class EngineProcess:
@@ -22,6 +29,8 @@ class EngineProcess:
         self.scheduler = core.scheduler
         connector = self.scheduler.connector
         self.offload = connector.connector_scheduler if connector is not None else None
+        self.requests = 0
+        self.resets = 0
         self.preemptions = 0
         preempt = self.scheduler._preempt_request
 
@@ -31,45 +40,150 @@ class EngineProcess:
 
         self.scheduler._preempt_request = counting
 
-    def generate(self, prompts: list[str], max_tokens: int, params: dict[str, Any] | None) -> Any:
-        """Greedy tokens and the number of cached prompt tokens, per prompt."""
-        from vllm import SamplingParams
+    def run(self, requests: list[dict[str, Any]], events: list[dict[str, Any]]) -> Any:
+        """Run requests together, and let things happen to them on the way.
 
-        sampling = SamplingParams(
-            temperature=0,
-            max_tokens=max_tokens,
-            ignore_eos=True,
-            extra_args={"kv_transfer_params": params} if params else None,
-        )
-        outputs = self.llm.generate(prompts, sampling, use_tqdm=False)
-        return [
-            {"tokens": list(o.outputs[0].token_ids), "cached": o.num_cached_tokens} for o in outputs
-        ]
+        Args:
+            requests: each with `prompt`, `max_tokens`, and, where wanted, `params`
+                (`kv_transfer_params`) and `arrives` (the step before which it arrives).
+            events: each happens once, after the step `when`, or after the first step that
+                left a "promotion", "load" or "store" under way: `do` is "abort" (of
+                `request`, an index) or "reset" (of the connector as well if `connector`).
+
+        Returns:
+            For each request greedy `tokens` and the number of `cached` prompt tokens; None
+            if it was aborted.
+
+        Raises:
+            TimeoutError: the requests do not end.
+        """
+        engine = self.llm.llm_engine
+        answers: list[Any] = [None] * len(requests)
+        left = dict(enumerate(requests))  # to arrive
+        live: dict[str, int] = {}
+        pending = list(events)
+        step = 0
+        deadline = time.monotonic() + PATIENCE_S
+        while left or live:
+            for index in [i for i, request in left.items() if request.get("arrives", 0) <= step]:
+                live[self._add(left.pop(index))] = index
+            for output in engine.step():
+                if output.finished and output.request_id in live:
+                    answers[live.pop(output.request_id)] = _answer(output)
+            step += 1
+            for event in [event for event in pending if self._is_due(event["when"], step)]:
+                pending.remove(event)
+                if event["do"] == "reset":
+                    self.reset(event["connector"])
+                    continue
+                for name in [name for name, index in live.items() if index == event["request"]]:
+                    engine.abort_request([name])
+                    del live[name]
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"after {step} steps {len(live)} requests have not ended")
+        return answers
 
     def settle(self, timeout_s: float = 30.0) -> None:
         """Step until no store is under way, as a serving engine does while idle."""
         deadline = time.monotonic() + timeout_s
-        while self.offload is not None and self.offload.has_pending_push_work():
+        while self.scheduler.has_requests():
             self.llm.llm_engine.step()
             if time.monotonic() > deadline:
                 raise TimeoutError("stores did not settle")
 
     def reset(self, connector: bool) -> bool:
         """Reset vLLM's prefix cache, and ours if `connector`."""
+        self.resets += 1
         return bool(self.llm.reset_prefix_cache(reset_connector=connector))
 
+    def sleep(self, level: int) -> None:
+        """Put the engine to sleep."""
+        self.llm.sleep(level=level)
+
+    def wake_up(self) -> None:
+        """Wake the engine up."""
+        self.llm.wake_up()
+
+    def change_weights(self) -> None:
+        """Change what the model computes, as an update of its weights does."""
+        self.llm.apply_model(_change_weights)
+
+    def slow_transfers(self, least: int, most: int, seed: int) -> None:
+        """From now on each GPU transfer takes `least` to `most` steps."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        worker = get_kv_transfer_group().connector_worker.worker
+        choose = random.Random(seed)
+        worker._pipeline = SlowPipeline(worker._pipeline, lambda: choose.randint(least, most))
+
     def counters(self) -> dict[str, Any]:
-        """The manager's totals, the tiers' failures, and the primary tier's slots."""
+        """The manager's totals, the tiers' totals, and the primary tier's slots."""
         assert self.offload is not None
         manager = self.offload.manager._manager
         primary = manager.primary
+        stats = {named.name: named.tier.stats() for named in manager.tiers}
         return {
             **manager.counters,
             "preemptions": self.preemptions,
+            "resets": self.resets,
             "slots": primary.slots,
             "unused": primary.free + primary.idle,
-            "failures": {n.name: dict(n.tier.stats().failures) for n in manager.tiers},
+            "failures": {name: dict(each.failures) for name, each in stats.items()},
+            "tiers": {name: dict(each.counters) for name, each in stats.items()},
         }
+
+    def held(self) -> dict[str, int]:
+        """How much is remembered of requests and transfers."""
+        assert self.offload is not None
+        manager = self.offload.manager._manager
+        return {
+            "vLLM's requests": len(self.offload._req_status),
+            "vLLM's transfers": len(self.offload._jobs),
+            "requests": len(manager._requests),
+            "promoting": manager.primary.promoting,
+        }
+
+    def resources(self) -> dict[str, int]:
+        """This process's resident memory in bytes, and its open files."""
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return {
+            "rss": pages * os.sysconf("SC_PAGESIZE"),
+            "files": len(os.listdir("/proc/self/fd")),
+        }
+
+    def _add(self, request: dict[str, Any]) -> str:
+        from vllm import SamplingParams
+
+        self.requests += 1
+        params = request.get("params")
+        sampling = SamplingParams(
+            temperature=0,
+            max_tokens=request["max_tokens"],
+            ignore_eos=True,
+            extra_args={"kv_transfer_params": params} if params else None,
+        )
+        name = f"test-{self.requests}"
+        self.llm.llm_engine.add_request(name, request["prompt"], sampling)
+        return name
+
+    def _is_due(self, when: int | str, step: int) -> bool:
+        if isinstance(when, int):
+            return step >= when
+        if self.offload is None:
+            return False
+        if when == "promotion":
+            return bool(self.offload.manager._manager.primary.promoting > 0)
+        return any(job.is_store == (when == "store") for job in self.offload._jobs.values())
+
+
+def _answer(output: Any) -> dict[str, Any]:
+    return {"tokens": list(output.outputs[0].token_ids), "cached": output.num_cached_tokens}
+
+
+def _change_weights(model: Any) -> None:
+    for layer in model.model.layers:
+        weight = layer.input_layernorm.weight.data
+        weight[: len(weight) // 2] *= -1
 
 
 def main() -> None:

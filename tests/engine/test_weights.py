@@ -1,0 +1,72 @@
+"""Weight updates: what was computed with other weights is never loaded.
+
+vLLM does not tell connectors of weight updates; it resets caches around them.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine.driver import Engine, connector, prompt
+
+pytestmark = pytest.mark.vllm
+
+UPDATES = {"backend": "nccl"}  # a weight_transfer_config; nothing is transferred here
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory that all engines of this module share."""
+    return tmp_path_factory.mktemp("kv")
+
+
+def started(llama: Path, root: Path, log: Path, **extra: Any) -> Engine:
+    """An engine that may receive weights."""
+    tiers = [{"type": "fs", "root_dir": str(root)}]
+    config = connector(secondary_tiers=tiers, **extra)
+    return Engine(llama, log, kv_transfer_config=config, weight_transfer_config=UPDATES)
+
+
+def test_an_engine_that_may_receive_weights_forgets_at_every_reset(
+    llama: Path, root: Path, tmp_path: Path
+) -> None:
+    text = prompt(1)
+    with started(llama, root, tmp_path / "log") as engine:
+        old = engine.ask(text)
+        for seed in range(100, 104):
+            engine.ask(prompt(seed), max_tokens=1)
+        assert engine.ask(text)["cached"] >= 256  # stored, and used while the weights stay
+        assert engine.reset(connector=True)
+        again = engine.ask(text)
+        assert again == {"tokens": old["tokens"], "cached": 0}
+
+        engine.ask(prompt(2))
+        engine.generate([prompt(3)], max_tokens=2)  # its stores are under way
+        engine.sleep(1)
+        engine.change_weights()
+        engine.wake_up()
+        new = engine.ask(text)
+        assert new["cached"] == 0
+        assert new["tokens"] != old["tokens"]
+        assert engine.reset(connector=False)
+        hit = engine.ask(text)
+        assert hit["cached"] >= 256
+        assert hit["tokens"] == new["tokens"]
+        assert engine.counters().get("promoted_pages:fs", 0) == 0
+        assert engine.counters()["failures"] == {"fs": {}}
+
+
+def test_an_engine_whose_weights_are_said_to_be_fixed_keeps_its_files(
+    llama: Path, root: Path, tmp_path: Path
+) -> None:
+    """The other engine's files are private to it, although they lie in the same directory."""
+    text = prompt(1)
+    with started(llama, root, tmp_path / "log", weights_fixed=True) as engine:
+        cold = engine.ask(text)
+        assert cold["cached"] == 0
+        assert engine.reset(connector=True)
+        hit = engine.ask(text)
+        assert hit["cached"] >= 256
+        assert hit["tokens"] == cold["tokens"]
+        assert engine.counters()["promoted_pages:fs"] >= 8
