@@ -30,6 +30,15 @@ class EngineProcess:
             return preempt(*args, **kwargs)
 
         self.scheduler._preempt_request = counting
+        self.steps = 0
+        schedule = self.scheduler.schedule
+
+        def counting_steps(*args: Any, **kwargs: Any) -> Any:
+            output = schedule(*args, **kwargs)
+            self.steps += output.total_num_scheduled_tokens > 0
+            return output
+
+        self.scheduler.schedule = counting_steps
 
     def generate(self, prompts: list[str], max_tokens: int, params: dict[str, Any] | None) -> Any:
         """Greedy tokens and the number of cached prompt tokens, per prompt."""
@@ -59,13 +68,15 @@ class EngineProcess:
         return bool(self.llm.reset_prefix_cache(reset_connector=connector))
 
     def counters(self) -> dict[str, Any]:
-        """The manager's totals, the tiers' failures, and the primary tier's slots."""
+        """The manager's totals, the tiers' failures, the primary tier's slots, and the engine's
+        steps that computed something."""
         assert self.offload is not None
         manager = self.offload.manager._manager
         primary = manager.primary
         return {
             **manager.counters,
             "preemptions": self.preemptions,
+            "steps": self.steps,
             "slots": primary.slots,
             "unused": primary.free + primary.idle,
             "failures": {n.name: dict(n.tier.stats().failures) for n in manager.tiers},
