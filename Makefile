@@ -2,7 +2,7 @@
 # The targets share one virtual environment and few cores, so -j changes nothing.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help install lint format types test-unit test-engine test test-gpu test-faults bench-fs bench-kernels bench-manager bench-ttft fuzz demo demo-shared
+.PHONY: help install lint format types test-unit test-engine test test-gpu test-models test-faults bench-fs bench-kernels bench-manager bench-ttft fuzz demo demo-shared
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -80,6 +80,9 @@ test-gpu: ## the kernels' tests on the GPU; no vLLM needed (make test-gpu PYTHON
 	$(GPU_PYTHON) -m pytest tests/kernels
 
 test: lint types test-unit test-engine ## everything CI runs
+
+test-models: install ## every kind of KV cache: hits and identical tokens, on engines where the CPU build can
+	$(BIN)/pytest --long tests/engine/test_models.py tests/offload/vllm_plugin/test_models.py
 
 test-faults: install ## the long forms: kills, full disks and hostile files; each kernel on each target
 	$(BIN)/pytest --long tests/tiers tests/kernels/test_compile.py

@@ -32,12 +32,12 @@ PRINTABLE = range(32, 127)  # the tokens that greedy decoding can produce
 
 def tiny_llama(cache_dir: Path, kv_heads: int = 4) -> Path:
     """Llama: 3 layers, 8 attention heads, `kv_heads` (1, 2, 4 or 8) KV heads of size 32."""
-    return _build(cache_dir, f"tiny-llama-kv{kv_heads}", lambda: _llama(kv_heads))
+    return build(cache_dir, f"tiny-llama-kv{kv_heads}", lambda: llama(kv_heads))
 
 
 def tiny_gemma3(cache_dir: Path) -> Path:
     """Gemma-3 text: 5 sliding layers (64 tokens), 1 full layer, 4 KV heads of size 32."""
-    return _build(cache_dir, "tiny-gemma3", _gemma3)
+    return build(cache_dir, "tiny-gemma3", _gemma3)
 
 
 def tiny_deepseek_v2(cache_dir: Path) -> Path:
@@ -45,15 +45,16 @@ def tiny_deepseek_v2(cache_dir: Path) -> Path:
 
     The latent sizes are those that vLLM's CPU MLA kernel is compiled for.
     """
-    return _build(cache_dir, "tiny-deepseek-v2", _deepseek_v2)
+    return build(cache_dir, "tiny-deepseek-v2", _deepseek_v2)
 
 
-def _llama(kv_heads: int) -> PreTrainedModel:
+def llama(kv_heads: int) -> PreTrainedModel:
+    """The model of `tiny_llama`, not yet on disk."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = LlamaForCausalLM(
         LlamaConfig(
-            **_common(),
+            **common(),
             num_hidden_layers=3,
             num_attention_heads=8,
             num_key_value_heads=kv_heads,
@@ -61,7 +62,7 @@ def _llama(kv_heads: int) -> PreTrainedModel:
             tie_word_embeddings=False,
         )
     )
-    return _randomize(model, embed_std=0.1, qk_gain=1.6)
+    return randomize(model, embed_std=0.1, qk_gain=1.6)
 
 
 def _gemma3() -> PreTrainedModel:
@@ -69,7 +70,7 @@ def _gemma3() -> PreTrainedModel:
 
     model = Gemma3ForCausalLM(
         Gemma3TextConfig(
-            **_common(),
+            **common(),
             num_hidden_layers=6,
             num_attention_heads=8,
             num_key_value_heads=4,
@@ -80,7 +81,7 @@ def _gemma3() -> PreTrainedModel:
         )
     )
     # Gemma multiplies embeddings by sqrt(hidden_size), here 16.
-    return _randomize(model, embed_std=0.1 / 16, qk_gain=1.0)
+    return randomize(model, embed_std=0.1 / 16, qk_gain=1.0)
 
 
 def _deepseek_v2() -> PreTrainedModel:
@@ -89,7 +90,7 @@ def _deepseek_v2() -> PreTrainedModel:
     layers = 2
     model = DeepseekV2ForCausalLM(
         DeepseekV2Config(
-            **_common(),
+            **common(),
             num_hidden_layers=layers,
             num_attention_heads=4,
             first_k_dense_replace=layers,  # no expert layers
@@ -112,10 +113,10 @@ def _deepseek_v2() -> PreTrainedModel:
             },
         )
     )
-    return _randomize(model, embed_std=0.1, qk_gain=1.0)
+    return randomize(model, embed_std=0.1, qk_gain=1.0)
 
 
-def _common() -> dict[str, int]:
+def common() -> dict[str, int]:
     """Configuration keys that all the models share."""
     return {
         "vocab_size": VOCAB_SIZE,
@@ -128,7 +129,7 @@ def _common() -> dict[str, int]:
     }
 
 
-def _randomize(model: PreTrainedModel, embed_std: float, qk_gain: float) -> PreTrainedModel:
+def randomize(model: PreTrainedModel, embed_std: float, qk_gain: float) -> PreTrainedModel:
     """Draw float32 weights that make the output sensitive to every prompt token.
 
     Linear layers keep the variance of their input (std 1/sqrt(fan_in)). Small embeddings let
@@ -152,12 +153,14 @@ def _randomize(model: PreTrainedModel, embed_std: float, qk_gain: float) -> PreT
     return model
 
 
-def _build(cache_dir: Path, name: str, make_model: Callable[[], PreTrainedModel]) -> Path:
+def build(cache_dir: Path, name: str, make_model: Callable[[], PreTrainedModel]) -> Path:
     """Return the checkpoint's folder, building it beside its final name and renaming it.
 
-    The folder's name holds a digest of this file: a changed recipe never meets an old checkpoint.
+    The folder's name holds a digest of the recipes (this file and its siblings): a changed one
+    never meets an old checkpoint.
     """
-    recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+    recipes = sorted(Path(__file__).parent.glob("*models.py"))
+    recipe = hashlib.sha256(b"".join(path.read_bytes() for path in recipes)).hexdigest()[:8]
     path = Path(cache_dir) / f"{name}-{recipe}"
     if path.exists():
         return path

@@ -7,9 +7,8 @@ inside is the backend's, or to opaque bytes.
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from vllm.v1.kv_cache_interface import (
     AttentionSpec,
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
+    MambaSpec,
     MLAAttentionSpec,
     SlidingWindowSpec,
 )
@@ -35,6 +35,7 @@ from kvstrata.kernels.geometry import (
     token_major,
 )
 from kvstrata.kernels.plan import LocalLayer
+from kvstrata.offload.vllm_plugin.orders import cpu_isa, opaque_order, scales_id
 
 # Backends whose cache view is [B, H, N, K then V]: each splits the last axis at
 # head_size after a transpose (vllm/v1/attention/backends/*.py of 0.32 and 0.33).
@@ -116,7 +117,7 @@ def collect_layers(
         # A packed cache comes as one tensor for all layers; it stays whole.
         if len(raw) != len(group.layer_names):
             packed = [modules.get(name) for name in group.layer_names]
-            order = _opaque_order(packed, tokens, blocks)
+            order = opaque_order(packed, tokens, blocks)
             for index, tensor in enumerate(raw):
                 name = f"{group.layer_names[0]}+{index}"
                 layers.append(_opaque_layer(name, tensor, rank, blocks, order))
@@ -143,11 +144,13 @@ def _worker_layer(
     vllm_config: VllmConfig,
     rank: _Rank,
 ) -> WorkerLayer:
-    opaque_order = _opaque_order([module], tokens, blocks)
+    unknown = opaque_order([module], tokens, blocks)
     view = getattr(module, "kv_cache", None)
     spec = module.get_kv_cache_spec(vllm_config) if module is not None else None
+    if isinstance(view, tuple) and isinstance(spec, MambaSpec):
+        raw = _states(view[0], blocks, spec.state_content_size_bytes)
     if not isinstance(view, torch.Tensor) or not isinstance(spec, AttentionSpec):
-        return _opaque_layer(name, raw, rank, blocks, opaque_order)
+        return _opaque_layer(name, raw, rank, blocks, unknown)
     if view.shape[0] % blocks == 0:
         raw = view  # vLLM's raw bytes are right only where a block is one run
     if view.dim() == 3:  # MLA binds its cache without the head axis
@@ -155,18 +158,18 @@ def _worker_layer(
     backend = module.get_attn_backend().get_name()
     heads = _heads_of(spec, rank)
     if heads is None or not _is_plain(spec, view, blocks):
-        return _opaque_layer(name, raw, rank, blocks, opaque_order)
+        return _opaque_layer(name, raw, rank, blocks, unknown)
     total, first, replicas, replica = heads
     if backend in _TOKEN_MAJOR_MLA or (backend in _TOKEN_MAJOR and not _is_mla(spec)):
         cache = token_major(name, _typed(view, vllm_config))
-        order = _scales(module, view)
+        order = scales_id(module, view)
     elif backend in _HEAD_SLABS:
         cache = head_slabs(name, view)
-        isa = _cpu_isa(spec, vllm_config)
+        isa = cpu_isa(spec, vllm_config)
         sizes = f"block{spec.block_size}/kernel{view.shape[2]}"
-        order = f"cpu_attn/{isa}/{sizes}/{view.dtype}{_scales(module, view)}"
+        order = f"cpu_attn/{isa}/{sizes}/{view.dtype}{scales_id(module, view)}"
     else:
-        return _opaque_layer(name, raw, rank, blocks, opaque_order)
+        return _opaque_layer(name, raw, rank, blocks, unknown)
     cache = split_kernel_blocks(cache, blocks)
     return WorkerLayer(cache.shape(total), LocalLayer(cache, first, replicas, replica), order)
 
@@ -178,21 +181,17 @@ def _opaque_layer(
     return WorkerLayer(cache.shape(rank.ranks), LocalLayer(cache, rank.rank), order)
 
 
-def _opaque_order(modules: Sequence[Any], tokens: int, blocks: int) -> str:
-    """What is known of the bytes' order: `opaque/<backend>/block<tokens>/kernel<tokens>/<dtype>`
-    and the scales, of each kind of `modules` that the bytes belong to.
+def _states(first: torch.Tensor, blocks: int, nbytes: int) -> torch.Tensor:
+    """The recurrent states of a layer, `nbytes` per block from the first state's view on.
+
+    vLLM's raw bytes take a padded page for the distance of two blocks, which is wrong in layouts
+    that keep the layers of a block together.
     """
-    kinds = []
-    for module in modules:
-        backend = module.get_attn_backend().get_name() if module is not None else "unknown"
-        cache = getattr(module, "kv_cache", ())
-        views = [cache] if isinstance(cache, torch.Tensor) else list(cache)
-        facts = [
-            f"kernel{tokens * blocks // max(1, view.shape[0])}/{view.dtype}{_scales(module, view)}"
-            for view in views
-        ]
-        kinds.append(f"{backend}/block{tokens}/{'+'.join(facts) or 'unknown'}")
-    return "opaque/" + ",".join(dict.fromkeys(kinds))
+    item = first.element_size()
+    storage = torch.empty(0, dtype=torch.uint8, device=first.device)
+    storage.set_(first.untyped_storage())
+    start = first.storage_offset() * item
+    return storage.as_strided((blocks, nbytes), (first.stride(0) * item, 1), start)
 
 
 def _heads_of(spec: AttentionSpec, rank: _Rank) -> tuple[int, int, int, int] | None:
@@ -276,23 +275,3 @@ def _typed(view: torch.Tensor, vllm_config: VllmConfig) -> torch.Tensor:
         return view
     e5m2 = vllm_config.cache_config.cache_dtype == "fp8_e5m2"
     return view.view(torch.float8_e5m2 if e5m2 else torch.float8_e4m3fn)
-
-
-def _scales(module: Any, view: torch.Tensor) -> str:
-    """fp8 content means something only together with its scales."""
-    if view.dtype.is_floating_point and view.element_size() > 1:
-        return ""
-    scales = [
-        torch.as_tensor(getattr(module, name, 1.0)).flatten().tolist()
-        for name in ("_k_scale", "_v_scale")
-    ]
-    return "/scales-" + hashlib.sha256(repr(scales).encode()).hexdigest()[:12]
-
-
-def _cpu_isa(spec: AttentionSpec, vllm_config: VllmConfig) -> str:
-    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
-
-    isa = _get_attn_isa(
-        spec.dtype, spec.block_size, spec.head_size, vllm_config.cache_config.cache_dtype
-    )
-    return f"{isa}-{torch.backends.cpu.get_cpu_capability()}"

@@ -39,6 +39,15 @@ class EngineProcess:
             return preempt(*args, **kwargs)
 
         self.scheduler._preempt_request = counting
+        self.steps = 0
+        schedule = self.scheduler.schedule
+
+        def counting_steps(*args: Any, **kwargs: Any) -> Any:
+            output = schedule(*args, **kwargs)
+            self.steps += output.total_num_scheduled_tokens > 0
+            return output
+
+        self.scheduler.schedule = counting_steps
 
     def run(self, requests: list[dict[str, Any]], events: list[dict[str, Any]]) -> Any:
         """Run requests together, and let things happen to them on the way.
@@ -117,7 +126,8 @@ class EngineProcess:
         worker._pipeline = SlowPipeline(worker._pipeline, lambda: choose.randint(least, most))
 
     def counters(self) -> dict[str, Any]:
-        """The manager's totals, the tiers' totals, and the primary tier's slots."""
+        """The manager's and the tiers' totals, the primary tier's slots, and the engine's
+        steps that computed something."""
         assert self.offload is not None
         manager = self.offload.manager._manager
         primary = manager.primary
@@ -126,6 +136,7 @@ class EngineProcess:
             **manager.counters,
             "preemptions": self.preemptions,
             "resets": self.resets,
+            "steps": self.steps,
             "slots": primary.slots,
             "unused": primary.free + primary.idle,
             "failures": {name: dict(each.failures) for name, each in stats.items()},

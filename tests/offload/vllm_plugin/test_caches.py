@@ -311,7 +311,7 @@ def test_order_of_packed_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_order_of_fp8_content_has_its_scales(
     backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(caches, "_cpu_isa", lambda *_: "isa")
+    monkeypatch.setattr(caches, "cpu_isa", lambda *_: "isa")
 
     def order(k_scale: Any) -> str:
         return order_of(monkeypatch, Module(2, backend, dtype, k_scale=k_scale))
@@ -326,7 +326,7 @@ def test_order_of_fp8_content_has_its_scales(
 def test_scales_mean_nothing_without_fp8(
     backend: str, content: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(caches, "_cpu_isa", lambda *_: "isa")
+    monkeypatch.setattr(caches, "cpu_isa", lambda *_: "isa")
     [one] = collect(monkeypatch, {"a": Module(2, backend)})
     [other] = collect(monkeypatch, {"a": Module(2, backend, k_scale=0.5)})
     assert one.shape.content == content and one.order == other.order

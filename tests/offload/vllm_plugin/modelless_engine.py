@@ -1,0 +1,300 @@
+"""vLLM's scheduler, KV cache manager, connector and cache allocation, without a model.
+
+For kinds of KV cache that vLLM's CPU build has no kernels for. In place of a model, bytes are
+written into the KV caches that depend on the layer, the rank and all tokens up to their own.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.config import KVTransferConfig, VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import (
+    get_kv_cache_config_from_groups,
+    get_kv_cache_groups,
+    get_request_block_hasher,
+    init_none_hash,
+    resolve_kv_cache_block_sizes,
+)
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    KVCacheConfig,
+    KVCacheSpec,
+    SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
+)
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+from vllm.v1.worker.utils import allocate_kv_cache
+
+from kvstrata.offload.vllm_plugin import caches, registration
+from kvstrata.offload.vllm_plugin.register import register
+from tests.engine.driver import connector
+
+BARRIER_SECONDS = 60.0  # only a rank that leaves out a collective meets it
+
+
+class Layer:
+    """Stands for vLLM's attention layer."""
+
+    def __init__(self, spec: Any, backend: str) -> None:
+        self.spec = spec
+        self.backend = backend
+        self.kv_cache: Any = None
+
+    def get_kv_cache_spec(self, _: Any) -> Any:
+        return self.spec
+
+    def get_attn_backend(self) -> Any:
+        return SimpleNamespace(get_name=lambda: self.backend)
+
+
+class Rank:
+    """One worker: its caches and its half of the connector."""
+
+    def __init__(self, number: int, config: VllmConfig, kv: KVCacheConfig, layout: Any) -> None:
+        self.number = number
+        self.config = copy.copy(config)
+        self.config.parallel_config = copy.copy(config.parallel_config)
+        self.config.parallel_config.rank = number
+        self.kv = kv
+        self.views = allocate_kv_cache(kv, torch.device("cpu"), layout)
+        self.connector = OffloadingConnector(self.config, KVConnectorRole.WORKER, kv)
+
+    def cells(self, name: str) -> torch.Tensor:
+        """A layer's bytes [B, H, N, C]."""
+        view = self.views[name]
+        return view.view(torch.uint8) if view.dtype is not torch.uint8 else view
+
+
+class ModellessEngine:
+    """An engine that computes no tokens but keeps their KV cache.
+
+    Args:
+        model: any checkpoint; only its configuration's general part matters.
+        layers: spec and attention backend of each layer.
+        monkeypatch: makes this process look like the ranks' processes.
+        tp: ranks, all in this process.
+        change: applied to vLLM's KV cache groups before anything sees them.
+        arguments: of vLLM's EngineArgs.
+        extra: keys of kv_connector_extra_config.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        layers: Mapping[str, tuple[KVCacheSpec, str]],
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        layout: str = "LBHNC",
+        tp: int = 1,
+        blocks: int = 40,
+        change: Callable[[KVCacheConfig], None] = lambda config: None,
+        extra: Mapping[str, Any] = {},
+        **arguments: Any,
+    ) -> None:
+        register()
+        init_none_hash(sha256)
+        config = EngineArgs(
+            model=str(model),
+            dtype="float32",
+            block_size=32,
+            max_model_len=704,
+            enforce_eager=True,
+            num_gpu_blocks_override=blocks,
+            tensor_parallel_size=tp,
+            kv_transfer_config=KVTransferConfig(**connector(**extra)),
+            **arguments,
+        ).create_engine_config()
+        config.cache_config.kv_cache_layout = layout
+        self.layers = layers
+        specs = {name: spec for name, (spec, _) in layers.items()}
+        kv = get_kv_cache_config_from_groups(config, get_kv_cache_groups(config, specs), 1 << 30)
+        change(kv)
+        self.kv = kv
+        resolved = config.cache_config.get_resolved_kv_cache_layout()
+        self.ranks = [Rank(number, config, copy.deepcopy(kv), resolved) for number in range(tp)]
+        self._register(monkeypatch)
+        # as vLLM does for its scheduler
+        for group in kv.kv_cache_groups:
+            if isinstance(group.kv_cache_spec, UniformTypeKVCacheSpecs):
+                group.kv_cache_spec = next(iter(group.kv_cache_spec.kv_cache_specs.values()))
+        config.cache_config.num_gpu_blocks = kv.num_blocks
+        block, unit = resolve_kv_cache_block_sizes(kv, config)
+        self.scheduler = Scheduler(config, kv, StructuredOutputManager(config), block, unit)
+        self._hasher = get_request_block_hasher(unit, sha256)
+        self._requests = 0
+        self._received: dict[str, int] = {}
+
+    def _register(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """All ranks register their caches, each in a thread, with a collective between threads."""
+        barrier = threading.Barrier(len(self.ranks), timeout=BARRIER_SECONDS)
+        board: list[Any] = [None] * len(self.ranks)
+        mine = threading.local()
+
+        def gather(values: list[Any], value: Any, group: Any) -> None:
+            board[mine.rank.number] = value
+            barrier.wait()
+            values[:] = board
+            barrier.wait()
+
+        def modules(*_: Any) -> dict[str, Layer]:
+            made = {}
+            for name, (spec, backend) in self.layers.items():
+                made[name] = Layer(spec, backend)
+                made[name].kv_cache = mine.rank.views[name]
+            return made
+
+        world = SimpleNamespace(cpu_group=None, world_size=len(self.ranks))
+        monkeypatch.setattr(registration, "get_world_group", lambda: world)
+        monkeypatch.setattr(registration.dist, "all_gather_object", gather)
+        monkeypatch.setattr(registration, "get_current_vllm_config", lambda: mine.rank.config)
+        monkeypatch.setattr(caches, "get_layers_from_vllm_config", modules)
+        errors: list[Exception] = []
+
+        def one(rank: Rank) -> None:
+            mine.rank = rank
+            try:
+                rank.connector.register_kv_caches(rank.views)
+            except Exception as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=one, args=(rank,)) for rank in self.ranks]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+
+    def run(self, tokens: list[int], generate: int = 1) -> int:
+        """Serve one request to its end, and let its stores end.
+
+        Returns:
+            The tokens that were there before, whose bytes have been compared.
+        """
+        self._requests += 1
+        request = Request(
+            f"r{self._requests}",
+            tokens,
+            SamplingParams(max_tokens=generate, ignore_eos=True),
+            None,
+            block_hasher=self._hasher,
+        )
+        self.scheduler.add_request(request)
+        starts = []
+        while self.scheduler.has_requests() or self._storing():
+            starts += self._step(request)
+        return starts[0]
+
+    def reset(self) -> None:
+        """Forget the GPU's prefix cache, and overwrite all its bytes."""
+        assert self.scheduler.reset_prefix_cache()
+        for rank in self.ranks:
+            for name in rank.views:
+                rank.cells(name).fill_(0xEE)
+
+    def close(self) -> None:
+        """End the connectors."""
+        self.scheduler.shutdown()
+        for rank in self.ranks:
+            rank.connector.shutdown()
+
+    @property
+    def manager(self) -> Any:
+        """Our manager."""
+        return self._scheduler_half().manager._manager
+
+    def _scheduler_half(self) -> Any:
+        made: Any = self.scheduler.connector
+        return made.connector_scheduler
+
+    def _storing(self) -> bool:
+        return bool(self._scheduler_half().has_pending_push_work())
+
+    def _step(self, request: Request) -> list[int]:
+        """One step; the first token that it computed, if any."""
+        output = self.scheduler.schedule()
+        count = output.num_scheduled_tokens.get(request.request_id, 0)
+        start = request.num_computed_tokens - count if count else 0
+        metas, received = [], set()
+        for rank in self.ranks:
+            half: Any = rank.connector
+            half.bind_connector_metadata(output.kv_connector_metadata)
+            half.handle_preemptions(output.kv_connector_metadata)
+            half.start_load_kv(None)
+            if count:
+                self._compute(rank, request, start, start + count)
+            half.wait_for_save()
+            _, done = half.get_finished(output.finished_req_ids)
+            for name in done:
+                self._received[name] = self._received.get(name, 0) + 1
+                if self._received[name] == len(self.ranks):
+                    received.add(name)
+            metas.append(half.build_connector_worker_meta())
+            half.clear_connector_metadata()
+        found = [meta for meta in metas if meta is not None]
+        for meta in found[1:]:
+            found[0].aggregate(meta)
+        sampled = [7] if count and start + count >= request.num_tokens else []
+        names = list(output.num_scheduled_tokens)
+        self.scheduler.update_from_output(
+            output,
+            ModelRunnerOutput(
+                req_ids=names,
+                req_id_to_index={name: index for index, name in enumerate(names)},
+                sampled_token_ids=[sampled] * len(names),
+                kv_connector_output=KVConnectorOutput(
+                    finished_recving=received or None,
+                    kv_connector_worker_meta=found[0] if found else None,
+                ),
+            ),
+        )
+        return [start] if count else []
+
+    def _compute(self, rank: Rank, request: Request, start: int, end: int) -> None:
+        """Read what attention would read before `start`, and write the tokens `start` to `end`."""
+        tokens = list(request.all_token_ids)
+        tables = self.scheduler.kv_cache_manager.get_block_ids(request.request_id)
+        for group, table in zip(self.kv.kv_cache_groups, tables, strict=True):
+            for name in group.layer_names:
+                spec, _ = self.layers[name]
+                for position in range(_first_read(spec, start), end):
+                    block = table[position // spec.block_size]
+                    assert block, f"{name}: no block for token {position}"
+                    cell = rank.cells(name)[block, :, position % spec.block_size]
+                    wanted = _bytes(name, rank.number, tokens[: position + 1], cell)
+                    if position >= start:
+                        cell.copy_(wanted)
+                    else:
+                        assert torch.equal(cell, wanted), f"{name}: token {position} is wrong"
+
+
+def _first_read(spec: KVCacheSpec, start: int) -> int:
+    """The first token whose KV the token `start` attends to."""
+    if isinstance(spec, SlidingWindowSpec):
+        return max(0, start - spec.sliding_window + 1)
+    if isinstance(spec, ChunkedLocalAttentionSpec):
+        return start // spec.attention_chunk_size * spec.attention_chunk_size
+    return 0
+
+
+def _bytes(name: str, rank: int, prefix: list[int], like: torch.Tensor) -> torch.Tensor:
+    seed = hashlib.sha256(repr((name, rank, prefix)).encode()).digest()
+    data = (seed * (like.numel() // len(seed) + 1))[: like.numel()]
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(like.shape)
