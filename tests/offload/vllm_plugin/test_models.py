@@ -6,7 +6,6 @@ With vLLM's own specs, scheduler, connector and cache layouts; see `modelless_en
 import os
 import random
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
