@@ -64,7 +64,6 @@ class TierLookup:
             if index in state.silent or (index, key) in state.failed or not link.breaker.closed:
                 continue
             if not self._promotions.may_pay(link, key, state):
-                self._counters["recomputed_pages"] += 1
                 continue
             found = link.tier.lookup(key, request)
             if found is Lookup.RETRY:

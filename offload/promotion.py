@@ -120,7 +120,6 @@ class Promotions:
             state, pages = batch.state, batch.pages
             worth = self._worth(batch)
             for link, entry in pages[worth:]:
-                self._report.counters["recomputed_pages"] += 1
                 state.failed.add((link.index, entry.key))
                 self._end(link, entry, state, good=False)
             jobs: dict[TierLink, list[Entry]] = {}
