@@ -56,21 +56,23 @@ class Cascades:
                 continue
             if link.asked.counts:
                 due = [entry for entry in due if link.asked.was_wanted(entry.key)]
-            chosen = self._fitting(link, due) if link.breaker.closed else []
+            probe = link.breaker.wants_probe
+            chosen = self._fitting(link, due) if link.breaker.closed else due[:probe]
             if len(chosen) < len(due):
                 self._report.counters[f"cascade_skipped:{link.name}"] += len(due) - len(chosen)
             if chosen:
-                self._submit(link, chosen, state.view)
+                self._submit(link, chosen, state.view, probe=probe)
 
     def probe(self) -> None:
-        """Give one page to each tier that was taken out and may be well again."""
+        """Give a page it knows to each tier that was taken out and may be well again.
+
+        A page that it does not know may be one that a request wanted kept from it.
+        """
         for link in self._jobs.links:
-            if not link.breaker.wants_probe:
-                continue
-            entry = next((entry for entry in self._primary if entry.ready), None)
-            if entry is not None:
-                link.breaker.probing()
-                self._submit(link, [entry], RequestView("probe"), probe=True)
+            if link.breaker.wants_probe:
+                known = (e for e in self._primary if e.ready and e.offered & link.bit)
+                if (entry := next(known, None)) is not None:
+                    self._submit(link, [entry], RequestView("probe"), probe=True)
 
     def end(self, job: Running, result: JobResult) -> None:
         """A job ended."""
@@ -90,6 +92,8 @@ class Cascades:
     def _submit(
         self, link: TierLink, entries: Sequence[Entry], request: RequestView, *, probe: bool = False
     ) -> None:
+        if probe:
+            link.breaker.probing()
         bit = link.bit
         for entry in entries:
             entry.offered |= bit

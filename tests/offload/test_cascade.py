@@ -222,16 +222,19 @@ def test_a_probe_finds_out_when_it_is_well_again() -> None:
     sick, world = sick_world()
     open_breaker(world)
     world.store([chunk(1, 0), chunk(1, 1)], world.request())
+    assert sick.given == []
     world.now += FIRST_BACKOFF_S
+    world.store([chunk(2, 0), chunk(2, 1)], world.request())
     world.step(2)
     assert sick.given == [[]], "one page, which failed"
-    assert not world.manager.links[0].breaker.closed
-    world.step(5)
+    world.store([chunk(3, 0)], world.request())
+    world.step(2)
     assert len(sick.given) == 1, "not before the back-off"
     sick.cause = None
     world.now += 2 * FIRST_BACKOFF_S
+    world.store([chunk(4, 0), chunk(4, 1)], world.request())
     world.step(2)
-    assert sick.given[1:] == [[chunk(1, 0)[0]]]
+    assert sick.given[1:] == [[chunk(4, 0)[0]]]
     assert world.manager.links[0].breaker.closed
     request = world.request()
     assert world.lookup(ITEMS[0], request) is PENDING
@@ -239,10 +242,27 @@ def test_a_probe_finds_out_when_it_is_well_again() -> None:
     assert world.lookup(ITEMS[0], request) is HIT
 
 
+def test_without_stores_a_page_that_it_knows_is_the_probe() -> None:
+    sick, world = sick_world()
+    sick.cause = None
+    request = world.request("known")
+    assert world.lookup(ITEMS[5], request) is PENDING
+    world.step(2)
+    world.store([chunk(1, 0)], world.request(wishes={"persist": False}))
+    sick.cause = "io-error"
+    open_breaker(world)
+    world.now += FIRST_BACKOFF_S
+    sick.cause = None
+    world.step(2)
+    assert sick.given == [[KEYS[5]]], "and not the page that was to stay out of it"
+    assert world.manager.links[0].breaker.closed
+
+
 def test_without_a_page_nothing_is_probed() -> None:
     _, world = sick_world()
     open_breaker(world)
     world.now += FIRST_BACKOFF_S
+    world.store([chunk(1, 0)], world.request(wishes={"persist": False}))
     world.step(3)
     assert not world.manager._jobs
 
@@ -272,25 +292,25 @@ def test_one_good_page_in_a_job_is_a_success() -> None:
     assert world.manager.links[0].breaker.closed
 
 
-def test_promotions_that_hang_open_it_and_late_ones_close_it() -> None:
+def test_promotions_that_hang_open_it_and_what_comes_late_is_used() -> None:
     tier = SlowTier(Recorder(*ITEMS))
     world = World([tier], slots=16)
-    tier_hangs = [world.request(str(n)) for n in range(FAILURES_TO_OPEN)]
-    for item, request in zip(ITEMS, tier_hangs, strict=False):
+    waiting = [world.request(str(n)) for n in range(FAILURES_TO_OPEN)]
+    for item, request in zip(ITEMS, waiting, strict=False):
         assert world.lookup(item, request) is PENDING
     tier.hang()
     world.step()
     world.now = 10.0
-    assert world.lookup(ITEMS[0], tier_hangs[0]) is MISS
+    assert world.lookup(ITEMS[0], waiting[0]) is MISS
     world.step()
     assert not world.manager.links[0].breaker.closed
-    assert world.lookup(ITEMS[4], tier_hangs[0]) is MISS, "at once, not after a deadline"
+    assert world.lookup(ITEMS[4], waiting[0]) is MISS, "at once, not after a deadline"
     tier.release()
-    world.store([chunk(1, 0)], tier_hangs[0])
+    world.step(2)
+    assert world.lookup(ITEMS[0], waiting[0]) is HIT, "late is better than never"
     world.now += FIRST_BACKOFF_S
-    world.step(4)
+    world.step(2)
     assert world.manager.links[0].breaker.closed, "the probe came through"
-    assert world.lookup(ITEMS[0], tier_hangs[0]) is HIT, "late is better than never"
 
 
 def test_lookups_without_an_answer_open_it() -> None:
@@ -315,7 +335,7 @@ def test_a_probe_that_hangs_does_not_keep_the_engine_stepping() -> None:
     slow = SlowTier(sick)
     tier.inner = slow
     slow.hang()
-    world.store([chunk(1, 0)], world.request())
     world.now += FIRST_BACKOFF_S
+    world.store([chunk(1, 0)], world.request())
     world.step()
     assert len(world.manager._jobs) == 1 and not world.manager.has_pending_work()
