@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvstrata.offload.breaker import Kind
@@ -64,6 +64,8 @@ class TierJobs:
         self._groups = {
             group.to_bytes(4, "big"): (group, layout.nbytes) for group, layout in layouts.items()
         }
+        sizes = {layout.nbytes for layout in layouts.values()}
+        self._one_size = sizes.pop() if len(sizes) == 1 else None
         self._promotion_deadline_s = promotion_deadline_s
         self._clock = clock
         self._running: dict[int, Running] = {}  # oldest first
@@ -108,8 +110,10 @@ class TierJobs:
         else:
             link.tier.submit_store(job)
 
-    def sizes(self, entries: Iterable[Entry]) -> list[int]:
+    def sizes(self, entries: Sequence[Entry]) -> list[int]:
         """Bytes of each page."""
+        if self._one_size is not None:
+            return [self._one_size] * len(entries)
         groups = self._groups
         return [groups[entry.key[-4:]][1] for entry in entries]
 
