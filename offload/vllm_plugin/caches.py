@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from vllm.v1.kv_offload.base import CanonicalKVCaches
 from vllm.v1.kv_offload.config import OffloadingConfig
 
 from kvstrata.kernels.geometry import (
+    GeometryError,
     LayerShape,
     head_slabs,
     opaque,
@@ -88,7 +89,7 @@ def collect_layers(
     Layers that share another layer's cache are left out: its pages hold their bytes.
 
     Raises:
-        GeometryError: a cache cannot be described.
+        GeometryError: a cache cannot be described, or not with chunks of several blocks.
     """
     parallel = config.parallel
     per_stage = parallel.tp_size * parallel.pcp_size
@@ -98,6 +99,13 @@ def collect_layers(
     )
     names = [name for group in config.groups for name in group.layer_names]
     specs = [modules[name].get_kv_cache_spec(vllm_config) for name in names if name in modules]
+    per_chunk = config.cache.blocks_per_chunk
+    if per_chunk > 1 and any(isinstance(spec, MambaSpec) for spec in specs):
+        raise GeometryError(
+            f"chunks of {per_chunk} blocks would hardly ever hit with this model's recurrent "
+            "(Mamba) layers, whose state vLLM keeps at the end of single blocks: leave out "
+            "blocks_per_chunk and block_size, and raise --block-size for larger pages"
+        )
     rank = _Rank(
         tp=parallel.tp_size,
         tp_rank=parallel.rank % parallel.tp_size,
@@ -114,15 +122,18 @@ def collect_layers(
         raw = [caches.tensors[ref.tensor_idx].tensor[:, : ref.page_size_bytes] for ref in refs]
         layers: list[WorkerLayer] = []
         seen: set[tuple[int, tuple[int, ...]]] = set()
-        # A packed cache comes as one tensor for all layers; it stays whole.
+        # Where vLLM packs a group's layers into one tensor, their own views still tell them apart;
+        # without those it stays whole.
         if len(raw) != len(group.layer_names):
             packed = [modules.get(name) for name in group.layer_names]
-            order = opaque_order(packed, tokens, blocks)
-            for index, tensor in enumerate(raw):
-                name = f"{group.layer_names[0]}+{index}"
-                layers.append(_opaque_layer(name, tensor, rank, blocks, order))
-            groups[group.group_id] = layers
-            continue
+            if not all(_has_views(module, blocks) for module in packed):
+                order = opaque_order(packed, tokens, blocks)
+                for index, tensor in enumerate(raw):
+                    name = f"{group.layer_names[0]}+{index}"
+                    layers.append(_opaque_layer(name, tensor, rank, blocks, order))
+                groups[group.group_id] = layers
+                continue
+            raw *= len(group.layer_names)
         for name, tensor in zip(group.layer_names, raw, strict=True):
             module = modules.get(name)
             layer = _worker_layer(name, module, tensor, blocks, tokens, vllm_config, rank)
@@ -133,6 +144,14 @@ def collect_layers(
                 layers.append(layer)
         groups[group.group_id] = layers
     return groups
+
+
+def _has_views(module: Any, blocks: int) -> bool:
+    """Whether vLLM's layer shows its own bytes of each block."""
+    view = getattr(module, "kv_cache", None)
+    if isinstance(view, torch.Tensor):
+        return view.dim() > 2 and view.shape[0] % blocks == 0
+    return isinstance(view, tuple)
 
 
 def _worker_layer(
@@ -151,6 +170,8 @@ def _worker_layer(
         raw = _states(view[0], blocks, spec.state_content_size_bytes)
     if not isinstance(view, torch.Tensor) or not isinstance(spec, AttentionSpec):
         return _opaque_layer(name, raw, rank, blocks, unknown)
+    if spec.block_size != tokens:  # vLLM enlarges the blocks of layers with smaller pages
+        spec = replace(spec, block_size=tokens)
     if view.shape[0] % blocks == 0:
         raw = view  # vLLM's raw bytes are right only where a block is one run
     if view.dim() == 3:  # MLA binds its cache without the head axis

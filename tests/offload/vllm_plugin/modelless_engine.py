@@ -7,6 +7,7 @@ written into the KV caches that depend on the layer, the rank and all tokens up 
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import threading
 from collections.abc import Callable, Mapping
@@ -34,6 +35,7 @@ from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     KVCacheConfig,
     KVCacheSpec,
+    MLAAttentionSpec,
     SlidingWindowSpec,
     UniformTypeKVCacheSpecs,
 )
@@ -44,8 +46,10 @@ from vllm.v1.worker.utils import allocate_kv_cache
 
 from kvstrata.offload.vllm_plugin import caches, registration
 from kvstrata.offload.vllm_plugin.register import register
+from kvstrata.tiers.base import layouts_from_json
 from tests.engine.driver import connector
 
+MOST_STEPS = 10_000
 BARRIER_SECONDS = 60.0  # only a rank that leaves out a collective meets it
 
 
@@ -123,6 +127,7 @@ class ModellessEngine:
         ).create_engine_config()
         config.cache_config.kv_cache_layout = layout
         self.layers = layers
+        self._dcp = config.parallel_config.decode_context_parallel_size
         specs = {name: spec for name, (spec, _) in layers.items()}
         kv = get_kv_cache_config_from_groups(config, get_kv_cache_groups(config, specs), 1 << 30)
         change(kv)
@@ -198,9 +203,11 @@ class ModellessEngine:
         )
         self.scheduler.add_request(request)
         starts = []
-        while self.scheduler.has_requests() or self._storing():
+        for _ in range(MOST_STEPS):
             starts += self._step(request)
-        return starts[0]
+            if not self.scheduler.has_requests() and not self._storing():
+                return starts[0]
+        raise AssertionError("the request or its stores do not end")
 
     def reset(self) -> None:
         """Forget the GPU's prefix cache, and overwrite all its bytes."""
@@ -216,9 +223,13 @@ class ModellessEngine:
             rank.connector.shutdown()
 
     @property
-    def manager(self) -> Any:
-        """Our manager."""
-        return self._scheduler_half().manager._manager
+    def pages(self) -> list[tuple[tuple[str, tuple[int, ...]], ...]]:
+        """The tensors of each group's page: dtype and shape."""
+        fields = self._scheduler_half().manager._region.fields
+        return [
+            tuple((tensor.dtype, tensor.shape) for tensor in layout.tensors)
+            for layout in layouts_from_json(fields["layouts"]).values()
+        ]
 
     def _scheduler_half(self) -> Any:
         made: Any = self.scheduler.connector
@@ -249,8 +260,7 @@ class ModellessEngine:
             metas.append(half.build_connector_worker_meta())
             half.clear_connector_metadata()
         found = [meta for meta in metas if meta is not None]
-        for meta in found[1:]:
-            found[0].aggregate(meta)
+        meta = functools.reduce(lambda one, other: one.aggregate(other), found) if found else None
         sampled = [7] if count and start + count >= request.num_tokens else []
         names = list(output.num_scheduled_tokens)
         self.scheduler.update_from_output(
@@ -261,7 +271,7 @@ class ModellessEngine:
                 sampled_token_ids=[sampled] * len(names),
                 kv_connector_output=KVConnectorOutput(
                     finished_recving=received or None,
-                    kv_connector_worker_meta=found[0] if found else None,
+                    kv_connector_worker_meta=meta,
                 ),
             ),
         )
@@ -274,11 +284,17 @@ class ModellessEngine:
         for group, table in zip(self.kv.kv_cache_groups, tables, strict=True):
             for name in group.layer_names:
                 spec, _ = self.layers[name]
+                size = group.kv_cache_spec.block_size
+                owner = 0 if isinstance(spec, MLAAttentionSpec) else rank.number  # MLA: all alike
                 for position in range(_first_read(spec, start), end):
-                    block = table[position // spec.block_size]
+                    # context parallelism deals the tokens to the ranks in turn
+                    place, turn = divmod(position, self._dcp)
+                    if turn != rank.number % self._dcp:
+                        continue
+                    block = table[place // size]
                     assert block, f"{name}: no block for token {position}"
-                    cell = rank.cells(name)[block, :, position % spec.block_size]
-                    wanted = _bytes(name, rank.number, tokens[: position + 1], cell)
+                    cell = rank.cells(name)[block, :, place % size]
+                    wanted = _bytes(name, owner, tokens[: position + 1], cell)
                     if position >= start:
                         cell.copy_(wanted)
                     else:

@@ -28,6 +28,7 @@ from kvstrata.offload.vllm_plugin.caches import (  # noqa: E402
     _heads_of,
     _is_plain,
     _Rank,
+    _states,
 )
 
 
@@ -177,6 +178,7 @@ def collect(
     if packed:
         raw = [torch.cat(raw, dim=1)]
     config = SimpleNamespace(
+        cache=SimpleNamespace(blocks_per_chunk=1),
         parallel=SimpleNamespace(tp_size=tp, pcp_size=1, dcp_size=1, rank=tp_rank),
         groups=[
             SimpleNamespace(group_id=0, layer_names=tuple(layers), tokens_per_block=TOKENS),
@@ -330,3 +332,11 @@ def test_scales_mean_nothing_without_fp8(
     [one] = collect(monkeypatch, {"a": Module(2, backend)})
     [other] = collect(monkeypatch, {"a": Module(2, backend, k_scale=0.5)})
     assert one.shape.content == content and one.order == other.order
+
+
+def test_states_of_layers_side_by_side() -> None:
+    """Where a block holds all layers' pages, a layer's states lie a whole block apart."""
+    memory = torch.arange(4 * 2 * 6, dtype=torch.float32).view(4, 2, 6)  # blocks, layers, states
+    second = memory[:, 1, :2]  # the first state of two elements, of five in all
+    found = _states(second, 4, 5 * 4)
+    assert torch.equal(found, memory[:, 1, :5].contiguous().view(torch.uint8))
