@@ -2,7 +2,7 @@
 # The targets share one virtual environment and few cores, so -j changes nothing.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help install lint format types test-unit test-engine test test-gpu test-models test-faults bench-fs bench-kernels bench-manager bench-ttft fuzz demo demo-shared
+.PHONY: help install lint format types test-unit test-engine test test-gpu test-models test-faults test-soak bench-fs bench-kernels bench-manager bench-ttft fuzz demo demo-shared
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -86,6 +86,10 @@ test-models: install ## every kind of KV cache: hits and identical tokens, on en
 
 test-faults: install ## the long forms: kills, full disks and hostile files; each kernel on each target
 	$(BIN)/pytest --long tests/tiers tests/kernels/test_compile.py
+
+SEED :=
+test-soak: install ## 300 requests on a real engine over tiers that fail: no wrong token, no leak (SEED=...)
+	$(BIN)/pytest --long $(if $(SEED),--seed=$(SEED)) tests/engine/test_soak.py
 
 BENCH_DIR := .bench
 bench-fs: install ## the filesystem tier against stock vLLM's and the device (BENCH_DIR=... on the disk)

@@ -31,12 +31,20 @@ settings.load_profile("kvstrata")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="the fault tests in their long form")
+    parser.addoption("--seed", type=int, help="of the soak test; the long form chooses one")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--long"):
         settings.register_profile("long", deadline=None, max_examples=500)
         settings.load_profile("long")
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int | None:
+    """The seed that the soak test is to use, if one was given."""
+    value: int | None = request.config.getoption("--seed")
+    return value
 
 
 @pytest.fixture

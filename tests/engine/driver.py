@@ -190,7 +190,10 @@ class Engine:
             self._process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(30)
-        return _session(self._process.pid)
+        deadline = time.monotonic() + 5  # the engine's death is a signal to its I/O processes
+        while (left := _session(self._process.pid)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return left
 
     def close(self) -> None:
         """`end`, and kill what is left."""
