@@ -81,7 +81,7 @@ test-gpu: ## the kernels' tests on the GPU; no vLLM needed (make test-gpu PYTHON
 
 test: lint types test-unit test-engine ## everything CI runs
 
-test-models: install ## every kind of KV cache: hits and identical tokens, on engines where the CPU build can
+test-models: install ## every kind of KV cache: hits and identical tokens
 	$(BIN)/pytest --long tests/engine/test_models.py tests/offload/vllm_plugin/test_models.py
 
 test-faults: install ## the long forms: kills, full disks and hostile files; each kernel on each target

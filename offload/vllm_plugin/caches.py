@@ -54,6 +54,9 @@ _KV_HEADS = re.compile(
     "kv_head|key_value_head|heads?_kv|attention_group|query_group|heads_in_group"
 )
 
+# An allocation may be rounded up to a memory page (vLLM on ROCm).
+_MAX_TAIL_BYTES = 4096
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerLayer:
@@ -129,6 +132,11 @@ def collect_layers(
             if not all(_has_views(module, blocks) for module in packed):
                 order = opaque_order(packed, tokens, blocks)
                 for index, tensor in enumerate(raw):
+                    if tensor.untyped_storage().nbytes() - tensor.nbytes >= _MAX_TAIL_BYTES:
+                        raise GeometryError(
+                            f"vLLM's layout {config.kv_cache_layout} shows only a part of each "
+                            "block of this model: use VLLM_KV_CACHE_LAYOUT=BLHNC"
+                        )
                     name = f"{group.layer_names[0]}+{index}"
                     layers.append(_opaque_layer(name, tensor, rank, blocks, order))
                 groups[group.group_id] = layers

@@ -21,7 +21,12 @@ from vllm.v1.kv_offload.base import (  # noqa: E402
     CanonicalKVCacheTensor,
 )
 
-from kvstrata.kernels.geometry import HEAD_SLABS, OPAQUE, TOKEN_MAJOR  # noqa: E402
+from kvstrata.kernels.geometry import (  # noqa: E402
+    HEAD_SLABS,
+    OPAQUE,
+    TOKEN_MAJOR,
+    GeometryError,
+)
 from kvstrata.offload.vllm_plugin import caches  # noqa: E402
 from kvstrata.offload.vllm_plugin.caches import (  # noqa: E402
     WorkerLayer,
@@ -165,6 +170,7 @@ def collect(
     tp: int = 1,
     tp_rank: int = 0,
     packed: bool = False,
+    hidden: int = 0,
 ) -> list[WorkerLayer]:
     """The layers of one group; None for a layer that vLLM has no module of."""
     modules = {name: module for name, module in layers.items() if module is not None}
@@ -176,10 +182,13 @@ def collect(
         for module in layers.values()
     ]
     if packed:
-        raw = [torch.cat(raw, dim=1)]
+        whole = torch.cat([*raw, torch.zeros(BLOCKS, hidden, dtype=torch.int8)], dim=1)
+        width = whole.shape[1] - hidden
+        raw = [whole.as_strided((BLOCKS, width), (width, 1))]
     config = SimpleNamespace(
         cache=SimpleNamespace(blocks_per_chunk=1),
         parallel=SimpleNamespace(tp_size=tp, pcp_size=1, dcp_size=1, rank=tp_rank),
+        kv_cache_layout="LHBNC",
         groups=[
             SimpleNamespace(group_id=0, layer_names=tuple(layers), tokens_per_block=TOKENS),
         ],
@@ -306,6 +315,12 @@ def test_order_of_packed_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
         "opaque/X/block16/kernel16/torch.float32,Y/block16/kernel16/torch.float32,"
         "unknown/block16/unknown"
     )
+
+
+def test_a_packed_cache_that_hides_bytes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In vLLM's head-outermost layouts the packed tensor ends after the first head."""
+    with pytest.raises(GeometryError, match="LHBNC shows only a part of each block"):
+        collect(monkeypatch, {"a": Module(2), "b": None}, packed=True, hidden=1000)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn], ids=str)
