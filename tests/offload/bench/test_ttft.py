@@ -82,6 +82,8 @@ def test_the_summary_judges_what_ran_with_load_or_recompute() -> None:
     good = [figure(1.02), figure(0.5), figure(3.0, OFF)]
     assert summary(good) == head + "met in 2, worst: 1.02 no reuse (slow)"
     bad = [*good, figure(1.2, workload="few long"), figure(1.04)]
+    control = [Figure("none", "", "no reuse", 100.0, 100.0, ratio, 0.0) for ratio in (0.98, 1.01)]
+    assert summary([*control, *good]) == (summary(good) + "; without offload twice: 0.98 to 1.01")
     assert summary(bad) == head + "missed in 2 of 4: 1.20 few long (slow), 1.04 no reuse (slow)"
 
 
@@ -105,6 +107,28 @@ def test_the_command_prints_the_ratios_and_appends_the_figures(
     for wrong in ({"link": ["dead"]}, {"load_or_recompute": ["maybe"]}):
         with pytest.raises(typer.BadParameter, match="is none of"):
             command.main(tmp_path / "root", **cast(Any, wrong))
+
+
+def test_every_case_is_compared_with_the_engine_without_offload_and_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[tuple[str, bool]] = []
+    closed = []
+
+    class Started(FakeEngine):
+        def close(self) -> None:
+            closed.append(self)
+
+    def start(folder: Path, name: str, offload: dict[str, Any] | None) -> Engine:
+        started.append((name, offload is not None))
+        return cast(Engine, Started(0.1, 0, []))
+
+    monkeypatch.setattr(command, "start", start)
+    figures = list(command.measure(tmp_path, ["slow", "fast"], [ON], 1))
+    assert started == [("without", False), ("none-", False), ("slow-on", True), ("fast-on", True)]
+    assert len(closed) == 4
+    cases = [*dict.fromkeys(figure[:2] for figure in figures)]
+    assert cases == [("none", ""), ("slow", ON), ("fast", ON)]
 
 
 @pytest.mark.parametrize("setting", [ON, OFF])
