@@ -44,13 +44,9 @@ class CircuitBreaker:
         self._failures: Counter[Kind] = Counter()  # in a row
         self._backoff_s = FIRST_BACKOFF_S
         self._retry_at: float | None = None  # None: closed
+        self.closed = True  # the tier is in use; asked for every chunk, so not a property
         self._cause: Kind | None = None  # the kind that opened it last
         self.openings = 0
-
-    @property
-    def closed(self) -> bool:
-        """The tier is in use."""
-        return self._retry_at is None
 
     @property
     def wants_probe(self) -> bool:
@@ -84,6 +80,7 @@ class CircuitBreaker:
             return
         self._cause = kind
         self._retry_at = self._clock() + self._backoff_s
+        self.closed = False
         self.openings += 1
         logger.warning(
             "tier %s: %d %ss in a row failed or came too late; it is left alone for %g s",
@@ -95,4 +92,5 @@ class CircuitBreaker:
 
     def _close(self) -> None:
         self._retry_at = None
+        self.closed = True
         logger.warning("tier %s is in use again", self._name)

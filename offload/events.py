@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from kvstrata.offload.tier_link import NamedTier
@@ -24,14 +23,14 @@ class Report:
         self.counters: Counter[str] = Counter()
         self.events: list[Event] = []
 
-    def came(self, keys: Sequence[bytes], tier: NamedTier | None = None) -> None:
+    def came(self, keys: list[bytes], tier: NamedTier | None = None) -> None:
         """Pages came into a tier, None for the primary tier."""
         if keys:
-            self.events.append(Event(list(keys), removed=False, tier=tier))
+            self.events.append(Event(keys, removed=False, tier=tier))
 
-    def left(self, keys: Sequence[bytes], tier: NamedTier | None = None) -> None:
+    def left(self, keys: list[bytes], tier: NamedTier | None = None) -> None:
         """Pages left a tier, None for the primary tier: those were evicted."""
         if keys:
-            self.events.append(Event(list(keys), removed=True, tier=tier))
+            self.events.append(Event(keys, removed=True, tier=tier))
             if tier is None:
                 self.counters["evicted_pages"] += len(keys)

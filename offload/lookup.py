@@ -27,6 +27,10 @@ class Answer(enum.Enum):
     RETRY = enum.auto()  # a tier does not know yet
 
 
+# Members bound once: in Python 3.11 each `Lookup.HIT` is a call.
+_HIT, _RETRY, _MISS = Lookup.HIT, Lookup.RETRY, Answer.MISS
+
+
 class TierLookup:
     """Asks the tiers in their order; the first that has the page begins to promote it.
 
@@ -56,22 +60,23 @@ class TierLookup:
     def ask(self, key: bytes, end_token: int, state: RequestState) -> Answer:
         """PENDING, RETRY or MISS; see `TieringManager.lookup`."""
         request = state.view
+        allowed, silent, failed = request.tiers, state.silent, state.failed
         retry = False
         for link in self._jobs.links:
             index = link.index
-            if request.tiers is not None and link.name not in request.tiers:
+            if not link.breaker.closed or (allowed is not None and link.name not in allowed):
                 continue
-            if index in state.silent or (index, key) in state.failed or not link.breaker.closed:
+            if index in silent or (failed and (index, key) in failed):
                 continue
             if not self._promotions.may_pay(link, key, state):
                 continue
             found = link.tier.lookup(key, request)
-            if found is Lookup.RETRY:
+            if found is _RETRY:
                 retry = self._may_wait(link, key, state) or retry
                 continue
-            if state.first_retry.pop((index, key), None) is not None:
+            if state.first_retry and state.first_retry.pop((index, key), None) is not None:
                 link.breaker.succeeded(Kind.LOOKUP)
-            if found is Lookup.HIT and not retry:
+            if found is _HIT and not retry:
                 # Behind an undecided key nothing is reserved: the prefix may end there.
                 if state.awaits:
                     return Answer.RETRY
@@ -82,7 +87,7 @@ class TierLookup:
             self._awaiting.append(state)
             return Answer.RETRY
         self._counters["misses"] += 1
-        return Answer.MISS
+        return _MISS
 
     def end_step(self) -> None:
         """The step ended, and with it what its look-ups have in common."""

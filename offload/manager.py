@@ -229,7 +229,6 @@ class TieringManager:
     def complete_store(self, keys: Collection[bytes], request: RequestView) -> None:
         """The GPU's pages of one plan have arrived: make them loadable, and cascade."""
         stored = tail_first(self.primary.find(keys))
-        assert all([entry.writer is _GPU for entry in stored])
         valid = self._valid
         if bad := [entry for entry in stored if not valid(entry.slot)]:
             stored = [entry for entry in stored if entry not in bad]

@@ -14,8 +14,13 @@ from kvstrata.offload.costs import PrefillSpeed
 from kvstrata.offload.request import RequestState
 from kvstrata.offload.tier_link import TierLink
 
-# One in so many requests loads although it does not seem to pay, to see whether it does now.
+# A load must be expected to take at most this share of the time to compute the same: besides the
+# way to the primary tier it costs a step until its arrival is seen, and the copy to the GPU.
+WORTH_IT = 0.8
+# One in so many requests loads although it does not seem to pay, to see whether it does now,
+# but only so many pages.
 TRY_EVERY = 32
+TRY_PAGES = 4
 
 
 class Part(NamedTuple):
@@ -37,11 +42,17 @@ class Payoff:
     def __init__(self, enabled: bool, speed: PrefillSpeed) -> None:
         self._enabled = enabled
         self._speed = speed
-        self._per_token: float | None = None  # seconds to compute one, as of this step
+        self._per_token: float | None = None  # seconds that loading one may take
+
+    @property
+    def weighs(self) -> bool:
+        """Whether anything is weighed in this step."""
+        return self._per_token is not None
 
     def end_step(self) -> None:
         """A step ended: take what was measured into account."""
-        self._per_token = self._speed.seconds_per_token() if self._enabled else None
+        if self._enabled and (per_token := self._speed.seconds_per_token()) is not None:
+            self._per_token = WORTH_IT * per_token
 
     def may_pay(self, part: Part, state: RequestState) -> bool:
         """Whether a page could pay as one of very many, when the latency does not count."""
@@ -49,7 +60,7 @@ class Payoff:
             return True
         if part.link.loads.cost.seconds_per_byte * part.nbytes <= self._per_token * part.tokens:
             return True
-        return self._tries_anyway(part.link, state)
+        return self._pages_to_try(part.link, state) > 0
 
     def worth(self, parts: Sequence[Part], state: RequestState, *, in_order: bool) -> int:
         """How many of the first parts of a prefix to load so that most time is spared.
@@ -65,25 +76,20 @@ class Payoff:
         for count, part in enumerate(parts, 1):
             link = part.link
             ahead[link] = ahead.get(link, link.loads.nbytes) + part.nbytes
-            known = link.loads.cost.known and link.index not in state.trying
-            waits[link] = link.loads.cost.seconds(ahead[link]) if known else 0.0
+            waits[link] = link.loads.cost.seconds(ahead[link])
             compute += part.tokens * self._per_token
             spared = compute - max(waits.values())
             if spared >= most_spared and (in_order or count == len(parts)):
                 best, most_spared = count, spared
-        if best < len(parts) and self._tries_anyway(parts[best].link, state):
-            return len(parts)
-        return best
+        if best == len(parts):
+            return best
+        tried = self._pages_to_try(parts[best].link, state)
+        return min(best + tried, len(parts)) if in_order or not tried else len(parts)
 
-    def _tries_anyway(self, link: TierLink, state: RequestState) -> bool:
-        """Count a request that is to compute instead; True if it is the one that tries."""
-        if link.index in state.trying:
-            return True
-        if link.index in state.declined:
-            return False
-        state.declined.add(link.index)
-        link.declined += 1
-        if link.declined % TRY_EVERY:
-            return False
-        state.trying.add(link.index)
-        return True
+    def _pages_to_try(self, link: TierLink, state: RequestState) -> int:
+        """Count a request that is to compute instead; how many pages it may load all the same."""
+        pages = state.trying.get(link.index)
+        if pages is None:
+            link.declined += 1
+            pages = state.trying[link.index] = 0 if link.declined % TRY_EVERY else TRY_PAGES
+        return pages

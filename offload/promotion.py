@@ -76,6 +76,8 @@ class Promotions:
 
     def may_pay(self, link: TierLink, key: bytes, state: RequestState) -> bool:
         """Whether it makes sense to ask the tier for the page."""
+        if not self._payoff.weighs:
+            return True
         layout = self._layouts[key_group(key)]
         return self._payoff.may_pay(Part(link, layout.nbytes, layout.tokens), state)
 

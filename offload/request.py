@@ -21,8 +21,8 @@ class RequestState:
     # (tier index, key) -> when the tier first answered RETRY
     first_retry: dict[tuple[int, bytes], float] = field(default_factory=dict)
     silent: set[int] = field(default_factory=set)  # tiers past their look-up deadline
-    declined: set[int] = field(default_factory=set)  # tiers that seemed not worth loading from
-    trying: set[int] = field(default_factory=set)  # tiers to load from whatever it costs
+    # tier index -> pages to load although it does not seem worth it; usually none
+    trying: dict[int, int] = field(default_factory=dict)
     sources: dict[bytes, str] = field(default_factory=dict)  # promoted key -> tier name
     awaits: bool = False  # some look-up of this step was answered RETRY
     progress: Progress | None = None  # of its prefill

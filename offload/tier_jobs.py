@@ -194,9 +194,9 @@ class TierJobs:
 
     def _pages(self, entries: Sequence[Entry]) -> tuple[Page, ...]:
         view, groups = self._view, self._groups
-        pages = []
-        for entry in entries:
-            group, nbytes = groups[entry.key[-4:]]
-            slot = entry.slot
-            pages.append(Page(entry.key, group, entry.end_token, slot, view(slot, nbytes)))
-        return tuple(pages)
+        found = [groups[entry.key[-4:]] for entry in entries]
+        fields = [
+            (entry.key, group, entry.end_token, entry.slot, view(entry.slot, nbytes))
+            for entry, (group, nbytes) in zip(entries, found, strict=True)
+        ]
+        return tuple(map(Page._make, fields))

@@ -5,7 +5,7 @@ import pytest
 from kvstrata.offload.config import OffloadConfig
 from kvstrata.offload.costs import PrefillSpeed
 from kvstrata.offload.lookup import Answer
-from kvstrata.offload.payoff import TRY_EVERY, Part, Payoff
+from kvstrata.offload.payoff import TRY_EVERY, TRY_PAGES, WORTH_IT, Part, Payoff
 from kvstrata.offload.request import RequestState
 from kvstrata.offload.tier_link import NamedTier, TierLink
 from kvstrata.tiers.base import RequestView, SecondaryTier
@@ -45,7 +45,8 @@ def worth(payoff: Payoff, parts: list[Part], *, in_order: bool = True) -> int:
 
 
 def payoff_of(seconds_per_token: float, *, enabled: bool = True) -> Payoff:
-    payoff = Payoff(enabled, speed(seconds_per_token))
+    """Loading one token may take `seconds_per_token`."""
+    payoff = Payoff(enabled, speed(seconds_per_token / WORTH_IT))
     payoff.end_step()
     return payoff
 
@@ -102,7 +103,10 @@ def test_some_requests_try_all_the_same() -> None:
         tried.append(payoff.may_pay(Part(link, 1, 10), request))
         same = [payoff.may_pay(Part(link, 1, 10), request) for _ in range(3)]
         assert same == [tried[-1]] * 3, "a request is asked once"
-        assert payoff.worth([Part(link, 1, 10)], request, in_order=True) == tried[-1]
+        nine = [Part(link, 1, 10)] * 9
+        assert payoff.worth(nine, request, in_order=True) == tried[-1] * TRY_PAGES
+        assert payoff.worth(nine, request, in_order=False) == tried[-1] * 9
+        assert payoff.worth(nine[:2], request, in_order=True) == tried[-1] * 2
     assert sum(tried) == 3 and tried[TRY_EVERY - 1]
 
 
@@ -118,7 +122,7 @@ def filled(items: list[tuple[bytes, int]]) -> MemoryTier:
 def make(*tiers: SecondaryTier, seconds_per_token: float) -> World:
     config = OffloadConfig(cpu_bytes=1, promotion_fraction=1.0, load_or_recompute=True)
     world = World(tiers, slots=16, config=config)
-    world.manager._speed._steps.extend([(1000, 1000 * seconds_per_token)] * 20)
+    world.manager._speed._steps.extend([(1000, 1000 * seconds_per_token / WORTH_IT)] * 20)
     world.step()
     return world
 
