@@ -111,6 +111,11 @@ class TieringManager:
         return self._jobs.links
 
     @property
+    def serving(self) -> bool:
+        """Whether there are requests that have not ended."""
+        return bool(self._requests)
+
+    @property
     def pinned(self) -> int:
         """Pages held by `pin_seconds`."""
         return len(self._pins)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import time
 from collections.abc import Collection, Iterable, Sequence
 from typing import cast
 
@@ -51,6 +52,9 @@ logger = logging.getLogger("kvstrata")
 _HIT, _MISS, _PENDING = Answer.HIT, Answer.MISS, Answer.PENDING
 _VLLM_HIT, _VLLM_MISS = LookupResult.HIT, LookupResult.MISS
 _VLLM_PENDING, _VLLM_RETRY = LookupResult.HIT_PENDING, LookupResult.RETRY
+# While requests are served, metrics are collected so often; with a filesystem tier they take as
+# long as some hundred look-ups.
+STATS_EVERY_S = 0.1
 _SOURCES = {"CPU": CacheHitSource.HOST, "STORAGE": CacheHitSource.DISK}
 
 
@@ -62,6 +66,7 @@ class KVStrataManager(OffloadingManager):
         self._region = region
         self._events = events
         self._stats = StatsReader()
+        self._next_stats = 0.0
         self._ticket = 0
         # (last ticket before a reset, entries that transfers up to it may still touch)
         self._held: list[tuple[int, list[Entry]]] = []
@@ -163,6 +168,10 @@ class KVStrataManager(OffloadingManager):
         self._held.clear()
 
     def get_stats(self) -> OffloadingConnectorStats | None:
+        now = time.monotonic()
+        if now < self._next_stats and self._manager.serving:
+            return None  # vLLM asks in every step
+        self._next_stats = now + STATS_EVERY_S
         return self._stats.read(self._manager)
 
     def shutdown(self) -> None:

@@ -22,6 +22,7 @@ from vllm.v1.kv_offload.base import (  # noqa: E402
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource  # noqa: E402
 
+import kvstrata.offload.vllm_plugin.manager as manager_module  # noqa: E402
 from kvstrata.offload.manager import TieringManager  # noqa: E402
 from kvstrata.offload.region import Region, create_region  # noqa: E402
 from kvstrata.offload.vllm_plugin.manager import KVStrataManager  # noqa: E402
@@ -199,7 +200,22 @@ def test_events_that_nobody_asked_for_do_not_pile_up(tmp_path: Path) -> None:
     assert adapter.inner._report.events == []
 
 
-def test_stats_are_increments(adapter: Adapter) -> None:
+def test_stats_are_collected_now_and_then_and_when_all_requests_have_ended(
+    adapter: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manager_module, "STATS_EVERY_S", 1000.0)
+    request = context()
+    adapter.manager.on_new_request(request)
+    assert adapter.manager.get_stats() is not None
+    adapter.manager.lookup(OffloadKey(KEYS[0]), request)
+    assert adapter.manager.get_stats() is None
+    adapter.manager.on_request_finished(request)
+    last = adapter.manager.get_stats()
+    assert last is not None and "misses" in str(last.data)
+
+
+def test_stats_are_increments(adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manager_module, "STATS_EVERY_S", 0.0)
     request = context()
     spec = adapter.store(KEYS[:2], request)
     assert spec is not None
