@@ -47,6 +47,10 @@ PAGE_CAUSES = frozenset(
 )
 
 
+# The namespace's field that is another one after each reset, where weights may change.
+EPOCH = "epoch"
+
+
 class TierConfigError(ValueError):
     """A tier's options are wrong: the message names the key, the value and the remedy."""
 
@@ -144,7 +148,8 @@ class TierContext:
         model: the model's name, for display only.
         namespace: JSON-serialisable fields; pages are interchangeable between two
             engines exactly when these fields are equal. The field `pages` is
-            `layouts_to_json(layouts)`, so that a tool can tell what a page must be.
+            `layouts_to_json(layouts)`, so that a tool can tell what a page must be. A field
+            `EPOCH` says that nobody will read the pages once this tier was shut down.
         layouts: page layout by KV cache group index.
         region: where the pages lie; None if in memory that cannot be shared, which a tier
             may refuse.

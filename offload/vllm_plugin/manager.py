@@ -39,6 +39,7 @@ from kvstrata.offload.tier_link import NamedTier
 from kvstrata.offload.vllm_plugin.metrics import StatsReader
 from kvstrata.offload.vllm_plugin.transfer import PageSlots
 from kvstrata.tiers.base import (
+    EPOCH,
     RequestView,
     SecondaryTier,
     TierContext,
@@ -243,7 +244,7 @@ def open_manager(
     def open_tiers() -> list[NamedTier]:
         namespace = dict(fields["namespace"] or {})
         if not fixed:
-            namespace["epoch"] = secrets.token_hex(8)
+            namespace[EPOCH] = secrets.token_hex(8)
         context = TierContext(fields["model"], namespace, layouts, region.page_region())
         opened: list[NamedTier] = []
         for entry in entries:

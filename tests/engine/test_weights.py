@@ -23,7 +23,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def started(llama: Path, root: Path, log: Path, **extra: Any) -> Engine:
     """An engine that may receive weights."""
-    tiers = [{"type": "fs", "root_dir": str(root)}]
+    tiers = [{"type": "fs", "root_dir": str(root), "max_bytes": "1GiB"}]
     config = connector(secondary_tiers=tiers, **extra)
     return Engine(llama, log, kv_transfer_config=config, weight_transfer_config=UPDATES)
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
-from kvstrata.tiers.base import PageLayout, TierConfigError
+from kvstrata.tiers.base import EPOCH, TierConfigError, TierContext
 from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.codec import ALIGNMENT
 from kvstrata.tiers.fs.config import FsConfig
@@ -129,12 +129,20 @@ def open_books(config: FsConfig) -> Limits | None:
         return None
 
 
-def check_budget(config: FsConfig, layouts: Mapping[int, PageLayout]) -> None:
-    """Refuse a budget in which not even one page has room.
+def check_budget(config: FsConfig, context: TierContext) -> None:
+    """Refuse a budget in which not even one page has room, and none where files only pile up.
 
     Raises:
         TierConfigError: naming the least that makes sense.
     """
+    limited = config.max_bytes or config.max_files or config.min_free_bytes
+    if EPOCH in context.namespace and not limited:
+        raise TierConfigError(
+            "fs tier: where weights may change, each reset of the cache leaves files that nobody "
+            'reads again, so they need a limit: give max_bytes, for example "50%", max_files or '
+            "min_free_bytes (or weights_fixed: true, if the weights never change)"
+        )
+    layouts = context.layouts
     pages = [file_cost(layout.nbytes + ALIGNMENT) for layout in layouts.values()]
     least = 2 * max(pages, default=0)
     if isinstance(config.max_bytes, int) and 0 < config.max_bytes < least:

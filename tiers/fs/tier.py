@@ -240,7 +240,7 @@ class FsTier(SecondaryTier):
         config = make_root(config)
         fields = dict(context.namespace)
         paths = namespace_paths(config.root_dir, context.model, fields)
-        check_budget(config, self._layouts)
+        check_budget(config, context)
         setup = Setup(
             config,
             TierContext(context.model, fields, self._layouts),

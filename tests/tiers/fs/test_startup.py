@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,14 @@ def test_engines_that_start_together(open_tier: OpenTier, root: Path) -> None:
 def test_a_budget_too_small_for_a_page(open_tier: OpenTier) -> None:
     with pytest.raises(TierConfigError, match="max_bytes: 4096 is too little for the pages of"):
         open_tier(max_bytes=4096)
+
+
+@pytest.mark.parametrize("limit", [{"max_bytes": "50%"}, {"max_files": 9}, {"min_free_bytes": 1}])
+def test_files_that_only_pile_up_need_a_limit(open_tier: OpenTier, limit: dict[str, Any]) -> None:
+    private = replace(CONTEXT, namespace={**CONTEXT.namespace, "epoch": "1"})
+    with pytest.raises(TierConfigError, match="need a limit: give max_bytes"):
+        open_tier(private)
+    open_tier(private, **limit)
 
 
 def test_books_that_somebody_has_locked(open_tier: OpenTier, root: Path) -> None:
