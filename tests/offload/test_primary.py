@@ -264,5 +264,6 @@ class ARCPrimaryMachine(PrimaryMachine):
 
 TestLRUPrimary = LRUPrimaryMachine.TestCase
 TestARCPrimary = ARCPrimaryMachine.TestCase
-for case in (TestLRUPrimary, TestARCPrimary):
-    case.settings = settings(max_examples=6 * settings.default.max_examples)
+TestLRUPrimary.settings = TestARCPrimary.settings = settings(
+    max_examples=3 * settings.default.max_examples
+)
