@@ -46,6 +46,7 @@ class CircuitBreaker:
         self._retry_at: float | None = None  # None: closed
         self.closed = True  # the tier is in use; asked for every chunk, so not a property
         self._cause: Kind | None = None  # the kind that opened it last
+        self.doubtful = False  # something failed since the last success of its kind
         self.openings = 0
 
     @property
@@ -67,6 +68,7 @@ class CircuitBreaker:
     def succeeded(self, kind: Kind) -> None:
         """The tier did, perhaps late, what it was asked for."""
         self._failures[kind] = 0
+        self.doubtful = any(self._failures.values())
         if kind is self._cause:
             self._cause = None
             self._backoff_s = FIRST_BACKOFF_S
@@ -76,6 +78,7 @@ class CircuitBreaker:
     def failed(self, kind: Kind) -> None:
         """The tier did not do what it was asked for, or not in time."""
         self._failures[kind] += 1
+        self.doubtful = True
         if self._retry_at is not None or self._failures[kind] < FAILURES_TO_OPEN:
             return
         self._cause = kind

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from kvstrata.offload.events import Report
 from kvstrata.offload.primary import Entry, PrimaryTier
@@ -12,9 +12,9 @@ from kvstrata.offload.tier_jobs import Running, TierJobs
 from kvstrata.offload.tier_link import TierLink
 from kvstrata.tiers.base import JobResult, RequestView
 
-# Largest share of the primary tier that pages on their way to secondary tiers may hold, and that
-# those to one of several tiers may hold: a tier that hangs must leave room for the GPU's pages,
-# and for pages on their way to the others.
+# Pages are given to secondary tiers only while less than this share of the primary tier is held
+# by cascades, promotions and pins; and largest share that pages on their way to one of several
+# tiers may hold. A tier that hangs must leave room for the GPU's pages, and for the other tiers'.
 MOST_CASCADING = 0.75
 MOST_TO_ONE_TIER = 0.5
 # A tier whose queue of stores would take longer is given no more until it is shorter: pages in
@@ -28,6 +28,7 @@ class Cascades:
     Args:
         primary: where the pages are.
         jobs: the tiers' jobs.
+        held: slots held by promotions, cascades and pins.
         report: the manager's.
     """
 
@@ -35,10 +36,12 @@ class Cascades:
         self,
         primary: PrimaryTier,
         jobs: TierJobs,
+        held: Callable[[], int],
         report: Report,
     ) -> None:
         self._primary = primary
         self._jobs = jobs
+        self._held = held
         self._report = report
         self.under_way = 0  # pages on their way to at least one tier
 
@@ -70,7 +73,7 @@ class Cascades:
         """
         for link in self._jobs.links:
             if link.breaker.wants_probe:
-                known = (e for e in self._primary if e.ready and e.offered & link.bit)
+                known = (entry for entry in reversed(link.recent) if entry.attached and entry.ready)
                 if (entry := next(known, None)) is not None:
                     self._submit(link, [entry], RequestView("probe"), probe=True)
 
@@ -99,6 +102,7 @@ class Cascades:
             entry.offered |= bit
             self.under_way += not entry.cascades
             entry.cascades += 1
+        link.recent.extend(entries[:1])
         self._primary.begin_reads(entries, gpu=False)
         self._jobs.submit(link, entries, request, promotion=False, probe=probe)
 
@@ -108,7 +112,7 @@ class Cascades:
         several = len(self._jobs.links) > 1
         most = math.ceil(slots * (MOST_TO_ONE_TIER if several else MOST_CASCADING))
         due = due[: max(0, most - link.stores.pages)]
-        room = math.ceil(slots * MOST_CASCADING) - self.under_way
+        room = math.ceil(slots * MOST_CASCADING) - self._held()
         sizes = self._jobs.sizes(due)
         time_left = link.stores.cost.seconds(link.stores.nbytes + sum(sizes)) <= LONGEST_QUEUE_S
         if time_left and len(due) <= room:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import statistics
 from collections import deque
 from dataclasses import dataclass
+from itertools import combinations
+from statistics import median
 
 # Jobs remembered per tier and direction. Few, since the speed of a disk or network changes.
 _JOBS = 32
 # A cost is known from so many jobs on.
 LEAST_JOBS = 4
+_SURPRISES = 3
 # Steps of prefill remembered, and how many make the speed known.
 _STEPS = 128
 LEAST_STEPS = 20
@@ -18,16 +20,19 @@ LEAST_STEPS = 20
 class TransferCost:
     """Seconds a tier takes for a number of bytes, those queued before them included.
 
-    A straight line (latency plus bytes by bandwidth) through the last jobs by least squares;
+    A straight line (latency plus bytes by bandwidth) through the last jobs, by the median of
+    the slopes between them (Theil 1950, Sen 1968), so that single jobs that hang do not count;
     where that line makes no sense, one through the origin.
     """
 
     def __init__(self) -> None:
         self._jobs: deque[tuple[float, float]] = deque(maxlen=_JOBS)
         self._line: tuple[float, float] | None = None  # seconds per byte, seconds
+        self._surprises = 0  # in a row: above zero too slow, below zero too fast
 
     def add(self, nbytes: int, seconds: float) -> None:
         """A job ended `seconds` after its submission, when so many bytes were under way."""
+        self._note_surprise(nbytes, seconds)
         self._jobs.append((float(nbytes), seconds))
         self._line = None
 
@@ -46,16 +51,31 @@ class TransferCost:
         """The marginal cost: the inverse of the bandwidth in bytes/s; 0.0 if unknown."""
         return self._fit()[0]
 
+    def _note_surprise(self, nbytes: int, seconds: float) -> None:
+        """The tier became another one if job after job takes half or twice as long: begin anew."""
+        expected = self.seconds(nbytes)
+        sign = (seconds > 2 * expected) - (2 * seconds < expected) if self.known else 0
+        self._surprises = self._surprises + sign if sign * self._surprises >= 0 else sign
+        if not sign:
+            self._surprises = 0
+        elif abs(self._surprises) == _SURPRISES:
+            self._jobs.clear()
+            self._surprises = 0
+
     def _fit(self) -> tuple[float, float]:
         if not self.known:
             return 0.0, 0.0
         if self._line is None:
-            nbytes, seconds = zip(*self._jobs, strict=True)
-            slope = start = -1.0
-            if len(set(nbytes)) > 1:
-                slope, start = statistics.linear_regression(nbytes, seconds)
+            slopes = [
+                (y2 - y1) / (x2 - x1)
+                for (x1, y1), (x2, y2) in combinations(self._jobs, 2)
+                if x1 != x2
+            ]
+            slope = median(slopes) if slopes else -1.0
+            start = median([seconds - slope * nbytes for nbytes, seconds in self._jobs])
             if slope < 0.0 or start < 0.0:
-                slope, start = sum(seconds) / max(1.0, sum(nbytes)), 0.0
+                slope = median([seconds / max(1.0, nbytes) for nbytes, seconds in self._jobs])
+                start = 0.0
             self._line = slope, start
         return self._line
 

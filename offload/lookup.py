@@ -60,13 +60,15 @@ class TierLookup:
     def ask(self, key: bytes, end_token: int, state: RequestState) -> Answer:
         """PENDING, RETRY or MISS; see `TieringManager.lookup`."""
         request = state.view
-        allowed, silent, failed = request.tiers, state.silent, state.failed
+        allowed, silent, unworthy = request.tiers, state.silent, state.unworthy
         retry = False
         for link in self._jobs.links:
             index = link.index
             if not link.breaker.closed or (allowed is not None and link.name not in allowed):
                 continue
-            if index in silent or (failed and (index, key) in failed):
+            if index in silent or (unworthy and (index, key) in unworthy):
+                continue
+            if link.lost and link.lost.get(key, -1) >= state.number:
                 continue
             if not self._promotions.may_pay(link, key, state):
                 continue
@@ -74,7 +76,9 @@ class TierLookup:
             if found is _RETRY:
                 retry = self._may_wait(link, key, state) or retry
                 continue
-            if state.first_retry and state.first_retry.pop((index, key), None) is not None:
+            if state.first_retry:
+                state.first_retry.pop((index, key), None)
+            if link.breaker.doubtful:
                 link.breaker.succeeded(Kind.LOOKUP)
             if found is _HIT and not retry:
                 # Behind an undecided key nothing is reserved: the prefix may end there.

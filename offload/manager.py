@@ -90,13 +90,15 @@ class TieringManager:
             self._jobs,
             self._payoff,
             layouts,
+            self._held,
             clock,
             self._report,
         )
         self._lookup = TierLookup(config, self._jobs, self._promotions, clock, self._report)
-        self._cascades = Cascades(self.primary, self._jobs, self._report)
+        self._cascades = Cascades(self.primary, self._jobs, self._held, self._report)
         self._wishes = WishReader([link.name for link in self._jobs.links])
         self._requests: dict[str, RequestState] = {}
+        self._newest = 0  # number of the newest request
         self._step = 0
         self._polled = False  # results were taken in this step
 
@@ -143,7 +145,7 @@ class TieringManager:
             if self._promotions.unsent:
                 self._promotions.reached(request.req_id, end_token)
             return _HIT
-        if writer is _GPU or self._promotions.in_time(entry):
+        if writer is _GPU or self._promotions.may_wait(entry, self._state(request)):
             return _PENDING
         self.counters["promotion_timeouts"] += 1
         return _MISS
@@ -168,10 +170,8 @@ class TieringManager:
         self.primary.begin_reads(entries, gpu=True)
         self.touch(keys, request)
         self.counters["loaded_pages"] += len(entries)
-        state = self._state(request)
         self._cascades.asked(keys)
-        self._cascades.give(entries, state)
-        self._pin(entries, state)
+        self._asked_again(keys, self._state(request))
         return [entry.slot for entry in entries]
 
     def complete_load(self, keys: Collection[bytes]) -> None:
@@ -215,7 +215,7 @@ class TieringManager:
         new = [key for key in ends if get(key) is None] if present else list(ends)
         wanted = self._offers.wanted(new)
         # More than could ever fit: its beginning is better than nothing.
-        del wanted[self.primary.slots - len(present) :]
+        del wanted[max(0, self.primary.slots - len(present) - len(self._pins)) :]
         taken = self.primary.allocate(
             [(key, ends[key]) for key in wanted], Writer.GPU, protected=present
         )
@@ -224,6 +224,8 @@ class TieringManager:
             return None
         self._offers.count(new)
         self._cascades.asked(ends)
+        if present:  # vLLM found them in GPU memory
+            self._asked_again(present, state)
         self.counters["stores_skipped"] += len(new) - len(wanted)
         entries, evicted = taken
         if entries:
@@ -333,7 +335,8 @@ class TieringManager:
         return self._requests.get(request.req_id) or self._new_state(request)
 
     def _new_state(self, request: RequestView) -> RequestState:
-        state = RequestState(request, self._wishes.read(request.params))
+        self._newest += 1
+        state = RequestState(request, self._newest, self._wishes.read(request.params))
         self.counters["ignored_wishes"] = self._wishes.ignored
         self._requests[request.req_id] = state
         return state
@@ -343,6 +346,16 @@ class TieringManager:
             self._requests.pop(state.view.req_id, None)
             for link in self._jobs.links:
                 link.tier.on_request_finished(state.view)
+
+    def _asked_again(self, keys: Iterable[bytes], state: RequestState) -> None:
+        """Pages that are here already: tiers that do not have them may want them now."""
+        ready = [entry for entry in self.primary.find(keys) if entry.ready]
+        self._cascades.give(ready, state)
+        self._pin(ready, state)
+
+    def _held(self) -> int:
+        """Slots held by promotions, cascades and pins."""
+        return self.primary.promoting + self._cascades.under_way + len(self._pins)
 
     def _pin(self, entries: Iterable[Entry], state: RequestState) -> None:
         if state.wishes.pin_seconds > 0.0:
@@ -362,6 +375,7 @@ class TieringManager:
             self.counters[f"{direction}_failed:{name}"] += len(result.failed)
             self.counters[f"{direction}_bytes:{name}"] += result.nbytes
             if job.promotion:
-                self._promotions.end(job, result, self._requests.get(job.request.req_id))
+                state = self._requests.get(job.request.req_id)
+                self._promotions.end(job, result, state, self._newest)
             else:
                 self._cascades.end(job, result)

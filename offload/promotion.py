@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -19,6 +20,9 @@ from kvstrata.tiers.base import JobResult, PageLayout, key_group
 # Largest share of the promotions' room that one of several tiers may hold: what one tier never
 # delivers must not keep the others from delivering.
 MOST_OF_ONE_TIER = 0.75
+# Promotions start only while less than this share of the primary tier is held by promotions
+# (those that hang too), cascades and pins: there must be room for the GPU's pages.
+MOST_HELD = 0.9
 
 
 @dataclass(slots=True)
@@ -44,6 +48,7 @@ class Promotions:
         jobs: the tiers' jobs.
         payoff: tells whether loading is worth it.
         layouts: page layout by group.
+        held: slots held by promotions, cascades and pins.
         clock: seconds, monotonic.
         report: the manager's.
     """
@@ -56,11 +61,14 @@ class Promotions:
         jobs: TierJobs,
         payoff: Payoff,
         layouts: Mapping[int, PageLayout],
+        held: Callable[[], int],
         clock: Callable[[], float],
         report: Report,
     ) -> None:
         self._deadline_s = config.promotion_deadline_s
         self._most = max(1, int(primary.slots * config.promotion_fraction))
+        self._most_held = math.ceil(primary.slots * max(MOST_HELD, config.promotion_fraction))
+        self._held = held
         self._primary = primary
         self._kept = kept
         self._jobs = jobs
@@ -69,7 +77,8 @@ class Promotions:
         self._clock = clock
         self._report = report
         self.unsent: dict[str, Batch] = {}  # by request; empty at the end of each step
-        self._started: dict[Entry, float] = {}
+        self._step = 0
+        self._started: dict[Entry, tuple[TierLink, float]] = {}  # those in time, oldest first
 
     def __len__(self) -> int:
         return len(self._started)
@@ -81,17 +90,23 @@ class Promotions:
         layout = self._layouts[key_group(key)]
         return self._payoff.may_pay(Part(link, layout.nbytes, layout.tokens), state)
 
-    def in_time(self, entry: Entry) -> bool:
-        """Whether the page, under promotion, may still be waited for."""
-        return self._clock() - self._started[entry] < self._deadline_s
+    def may_wait(self, entry: Entry, state: RequestState) -> bool:
+        """Whether the request may wait, or wait on, for a page under promotion."""
+        started = self._started.get(entry)
+        if started is None or self._clock() - started[1] >= self._deadline_s:
+            return False
+        return self._may_go_on(state)
 
     def reserve(self, link: TierLink, key: bytes, end_token: int, state: RequestState) -> bool:
-        """Take a slot for the page; False if there is no room for it now."""
+        """Take a slot for the page; False if there is no room for it now, or no time."""
+        if not self._may_go_on(state):
+            return False
         taken = None
         most = self._most
         if len(self._jobs.links) > 1:
             most = max(1, int(most * MOST_OF_ONE_TIER))
-        if link.promoting < most and self._primary.promoting < self._most:
+        has_room = link.promoting < most and len(self._started) < self._most
+        if has_room and self._held() < self._most_held:
             taken = self._primary.allocate([(key, end_token)], Writer.TIER)
         if taken is None:
             self._report.counters["promotion_no_room"] += 1
@@ -101,7 +116,7 @@ class Promotions:
         # Tiers before this one do not have the page; of those behind it nothing is known.
         entry.offered = ~(link.bit - 1)
         link.promoting += 1
-        self._started[entry] = self._clock()
+        self._started[entry] = link, self._clock()
         state.sources[key] = link.name
         batch = self.unsent.get(state.view.req_id)
         if batch is None:
@@ -116,50 +131,88 @@ class Promotions:
             batch.reach = end_token
 
     def send(self) -> None:
-        """Send off what was reserved in this step: one job for each request and tier."""
+        """A step ended: send off what was reserved in it, one job for each request and tier."""
+        self._step += 1
+        self._give_up_overdue()
         unsent, self.unsent = self.unsent, {}
         for batch in unsent.values():
             state, pages = batch.state, batch.pages
-            worth = self._worth(batch)
+            worth = self._worth(batch) if self._payoff.weighs else len(pages)
             for link, entry in pages[worth:]:
-                state.failed.add((link.index, entry.key))
-                self._end(link, entry, state, good=False)
+                state.unworthy.add((link.index, entry.key))
+                self._cancel(entry, state)
             jobs: dict[TierLink, list[Entry]] = {}
             for link, entry in pages[:worth]:
                 jobs.setdefault(link, []).append(entry)
             for link, entries in jobs.items():
-                self._jobs.submit(link, entries, state.view, promotion=True)
+                if link.breaker.closed:
+                    self._jobs.submit(link, entries, state.view, promotion=True)
+                else:  # it opened in this step
+                    for entry in entries:
+                        self._cancel(entry, state)
 
-    def end(self, job: Running, result: JobResult, state: RequestState | None) -> None:
-        """A job ended; `state` is that of the request it was for, if it still lives."""
-        arrived = []
-        for key, entry in job.entries.items():
-            good = key not in result.failed
-            if entry.attached:
-                if good:
-                    arrived.append(key)
-                elif state is not None:
-                    state.failed.add((job.link.index, key))
-            self._end(job.link, entry, state, good=good)
-            if entry.attached:
-                self._kept.keep(entry)
-        self._report.came(arrived)
+    def end(self, job: Running, result: JobResult, state: RequestState | None, newest: int) -> None:
+        """A job ended.
+
+        Args:
+            job: the job.
+            result: what arrived.
+            state: of the request it was for, if that still lives.
+            newest: number of the newest request.
+        """
+        link = job.link
+        good = [entry for entry in job.entries.values() if entry.key not in result.failed]
+        for entry in job.entries.values():
+            self._forget(entry)
+        self._primary.finish_writes(good, good=True)
+        arrived = [entry for entry in good if entry.attached]
+        for entry in arrived:
+            self._kept.keep(entry)
+        link.recent.extend(arrived[:1])
+        self._report.came([entry.key for entry in arrived])
+        if result.failed:
+            bad = [entry for entry in job.entries.values() if entry.key in result.failed]
+            self._primary.finish_writes(bad, good=False)
+            for entry in bad:
+                link.lose(entry.key, newest)
+                if state is not None:
+                    state.sources.pop(entry.key, None)
 
     def clear(self) -> None:
-        """Forget what was not sent off, and how long the rest is under way."""
+        """Forget what was not sent off, and wait no more for the rest."""
         for batch in self.unsent.values():
-            for link, entry in batch.pages:
-                link.promoting -= 1
-                self._primary.finish_writes((entry,), good=False)
+            for _, entry in batch.pages:
+                self._cancel(entry, batch.state)
         self.unsent.clear()
-        self._started.clear()
+        for entry in list(self._started):
+            self._forget(entry)
 
-    def _end(self, link: TierLink, entry: Entry, state: RequestState | None, *, good: bool) -> None:
-        link.promoting -= 1
-        self._started.pop(entry, None)
-        if state is not None and not good:
-            state.sources.pop(entry.key, None)
-        self._primary.finish_writes((entry,), good=good)
+    def _may_go_on(self, state: RequestState) -> bool:
+        """Whether the request's time for waiting, in steps without a gap, is not over."""
+        now = self._clock()
+        if state.waited_in < self._step - 1:
+            state.waits_since = now
+        state.waited_in = self._step
+        return now - state.waits_since < self._deadline_s
+
+    def _give_up_overdue(self) -> None:
+        """What is past its deadline is no longer counted on, and does not hold up the others."""
+        now = self._clock()
+        while self._started:
+            entry, (_, started) = next(iter(self._started.items()))
+            if now - started < self._deadline_s:
+                break
+            self._forget(entry)
+
+    def _forget(self, entry: Entry) -> None:
+        started = self._started.pop(entry, None)
+        if started is not None:
+            started[0].promoting -= 1
+
+    def _cancel(self, entry: Entry, state: RequestState) -> None:
+        self._forget(entry)
+        state.sources.pop(entry.key, None)
+        self._primary.finish_writes((entry,), good=False)
 
     def _worth(self, batch: Batch) -> int:
         """How many of the reserved pages to load. Each spares the tokens up to its end."""

@@ -36,7 +36,7 @@ class Running:
     ahead: int
     nbytes: int
     probe: bool = False
-    overdue: bool = False
+    overdue: int = 0  # how often its time has passed
 
 
 class TierJobs:
@@ -121,7 +121,6 @@ class TierJobs:
         """The jobs that ended since the last call."""
         if not self._running:
             return
-        self._look_for_overdue()
         for link in (*self.links, *self._left_behind):
             for result in link.tier.get_finished():
                 job = self._running.pop(result.job_id)
@@ -130,6 +129,10 @@ class TierJobs:
                 traffic.nbytes -= job.nbytes
                 self._judge(job, result)
                 yield job, result
+        if self._left_behind:
+            busy = {job.link for job in self._running.values()}
+            self._left_behind = [link for link in self._left_behind if link in busy]
+        self._look_for_overdue()
 
     def any_in_time(self) -> bool:
         """Whether a job that somebody counts on is under way and has not outrun its time."""
@@ -171,9 +174,23 @@ class TierJobs:
         now = self._clock()
         for job in self._running.values():
             patience = self._promotion_deadline_s if job.promotion else STORE_PATIENCE_S
-            if not job.overdue and now - job.started >= patience:
-                job.overdue = True
+            if now - job.started >= patience * (job.overdue + 1):
+                job.overdue += 1  # again and again: a single job that never ends counts too
                 job.link.breaker.failed(Kind.LOAD if job.promotion else Kind.STORE)
+                self._note_overdue(job, now - job.started)
+
+    def _note_overdue(self, job: Running, seconds: float) -> None:
+        link = job.link
+        if not link.overdue_jobs:
+            logger.warning(
+                "tier %s: a %s of %d pages has not ended within %.3g s; its slots stay taken until "
+                "it does (logged once; counted from now on as overdue_jobs)",
+                link.name,
+                "load" if job.promotion else "store",
+                len(job.entries),
+                seconds,
+            )
+        link.overdue_jobs += job.overdue == 1
 
     def _judge(self, job: Running, result: JobResult) -> None:
         """What the job says of the tier's health, and what it cost."""
@@ -183,10 +200,10 @@ class TierJobs:
             if not job.overdue:  # else counted already
                 job.link.breaker.failed(kind)
             return
+        if job.probe:  # also if it only found the disk full: loads may be well
+            job.link.breaker.probe_succeeded()
         if len(result.failed) == len(job.entries):
             return  # says nothing of the medium
-        if job.probe:
-            job.link.breaker.probe_succeeded()
         if not job.overdue:
             job.link.breaker.succeeded(kind)
         cost = job.link.traffic(promotion=job.promotion).cost

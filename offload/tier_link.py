@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvstrata.offload.breaker import CircuitBreaker
 from kvstrata.offload.costs import TransferCost
 from kvstrata.offload.offers import Offers
+from kvstrata.offload.primary import Entry
 from kvstrata.tiers.base import SecondaryTier
 
 
@@ -23,6 +25,9 @@ class NamedTier:
     medium: str | None = None  # vLLM's word: "CPU", "STORAGE", or None for anything else
     store_threshold: int = 0
     max_tracker_size: int = 64_000
+
+
+MAX_LOST = 4096
 
 
 class Traffic:
@@ -53,8 +58,20 @@ class TierLink:
         self.asked = Offers(named.store_threshold, named.max_tracker_size)
         self.loads = Traffic()
         self.stores = Traffic()
-        self.promoting = 0  # slots of the primary tier reserved for it
+        self.promoting = 0  # slots of the primary tier reserved for it, in time
+        # Keys that did not arrive -> number of the newest request then: those that waited for
+        # the page ask elsewhere, later ones may try again
+        self.lost: OrderedDict[bytes, int] = OrderedDict()
+        self.recent: deque[Entry] = deque(maxlen=16)  # pages it was given or gave
+        self.overdue_jobs = 0
         self.declined = 0  # requests that computed what they could have loaded
+
+    def lose(self, key: bytes, number: int) -> None:
+        """A page did not arrive, when the newest request was this one."""
+        self.lost.pop(key, None)
+        self.lost[key] = number
+        if len(self.lost) > MAX_LOST:
+            self.lost.popitem(last=False)
 
     def traffic(self, *, promotion: bool) -> Traffic:
         """Loads for a promotion, else stores."""

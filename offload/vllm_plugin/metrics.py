@@ -85,6 +85,7 @@ class StatsReader:
             self._add_all(stats, TIER_FAILURES, link.name, tier_stats.failures)
             self._add(stats, TIER_EVENTS, (link.name, "breaker_openings"), link.breaker.openings)
             self._add(stats, TIER_EVENTS, (link.name, "declined_requests"), link.declined)
+            self._add(stats, TIER_EVENTS, (link.name, "overdue_jobs"), link.overdue_jobs)
             for name, gauge in {**tier_stats.gauges, **_link_gauges(link)}.items():
                 stats.set_gauge(TIER_STATE, gauge, (link.name, name))
         return stats
