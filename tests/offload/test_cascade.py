@@ -2,6 +2,7 @@
 
 import pytest
 
+from kvstrata.offload import tier_jobs
 from kvstrata.offload.breaker import FAILURES_TO_OPEN, FIRST_BACKOFF_S
 from kvstrata.offload.config import OffloadConfig
 from kvstrata.offload.lookup import Answer
@@ -339,3 +340,148 @@ def test_a_probe_that_hangs_does_not_keep_the_engine_stepping() -> None:
     world.store([chunk(1, 0)], world.request())
     world.step()
     assert len(world.manager._jobs) == 1 and not world.manager.has_pending_work()
+
+
+def test_a_probe_never_takes_a_page_that_was_to_stay_out() -> None:
+    """Also where the page came from another tier."""
+    near, far = Recorder(*ITEMS[:1]), Sick()
+    world = World([near, FaultyTier(far, far.fails)], slots=16)
+    request = world.request("private", wishes={"persist": False})
+    assert world.lookup(ITEMS[0], request) is PENDING
+    world.step(2)
+    load(world, ITEMS[:1], request)
+    for number in range(FAILURES_TO_OPEN):
+        world.store([chunk(5, number)], world.request("other"))
+        world.step(2)
+    assert not world.manager.links[1].breaker.closed
+    world.manager.primary.reset()
+    assert world.lookup(ITEMS[0], request) is PENDING
+    world.step(2)
+    far.cause = None
+    for _ in range(5):
+        world.now += 10 * FIRST_BACKOFF_S
+        world.step(2)
+    assert KEYS[0] not in far._pages
+
+
+@pytest.mark.parametrize("cause", ["no-space", "read-only", "budget"])
+def test_a_tier_that_can_only_be_read_is_used_again(cause: str) -> None:
+    sick, world = sick_world()
+    open_breaker(world)
+    sick.cause = cause
+    world.now += FIRST_BACKOFF_S
+    world.store([chunk(1, 0)], world.request())
+    world.step(2)
+    assert world.manager.links[0].breaker.closed
+    sick.cause = None
+    assert world.lookup(ITEMS[5], world.request()) is PENDING
+
+
+def test_results_that_were_only_taken_late_are_no_failures() -> None:
+    """A step may take longer than the deadline."""
+    world = World([Recorder(*ITEMS)], slots=16)
+    request = world.request()
+    for item in ITEMS[:4]:
+        assert world.lookup(item, request) is PENDING
+        world.step()
+        world.now += 20.0
+        world.step()
+    assert world.manager.links[0].breaker.closed
+    assert not world.manager.links[0].overdue_jobs
+
+
+def test_answers_in_between_excuse_look_ups_that_took_too_long() -> None:
+    tier = SlowTier(Recorder(*ITEMS))
+    world = World([tier])
+    for number in range(2 * FAILURES_TO_OPEN):
+        tier.hang()
+        request = world.request(str(number))
+        assert world.lookup(ITEMS[0], request) is RETRY
+        world.now += 1.0
+        world.step()
+        assert world.lookup(ITEMS[0], request) is MISS
+        tier.release()
+        assert world.lookup(chunk(9, 9), world.request("other")) is MISS
+    assert world.manager.links[0].breaker.closed
+
+
+def test_one_job_that_never_ends_opens_it_and_leaves_room() -> None:
+    """For good: its slots are taken, but not from the share of the others."""
+    tier = SlowTier(Recorder(*ITEMS))
+    config = OffloadConfig(cpu_bytes=1, promotion_fraction=0.25)
+    world = World([tier], slots=8, config=config)
+    request = world.request()
+    assert [world.lookup(item, request) for item in ITEMS[:3]] == [PENDING, PENDING, MISS]
+    tier.hang()
+    world.step()
+    lost, tier._held = tier._held, []
+    tier.release()
+    for _ in range(FAILURES_TO_OPEN):
+        assert world.manager.links[0].breaker.closed
+        world.now += 10.0
+        world.step()
+    assert not world.manager.links[0].breaker.closed
+    assert world.manager.links[0].overdue_jobs == 1
+    world.now += FIRST_BACKOFF_S
+    world.store([chunk(1, 0)], world.request("other"))
+    world.step(2)
+    assert world.manager.links[0].breaker.closed
+    new = world.request("new")
+    assert world.lookup(ITEMS[3], new) is PENDING
+    world.step(2)
+    assert world.lookup(ITEMS[3], new) is HIT
+    assert world.manager.primary.promoting == 2, "the tier may still write the slots"
+    assert len(lost) == 1
+
+
+def test_a_hung_tier_never_takes_the_whole_primary_tier() -> None:
+    items = [chunk(0, index) for index in range(100)]
+    tier = SlowTier(Recorder(*items))
+    world = World([tier], slots=100)
+    tier.hang()
+    tier.lookup = tier.inner.lookup  # type: ignore[method-assign]
+    for prefix in range(1, 5):
+        world.store([chunk(prefix, index) for index in range(25)], world.request())
+        world.step(3)
+    request = world.request("r")
+    for item in items:
+        world.lookup(item, request)
+    world.step()
+    for _ in range(5):
+        world.now += 60.0
+        world.step(3)
+    plan = world.manager.prepare_store([chunk(9, index) for index in range(5)], request)
+    assert plan is not None and len(plan.keys) == 5
+
+
+def test_pages_in_gpu_memory_count_as_asked_for() -> None:
+    """vLLM offers them again, although the primary tier has them."""
+    disk = Recorder()
+    world = World([disk], slots=16, thresholds=[2], config=OffloadConfig(1, pin_fraction=1.0))
+    world.store(ITEMS[:3], world.request("1"))
+    assert disk.given == []
+    world.store(ITEMS[:4], world.request("2", wishes={"pin_seconds": 60}))
+    assert disk.given == [KEYS[:3]]
+    assert world.manager.pinned == 4
+
+
+def test_tiers_left_behind_are_forgotten_when_their_jobs_have_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tier_jobs, "STOP_TIMEOUT_S", 0.01)
+    made = [SlowTier(Recorder())]
+
+    def reopen() -> list[SlowTier]:
+        made.append(SlowTier(Recorder()))
+        return made[-1:]
+
+    world = World(made[:1], weights_fixed=False, reopen=reopen)
+    for _ in range(3):
+        made[-1].hang()
+        world.store(ITEMS[:1], world.request())
+        world.manager.reset()
+    assert len(world.manager._jobs._left_behind) == 3
+    for tier in made:
+        tier.release()
+    world.step(3)
+    assert world.manager._jobs._left_behind == [] and world.manager.primary.free == 8

@@ -1,5 +1,7 @@
 """What transfers and prefill cost, from synthetic measurements."""
 
+from statistics import median
+
 import pytest
 
 from kvstrata.offload.costs import LEAST_JOBS, LEAST_STEPS, PrefillSpeed, Progress, TransferCost
@@ -37,9 +39,33 @@ def test_where_no_line_makes_sense_the_cost_is_proportional(jobs: list[tuple[int
     cost = TransferCost()
     for nbytes, seconds in jobs:
         cost.add(nbytes, seconds)
-    mean = sum(seconds for _, seconds in jobs) / sum(nbytes for nbytes, _ in jobs)
+    typical = median(seconds / nbytes for nbytes, seconds in jobs)
     assert cost.seconds(0) == 0.0
-    assert cost.seconds(7 * MIB) == pytest.approx(7 * MIB * mean)
+    assert cost.seconds(7 * MIB) == pytest.approx(7 * MIB * typical)
+
+
+def test_one_hiccup_changes_nothing() -> None:
+    cost = TransferCost()
+    for pages in range(1, 12):
+        cost.add(pages * MIB, 0.05 + pages * 0.01)
+        if pages == 6:
+            cost.add(3 * MIB, 60.0)
+    assert cost.seconds(100 * MIB) == pytest.approx(1.05)
+
+
+@pytest.mark.parametrize("factor", [0.1, 10.0])
+def test_a_tier_that_became_another_one_is_learnt_anew(factor: float) -> None:
+    cost = TransferCost()
+    for pages in range(1, 30):
+        cost.add(pages * MIB, pages * 0.01)
+    for pages in (3, 5):
+        cost.add(pages * MIB, factor * pages * 0.01)
+        assert cost.seconds(10 * MIB) == pytest.approx(0.1)
+    cost.add(7 * MIB, factor * 0.07)
+    assert not cost.known, "three in a row"
+    for pages in (1, 2, 3):
+        cost.add(pages * MIB, factor * pages * 0.01)
+    assert cost.seconds(10 * MIB) == pytest.approx(0.1 * factor)
 
 
 def test_old_jobs_are_forgotten() -> None:

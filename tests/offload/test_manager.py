@@ -410,6 +410,32 @@ def test_a_failed_page_is_a_miss_for_the_request_but_not_its_neighbours() -> Non
     assert world.manager.primary.free == 5
 
 
+def test_who_shared_a_promotion_that_failed_does_not_begin_it_again() -> None:
+    """Else requests for one bad page wait one after the other."""
+    tier = FaultyTier(Recorder(*ITEMS[:1]), lambda op, key: "missing" if op == "load" else None)
+    world = World([tier])
+    requests = [world.request(str(number)) for number in range(5)]
+    assert [world.lookup(ITEMS[0], request) for request in requests] == [PENDING] * 5
+    world.step(2)
+    assert [world.lookup(ITEMS[0], request) for request in requests] == [MISS] * 5
+    assert world.lookup(ITEMS[0], world.request("later")) is PENDING
+
+
+def test_a_request_waits_no_longer_than_the_deadline_in_all() -> None:
+    """However many promotions follow each other."""
+    tier = SlowTier(Recorder(*ITEMS), polls=1)
+    world = World([tier], config=config(promotion_fraction=0.2, promotion_deadline_s=10.0))
+    request = world.request()
+    while PENDING in (answers := [world.lookup(item, request) for item in ITEMS]):
+        world.step()
+        world.now += 2.0
+    assert world.now == 10.0
+    assert answers[:2] == [HIT, HIT] and MISS in answers, "what arrived is used"
+    world.step(3)
+    again = [world.lookup(item, request) for item in ITEMS]
+    assert PENDING in again, "a new wait, after a while without one"
+
+
 def test_a_failed_page_is_tried_at_the_next_tier() -> None:
     near = FaultyTier(Recorder(*ITEMS[:1]), lambda op, key: "bad" if op == "load" else None)
     world = World([near, Recorder(*ITEMS[:1])])
@@ -494,6 +520,15 @@ def test_prefixes_larger_than_the_primary_tier_come_to_an_end(policy: str, fract
         world.step()
     assert not waiting
     assert max(loaded.values()) >= 5, "as much as fits is used"
+
+
+def test_a_prompt_is_stored_as_far_as_pins_leave_room() -> None:
+    world = World([], slots=4, config=config(pin_fraction=0.5))
+    world.store(ITEMS[:2], world.request("1", wishes={"pin_seconds": 1000}))
+    world.step(3)
+    items = [chunk(1, index) for index in range(4)]
+    plan = world.manager.prepare_store(items, world.request("2"))
+    assert plan is not None and plan.keys == [key for key, _ in items[:2]]
 
 
 def test_pages_are_given_up_when_nobody_asks_any_more() -> None:
