@@ -4,7 +4,10 @@ The model is a function: `content(key, epoch)` is what a key's page must hold. T
 the GPU write and read the slots when they end, as late as they can.
 """
 
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -13,13 +16,16 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kvstrata.offload.config import OffloadConfig
 from kvstrata.offload.guard import GuardedTier
 from kvstrata.offload.lookup import Answer
+from kvstrata.offload.manager import StorePlan
 from kvstrata.offload.primary import Entry
+from kvstrata.offload.tier_link import TierLink
 from kvstrata.tiers.base import RequestView, SecondaryTier
 from kvstrata.tiers.memory import MemoryTier
 from kvstrata.tiers.testing import FaultyTier, SlowTier
 from tests.offload.manager_world import CONTEXT, PAGE, World, chunk, content
 
 CHUNKS = 5
+PRIVATE = 2  # the prefix of which all requests want nothing in a secondary tier
 ALL_KEYS = [chunk(prefix, index)[0] for prefix in range(2) for index in range(CHUNKS)]
 
 
@@ -28,6 +34,7 @@ class Request:
     view: RequestView
     prefix: int
     waiting: bool = True  # its look-up is not over
+    to: frozenset[str] | None = None  # the tiers that its pages may go to
 
 
 @dataclass
@@ -37,6 +44,13 @@ class Transfer:
     request: Request
     keys: list[bytes]
     slots: list[int]
+
+
+def meant(wishes: dict[str, object]) -> frozenset[str] | None:
+    """The tiers that a request's pages may go to, as the documentation says it."""
+    if wishes.get("persist") is False or wishes.get("tiers") == []:
+        return frozenset()
+    return frozenset({"tier0"}) if wishes.get("tiers") == ["tier0"] else None
 
 
 class ManagerMachine(RuleBasedStateMachine):
@@ -68,6 +82,8 @@ class ManagerMachine(RuleBasedStateMachine):
         weights_fixed: bool,
     ) -> None:
         self.polls = tiers
+        stocked = [chunk(prefix, index)[0] for prefix in range(2) for index in range(stock)]
+        self.stocked = set(stocked)
         self.stock = [chunk(prefix, index)[0] for prefix in range(2) for index in range(stock)]
         self.slow: list[SlowTier] = []
         self.bad: set[bytes] = set()
@@ -87,6 +103,11 @@ class ManagerMachine(RuleBasedStateMachine):
             of_tiers,
         )
         self.manager = self.world.manager
+        # What each tier may hold, and how often each page was asked for since a reset
+        self.allowed = [set(stocked) for _ in self.polls]
+        self.asked: Counter[bytes] = Counter()
+        self.thresholds = [*of_tiers, 0, 0][: len(self.polls)]
+        self.watch_jobs()
         self.quota = max(1, int(slots * fraction))
         self.most_pinned = int(slots * pins)
         self.epoch = 0
@@ -109,6 +130,48 @@ class ManagerMachine(RuleBasedStateMachine):
             made.append(GuardedTier("tier", slow))
         return made
 
+    def new_request(
+        self,
+        prefix: int,
+        tiers: frozenset[str] | None = None,
+        wishes: dict[str, object] | None = None,
+    ) -> Request:
+        self.number += 1
+        wishes = {"persist": False} if prefix == PRIVATE else wishes or {}
+        view = self.world.request(str(self.number), tiers, wishes)
+        return Request(view, prefix, to=meant(wishes))
+
+    def watch_jobs(self) -> None:
+        """Nothing but a probe goes to a tier that is out of service."""
+        submit = self.manager._jobs.submit
+
+        def watched(link: TierLink, entries: Sequence[Entry], *args: Any, **kwargs: Any) -> None:
+            probe = kwargs.get("probe", False)
+            assert probe or link.breaker.closed, "a job for a tier that is out of service"
+            assert not probe or (len(entries) == 1 and not link.breaker.closed)
+            submit(link, entries, *args, **kwargs)
+
+        self.manager._jobs.submit = watched  # type: ignore[method-assign]
+
+    def wanted(self, request: Request, keys: Iterable[bytes]) -> None:
+        """The request asked for the pages, which may go where it wishes from now on."""
+        self.asked.update(keys)
+        for index, allowed in enumerate(self.allowed):
+            if request.to is None or f"tier{index}" in request.to:
+                allowed.update(keys)
+
+    @invariant()
+    def tiers_hold_only_what_they_should(self) -> None:
+        """Nothing that all requests wanted kept from them, or that was asked for too seldom."""
+        if not hasattr(self, "manager"):
+            return
+        for index, slow in enumerate(self.slow[-len(self.polls) :]):
+            faulty = cast(FaultyTier, slow.inner)
+            held = set(cast(MemoryTier, faulty.inner)._pages)
+            assert held <= self.allowed[index], "a page that was to stay out of the tier"
+            for key in held - self.stocked:
+                assert self.asked[key] >= self.thresholds[index], "below the threshold"
+
     def fault(self, operation: str, key: bytes) -> str | None:
         return "injected" if operation != "lookup" and key in self.bad else None
 
@@ -123,7 +186,7 @@ class ManagerMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: len(self.requests) < 4)
     @rule(
-        prefix=st.integers(0, 1),
+        prefix=st.integers(0, PRIVATE),
         only=st.sampled_from([None, None, "tier0", "none"]),
         wishes=st.fixed_dictionaries(
             {},
@@ -135,10 +198,8 @@ class ManagerMachine(RuleBasedStateMachine):
         ),
     )
     def arrive(self, prefix: int, only: str | None, wishes: dict[str, object]) -> None:
-        self.number += 1
         tiers = None if only is None else frozenset({only})
-        view = self.world.request(str(self.number), tiers, wishes)
-        self.requests.append(Request(view, prefix))
+        self.requests.append(self.new_request(prefix, tiers, wishes))
 
     @precondition(lambda self: any(r.waiting for r in self.requests))
     @rule(data=st.data())
@@ -164,6 +225,7 @@ class ManagerMachine(RuleBasedStateMachine):
             return
         request.waiting = False
         if hits:
+            self.wanted(request, hits)
             slots = self.manager.prepare_load(hits, request.view)
             self.loads.append(Transfer(request, hits, slots))
 
@@ -174,7 +236,7 @@ class ManagerMachine(RuleBasedStateMachine):
         request = data.draw(st.sampled_from(running))
         items = self.items(request)[first : first + count]
         absent = [key for key, _ in items if self.manager.primary.get(key) is None]
-        plan = self.manager.prepare_store(items, request.view)
+        plan = self.prepare_store(request, items)
         if plan is None:
             return
         assert set(plan.keys) <= set(absent) and len(plan.keys) == len(plan.slots)
@@ -182,29 +244,28 @@ class ManagerMachine(RuleBasedStateMachine):
         if plan.keys:
             self.stores.append(Transfer(request, plan.keys, plan.slots))
 
-    @rule(prefix=st.integers(0, 1))
+    @rule(prefix=st.integers(0, PRIVATE))
     def serve(self, prefix: int) -> None:
         """A whole life of a request that may load from no tier."""
-        self.number += 1
-        request = Request(self.world.request(str(self.number), frozenset()), prefix, waiting=False)
-        plan = self.manager.prepare_store(self.items(request), request.view)
+        request = self.new_request(prefix, frozenset())
+        request.waiting = False
+        plan = self.prepare_store(request, self.items(request))
         if plan is not None and plan.keys:
             self.stores.append(Transfer(request, plan.keys, plan.slots))
             self.end_a_store(len(self.stores) - 1)
         self.manager.on_request_finished(request.view)
 
-    @rule(prefix=st.integers(0, 1), steps=st.integers(1, 4), finish=st.booleans())
+    @rule(prefix=st.integers(0, PRIVATE), steps=st.integers(1, 4), finish=st.booleans())
     def live(self, prefix: int, steps: int, finish: bool) -> None:
         """A request that may load from everywhere, over some steps; its stores go on after it."""
-        self.number += 1
-        request = Request(self.world.request(str(self.number)), prefix)
+        request = self.new_request(prefix)
         for _ in range(steps):
             if request.waiting:
                 self.ask(request)
                 self.world.step()
                 self.world.now += 0.1
         if not request.waiting:
-            plan = self.manager.prepare_store(self.items(request), request.view)
+            plan = self.prepare_store(request, self.items(request))
             if plan is not None and plan.keys:
                 self.stores.append(Transfer(request, plan.keys, plan.slots))
         if finish:
@@ -236,6 +297,20 @@ class ManagerMachine(RuleBasedStateMachine):
         self.left.append((held, stores, loads))
         if not self.world.weights_fixed:
             self.epoch += 1
+            self.allowed = [set() for _ in self.polls]
+            self.asked.clear()
+            self.stocked = set()
+
+    def prepare_store(
+        self, request: Request, items: Sequence[tuple[bytes, int]]
+    ) -> StorePlan | None:
+        # Before the call: pages that are there already may be given to tiers in it.
+        before = self.asked.copy(), [set(allowed) for allowed in self.allowed]
+        self.wanted(request, [key for key, _ in items])
+        plan = self.manager.prepare_store(items, request.view)
+        if plan is None:
+            self.asked, self.allowed = before
+        return plan
 
     # -- the GPU ------------------------------------------------------------------
 
@@ -307,7 +382,7 @@ class ManagerMachine(RuleBasedStateMachine):
             live |= {id(entry): entry.slot for entry in job.entries.values()}
         assert len(set(live.values())) == len(live)
         assert self.manager.primary.free == self.world.slots - len(live)
-        assert self.manager.primary.promoting <= self.quota
+        assert len(self.manager._promotions) <= self.quota
         assert len(self.manager._pins) <= self.most_pinned
         for entry in self.manager.primary:
             assert entry.gpu_reads >= 0 and entry.tier_reads >= 0
@@ -315,13 +390,6 @@ class ManagerMachine(RuleBasedStateMachine):
         assert all(link.promoting >= 0 and link.loads.pages >= 0 for link in links)
         busy = {id(e) for e in self.manager.primary if e.busy}
         assert self.manager.primary.idle == len(self.manager.primary) - len(busy)
-
-    @invariant()
-    def a_closed_breaker_is_all_that_lets_jobs_through(self) -> None:
-        if not hasattr(self, "manager"):
-            return
-        for job in self.manager._jobs._running.values():
-            assert len(job.entries) == 1 or not job.probe
 
     def teardown(self) -> None:
         """Whatever happened: requests come to an end, and nothing stays behind."""
