@@ -171,7 +171,7 @@ class TieringManager:
         self.touch(keys, request)
         self.counters["loaded_pages"] += len(entries)
         self._cascades.asked(keys)
-        self._asked_again(keys, self._state(request))
+        self._asked_again(entries, self._state(request))
         return [entry.slot for entry in entries]
 
     def complete_load(self, keys: Collection[bytes]) -> None:
@@ -225,7 +225,8 @@ class TieringManager:
         self._offers.count(new)
         self._cascades.asked(ends)
         if present:  # vLLM found them in GPU memory
-            self._asked_again(present, state)
+            here = [entry for entry in self.primary.find(present) if entry.ready]
+            self._asked_again(here, state)
         self.counters["stores_skipped"] += len(new) - len(wanted)
         entries, evicted = taken
         if entries:
@@ -347,11 +348,10 @@ class TieringManager:
             for link in self._jobs.links:
                 link.tier.on_request_finished(state.view)
 
-    def _asked_again(self, keys: Iterable[bytes], state: RequestState) -> None:
-        """Pages that are here already: tiers that do not have them may want them now."""
-        ready = [entry for entry in self.primary.find(keys) if entry.ready]
-        self._cascades.give(ready, state)
-        self._pin(ready, state)
+    def _asked_again(self, entries: Sequence[Entry], state: RequestState) -> None:
+        """Pages that are ready already: tiers that do not have them may want them now."""
+        self._cascades.give(entries, state)
+        self._pin(entries, state)
 
     def _held(self) -> int:
         """Slots held by promotions, cascades and pins."""
