@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -163,6 +164,88 @@ def test_results_that_end_no_job_are_dropped() -> None:
     assert guard.get_finished() == []
     tier.act = TierStats
     assert guard.stats().failures == {"unknown-result": 4}
+
+
+class Hostile(dict[bytes, str]):
+    """No mapping at all, once somebody looks."""
+
+    def __contains__(self, key: object) -> bool:
+        raise OSError("gone")
+
+
+ALL_WRONG = {KEY: "wrong-result", OTHER: "wrong-result"}
+
+
+@pytest.mark.parametrize(
+    ("reported", "passed"),
+    [
+        ({"failed": {b"foreign": "missing"}}, {}),
+        ({"failed": {KEY: "missing", b"foreign": "x", 7: "y"}}, {"failed": {KEY: "missing"}}),
+        ({"failed": {KEY: OSError("disk")}}, {"failed": {KEY: "disk"}}),
+        (
+            {"failed": {KEY: ["unhashable"], OTHER: None}},
+            {"failed": {KEY: "['unhashable']", OTHER: "None"}},
+        ),
+        ({"failed": {KEY: "x" * 10_000}}, {"failed": {KEY: "x" * 100}}),
+        ({"failed": None}, {"failed": ALL_WRONG}),
+        ({"failed": [KEY]}, {"failed": ALL_WRONG}),
+        ({"failed": Hostile({KEY: "missing"})}, {"failed": ALL_WRONG}),
+        ({"nbytes": None}, {}),
+        ({"nbytes": "7"}, {}),
+        ({"nbytes": -1}, {}),
+        ({"nbytes": 1.5}, {}),
+        ({"nbytes": 10**400}, {}),
+        ({"nbytes": 4, "seconds": None}, {"nbytes": 4}),
+        ({"nbytes": 4, "seconds": -1.0}, {"nbytes": 4}),
+        ({"seconds": float("nan")}, {}),
+        ({"seconds": float("inf")}, {}),
+        ({"seconds": "soon", "nbytes": [4], "failed": {KEY: "io"}}, {"failed": {KEY: "io"}}),
+    ],
+    ids=repr,
+)
+def test_a_result_with_wrong_fields_is_put_right(
+    reported: dict[str, Any], passed: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    results: list[Any] = []
+    tier = Broken(lambda: results)
+    guard = GuardedTier("odd", tier)
+    with caplog.at_level(logging.ERROR, "kvstrata.tiers"):
+        for job_id in (5, 6):
+            guard.submit_load(job(job_id, KEY, OTHER))
+            results[:] = [JobResult(job_id, **reported)]
+            assert guard.get_finished() == [JobResult(job_id, **passed)]
+    tier.act = TierStats
+    assert guard.stats().failures == {"wrong-result": 2}
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"nbytes": 8, "seconds": 0.5},
+        {"nbytes": 8, "seconds": 1},
+        {"failed": {KEY: "missing"}, "nbytes": 4},
+        {"failed": MappingProxyType({OTHER: "checksum", KEY: ""})},
+    ],
+    ids=repr,
+)
+def test_a_sound_result_is_not_a_mistake(fields: dict[str, Any]) -> None:
+    results: list[Any] = []
+    tier = Broken(lambda: results)
+    guard = GuardedTier("fine", tier)
+    guard.submit_store(job(5, KEY, OTHER))
+    results[:] = [JobResult(5, **fields)]
+    assert guard.get_finished() == results
+    tier.act = TierStats
+    assert guard.stats().failures == {}
+
+
+def test_a_result_whose_job_cannot_be_looked_up() -> None:
+    odd: list[Any] = [JobResult([5]), JobResult(None), JobResult("5")]  # type: ignore[arg-type]
+    guard = GuardedTier("odd", Broken(lambda: odd))
+    guard.submit_store(job(5, KEY))
+    assert guard.get_finished() == []
 
 
 def test_a_refused_job_ends_once() -> None:
