@@ -15,11 +15,14 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from kvstrata.tiers.base import (
+    LOCALITIES,
+    MEDIA,
     Job,
     JobResult,
     Lookup,
     RequestView,
     SecondaryTier,
+    TierConfigError,
     TierStats,
 )
 from kvstrata.tiers.options import MAX_BYTES
@@ -146,6 +149,24 @@ class GuardedTier(SecondaryTier):
             logger.exception("tier %s raised in %s", self._name, method)
         self._mistakes[cause] += 1
         return cause
+
+
+def check_words(name: str, tier: SecondaryTier) -> None:
+    """Refuse a tier that describes itself in words that vLLM does not have.
+
+    Raises:
+        TierConfigError: naming the tier, its word and the remedy.
+    """
+    for attribute, value, known in (
+        ("medium", type(tier).medium, MEDIA),
+        ("locality", tier.locality, LOCALITIES),
+    ):
+        if value is not None and value not in known:
+            words = " or ".join(f'"{word}"' for word in known)
+            raise TierConfigError(
+                f"tier {name}: its class {type(tier).__name__} has {attribute} = {value!r}; "
+                f"use {words}, or None if it is neither"
+            )
 
 
 def _put_right(result: JobResult, keys: Collection[bytes]) -> JobResult:

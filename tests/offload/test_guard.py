@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvstrata.offload.guard import GuardedTier
+from kvstrata.offload.guard import GuardedTier, check_words
 from kvstrata.tiers.base import (
     Job,
     JobResult,
@@ -17,6 +17,7 @@ from kvstrata.tiers.base import (
     RequestView,
     SecondaryTier,
     TensorSpec,
+    TierConfigError,
     TierContext,
     TierStats,
 )
@@ -283,3 +284,26 @@ def test_a_healthy_tier_is_passed_through() -> None:
     assert guard.stats() == inner.stats()
     assert guard.drain(1) and guard.shutdown(1)
     assert guard.lookup(OTHER, REQUEST) is Lookup.MISS
+
+
+@pytest.mark.parametrize("medium", [None, "CPU", "STORAGE"])
+@pytest.mark.parametrize("locality", [None, "LOCAL", "REMOTE"])
+def test_words_that_vllm_has(medium: str | None, locality: str | None) -> None:
+    check_words("mine", type("Mine", (Broken,), {"medium": medium, "locality": locality})(fail))
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "remedy"),
+    [
+        ("medium", "Disk", 'use "CPU" or "STORAGE"'),
+        ("medium", "", 'use "CPU" or "STORAGE"'),
+        ("medium", ["CPU"], 'use "CPU" or "STORAGE"'),
+        ("locality", "local", 'use "LOCAL" or "REMOTE"'),
+    ],
+)
+def test_other_words_are_refused(attribute: str, value: Any, remedy: str) -> None:
+    tier = type("Mine", (Broken,), {attribute: value})(fail)
+    with pytest.raises(TierConfigError) as caught:
+        check_words("mine-2", tier)
+    text = str(caught.value)
+    assert text.startswith(f"tier mine-2: its class Mine has {attribute} = {value!r}; {remedy}")
