@@ -90,7 +90,7 @@ class GuardedTier(SecondaryTier):
 
     def take_removed(self) -> Iterable[bytes]:
         nothing: list[bytes] = []
-        return self._call("take_removed", nothing, lambda: list(self._tier.take_removed()))
+        return self._call("take_removed", nothing, lambda: _keys(self._tier.take_removed()))
 
     def drain(self, timeout_s: float) -> bool:
         return self._call("drain", False, lambda: bool(self._tier.drain(timeout_s)))
@@ -190,7 +190,18 @@ def _short(cause: object) -> str:
     return (cause if isinstance(cause, str) else str(cause))[:_LONGEST_CAUSE]
 
 
+def _keys(removed: Iterable[bytes]) -> list[bytes]:
+    keys = list(removed)
+    if not all(isinstance(key, bytes) for key in keys):
+        raise TypeError("removed keys must be bytes")
+    return keys
+
+
 def _add(total: TierStats, stats: TierStats) -> None:
+    for numbers in (stats.counters, stats.failures, stats.gauges):
+        for name, value in numbers.items():
+            if not isinstance(name, str) or not isinstance(value, int | float):
+                raise TypeError(f"{name!r}: {value!r} is no name with a number")
     total.counters.update(stats.counters)
     total.failures.update(stats.failures)
     total.gauges.update(stats.gauges)

@@ -242,6 +242,29 @@ def test_a_sound_result_is_not_a_mistake(fields: dict[str, Any]) -> None:
     assert guard.stats().failures == {}
 
 
+@pytest.mark.parametrize(
+    "stats",
+    [
+        TierStats(counters={"stored": None}),  # type: ignore[dict-item]
+        TierStats(counters={"stored": 3}, gauges={"queue": "long"}),  # type: ignore[dict-item]
+        TierStats(failures={7: 1}),  # type: ignore[dict-item]
+        TierStats(failures=[]),  # type: ignore[arg-type]
+    ],
+    ids=repr,
+)
+def test_stats_that_are_no_numbers_are_left_out(stats: TierStats) -> None:
+    guard = GuardedTier("odd", Broken(lambda: stats))
+    assert guard.stats() == TierStats(failures={"raised-in-stats": 1})
+
+
+def test_removed_keys_that_are_no_keys_are_left_out() -> None:
+    removed: list[Any] = [KEY, [1]]
+    guard = GuardedTier("odd", Broken(lambda: removed))
+    assert list(guard.take_removed()) == []
+    removed.pop()
+    assert list(guard.take_removed()) == [KEY]
+
+
 def test_a_result_whose_job_cannot_be_looked_up() -> None:
     odd: list[Any] = [JobResult([5]), JobResult(None), JobResult("5")]  # type: ignore[arg-type]
     guard = GuardedTier("odd", Broken(lambda: odd))
