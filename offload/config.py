@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,7 +68,7 @@ class OffloadConfig:
         max_tracker_size: how many keys the counting for `store_threshold` remembers.
         tiers: secondary tiers in the order of look-up.
         promotion_fraction: largest share of the primary tier held by running promotions.
-        pin_fraction: largest share of the primary tier held by requests' `pin_seconds`.
+        pin_fraction: largest share of the primary tier held by requests' `pin_seconds`; 0: none.
         load_or_recompute: compute a prefix where loading it is expected to take longer.
         lookup_deadline_s: a tier that has not answered a look-up by then is a miss.
         promotion_deadline_s: a promotion that has not arrived by then is a miss.
@@ -141,11 +142,11 @@ def _parse(extra: Mapping[str, Any]) -> OffloadConfig:
         store_threshold=_integer(extra, "store_threshold", 0, least=0),
         max_tracker_size=_integer(extra, "max_tracker_size", 64_000, least=1),
         tiers=_parse_tiers(extra.get("secondary_tiers", [])),
-        promotion_fraction=_number(extra, "promotion_fraction", 0.5, least=0.0, most=1.0),
-        pin_fraction=_number(extra, "pin_fraction", 0.25, least=0.0, most=1.0),
+        promotion_fraction=_number(extra, "promotion_fraction", 0.5, most=1.0),
+        pin_fraction=_number(extra, "pin_fraction", 0.25, most=1.0, zero=True),
         load_or_recompute=_flag(extra, "load_or_recompute"),
-        lookup_deadline_s=_number(extra, "lookup_deadline_s", 1.0, least=0.0, most=3600.0),
-        promotion_deadline_s=_number(extra, "promotion_deadline_s", 10.0, least=0.0, most=3600.0),
+        lookup_deadline_s=_number(extra, "lookup_deadline_s", 1.0, most=3600.0),
+        promotion_deadline_s=_number(extra, "promotion_deadline_s", 10.0, most=3600.0),
         weights_fixed=None if weights_fixed is None else _flag(extra, "weights_fixed"),
         lora_paths_immutable=_flag(extra, "lora_paths_immutable"),
         transport=transport,
@@ -170,16 +171,32 @@ def _parse_tiers(value: Any) -> tuple[TierEntry, ...]:
             tracked = _integer(entry, "max_tracker_size", 64_000, least=1)
         except (TierConfigError, ConfigError) as error:
             raise ConfigError(f"secondary_tiers[{index}]: {error}") from None
-        if dict(entry) in [tier.entry for tier in tiers]:
+        same = _same(entry)
+        if any(_same(tier.entry) == same for tier in tiers):
             raise ConfigError(
                 f"secondary_tiers[{index}]={dict(entry)!r} is listed twice: every page would be "
                 "stored twice; remove one"
             )
         type_name = str(entry["type"])
-        same = sum(1 for tier in tiers if tier.entry["type"] == type_name)
-        name = f"{type_name}-{same + 1}" if same else type_name
+        others = sum(1 for tier in tiers if tier.entry["type"] == type_name)
+        name = f"{type_name}-{others + 1}" if others else type_name
         tiers.append(TierEntry(name, dict(entry), threshold, tracked))
     return tuple(tiers)
+
+
+def _same(entry: Mapping[str, Any]) -> object:
+    """Equal for two tiers that keep the same pages in the same place."""
+    options = {key: _normal(value) for key, value in tier_options(entry).items()}
+    return tier_class(entry), options
+
+
+def _normal(value: Any) -> Any:
+    """The option with paths written in one way."""
+    if isinstance(value, list | tuple):
+        return [_normal(each) for each in value]
+    if isinstance(value, str) and value.startswith(("/", "~")):
+        return os.path.normpath(os.path.expanduser(value))
+    return value
 
 
 def _flag(extra: Mapping[str, Any], key: str) -> bool:
@@ -197,14 +214,16 @@ def _integer(extra: Mapping[Any, Any], key: str, default: int, *, least: int) ->
 
 
 def _number(
-    extra: Mapping[str, Any], key: str, default: float, *, least: float, most: float
+    extra: Mapping[str, Any], key: str, default: float, *, most: float, zero: bool = False
 ) -> float:
-    """A finite number in (least, most]."""
+    """A finite number above 0, or from 0 on where `zero` is allowed, and at most `most`."""
     value = extra.get(key, default)
     if (
         isinstance(value, bool)
         or not isinstance(value, int | float)
-        or not least < value <= most  # NaN is not either
+        or not 0 <= value <= most  # NaN is not either
+        or (value == 0 and not zero)
     ):
-        raise ConfigError(f"{key}={value!r}: use a number above {least:g} and at most {most:g}")
+        bounds = f"from 0 to {most:g}" if zero else f"above 0 and at most {most:g}"
+        raise ConfigError(f"{key}={value!r}: use a number {bounds}")
     return float(value)

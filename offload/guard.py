@@ -2,27 +2,36 @@
 
 The contract says that a tier never raises once it is open and ends each job once. This
 wrapper makes it true for every tier, third parties' included: an exception becomes a miss
-or a failed result, other results are dropped; both are counted, and logged once per cause.
+or a failed result, a result that ends no job is dropped, and one with wrong fields is put
+right; all are counted, and logged once per cause.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from kvstrata.tiers.base import (
+    LOCALITIES,
+    MEDIA,
     Job,
     JobResult,
     Lookup,
     RequestView,
     SecondaryTier,
+    TierConfigError,
     TierStats,
 )
+from kvstrata.tiers.options import MAX_BYTES
 
 logger = logging.getLogger("kvstrata.tiers")
 T = TypeVar("T")
+
+_WRONG = "wrong-result"
+_LONGEST_CAUSE = 100  # characters
 
 
 class GuardedTier(SecondaryTier):
@@ -36,7 +45,8 @@ class GuardedTier(SecondaryTier):
         self._name = name
         self._tier = tier
         self._mistakes: Counter[str] = Counter()
-        self._open: set[int] = set()  # jobs that the tier accepted and has not ended
+        # keys of the jobs that the tier accepted and has not ended
+        self._open: dict[int, list[bytes]] = {}
         self._refused: list[JobResult] = []
         self.locality = tier.locality
 
@@ -62,7 +72,9 @@ class GuardedTier(SecondaryTier):
         refused, self._refused = self._refused, []
         nothing: list[JobResult] = []
         done = self._call("get_finished", nothing, lambda: list(self._tier.get_finished()))
-        return [*refused, *(result for result in done if self._ends_a_job(result))]
+        if done:
+            refused += [ended for result in done if (ended := self._end(result)) is not None]
+        return refused
 
     def touch(self, keys: Collection[bytes], request: RequestView) -> None:
         self._call("touch", None, lambda: self._tier.touch(keys, request))
@@ -78,7 +90,7 @@ class GuardedTier(SecondaryTier):
 
     def take_removed(self) -> Iterable[bytes]:
         nothing: list[bytes] = []
-        return self._call("take_removed", nothing, lambda: list(self._tier.take_removed()))
+        return self._call("take_removed", nothing, lambda: _keys(self._tier.take_removed()))
 
     def drain(self, timeout_s: float) -> bool:
         return self._call("drain", False, lambda: bool(self._tier.drain(timeout_s)))
@@ -93,26 +105,35 @@ class GuardedTier(SecondaryTier):
         return total
 
     def _submit(self, method: str, submit: Callable[[Job], None], job: Job) -> None:
+        keys = [page.key for page in job.pages]
         try:
             submit(job)
-            self._open.add(job.job_id)
+            self._open[job.job_id] = keys
         except Exception:
-            cause = self._raised(method)
-            failed = dict.fromkeys((page.key for page in job.pages), cause)
-            self._refused.append(JobResult(job.job_id, failed))
+            self._refused.append(JobResult(job.job_id, dict.fromkeys(keys, self._raised(method))))
 
-    def _ends_a_job(self, result: object) -> bool:
+    def _end(self, result: object) -> JobResult | None:
+        """The job's end as the manager may see it; None if the result ends no job."""
         if (
-            isinstance(result, JobResult)
-            and result.job_id in self._open
-            and isinstance(result.failed, Mapping)
+            not isinstance(result, JobResult)
+            or not isinstance(result.job_id, int)
+            or (keys := self._open.pop(result.job_id, None)) is None
         ):
-            self._open.remove(result.job_id)
-            return True
-        if not self._mistakes["unknown-result"]:
-            logger.error("tier %s reported %r, which ends no job", self._name, result)
-        self._mistakes["unknown-result"] += 1
-        return False
+            self._count("unknown-result", "tier %s reported %r, which ends no job", result)
+            return None
+        try:
+            right = _put_right(result, keys)
+            if right == result:
+                return right
+        except Exception:  # nobody can tell what arrived
+            right = JobResult(result.job_id, dict.fromkeys(keys, _WRONG))
+        self._count(_WRONG, "tier %s reported %r, which is no result of its job", result)
+        return right
+
+    def _count(self, cause: str, text: str, result: object) -> None:
+        if not self._mistakes[cause]:
+            logger.error(text, self._name, result)
+        self._mistakes[cause] += 1
 
     def _call(self, method: str, otherwise: T, call: Callable[[], T]) -> T:
         try:
@@ -130,7 +151,57 @@ class GuardedTier(SecondaryTier):
         return cause
 
 
+def check_words(name: str, tier: SecondaryTier) -> None:
+    """Refuse a tier that describes itself in words that vLLM does not have.
+
+    Raises:
+        TierConfigError: naming the tier, its word and the remedy.
+    """
+    for attribute, value, known in (
+        ("medium", type(tier).medium, MEDIA),
+        ("locality", tier.locality, LOCALITIES),
+    ):
+        if value is not None and value not in known:
+            words = " or ".join(f'"{word}"' for word in known)
+            raise TierConfigError(
+                f"tier {name}: its class {type(tier).__name__} has {attribute} = {value!r}; "
+                f"use {words}, or None if it is neither"
+            )
+
+
+def _put_right(result: JobResult, keys: Collection[bytes]) -> JobResult:
+    """The result with keys of its job, short causes and sound numbers only.
+
+    Raises:
+        Exception: `failed` is no mapping, or what the tier's own objects raise.
+    """
+    given, nbytes, seconds = result.failed, result.nbytes, result.seconds
+    if not isinstance(given, Mapping):
+        raise TypeError("not a mapping")
+    if type(nbytes) is not int or not 0 <= nbytes <= MAX_BYTES:
+        nbytes = 0
+    if not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:  # NaN is not
+        seconds = 0.0
+    failed = {key: _short(given[key]) for key in keys if key in given} if given else {}
+    return JobResult(result.job_id, failed, nbytes, seconds)
+
+
+def _short(cause: object) -> str:
+    return (cause if isinstance(cause, str) else str(cause))[:_LONGEST_CAUSE]
+
+
+def _keys(removed: Iterable[bytes]) -> list[bytes]:
+    keys = list(removed)
+    if not all(isinstance(key, bytes) for key in keys):
+        raise TypeError("removed keys must be bytes")
+    return keys
+
+
 def _add(total: TierStats, stats: TierStats) -> None:
+    for numbers in (stats.counters, stats.failures, stats.gauges):
+        for name, value in numbers.items():
+            if not isinstance(name, str) or not isinstance(value, int | float):
+                raise TypeError(f"{name!r}: {value!r} is no name with a number")
     total.counters.update(stats.counters)
     total.failures.update(stats.failures)
     total.gauges.update(stats.gauges)

@@ -51,6 +51,11 @@ PAGE_CAUSES = frozenset(
 EPOCH = "epoch"
 
 
+# What a tier may say of itself, in vLLM's words.
+MEDIA = ("CPU", "STORAGE")
+LOCALITIES = ("LOCAL", "REMOTE")
+
+
 class TierConfigError(ValueError):
     """A tier's options are wrong: the message names the key, the value and the remedy."""
 
@@ -242,9 +247,9 @@ def key_hash(key: bytes) -> bytes:
 class SecondaryTier(ABC):
     """Pages by key on some medium. See the module's text for the rules of all methods."""
 
-    # vLLM's words for `kv_load_tiers`: "CPU" or "STORAGE", "LOCAL" or "REMOTE"; None: unknown
-    medium: ClassVar[str | None] = None
-    locality: str | None = None
+    # vLLM's words for `kv_load_tiers`; None: unknown. Any other word is refused at start.
+    medium: ClassVar[str | None] = None  # one of MEDIA
+    locality: str | None = None  # one of LOCALITIES; not changed after `__init__`
 
     @classmethod
     @abstractmethod
@@ -269,11 +274,20 @@ class SecondaryTier(ABC):
 
     @abstractmethod
     def submit_store(self, job: Job) -> None:
-        """Start to store the job's pages; those already here count as stored."""
+        """Start to store the job's pages; those already here count as stored.
+
+        What it cannot store it reports in the job's result. Should it raise all the same, it
+        must not have kept the job: the job's slots are given to others at once.
+        """
 
     @abstractmethod
     def submit_load(self, job: Job) -> None:
-        """Start to load the job's pages into their views, verified before the result."""
+        """Start to load the job's pages into their views, verified before the result.
+
+        What it cannot load it reports in the job's result. Should it raise all the same, it
+        must not have kept the job: the job's slots are given to others at once, and a late
+        write would change their pages.
+        """
 
     @abstractmethod
     def get_finished(self) -> Sequence[JobResult]:

@@ -15,7 +15,7 @@ from kvstrata.tiers.base import (
     SecondaryTier,
     TierStats,
 )
-from kvstrata.tiers.options import check_keys
+from kvstrata.tiers.options import check_tier_keys
 
 
 class _Wrapper(SecondaryTier):
@@ -24,7 +24,7 @@ class _Wrapper(SecondaryTier):
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:
         """Wrappers are made in code and have no options."""
-        check_keys(cls.__name__, options, ())
+        check_tier_keys(cls.__name__, options, ())
 
     def __init__(self, inner: SecondaryTier) -> None:
         self.inner = inner

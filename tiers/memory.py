@@ -21,7 +21,7 @@ from kvstrata.tiers.base import (
     TierStats,
     key_group,
 )
-from kvstrata.tiers.options import check_keys, parse_bytes
+from kvstrata.tiers.options import check_tier_keys, parse_bytes
 
 
 class MemoryTier(SecondaryTier):
@@ -32,7 +32,7 @@ class MemoryTier(SecondaryTier):
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:
         """See `SecondaryTier.check_options`."""
-        check_keys("memory tier", options, {"max_bytes"})
+        check_tier_keys("memory tier", options, {"max_bytes"})
         if "max_bytes" in options:
             parse_bytes("max_bytes", options["max_bytes"])
 

@@ -10,6 +10,9 @@ from typing import Any
 
 from kvstrata.tiers.base import TierConfigError
 
+# Keys that an entry of `secondary_tiers` of any type may have; the last two are the manager's.
+COMMON_KEYS = ("type", "module_path", "store_threshold", "max_tracker_size")
+
 MAX_BYTES = 2**60  # 1 EiB: no medium is larger, so a larger number is a mistake
 
 _UNITS = {
@@ -44,6 +47,15 @@ def check_keys(where: str, options: Mapping[str, Any], known: Collection[str]) -
             raise TierConfigError(
                 f"{where}: unknown key {key!r}{nearest(str(key), known)}; known keys: {names}"
             )
+
+
+def check_tier_keys(where: str, options: Mapping[str, Any], known: Collection[str]) -> None:
+    """Refuse options that a tier does not know; the message names the `COMMON_KEYS` as well.
+
+    Raises:
+        TierConfigError: as `check_keys`.
+    """
+    check_keys(where, options, {*known, *COMMON_KEYS})
 
 
 def parse_bytes(key: str, value: object) -> int:

@@ -8,12 +8,9 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from kvstrata.tiers.base import SecondaryTier, TierConfigError
-from kvstrata.tiers.options import nearest
+from kvstrata.tiers.options import COMMON_KEYS, nearest
 
 ENTRY_POINT_GROUP = "kvstrata.tiers"
-
-# Keys that an entry of any type may have; the last two are the manager's.
-COMMON_KEYS = ("type", "module_path", "store_threshold", "max_tracker_size")
 
 # short name -> "module:class", imported when asked for
 BUILT_IN: Mapping[str, str] = {

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from kvstrata.offload.bench.contestants import OURS, STOCK
 from kvstrata.offload.bench.rounds import (
+    ARRIVE,
     EVICTING,
     EVICTION,
     FREE,
@@ -36,7 +37,10 @@ from kvstrata.tiers.fs.bench.figures import append_csv, machine
 
 RESIDENT = [1_000, 100_000, 1_000_000]
 TIERS = [0, 1]
-TARGETED = (HIT, MISS, STORING, PROMOTING, FREE, EVICTING, EVICTION, STORED, LOAD, LOADED)
+TARGETED = (
+    *(HIT, MISS, STORING, PROMOTING, FREE, EVICTING, EVICTION),
+    *(STORED, LOAD, LOADED, ARRIVE),
+)
 AGAINST_STOCK = 0.7  # the most that an operation may take of stock's time
 FLAT = 1.5  # the most that it may take with the most pages, of its time with the fewest
 

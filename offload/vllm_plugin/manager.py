@@ -30,7 +30,7 @@ from vllm.v1.kv_offload.config import OffloadingConfig
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvstrata.offload.config import OffloadConfig
-from kvstrata.offload.guard import GuardedTier
+from kvstrata.offload.guard import GuardedTier, check_words
 from kvstrata.offload.lookup import Answer
 from kvstrata.offload.manager import TieringManager
 from kvstrata.offload.primary import Entry
@@ -249,10 +249,15 @@ def open_manager(
         opened: list[NamedTier] = []
         for entry in entries:
             cls: type[SecondaryTier] = tier_class(entry.entry)
-            tier = GuardedTier(entry.name, cls(tier_options(entry.entry), context))
+            tier = cls(tier_options(entry.entry), context)
+            check_words(entry.name, tier)
             opened.append(
                 NamedTier(
-                    entry.name, tier, cls.medium, entry.store_threshold, entry.max_tracker_size
+                    entry.name,
+                    GuardedTier(entry.name, tier),
+                    cls.medium,
+                    entry.store_threshold,
+                    entry.max_tracker_size,
                 )
             )
         return opened

@@ -1,5 +1,6 @@
 """`kv_connector_extra_config`: defaults, and one clear error for everything that is wrong."""
 
+import os
 from dataclasses import FrozenInstanceError
 from typing import Any
 
@@ -108,6 +109,7 @@ BAD: dict[str, list[Any]] = {
     "store_threshold": NOT_COUNTS,
     "max_tracker_size": [0, *NOT_COUNTS],
     "promotion_fraction": NOT_SHARES,
+    "pin_fraction": [share for share in NOT_SHARES if share != 0],
     "lookup_deadline_s": NOT_SECONDS,
     "promotion_deadline_s": NOT_SECONDS,
     "weights_fixed": [flag for flag in NOT_FLAGS if flag is not None],
@@ -118,6 +120,12 @@ BAD: dict[str, list[Any]] = {
     "secondary_tiers": ["fs", {"type": "fs"}, None, 3, True],
 }
 REMEDIES = ("use ", "give ")
+
+
+def test_pins_can_be_turned_off() -> None:
+    assert parse(pin_fraction=0).pin_fraction == 0.0
+    with pytest.raises(ConfigError, match=r"pin_fraction=-1: use a number from 0 to 1$"):
+        parse(pin_fraction=-1)
 
 
 @pytest.mark.parametrize(
@@ -204,6 +212,33 @@ def test_a_tier_listed_twice_is_refused() -> None:
         parse(secondary_tiers=[entry, dict(entry)])
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"root_dir": "/tmp/x1"}, {"root_dir": "/tmp/x1/"}),
+        ({"root_dir": "/tmp/x1"}, {"root_dir": "/tmp/./y/../x1"}),
+        ({"root_dir": "~/x1"}, {"root_dir": os.path.expanduser("~/x1")}),
+        ({"root_dir": ["/a/", "/b"]}, {"root_dir": ["/a", "/b/"]}),
+        ({"root_dir": "/a"}, {"root_dir": "/a/", "store_threshold": 2}),
+        (
+            {"root_dir": "/a"},
+            {"root_dir": "/a/", "type": "FsTier", "module_path": "kvstrata.tiers.fs.tier"},
+        ),
+    ],
+)
+def test_a_tier_listed_twice_in_other_words_is_refused(
+    first: dict[str, Any], second: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match=r"secondary_tiers\[1\]=.* listed twice"):
+        parse(secondary_tiers=[{"type": "fs", **first}, {"type": "fs", **second}])
+
+
+def test_tiers_on_neighbouring_directories_are_two() -> None:
+    roots = ["/tmp/x1", "/tmp/x1/inner", "/tmp/x2/"]
+    tiers = parse(secondary_tiers=[{"type": "fs", "root_dir": root} for root in roots]).tiers
+    assert [tier.entry["root_dir"] for tier in tiers] == roots, "as the user wrote them"
+
+
 def test_entry_is_a_copy() -> None:
     entry = {"type": "memory"}
     config = parse(secondary_tiers=[entry])
@@ -223,6 +258,15 @@ def test_entry_is_a_copy() -> None:
         ({"type": "fs"}, r"secondary_tiers\[1\]: .*root_dir"),
         ({"type": "fs", "root_dir": 5}, r"secondary_tiers\[1\]: .*root_dir.*5"),
         ({"type": "fs", "root_dri": "/a"}, r"unknown key 'root_dri' \(did you mean 'root_dir'"),
+        (
+            {"type": "fs", "root_dir": "/a", "store_treshold": 2},
+            r"unknown key 'store_treshold' \(did you mean 'store_threshold'\?\); known keys: "
+            r".*max_tracker_size.*module_path.*root_dir.*store_threshold.*type$",
+        ),
+        (
+            {"type": "memory", "modulepath": "x"},
+            r"'modulepath' \(did you mean 'module_path'\?\)",
+        ),
         ({"type": "memory", "max_bytes": -1}, r"secondary_tiers\[1\]: max_bytes: -1 is not pos"),
         ({"type": "X", "module_path": "no.such.module"}, r"'X' cannot be imported from 'no\.such"),
         ({"type": "X", "module_path": "json"}, r"'X' cannot be imported from 'json'"),

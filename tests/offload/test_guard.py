@@ -2,11 +2,12 @@
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 
-from kvstrata.offload.guard import GuardedTier
+from kvstrata.offload.guard import GuardedTier, check_words
 from kvstrata.tiers.base import (
     Job,
     JobResult,
@@ -16,6 +17,7 @@ from kvstrata.tiers.base import (
     RequestView,
     SecondaryTier,
     TensorSpec,
+    TierConfigError,
     TierContext,
     TierStats,
 )
@@ -165,6 +167,111 @@ def test_results_that_end_no_job_are_dropped() -> None:
     assert guard.stats().failures == {"unknown-result": 4}
 
 
+class Hostile(dict[bytes, str]):
+    """No mapping at all, once somebody looks."""
+
+    def __contains__(self, key: object) -> bool:
+        raise OSError("gone")
+
+
+ALL_WRONG = {KEY: "wrong-result", OTHER: "wrong-result"}
+
+
+@pytest.mark.parametrize(
+    ("reported", "passed"),
+    [
+        ({"failed": {b"foreign": "missing"}}, {}),
+        ({"failed": {KEY: "missing", b"foreign": "x", 7: "y"}}, {"failed": {KEY: "missing"}}),
+        ({"failed": {KEY: OSError("disk")}}, {"failed": {KEY: "disk"}}),
+        (
+            {"failed": {KEY: ["unhashable"], OTHER: None}},
+            {"failed": {KEY: "['unhashable']", OTHER: "None"}},
+        ),
+        ({"failed": {KEY: "x" * 10_000}}, {"failed": {KEY: "x" * 100}}),
+        ({"failed": None}, {"failed": ALL_WRONG}),
+        ({"failed": [KEY]}, {"failed": ALL_WRONG}),
+        ({"failed": Hostile({KEY: "missing"})}, {"failed": ALL_WRONG}),
+        ({"nbytes": None}, {}),
+        ({"nbytes": "7"}, {}),
+        ({"nbytes": -1}, {}),
+        ({"nbytes": 1.5}, {}),
+        ({"nbytes": 10**400}, {}),
+        ({"nbytes": 4, "seconds": None}, {"nbytes": 4}),
+        ({"nbytes": 4, "seconds": -1.0}, {"nbytes": 4}),
+        ({"seconds": float("nan")}, {}),
+        ({"seconds": float("inf")}, {}),
+        ({"seconds": "soon", "nbytes": [4], "failed": {KEY: "io"}}, {"failed": {KEY: "io"}}),
+    ],
+    ids=repr,
+)
+def test_a_result_with_wrong_fields_is_put_right(
+    reported: dict[str, Any], passed: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    results: list[Any] = []
+    tier = Broken(lambda: results)
+    guard = GuardedTier("odd", tier)
+    with caplog.at_level(logging.ERROR, "kvstrata.tiers"):
+        for job_id in (5, 6):
+            guard.submit_load(job(job_id, KEY, OTHER))
+            results[:] = [JobResult(job_id, **reported)]
+            assert guard.get_finished() == [JobResult(job_id, **passed)]
+    tier.act = TierStats
+    assert guard.stats().failures == {"wrong-result": 2}
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"nbytes": 8, "seconds": 0.5},
+        {"nbytes": 8, "seconds": 1},
+        {"failed": {KEY: "missing"}, "nbytes": 4},
+        {"failed": MappingProxyType({OTHER: "checksum", KEY: ""})},
+    ],
+    ids=repr,
+)
+def test_a_sound_result_is_not_a_mistake(fields: dict[str, Any]) -> None:
+    results: list[Any] = []
+    tier = Broken(lambda: results)
+    guard = GuardedTier("fine", tier)
+    guard.submit_store(job(5, KEY, OTHER))
+    results[:] = [JobResult(5, **fields)]
+    assert guard.get_finished() == results
+    tier.act = TierStats
+    assert guard.stats().failures == {}
+
+
+@pytest.mark.parametrize(
+    "stats",
+    [
+        TierStats(counters={"stored": None}),  # type: ignore[dict-item]
+        TierStats(counters={"stored": 3}, gauges={"queue": "long"}),  # type: ignore[dict-item]
+        TierStats(failures={7: 1}),  # type: ignore[dict-item]
+        TierStats(failures=[]),  # type: ignore[arg-type]
+    ],
+    ids=repr,
+)
+def test_stats_that_are_no_numbers_are_left_out(stats: TierStats) -> None:
+    guard = GuardedTier("odd", Broken(lambda: stats))
+    assert guard.stats() == TierStats(failures={"raised-in-stats": 1})
+
+
+def test_removed_keys_that_are_no_keys_are_left_out() -> None:
+    removed: list[Any] = [KEY, [1]]
+    guard = GuardedTier("odd", Broken(lambda: removed))
+    assert list(guard.take_removed()) == []
+    removed.pop()
+    assert list(guard.take_removed()) == [KEY]
+
+
+def test_a_result_whose_job_cannot_be_looked_up() -> None:
+    odd: list[Any] = [JobResult([5]), JobResult(None), JobResult("5")]  # type: ignore[arg-type]
+    guard = GuardedTier("odd", Broken(lambda: odd))
+    guard.submit_store(job(5, KEY))
+    assert guard.get_finished() == []
+
+
 def test_a_refused_job_ends_once() -> None:
     """It raised after it took the job, and reports the job's end as well."""
     tier = Broken(fail)
@@ -200,3 +307,26 @@ def test_a_healthy_tier_is_passed_through() -> None:
     assert guard.stats() == inner.stats()
     assert guard.drain(1) and guard.shutdown(1)
     assert guard.lookup(OTHER, REQUEST) is Lookup.MISS
+
+
+@pytest.mark.parametrize("medium", [None, "CPU", "STORAGE"])
+@pytest.mark.parametrize("locality", [None, "LOCAL", "REMOTE"])
+def test_words_that_vllm_has(medium: str | None, locality: str | None) -> None:
+    check_words("mine", type("Mine", (Broken,), {"medium": medium, "locality": locality})(fail))
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "remedy"),
+    [
+        ("medium", "Disk", 'use "CPU" or "STORAGE"'),
+        ("medium", "", 'use "CPU" or "STORAGE"'),
+        ("medium", ["CPU"], 'use "CPU" or "STORAGE"'),
+        ("locality", "local", 'use "LOCAL" or "REMOTE"'),
+    ],
+)
+def test_other_words_are_refused(attribute: str, value: Any, remedy: str) -> None:
+    tier = type("Mine", (Broken,), {attribute: value})(fail)
+    with pytest.raises(TierConfigError) as caught:
+        check_words("mine-2", tier)
+    text = str(caught.value)
+    assert text.startswith(f"tier mine-2: its class Mine has {attribute} = {value!r}; {remedy}")

@@ -11,7 +11,7 @@ from typing import Any
 from kvstrata.tiers.base import TierConfigError
 from kvstrata.tiers.fs.space.limits import parse_space
 from kvstrata.tiers.options import (
-    check_keys,
+    check_tier_keys,
     parse_choice,
     parse_count,
     parse_mode,
@@ -67,7 +67,7 @@ class FsConfig:
         Raises:
             TierConfigError: naming the key, the value and the remedy.
         """
-        check_keys("fs tier", options, _KEYS)
+        check_tier_keys("fs tier", options, _KEYS)
         get = options.get
         roots = _root_dirs(get("root_dir"))
         first = cls(

@@ -11,6 +11,7 @@ import pytest
 import kvstrata.offload.bench.manager as command
 from kvstrata.offload.bench.contestants import OURS, STOCK
 from kvstrata.offload.bench.rounds import (
+    ARRIVE,
     EVICTING,
     HIT,
     LOAD,
@@ -40,8 +41,10 @@ def test_both_managers_have_the_same_figures(tiers: int) -> None:
     assert len(figures) == len({f[:-1] for f in figures}) == 2 * len(cases[OURS])
     assert cases[OURS] == cases[STOCK]
     operations = {figure.operation for figure in figures}
-    assert operations >= {*command.TARGETED} - {PROMOTING}
-    assert (PROMOTING in operations) == bool(tiers)
+    promotions = {PROMOTING, ARRIVE}
+    assert promotions < {*command.TARGETED}
+    assert operations & promotions == (promotions if tiers else set())
+    assert operations >= {*command.TARGETED} - promotions
 
 
 class Forgetful:

@@ -1,8 +1,10 @@
 """vLLM's calls in front of the manager: tickets, slots left by a reset, filters, events."""
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -23,10 +25,12 @@ from vllm.v1.kv_offload.base import (  # noqa: E402
 from vllm.v1.metrics.cache_hit_source import CacheHitSource  # noqa: E402
 
 import kvstrata.offload.vllm_plugin.manager as manager_module  # noqa: E402
+from kvstrata.offload.config import OffloadConfig, TierEntry  # noqa: E402
 from kvstrata.offload.manager import TieringManager  # noqa: E402
 from kvstrata.offload.region import Region, create_region  # noqa: E402
-from kvstrata.offload.vllm_plugin.manager import KVStrataManager  # noqa: E402
+from kvstrata.offload.vllm_plugin.manager import KVStrataManager, open_manager  # noqa: E402
 from kvstrata.offload.vllm_plugin.transfer import PageSlots  # noqa: E402
+from kvstrata.tiers.base import TierConfigError, TierContext, layouts_to_json  # noqa: E402
 from kvstrata.tiers.memory import MemoryTier  # noqa: E402
 from tests.offload.manager_world import CONTEXT, World, chunk, content  # noqa: E402
 
@@ -170,6 +174,40 @@ def test_load_tier_filter(
     request = context(load_tier_filter=TierFilter(matchers))
     adapter.manager.on_new_request(request)
     assert adapter.manager.lookup(KEYS[0], request) is found
+
+
+class OddMedium(MemoryTier):
+    medium = "Disk"
+
+
+class OddLocality(MemoryTier):
+    def __init__(self, options: Mapping[str, Any], context: TierContext) -> None:
+        super().__init__(options, context)
+        self.locality = "Disk"
+
+
+@pytest.mark.parametrize(("cls", "word"), [(OddMedium, "medium"), (OddLocality, "locality")])
+def test_a_tier_with_words_that_vllm_does_not_have_is_refused_at_start(
+    cls: type[MemoryTier], word: str
+) -> None:
+    """Else the first request with `kv_load_tiers` would end the engine."""
+    fields = {
+        "slots": 1,
+        "slot_bytes": 4096,
+        "workers": 1,
+        "model": "m",
+        "layouts": layouts_to_json(CONTEXT.layouts),
+        "namespace": {},
+        "weights_fixed": True,
+        "lora": False,
+    }
+    engine = SimpleNamespace(engine_id=f"odd-words-{os.getpid()}")
+    region = create_region(engine.engine_id, fields, text_bytes=1000)
+    tier = TierEntry("odd", {"type": cls.__name__, "module_path": __name__})
+    settings = OffloadConfig(cpu_bytes=4096, tiers=(tier,))
+    with pytest.raises(TierConfigError, match=f"tier odd: .*{word} = 'Disk'; use "):
+        open_manager(cast(Any, engine), settings, events=False)
+    region.close()
 
 
 def listed(events: Iterable[OffloadingEvent]) -> list[tuple[Any, ...]]:
