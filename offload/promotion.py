@@ -100,6 +100,7 @@ class Promotions:
     def reserve(self, link: TierLink, key: bytes, end_token: int, state: RequestState) -> bool:
         """Take a slot for the page; False if there is no room for it now, or no time."""
         if not self._may_go_on(state):
+            self._report.counters["promotion_timeouts"] += 1
             return False
         taken = None
         most = self._most
@@ -162,8 +163,10 @@ class Promotions:
         """
         link = job.link
         good = [entry for entry in job.entries.values() if entry.key not in result.failed]
+        started = self._started
         for entry in job.entries.values():
-            self._forget(entry)
+            if started.pop(entry, None) is not None:
+                link.promoting -= 1
         self._primary.finish_writes(good, good=True)
         arrived = [entry for entry in good if entry.attached]
         for entry in arrived:
