@@ -18,8 +18,8 @@ from kvstrata.tiers.base import (
 from kvstrata.tiers.options import check_tier_keys
 
 
-class _Wrapper(SecondaryTier):
-    """Passes every call on to `inner`."""
+class TierWrapper(SecondaryTier):
+    """Passes every call on to `inner`; subclasses change what they mean to."""
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:
@@ -67,7 +67,7 @@ class _Wrapper(SecondaryTier):
         return self.inner.stats()
 
 
-class FaultyTier(_Wrapper):
+class FaultyTier(TierWrapper):
     """Fails what a predicate picks and passes the rest on.
 
     `fails(operation, key)` is asked for every key with operation "lookup", "store" or
@@ -124,7 +124,7 @@ class FaultyTier(_Wrapper):
         return replace(job, pages=tuple(spared))
 
 
-class SlowTier(_Wrapper):
+class SlowTier(TierWrapper):
     """Starts jobs late, so that views are touched late too, and can hang.
 
     A job starts at the `polls`-th call of `get_finished` after its submission and not before

@@ -6,27 +6,19 @@ Loads and stores have a link each, and a link moves one byte after the other.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from kvstrata.tiers.base import (
-    Job,
-    JobResult,
-    Lookup,
-    RequestView,
-    SecondaryTier,
-    TierConfigError,
-    TierContext,
-    TierStats,
-)
+from kvstrata.tiers.base import Job, JobResult, TierConfigError, TierContext
+from kvstrata.tiers.faults import TierWrapper
 from kvstrata.tiers.options import check_tier_keys
 from kvstrata.tiers.registry import tier_class, tier_options
 
 _LATENCY, _SPEED, _INNER = "latency_s", "bytes_per_second", "tier"
 
 
-class ThrottledTier(SecondaryTier):
+class ThrottledTier(TierWrapper):
     """Options: `tier`, an entry of `secondary_tiers`; `latency_s`; `bytes_per_second`."""
 
     medium = "STORAGE"
@@ -53,18 +45,13 @@ class ThrottledTier(SecondaryTier):
         """See `SecondaryTier.__init__`."""
         self.check_options(options)
         inner = options[_INNER]
-        self.inner = tier_class(inner)(tier_options(inner), context)
-        self.locality = self.inner.locality
+        super().__init__(tier_class(inner)(tier_options(inner), context))
         self._latency_s = float(options[_LATENCY])
         self._bytes_per_second = float(options[_SPEED])
         self._clock = clock
         self._free = {"load": 0.0, "store": 0.0}  # when each link will have moved what it has
         self._started: dict[int, tuple[float, float]] = {}  # job -> when it began, when it is due
         self._ended: list[JobResult] = []  # of the tier behind the link
-
-    def lookup(self, key: bytes, request: RequestView) -> Lookup:
-        """See `SecondaryTier.lookup`."""
-        return self.inner.lookup(key, request)
 
     def submit_store(self, job: Job) -> None:
         """See `SecondaryTier.submit_store`."""
@@ -84,26 +71,6 @@ class ThrottledTier(SecondaryTier):
         self._ended = [result for result in self._ended if self._started[result.job_id][1] > now]
         return [self._with_time(result) for result in finished]
 
-    def touch(self, keys: Collection[bytes], request: RequestView) -> None:
-        """See `SecondaryTier.touch`."""
-        self.inner.touch(keys, request)
-
-    def on_new_request(self, request: RequestView) -> None:
-        """See `SecondaryTier.on_new_request`."""
-        self.inner.on_new_request(request)
-
-    def on_request_finished(self, request: RequestView) -> None:
-        """See `SecondaryTier.on_request_finished`."""
-        self.inner.on_request_finished(request)
-
-    def on_step_end(self) -> None:
-        """See `SecondaryTier.on_step_end`."""
-        self.inner.on_step_end()
-
-    def take_removed(self) -> Iterable[bytes]:
-        """See `SecondaryTier.take_removed`."""
-        return self.inner.take_removed()
-
     def drain(self, timeout_s: float) -> bool:
         """See `SecondaryTier.drain`."""
         end = self._clock() + timeout_s
@@ -118,10 +85,6 @@ class ThrottledTier(SecondaryTier):
         stopped = self.inner.shutdown(timeout_s)
         self._started = {job_id: (start, 0.0) for job_id, (start, _) in self._started.items()}
         return stopped
-
-    def stats(self) -> TierStats:
-        """Those of the tier behind the link."""
-        return self.inner.stats()
 
     def _start(self, job: Job, link: str) -> None:
         now = self._clock()
