@@ -17,11 +17,10 @@ from contextlib import suppress
 
 from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.codec import ALIGNMENT
+from kvstrata.tiers.fs.residency import is_cached
 from kvstrata.tiers.fs.temporary import temporary_name
 
 logger = logging.getLogger("kvstrata.tiers.fs")
-
-_READAHEAD = 2**17  # what Linux reads ahead at most, by default, when asked for one block
 
 _Call = Callable[[int, Sequence[memoryview], int], int]
 
@@ -60,7 +59,7 @@ def probe_direct(directory: str) -> bool:
 class FileIO:
     """Opens, reads and writes whole files; `direct` says whether O_DIRECT is in use.
 
-    With `cached_first`, what the page cache holds is read from there.
+    With `cached_first`, a file that the page cache holds is read from there.
     """
 
     def __init__(self, direct: bool, cached_first: bool = False) -> None:
@@ -100,12 +99,9 @@ class FileIO:
         if not self._cached_first:
             self._move(os.preadv, fd, buffers, 0, _is_direct(fd))
             return
-        position = self._read_cached(fd, buffers)
+        position = self._read_cached(fd, buffers) if is_cached(fd, _size(buffers)) else 0
         if position < _size(buffers):
             self._move(os.preadv, fd, buffers, position, _enter_direct(fd))
-        if position == 0:
-            # the readahead that the first look set off; it must not pass for a cached file
-            os.posix_fadvise(fd, 0, _READAHEAD, os.POSIX_FADV_DONTNEED)
 
     def write(self, fd: int, buffers: Sequence[memoryview]) -> None:
         """Write the buffers, one after the other, from the start of the file.
@@ -130,15 +126,11 @@ class FileIO:
     def _read_cached(self, fd: int, buffers: Sequence[memoryview]) -> int:
         """Fill the buffers from the page cache; up to which multiple of 4096, or the end.
 
-        The first buffer, the header, is asked for alone: RWF_NOWAIT does not wait, yet it
-        starts to read what is missing, and a page would come from the device twice (measured
-        on Linux 6.18 and ext4).
+        That is not always the end, since pages may leave the cache meanwhile.
         """
         total, position = _size(buffers), 0
         try:
-            position = os.preadv(fd, buffers[:1], 0, os.RWF_NOWAIT)
-            if position == buffers[0].nbytes:
-                position += os.preadv(fd, buffers[1:], position, os.RWF_NOWAIT)
+            position = os.preadv(fd, buffers, 0, os.RWF_NOWAIT)
         except BlockingIOError:
             pass
         except OSError as error:
