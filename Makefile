@@ -2,7 +2,7 @@
 # The targets share one virtual environment and few cores, so -j changes nothing.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help install lint format types test-unit test-engine test test-gpu test-models test-faults test-soak bench-fs bench-kernels bench-manager bench-ttft fuzz demo demo-shared
+.PHONY: help install lint format types test-unit test-engine test test-gpu test-models test-faults test-soak bench-fs bench-kernels bench-manager bench-ttft bench-file-hits test-hits fuzz demo demo-shared
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -87,6 +87,9 @@ test-models: install ## every kind of KV cache: hits and identical tokens
 test-faults: install ## the long forms: kills, full disks and hostile files; each kernel on each target
 	$(BIN)/pytest --long tests/tiers tests/kernels/test_compile.py
 
+test-hits: install ## 1,000 file hits in a row on a real server: none is lost
+	$(BIN)/pytest --long tests/engine/test_file_hits.py
+
 SEED :=
 test-soak: install ## 300 requests on a real engine over tiers that fail: no wrong token, no leak (SEED=...)
 	$(BIN)/pytest --long $(if $(SEED),--seed=$(SEED)) tests/engine/test_soak.py
@@ -107,6 +110,11 @@ bench-manager: install ## the scheduler's time in the manager, against stock vLL
 
 bench-ttft: install ## time to first token with offload against without (BENCH_DIR=... on the disk)
 	$(BIN)/python -m kvstrata.offload.bench.ttft --root $(BENCH_DIR) --csv $(BENCH_DIR)/ttft.csv
+
+HITS := 1000
+bench-file-hits: install ## time to first token of file hits in a row: median, p99, worst (HITS=...)
+	mkdir -p $(BENCH_DIR)
+	$(BIN)/python docs/demo/file_hits.py --hits $(HITS) --csv $(BENCH_DIR)/file-hits.csv
 
 # atheris is no dependency of the tests
 FUZZ_SECONDS := 600
