@@ -55,7 +55,7 @@ class Cascades:
         for link in self._jobs.links:
             bit = link.bit
             due = [entry for entry in entries if not entry.offered & bit]
-            if not due or not state.wishes.allow(link.name):
+            if not due or link.trust.lost or not state.wishes.allow(link.name):
                 continue
             if link.asked.counts:
                 due = [entry for entry in due if link.asked.was_wanted(entry.key)]
@@ -72,7 +72,7 @@ class Cascades:
         A page that it does not know may be one that a request wanted kept from it.
         """
         for link in self._jobs.links:
-            if link.breaker.wants_probe:
+            if link.breaker.wants_probe and not link.trust.lost:
                 known = (entry for entry in reversed(link.recent) if entry.attached and entry.ready)
                 if (entry := next(known, None)) is not None:
                     self._submit(link, [entry], RequestView("probe"), probe=True)

@@ -36,6 +36,7 @@ _OWN_KEYS = (
     "weights_fixed",
     "lora_paths_immutable",
     "transport",
+    "audit_fraction",
 )
 TRANSPORTS = ("auto", "staged", "direct", "zero-copy")  # see kvstrata.kernels.transport
 
@@ -75,6 +76,8 @@ class OffloadConfig:
         weights_fixed: None: decided from the engine's configuration.
         lora_paths_immutable: the user's word that an adapter's path never changes content.
         transport: how pages go between a GPU and the primary tier; "auto" tries at start.
+        audit_fraction: of the pages that requests load, those to compute again and compare; 0
+            turns audits off.
     """
 
     cpu_bytes: int
@@ -90,6 +93,7 @@ class OffloadConfig:
     weights_fixed: bool | None = None
     lora_paths_immutable: bool = False
     transport: str = "auto"
+    audit_fraction: float = 0.001
 
 
 def parse_config(extra: Mapping[str, Any]) -> OffloadConfig:
@@ -150,6 +154,7 @@ def _parse(extra: Mapping[str, Any]) -> OffloadConfig:
         weights_fixed=None if weights_fixed is None else _flag(extra, "weights_fixed"),
         lora_paths_immutable=_flag(extra, "lora_paths_immutable"),
         transport=transport,
+        audit_fraction=_number(extra, "audit_fraction", 0.001, most=1.0, zero=True),
     )
 
 

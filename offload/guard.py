@@ -76,6 +76,22 @@ class GuardedTier(SecondaryTier):
             refused += [ended for result in done if (ended := self._end(result)) is not None]
         return refused
 
+    def submit_reject(self, job: Job, *, distrust: bool) -> bool:
+        self._open[job.job_id] = [page.key for page in job.pages]
+        taken = self._call(
+            "submit_reject", False, lambda: self._tier.submit_reject(job, distrust=distrust)
+        )
+        if taken is not True:
+            self._open.pop(job.job_id, None)
+        return taken is True
+
+    def how_to_trust(self) -> str:
+        return self._call("how_to_trust", super().how_to_trust(), self._tier.how_to_trust)
+
+    @property
+    def trusted(self) -> bool:  # type: ignore[override]
+        return bool(self._tier.trusted)
+
     def touch(self, keys: Collection[bytes], request: RequestView) -> None:
         self._call("touch", None, lambda: self._tier.touch(keys, request))
 

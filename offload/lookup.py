@@ -56,6 +56,7 @@ class TierLookup:
         self._clock = clock
         self._counters = report.counters
         self._awaiting: list[RequestState] = []  # requests with a RETRY in this step
+        self.step = 0  # counts up
 
     def ask(self, key: bytes, end_token: int, state: RequestState) -> Answer:
         """PENDING, RETRY or MISS; see `TieringManager.lookup`."""
@@ -64,7 +65,11 @@ class TierLookup:
         retry = False
         for link in self._jobs.links:
             index = link.index
-            if not link.breaker.closed or (allowed is not None and link.name not in allowed):
+            if (
+                not link.breaker.closed
+                or link.trust.lost
+                or (allowed is not None and link.name not in allowed)
+            ):
                 continue
             if index in silent or (unworthy and (index, key) in unworthy):
                 continue
@@ -91,6 +96,7 @@ class TierLookup:
             self._awaiting.append(state)
             return Answer.RETRY
         self._counters["misses"] += 1
+        state.missed(end_token, self.step)
         return _MISS
 
     def end_step(self) -> None:
@@ -98,6 +104,7 @@ class TierLookup:
         for state in self._awaiting:
             state.awaits = False
         self._awaiting.clear()
+        self.step += 1
 
     def _may_wait(self, link: TierLink, key: bytes, state: RequestState) -> bool:
         """Whether the request may still wait for the tier's answer."""

@@ -13,6 +13,9 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from kvstrata.offload.audit.audits import Audits
+from kvstrata.offload.audit.comparer import Comparer
+from kvstrata.offload.audit.schedule import Schedule
 from kvstrata.offload.cascade import Cascades
 from kvstrata.offload.config import OffloadConfig
 from kvstrata.offload.costs import PrefillSpeed
@@ -26,7 +29,7 @@ from kvstrata.offload.pins import Pins
 from kvstrata.offload.primary import Entry, PrimaryTier, Writer
 from kvstrata.offload.promotion import Promotions
 from kvstrata.offload.request import RequestState
-from kvstrata.offload.tier_jobs import TierJobs
+from kvstrata.offload.tier_jobs import STOP_TIMEOUT_S, TierJobs
 from kvstrata.offload.tier_link import NamedTier, TierLink
 from kvstrata.offload.wishes import WishReader
 from kvstrata.tiers.base import PageLayout, RequestView
@@ -53,6 +56,7 @@ class TieringManager:
         layouts: page layout by group.
         view: (slot, bytes) -> the beginning of the slot.
         valid: slot -> whether the workers filled it completely.
+        comparer: compares pages for audits.
         open_tiers: makes the secondary tiers; called again at a reset when
             `weights_fixed` is false, for tiers that know nothing of earlier pages.
         weights_fixed: whether a reset keeps what the secondary tiers hold.
@@ -67,6 +71,7 @@ class TieringManager:
         view: Callable[[int, int], memoryview],
         valid: Callable[[int], bool],
         open_tiers: Callable[[], Sequence[NamedTier]],
+        comparer: Comparer | None = None,
         *,
         weights_fixed: bool,
         clock: Callable[[], float] = time.monotonic,
@@ -96,6 +101,15 @@ class TieringManager:
         )
         self._lookup = TierLookup(config, self._jobs, self._promotions, clock, self._report)
         self._cascades = Cascades(self.primary, self._jobs, self._held, self._report)
+        self.audits = Audits(
+            Schedule(config.audit_fraction if comparer is not None else 0.0, clock),
+            self.primary,
+            self._jobs,
+            comparer or Comparer({}),
+            layouts,
+            view,
+            self._report,
+        )
         self._wishes = WishReader([link.name for link in self._jobs.links])
         self._requests: dict[str, RequestState] = {}
         self._newest = 0  # number of the newest request
@@ -135,8 +149,18 @@ class TieringManager:
         """
         if not self._polled:
             self._poll()
+        if not self.audits.intervenes:
+            return self._find(key, end_token, request)
+        if self.audits.cpu_lost:
+            return _MISS
+        natural = self._find(key, end_token, request)
+        return self.audits.answer(key, end_token, self._state(request), natural, self._lookup.step)
+
+    def _find(self, key: bytes, end_token: int, request: RequestView) -> Answer:
         entry = self.primary.get(key)
         if entry is None:
+            if key in self.audits.refused:
+                return _MISS
             return self._lookup.ask(key, end_token, self._state(request))
         writer = entry.writer
         if writer is None:
@@ -172,6 +196,7 @@ class TieringManager:
         self.counters["loaded_pages"] += len(entries)
         self._cascades.asked(keys)
         self._asked_again(entries, self._state(request))
+        self.audits.served(len(entries))
         return [entry.slot for entry in entries]
 
     def complete_load(self, keys: Collection[bytes]) -> None:
@@ -213,6 +238,8 @@ class TieringManager:
         get = self.primary.get
         present = [key for key in ends if get(key) is not None]
         new = [key for key in ends if get(key) is None] if present else list(ends)
+        if self.audits.refused:
+            new = [key for key in new if key not in self.audits.refused]
         wanted = self._offers.wanted(new)
         # More than could ever fit: its beginning is better than nothing.
         del wanted[max(0, self.primary.slots - len(present) - len(self._pins)) :]
@@ -229,13 +256,17 @@ class TieringManager:
             self._asked_again(here, state)
         self.counters["stores_skipped"] += len(new) - len(wanted)
         entries, evicted = taken
+        self._report.left(evicted)
+        if spare := self.audits.choose(ends, present, entries, state):
+            slots = {entry.key: entry for entry in (*entries, *spare)}
+            entries = [slots[key] for key in ends if key in slots]
         if entries:
             state.open_stores += 1
-        self._report.left(evicted)
         return StorePlan([e.key for e in entries], [e.slot for e in entries], evicted)
 
     def complete_store(self, keys: Collection[bytes], request: RequestView) -> None:
         """The GPU's pages of one plan have arrived: make them loadable, and cascade."""
+        keys = self.audits.computed(keys, request.req_id, self._valid)
         stored = tail_first(self.primary.find(keys))
         valid = self._valid
         if bad := [entry for entry in stored if not valid(entry.slot)]:
@@ -251,6 +282,7 @@ class TieringManager:
             self._cascades.give(in_order, state)
             self._pin(in_order, state)
             self.primary.finish_writes(stored, good=True)
+        self.audits.stored(keys, request)
         state.open_stores -= 1
         self._forget_if_over(state)
 
@@ -266,6 +298,7 @@ class TieringManager:
         """No more look-ups, loads and stores will be prepared for the request."""
         state = self._state(request)
         state.finished = True
+        self.audits.end(state)
         self._forget_if_over(state)
 
     def on_step_end(self) -> None:
@@ -279,12 +312,13 @@ class TieringManager:
         self._kept.end_step()
         self._pins.expire()
         self._lookup.end_step()
+        self.audits.end_step()
         for link in self._jobs.links:
             link.tier.on_step_end()
 
     def has_pending_work(self) -> bool:
         """Whether steps are needed although no request runs. Hung jobs do not count."""
-        return bool(self._promotions.unsent) or self._jobs.any_in_time()
+        return bool(self._promotions.unsent or self.audits.comparing) or self._jobs.any_in_time()
 
     def take_events(self) -> Iterable[Event]:
         """What came and went since the last call."""
@@ -309,7 +343,7 @@ class TieringManager:
         self._promotions.clear()
         self._kept.clear()
         self._pins.clear()
-        held = self.primary.reset()
+        held = self.audits.clear() + self.primary.reset()
         self._offers.clear()
         self._report.events.clear()
         for state in list(self._requests.values()):
@@ -329,6 +363,7 @@ class TieringManager:
         self._jobs.drain()
         self._jobs.stop()
         self._take_results()
+        self.audits.stop(STOP_TIMEOUT_S)
 
     # -- inside -------------------------------------------------------------------
 
@@ -340,6 +375,7 @@ class TieringManager:
         state = RequestState(request, self._newest, self._wishes.read(request.params))
         self.counters["ignored_wishes"] = self._wishes.ignored
         self._requests[request.req_id] = state
+        self.audits.begin(state)
         return state
 
     def _forget_if_over(self, state: RequestState) -> None:
@@ -368,6 +404,7 @@ class TieringManager:
             self._take_results()
 
     def _take_results(self) -> None:
+        self.audits.settle()
         for job, result in self._jobs.results():
             direction = "promoted" if job.promotion else "cascaded"
             name = job.link.name

@@ -32,7 +32,7 @@ class Entry:
     None once the page is ready. `gpu_reads` and `tier_reads` count the transfers out of
     the slot. `attached`: the key still leads here. `offered` has a bit for each secondary tier
     that need not be given the page: it has it or is getting it. `cascades`: how many are
-    getting it.
+    getting it. `source`: name of the tier that it was promoted from.
     """
 
     key: bytes
@@ -44,6 +44,7 @@ class Entry:
     attached: bool = True
     offered: int = 0
     cascades: int = 0
+    source: str | None = None
 
     @property
     def ready(self) -> bool:
@@ -146,6 +147,29 @@ class PrimaryTier:
             self._promoting += len(entries)
         return entries, evicted
 
+    def borrow(self, key: bytes, end_token: int, writer: Writer) -> tuple[Entry, list[bytes]]:
+        """Take a slot for a page to which its key does not lead, and which leaves when it is idle.
+
+        Returns:
+            The entry, and the keys evicted for it.
+
+        Raises:
+            LookupError: no slot is free and no page is idle.
+        """
+        evicted: list[bytes] = []
+        if not self._free:
+            victim = self._entries.pop(self._policy.evict())
+            victim.attached = False
+            evicted.append(victim.key)
+            self._free.append(victim.slot)
+        self._promoting += writer is _TIER
+        return Entry(key, self._free.pop(), end_token, writer, attached=False), evicted
+
+    def drop(self, entry: Entry) -> None:
+        """Forget a page that its key leads to; the slot comes free when nobody uses it."""
+        self._policy.remove(entry.key)
+        self._detach(entry)
+
     def finish_writes(self, entries: Iterable[Entry], *, good: bool) -> None:
         """The writers are done: the pages become ready, or are dropped if not `good`."""
         unpin = self._policy.unpin
@@ -154,7 +178,8 @@ class PrimaryTier:
                 self._promoting -= 1
             entry.writer = None
             if not entry.attached:
-                self._release(entry)
+                if not entry.busy:
+                    self._release(entry)
             elif not good:
                 self._policy.remove(entry.key)
                 self._detach(entry)

@@ -116,6 +116,7 @@ class Promotions:
         self._report.left(evicted)
         # Tiers before this one do not have the page; of those behind it nothing is known.
         entry.offered = ~(link.bit - 1)
+        entry.source = link.name
         link.promoting += 1
         self._started[entry] = link, self._clock()
         state.sources[key] = link.name

@@ -28,5 +28,14 @@ class RequestState:
     waited_in: int = -2  # the last step in which it did
     awaits: bool = False  # some look-up of this step was answered RETRY
     progress: Progress | None = None  # of its prefill
+    # End token of the first page that was answered MISS when it was looked up last: from there on
+    # it computes its pages itself
+    missed_from: int | None = None
+    missed_in: int = -1  # the step in which it was
     open_stores: int = 0
     finished: bool = False
+
+    def missed(self, end_token: int, step: int) -> None:
+        """A page that ends there was answered MISS in this step."""
+        if step != self.missed_in or self.missed_from is None or end_token < self.missed_from:
+            self.missed_from, self.missed_in = end_token, step

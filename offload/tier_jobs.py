@@ -36,6 +36,7 @@ class Running:
     ahead: int
     nbytes: int
     probe: bool = False
+    on_end: Callable[[Running, JobResult], None] | None = None  # who takes the result
     overdue: int = 0  # how often its time has passed
 
 
@@ -85,8 +86,40 @@ class TierJobs:
         *,
         promotion: bool,
         probe: bool = False,
+        on_end: Callable[[Running, JobResult], None] | None = None,
     ) -> None:
-        """Start one job; its result comes from `results`."""
+        """Start one job; its result comes from `results`, or to `on_end`."""
+        job = self._open_job(link, entries, request, promotion, probe, on_end)
+        if promotion:
+            link.tier.submit_load(job)
+        else:
+            link.tier.submit_store(job)
+
+    def reject(
+        self,
+        link: TierLink,
+        entry: Entry,
+        request: RequestView,
+        *,
+        distrust: bool,
+        on_end: Callable[[Running, JobResult], None],
+    ) -> bool:
+        """Let a tier put a page aside; see `SecondaryTier.submit_reject`. Whether it can."""
+        job = self._open_job(link, [entry], request, False, False, on_end)
+        if link.tier.submit_reject(job, distrust=distrust):
+            return True
+        self._close_job(job.job_id)
+        return False
+
+    def _open_job(
+        self,
+        link: TierLink,
+        entries: Sequence[Entry],
+        request: RequestView,
+        promotion: bool,
+        probe: bool,
+        on_end: Callable[[Running, JobResult], None] | None,
+    ) -> Job:
         job_id = self._next_job
         self._next_job += 1
         pages = self._pages(entries)
@@ -103,12 +136,16 @@ class TierJobs:
             traffic.nbytes,
             nbytes,
             probe,
+            on_end,
         )
-        job = Job(job_id, pages, request)
-        if promotion:
-            link.tier.submit_load(job)
-        else:
-            link.tier.submit_store(job)
+        return Job(job_id, pages, request)
+
+    def _close_job(self, job_id: int) -> Running:
+        job = self._running.pop(job_id)
+        traffic = job.link.traffic(promotion=job.promotion)
+        traffic.pages -= len(job.entries)
+        traffic.nbytes -= job.nbytes
+        return job
 
     def sizes(self, entries: Sequence[Entry]) -> list[int]:
         """Bytes of each page."""
@@ -123,12 +160,12 @@ class TierJobs:
             return
         for link in (*self.links, *self._left_behind):
             for result in link.tier.get_finished():
-                job = self._running.pop(result.job_id)
-                traffic = link.traffic(promotion=job.promotion)
-                traffic.pages -= len(job.entries)
-                traffic.nbytes -= job.nbytes
+                job = self._close_job(result.job_id)
                 self._judge(job, result)
-                yield job, result
+                if job.on_end is not None:
+                    job.on_end(job, result)
+                else:
+                    yield job, result
         if self._left_behind:
             busy = {job.link for job in self._running.values()}
             self._left_behind = [link for link in self._left_behind if link in busy]

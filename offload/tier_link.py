@@ -6,6 +6,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kvstrata.offload.audit.trust import Trust
 from kvstrata.offload.breaker import CircuitBreaker
 from kvstrata.offload.costs import TransferCost
 from kvstrata.offload.offers import Offers
@@ -55,6 +56,7 @@ class TierLink:
         self.index = index
         self.bit = 1 << index  # in `Entry.offered`
         self.breaker = CircuitBreaker(named.name, clock)
+        self.trust = Trust()
         self.asked = Offers(named.store_threshold, named.max_tracker_size)
         self.loads = Traffic()
         self.stores = Traffic()

@@ -250,6 +250,9 @@ class SecondaryTier(ABC):
     # vLLM's words for `kv_load_tiers`; None: unknown. Any other word is refused at start.
     medium: ClassVar[str | None] = None  # one of MEDIA
     locality: str | None = None  # one of LOCALITIES; not changed after `__init__`
+    # Whether its pages may be loaded. False once audits found too many that the model does not
+    # compute, until the operator confirms that they may be.
+    trusted: bool = True
 
     @classmethod
     @abstractmethod
@@ -295,6 +298,28 @@ class SecondaryTier(ABC):
 
         After a job's result was returned, the tier touches its views no more.
         """
+
+    def submit_reject(self, job: Job, *, distrust: bool) -> bool:
+        """Never serve the job's page again: an audit found that it is not what the model computes.
+
+        The view holds what the model computed. A tier that can keeps both for the operator. The
+        job ends with a result as others do.
+
+        Args:
+            job: has one page.
+            distrust: so many were found that nothing here is to be believed: set `trusted` to
+                False, and keep that across restarts where possible.
+
+        Returns:
+            False from a tier that cannot do this, which is the default: then no result follows,
+            and the manager alone refuses the key.
+        """
+        self.trusted = self.trusted and not distrust
+        return False
+
+    def how_to_trust(self) -> str:
+        """What the operator must do before the tier is `trusted` again; a sentence for the log."""
+        return "Restart the engine to use it again."
 
     def touch(self, keys: Collection[bytes], request: RequestView) -> None:
         """The pages were used elsewhere (for example in the primary tier)."""

@@ -42,6 +42,16 @@ class TierWrapper(SecondaryTier):
     def get_finished(self) -> Sequence[JobResult]:
         return self.inner.get_finished()
 
+    def submit_reject(self, job: Job, *, distrust: bool) -> bool:
+        return self.inner.submit_reject(job, distrust=distrust)
+
+    def how_to_trust(self) -> str:
+        return self.inner.how_to_trust()
+
+    @property
+    def trusted(self) -> bool:  # type: ignore[override]
+        return self.inner.trusted
+
     def touch(self, keys: Collection[bytes], request: RequestView) -> None:
         self.inner.touch(keys, request)
 

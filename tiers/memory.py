@@ -67,6 +67,12 @@ class MemoryTier(SecondaryTier):
         """Copy the pages out."""
         self._run(job, self._load, "loaded")
 
+    def submit_reject(self, job: Job, *, distrust: bool) -> bool:
+        """Forget the page."""
+        self.trusted = self.trusted and not distrust
+        self._run(job, self._forget, "rejected")
+        return True
+
     def get_finished(self) -> Sequence[JobResult]:
         """See `SecondaryTier.get_finished`."""
         finished, self._finished = self._finished, []
@@ -135,6 +141,12 @@ class MemoryTier(SecondaryTier):
                 self._removed.append(key)
         self._pages[page.key] = bytes(page.view)
         self._bytes += size
+        return None
+
+    def _forget(self, page: Page) -> str | None:
+        if (data := self._pages.pop(page.key, None)) is not None:
+            self._bytes -= len(data)
+            self._removed.append(page.key)
         return None
 
     def _load(self, page: Page) -> str | None:

@@ -93,6 +93,8 @@ def call_all(tier: SecondaryTier) -> list[Any]:
             tier.lookup(KEY, REQUEST),
             tier.submit_store(job(1, KEY, OTHER)),
             tier.submit_load(job(2, KEY)),
+            tier.submit_reject(job(3, KEY), distrust=True),
+            tier.how_to_trust(),
             tier.get_finished(),
             tier.touch([KEY], REQUEST),
             tier.on_new_request(REQUEST),
@@ -121,8 +123,10 @@ def test_a_tier_that_raises_in_every_method(caplog: pytest.LogCaptureFixture) ->
         JobResult(1, {KEY: "raised-in-submit_store", OTHER: "raised-in-submit_store"}),
         JobResult(2, {KEY: "raised-in-submit_load"}),
     ]
-    assert answers[:11] == [Lookup.MISS, None, None, refused, *[None] * 4, [], False, False]
-    assert answers[12:23] == answers[:11]
+    trust = "Restart the engine to use it again."
+    first = [Lookup.MISS, None, None, False, trust, refused, *[None] * 4, [], False, False]
+    assert answers[:13] == first
+    assert answers[14:27] == first
     assert guard.stats().failures == {f"raised-in-{name}": 2 for name in METHODS} | {
         "raised-in-stats": 3
     }
@@ -139,8 +143,9 @@ def test_a_tier_that_raises_in_every_method(caplog: pytest.LogCaptureFixture) ->
 def test_a_tier_that_answers_nonsense(garbage: Any) -> None:
     answers = call_all(GuardedTier("odd", Broken(lambda: garbage)))
     assert answers[0] is not Lookup.HIT and answers[0] is not Lookup.RETRY
-    assert answers[3] == [] and isinstance(answers[9], bool) and isinstance(answers[10], bool)
-    assert isinstance(answers[11], TierStats)
+    assert answers[3] is False
+    assert answers[5] == [] and isinstance(answers[11], bool) and isinstance(answers[12], bool)
+    assert isinstance(answers[13], TierStats)
 
 
 def test_a_generator_that_raises_late() -> None:

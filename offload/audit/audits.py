@@ -1,0 +1,428 @@
+"""Audits: pages that the engine computed although a tier holds them are compared with the tier's.
+
+Whatever a namespace leaves out, and whatever goes wrong between a GPU and a disk, shows here: a
+page that would have been served is not what the model computes. Most audits cost next to nothing,
+since servers that share a directory, and heads that were evicted, make vLLM compute what is stored;
+where too few come of themselves, the last page of a hit prefix is answered MISS (see `Probe`).
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+from kvstrata.offload.audit.comparer import Comparer, Task
+from kvstrata.offload.audit.comparison import Comparison, Verdict
+from kvstrata.offload.audit.probe import Probe
+from kvstrata.offload.audit.schedule import MOST_AT_ONCE, Schedule
+from kvstrata.offload.audit.trust import MOST_DIFFERENT, REMEMBERED, Trust
+from kvstrata.offload.events import Report
+from kvstrata.offload.lookup import Answer
+from kvstrata.offload.primary import Entry, PrimaryTier, Writer
+from kvstrata.offload.request import RequestState
+from kvstrata.offload.tier_jobs import Running, TierJobs
+from kvstrata.offload.tier_link import TierLink
+from kvstrata.tiers.base import JobResult, Lookup, PageLayout, RequestView, key_group
+
+logger = logging.getLogger("kvstrata.audit")
+
+# Keys that are refused; the oldest are forgotten.
+_MOST_REFUSED = 65_536
+# A spare slot is taken only while so many others could be had: requests come first.
+_LEAST_FREE = 2 * MOST_AT_ONCE
+CPU_TIER = "CPU"
+_T = TypeVar("_T")
+
+
+@dataclass(slots=True, eq=False)
+class Audit:
+    """One page that is computed and compared.
+
+    Attributes:
+        key: the page's.
+        forced: the engine would not have computed it of itself.
+        computed: where the GPU's page goes: a spare slot, or the page's own.
+        served: where the page is that would have been served: its own slot, or a spare one; None
+            until the tier is asked for it.
+        link: the tier that it is from; None: the primary tier, where the GPU had stored it.
+        dropped: a reset came in between; the slots are given back and nothing is compared.
+    """
+
+    key: bytes
+    forced: bool
+    computed: Entry
+    served: Entry | None
+    link: TierLink | None
+    dropped: bool = False
+
+
+class Audits:
+    """Chooses pages, has them compared, and draws the consequences.
+
+    Args:
+        schedule: says when.
+        primary: where the pages are.
+        jobs: the tiers' jobs.
+        comparer: compares.
+        layouts: page layout by group.
+        view: (slot, bytes) -> the beginning of the slot.
+        report: the manager's.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        primary: PrimaryTier,
+        jobs: TierJobs,
+        comparer: Comparer,
+        layouts: Mapping[int, PageLayout],
+        view: Callable[[int, int], memoryview],
+        report: Report,
+    ) -> None:
+        self._schedule = schedule
+        self._primary = primary
+        self._jobs = jobs
+        self._comparer = comparer
+        self._layouts = layouts
+        self._view = view
+        self._report = report
+        self._probing: RequestState | None = None
+        self._probe = Probe()
+        self._open: dict[tuple[str, bytes], Audit] = {}  # by request and key, until it is stored
+        self._under_way: set[Audit] = set()
+        self._comparing: dict[int, Audit] = {}
+        self._next = 0
+        self._cpu = Trust()
+        self._blamed: set[str] = set()  # tiers of which a different page was logged
+        self.refused: dict[bytes, None] = {}  # keys that are neither loaded nor stored any more
+        self.intervenes = False  # some look-ups are not answered as usual
+        self.largest_error = 0.0
+
+    @property
+    def comparing(self) -> bool:
+        """Whether the result of a comparison is to be taken some time soon."""
+        return bool(self._comparing)
+
+    @property
+    def cpu_lost(self) -> bool:
+        """Whether nothing at all may be loaded."""
+        return self._cpu.lost
+
+    @property
+    def distrusted(self) -> list[str]:
+        """The tiers from which nothing is loaded until the operator confirms."""
+        names = [link.name for link in self._jobs.links if link.trust.lost]
+        return [CPU_TIER, *names] if self._cpu.lost else names
+
+    # -- look-up and load ---------------------------------------------------------
+
+    def begin(self, state: RequestState) -> None:
+        """A request arrived: its last hit may be computed again. One group of full attention is
+        needed for that, see `Probe`; of other models only what comes of itself is audited."""
+        if self._probing is None and len(self._layouts) == 1:
+            (layout,) = self._layouts.values()
+            if self._schedule.is_due(layout.tokens):
+                self._probing, self._probe = state, Probe()
+                self._note_intervention()
+
+    def end(self, state: RequestState) -> None:
+        """No more look-ups come from the request."""
+        if self._probing is state:
+            self._probing = None
+            self._note_intervention()
+
+    def answer(
+        self, key: bytes, end_token: int, state: RequestState, natural: Answer, step: int
+    ) -> Answer:
+        """What to tell vLLM of a page, in place of the `natural` answer in this step."""
+        if state is not self._probing:
+            return natural
+        probe = self._probe
+        known = bool(probe.target)
+        answer = probe.answer(key, natural, step)
+        if key == probe.target:
+            if not known:
+                self._schedule.forced(self._layouts[key_group(key)].tokens)
+                self._report.counters["audits_forced"] += 1
+            state.missed(end_token, step)
+        return answer
+
+    def served(self, pages: int) -> None:
+        """A request loads so many pages."""
+        self._schedule.served(pages)
+
+    # -- store --------------------------------------------------------------------
+
+    def choose(
+        self,
+        ends: Mapping[bytes, int],
+        present: Sequence[bytes],
+        new: Sequence[Entry],
+        state: RequestState,
+    ) -> list[Entry]:
+        """Choose among the pages that a request offers those to audit.
+
+        Args:
+            ends: end token of each page.
+            present: those that the primary tier holds.
+            new: those for which it took a slot just now.
+            state: of the request.
+
+        Returns:
+            Spare slots into which pages that are present are to be stored all the same.
+        """
+        schedule = self._schedule
+        if not schedule.on:
+            return []
+        if new:
+            schedule.computed(len(new) * self._layouts[key_group(new[0].key)].tokens)
+        # Pages before the first miss came from GPU memory, perhaps loaded: they prove nothing.
+        first = state.missed_from
+        room = MOST_AT_ONCE - len(self._under_way)
+        if first is None or room <= 0 or not schedule.has_time():
+            return []
+        again = [key for key in present if ends[key] >= first]
+        spare = [self._again(key, state) for key in _some(again, room)]
+        fresh = [entry for entry in new if entry.end_token >= first]
+        if fresh and not spare:
+            found = [self._fresh(entry, state) for entry in _some(fresh, room)]
+            if not any(found):
+                schedule.found_none()
+        return [entry for entry in spare if entry is not None]
+
+    def computed(
+        self, keys: Collection[bytes], req_id: str, valid: Callable[[int], bool]
+    ) -> Collection[bytes]:
+        """The GPU's pages have arrived: compare those in spare slots; the keys of the others."""
+        if not self._open:
+            return keys
+        others = []
+        for key in keys:
+            audit = self._open.get((req_id, key))
+            if audit is None or audit.served is None:
+                others.append(key)
+                continue
+            del self._open[req_id, key]
+            good = valid(audit.computed.slot)
+            self._primary.begin_reads((audit.computed,), gpu=False)
+            self._primary.finish_writes((audit.computed,), good=True)
+            if good:
+                self._compare(audit, audit.served)
+            else:
+                self._end(audit)
+        return others
+
+    def stored(self, keys: Iterable[bytes], request: RequestView) -> None:
+        """New pages of one plan are ready, or were discarded: ask the tiers for theirs."""
+        if not self._open:
+            return
+        for key in keys:
+            audit = self._open.pop((request.req_id, key), None)
+            if audit is None:
+                continue
+            entry, link = audit.computed, audit.link
+            spare = None
+            if link in self._jobs.links and entry.attached and entry.ready:
+                spare = self._borrow(key, entry.end_token, Writer.TIER)
+            if spare is None or link is None:
+                self._under_way.discard(audit)
+                continue
+            self._primary.begin_reads((entry,), gpu=False)
+            audit.served = spare
+            end = partial(self._arrived, audit, spare)
+            self._jobs.submit(link, [spare], request, promotion=True, on_end=end)
+
+    # -- steps and resets ---------------------------------------------------------
+
+    def settle(self) -> None:
+        """Take what the comparisons found."""
+        if not self._comparing:
+            return
+        for number, comparison, seconds in self._comparer.take():
+            audit = self._comparing.pop(number)
+            if comparison is not None and not audit.dropped:
+                self._schedule.ended(seconds, forced=audit.forced)
+                self._judge(audit, comparison)
+            self._end(audit)
+
+    def end_step(self) -> None:
+        """See which tiers the operator trusts."""
+        for link in self._jobs.links:
+            if link.tier.trusted == link.trust.lost:
+                if link.trust.lost:
+                    link.trust.restore()
+                    self._blamed.discard(link.name)
+                    logger.warning("tier %s is trusted again", link.name)
+                else:
+                    link.trust.lost = True
+
+    def clear(self) -> list[Entry]:
+        """A reset: drop all audits. The spare slots that the GPU may still be writing."""
+        writing = []
+        for audit in self._open.values():  # the GPU has not stored them yet
+            self._under_way.discard(audit)
+            if audit.served is not None:  # else the slot is the page's own
+                self._primary.end_reads((audit.served,), gpu=False)
+                writing.append(audit.computed)
+        self._open.clear()
+        for audit in self._under_way:
+            audit.dropped = True
+        self._probing = None
+        self._note_intervention()
+        return writing
+
+    def stop(self, timeout_s: float) -> None:
+        """Wait so long for the comparisons under way."""
+        self._comparer.stop(timeout_s)
+
+    # -- inside -------------------------------------------------------------------
+
+    def _again(self, key: bytes, state: RequestState) -> Entry | None:
+        """A spare slot for a page that is present."""
+        served = self._primary.get(key)
+        if served is None or not served.ready:
+            return None
+        self._primary.begin_reads((served,), gpu=False)
+        spare = self._borrow(key, served.end_token, Writer.GPU)
+        if spare is None:
+            self._primary.end_reads((served,), gpu=False)
+            return None
+        link = next((link for link in self._jobs.links if link.name == served.source), None)
+        self._note(Audit(key, self._is_forced(key, state), spare, served, link), state)
+        return spare
+
+    def _fresh(self, entry: Entry, state: RequestState) -> bool:
+        """Audit a new page if a tier holds it already."""
+        for link in self._jobs.links:
+            usable = link.breaker.closed and not link.trust.lost
+            if usable and link.tier.lookup(entry.key, state.view) is Lookup.HIT:
+                entry.offered |= link.bit  # the tier must not replace what is to be compared
+                forced = self._is_forced(entry.key, state)
+                self._note(Audit(entry.key, forced, entry, None, link), state)
+                return True
+        return False
+
+    def _borrow(self, key: bytes, end_token: int, writer: Writer) -> Entry | None:
+        if self._primary.free + self._primary.idle < _LEAST_FREE:
+            return None
+        entry, evicted = self._primary.borrow(key, end_token, writer)
+        self._report.left(evicted)
+        return entry
+
+    def _is_forced(self, key: bytes, state: RequestState) -> bool:
+        return state is self._probing and key == self._probe.target
+
+    def _note(self, audit: Audit, state: RequestState) -> None:
+        self._open[state.view.req_id, audit.key] = audit
+        self._under_way.add(audit)
+
+    def _arrived(self, audit: Audit, served: Entry, job: Running, result: JobResult) -> None:
+        """A tier's page is in a spare slot."""
+        self._primary.begin_reads((served,), gpu=False)
+        self._primary.finish_writes((served,), good=True)
+        if result.failed or audit.dropped:
+            self._end(audit)
+        else:
+            self._compare(audit, served)
+
+    def _compare(self, audit: Audit, served: Entry) -> None:
+        self._next += 1
+        self._comparing[self._next] = audit
+        group = key_group(audit.key)
+        nbytes = self._layouts[group].nbytes
+        computed = self._view(audit.computed.slot, nbytes)
+        task = Task(self._next, group, computed, self._view(served.slot, nbytes))
+        self._comparer.submit(task)
+
+    def _end(self, audit: Audit) -> None:
+        """Give both slots back."""
+        self._under_way.discard(audit)
+        held = [entry for entry in (audit.computed, audit.served) if entry is not None]
+        self._primary.end_reads(held, gpu=False)
+
+    def _judge(self, audit: Audit, found: Comparison) -> None:
+        counters = self._report.counters
+        counters["audit_pages"] += 1
+        self.largest_error = max(self.largest_error, found.error)
+        different = found.verdict is Verdict.DIFFERENT
+        counters["audit_close"] += found.verdict is Verdict.CLOSE
+        counters["audit_different"] += different
+        trust = audit.link.trust if audit.link is not None else self._cpu
+        lost = trust.note(different=different)
+        if different:
+            self._refuse(audit, found)
+            self._quarantine(audit, distrust=lost)
+        if lost:
+            self._distrust(audit)
+
+    def _refuse(self, audit: Audit, found: Comparison) -> None:
+        """Neither load nor store the page any more."""
+        name = audit.link.name if audit.link is not None else CPU_TIER
+        log = logger.debug if name in self._blamed else logger.error
+        self._blamed.add(name)
+        log(
+            "audit: page %s of the %s tier is NOT what this engine computes: relative error %.3g "
+            "(%s). It is refused, and where the tier can it is kept in quarantine beside the "
+            "computed one. Look at what differs between the engines that share these pages: "
+            "weights, revision, configuration, versions (kvstrata inspect). Logged once per tier; "
+            "counted as audit_different",
+            audit.key.hex(),
+            name,
+            found.error,
+            found.where,
+        )
+        self.refused[audit.key] = None
+        if len(self.refused) > _MOST_REFUSED:
+            del self.refused[next(iter(self.refused))]
+        entry = self._primary.get(audit.key)
+        if entry is not None:
+            self._primary.drop(entry)
+            self._report.left([audit.key])
+
+    def _quarantine(self, audit: Audit, *, distrust: bool) -> None:
+        """Have the page put aside by every tier that holds it, together with the computed one."""
+        view = RequestView("audit")
+        for link in self._jobs.links:
+            blamed = link is audit.link
+            if not blamed and link.tier.lookup(audit.key, view) is not Lookup.HIT:
+                continue
+            computed = audit.computed
+            self._primary.begin_reads((computed,), gpu=False)
+            end = partial(self._rejected, computed)
+            taken = self._jobs.reject(
+                link, computed, view, distrust=distrust and blamed, on_end=end
+            )
+            if not taken:
+                self._primary.end_reads((computed,), gpu=False)
+
+    def _rejected(self, computed: Entry, job: Running, result: JobResult) -> None:
+        self._primary.end_reads((computed,), gpu=False)
+
+    def _distrust(self, audit: Audit) -> None:
+        if audit.link is None:
+            self._note_intervention()
+            remedy = "Restart the engine to use it again"
+        else:
+            remedy = audit.link.tier.how_to_trust()
+        logger.error(
+            "audit: %d of the last %d audited pages of the %s tier were different: nothing is "
+            "loaded from it or stored in it until you confirm that it may be. %s",
+            MOST_DIFFERENT,
+            REMEMBERED,
+            CPU_TIER if audit.link is None else audit.link.name,
+            remedy,
+        )
+
+    def _note_intervention(self) -> None:
+        self.intervenes = self._cpu.lost or self._probing is not None
+
+
+def _some(items: Sequence[_T], most: int) -> list[_T]:
+    """At most so many of them, at random, in their order."""
+    if len(items) <= most:
+        return list(items)
+    return [items[i] for i in sorted(random.sample(range(len(items)), most))]

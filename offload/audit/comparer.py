@@ -1,0 +1,78 @@
+"""Comparisons off the engine's thread."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from queue import SimpleQueue
+from typing import NamedTuple
+
+from kvstrata.offload.audit.comparison import Comparison, Elements, compare
+
+logger = logging.getLogger("kvstrata.audit")
+
+
+class Task(NamedTuple):
+    """A pair of pages of one group to compare; the views are valid until the result is taken."""
+
+    number: int
+    group: int
+    computed: memoryview
+    served: memoryview
+
+
+class Compared(NamedTuple):
+    """The end of a task; None where the comparison itself failed. `seconds` is its work."""
+
+    number: int
+    comparison: Comparison | None
+    seconds: float
+
+
+class Comparer:
+    """One thread that compares pages in the order they come.
+
+    Args:
+        elements: of the pages of each group.
+    """
+
+    def __init__(self, elements: Mapping[int, Sequence[Elements]]) -> None:
+        self._elements = elements
+        self._tasks: SimpleQueue[Task | None] = SimpleQueue()
+        self._done: deque[Compared] = deque()
+        self._thread: threading.Thread | None = None
+
+    def submit(self, task: Task) -> None:
+        """Compare the pages some time soon."""
+        if self._thread is None:  # the first one
+            name = "kvstrata-audit"
+            self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+            self._thread.start()
+        self._tasks.put(task)
+
+    def take(self) -> list[Compared]:
+        """The tasks that ended since the last call."""
+        done = []
+        while self._done:
+            done.append(self._done.popleft())
+        return done
+
+    def stop(self, timeout_s: float) -> None:
+        """End after the tasks that were submitted; wait so long for it."""
+        if self._thread is not None:
+            self._tasks.put(None)
+            self._thread.join(timeout_s)
+
+    def _work(self) -> None:
+        while task := self._tasks.get():
+            start = time.thread_time()
+            comparison = None
+            try:
+                elements = self._elements[task.group]
+                comparison = compare(task.computed, task.served, elements)
+            except Exception:  # an audit that cannot be made is no verdict
+                logger.exception("two pages of group %d cannot be compared", task.group)
+            self._done.append(Compared(task.number, comparison, time.thread_time() - start))
