@@ -337,6 +337,31 @@ class TierContract:
         assert tier.drain(60.0)
         assert bytes(slots.view(0)) == bytes(len(data))
 
+    def test_a_rejected_page_is_not_served(self, make_tier: MakeTier, medium: Medium) -> None:
+        tier = make_tier(CONTEXT)
+        size = CONTEXT.layouts[0].nbytes
+        data = {make_key(n): make_data(n, size) for n in range(2)}
+        store(tier, data)
+        slots = Slots.make(1, size)
+        if not tier.submit_reject(make_job(5, [make_key(0)], slots, CONTEXT), distrust=False):
+            return  # the manager alone refuses the key
+        (result,) = finish(tier)
+        assert result.job_id == 5 and not result.failed
+        assert tier.trusted
+        assert settle(tier, make_key(0)) is Lookup.MISS
+        assert medium.get(tier, CONTEXT, make_key(0)) is None
+        assert make_key(0) in tier.take_removed()
+        assert load(tier, list(data))[1] == {make_key(1): data[make_key(1)]}
+
+    def test_a_tier_may_lose_its_trust(self, make_tier: MakeTier) -> None:
+        tier = make_tier(CONTEXT)
+        assert tier.trusted
+        slots = Slots.make(1, CONTEXT.layouts[0].nbytes)
+        if tier.submit_reject(make_job(5, [make_key(0)], slots, CONTEXT), distrust=True):
+            finish(tier)
+        assert not tier.trusted
+        assert tier.how_to_trust()
+
     def test_hooks_accept_anything(self, make_tier: MakeTier) -> None:
         tier = make_tier(CONTEXT)
         tier.touch([make_key(1), b""], REQUEST)

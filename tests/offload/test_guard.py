@@ -48,6 +48,12 @@ class Broken(SecondaryTier):
     def submit_load(self, job: Job) -> None:
         self.act()
 
+    def submit_reject(self, job: Job, *, distrust: bool) -> bool:
+        return self.act()
+
+    def how_to_trust(self) -> str:
+        return self.act()
+
     def get_finished(self) -> Sequence[JobResult]:
         return self.act()
 

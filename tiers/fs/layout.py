@@ -1,6 +1,7 @@
 """Names: where the files of a namespace lie under the root.
 
 <root>/<model>_<digest>/config.json
+<root>/<model>_<digest>/distrusted.json    only where audits found pages that are not the model's
 <root>/<model>_<digest>_r0/<hhh>/<hh>_g<group>/<hash_hex>.safetensors
 <root>/<model>_<digest>_r0/quarantine/
 """
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from kvstrata.tiers.base import key_group, key_hash
 
 CONFIG_NAME = "config.json"
+DISTRUST_NAME = "distrusted.json"
 PAGE_SUFFIX = ".safetensors"
 QUARANTINE_NAME = "quarantine"
 
@@ -64,6 +66,11 @@ class NamespacePaths:
     def config(self) -> str:
         """The namespace's config.json."""
         return os.path.join(self.home, CONFIG_NAME)
+
+    @property
+    def distrust(self) -> str:
+        """Its presence means that no page of the namespace is to be loaded or stored."""
+        return os.path.join(self.home, DISTRUST_NAME)
 
     @property
     def pages(self) -> str:

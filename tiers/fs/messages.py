@@ -31,7 +31,7 @@ _DONE = struct.Struct("<BIddH")  # type, task id, start, end, pages
 _FAILURE = struct.Struct("<BBH")  # type, length of the cause, length of the detail
 _UPKEEP = struct.Struct("<BIQI")  # type, evicted files and bytes, swept files
 _NEWS = struct.Struct("<BH")  # type, pages
-_TYPE_DONE, _TYPE_FAILURE, _TYPE_UPKEEP, _TYPE_NEWS, _TYPE_READY = range(5)
+_TYPE_DONE, _TYPE_FAILURE, _TYPE_UPKEEP, _TYPE_NEWS, _TYPE_READY, _TYPE_TRUST = range(6)
 READY = bytes([_TYPE_READY])
 _MOVED, _GONE, _STUCK, _FAILED = 1, 2, 4, 8
 
@@ -44,6 +44,12 @@ class Kind(enum.IntEnum):
     CHECK = 2  # whether their files are there; no slot is touched
     USE = 3  # note that they were used; this and the next are never answered
     PROMISE = 4  # note that they were used and will be loaded soon
+    REJECT = 5  # move the file to the quarantine, with the page that the slot holds beside it
+    DISTRUST = 6  # the same, and mark the namespace as one that is not to be believed
+
+
+# What writes files, and is done by those who prefer that.
+WRITES = frozenset((Kind.STORE, Kind.REJECT, Kind.DISTRUST))
 
 
 class PageRef(NamedTuple):
@@ -105,6 +111,12 @@ class Ready(NamedTuple):
     """The process has started."""
 
 
+class Trusted(NamedTuple):
+    """The namespace was marked as one that is not to be believed (False), or no longer is."""
+
+    trusted: bool
+
+
 class Told(NamedTuple):
     """Pages that others stored (True) or that were evicted (False), in their order."""
 
@@ -124,6 +136,7 @@ class Setup:
         region: the region; `fd` is the process's own descriptor.
         readers: whether the process prefers reads to writes.
         threads: number of its threads.
+        trusted: whether the namespace was to be believed when the tier was opened.
         engine: process id of the engine.
     """
 
@@ -136,6 +149,7 @@ class Setup:
     readers: bool
     threads: int
     engine: int
+    trusted: bool = True
 
 
 def pack_task(kind: Kind, task_id: int, access: int, pages: Sequence[PageRef]) -> bytes:
@@ -185,6 +199,11 @@ def pack_upkeep(upkeep: Upkeep) -> bytes:
     return _UPKEEP.pack(_TYPE_UPKEEP, *upkeep)
 
 
+def pack_trust(trusted: bool) -> bytes:
+    """The record of a change of trust."""
+    return bytes([_TYPE_TRUST, trusted])
+
+
 def pack_news(news: Sequence[News]) -> bytes:
     """The record of at most `MOST_NEWS` pages that came or went."""
     parts = [_NEWS.pack(_TYPE_NEWS, len(news))]
@@ -193,7 +212,7 @@ def pack_news(news: Sequence[News]) -> bytes:
     return b"".join(parts)
 
 
-def unpack_records(packet: bytes) -> Iterator[Done | Failure | Upkeep | Told | Ready]:
+def unpack_records(packet: bytes) -> Iterator[Done | Failure | Upkeep | Told | Trusted | Ready]:
     """The records of a packet."""
     position = 0
     while position < len(packet):
@@ -233,6 +252,9 @@ def unpack_records(packet: bytes) -> Iterator[Done | Failure | Upkeep | Told | R
                 news.append((packet[start:end], bool(packet[position])))
                 position = end
             yield Told(news)
+        elif kind == _TYPE_TRUST:
+            yield Trusted(bool(packet[position + 1]))
+            position += 2
         else:
             position += len(READY)
             yield Ready()

@@ -151,6 +151,7 @@ class IoProcesses:
         self._check_at = 0.0
         self._closed = False
         self._news: list[News] = []
+        self.trusted = setup.trusted
         self.restarts = 0
         self.upkeep: Counter[str] = Counter()  # totals of `Upkeep`
         for group in self._groups:
@@ -162,7 +163,7 @@ class IoProcesses:
             if self._closed:
                 self._drop(task)
             else:
-                group = self._writers if task.kind is Kind.STORE else self._readers
+                group = self._writers if task.kind in WRITES else self._readers
                 group.queue.append(task)
         self._dispatch()
 
@@ -293,6 +294,8 @@ class IoProcesses:
                     running.ready, running.progress = True, self._clock
                 elif isinstance(record, Failure):
                     self._failures.count(record.cause, record.detail)
+                elif isinstance(record, Trusted):
+                    self.trusted = record.trusted
                 elif isinstance(record, Told):
                     self._news += record.news
                     running.telling = True
@@ -307,11 +310,11 @@ class IoProcesses:
         running.progress = self._clock
         running.proven = True
         # Tasks of a queue start in order, so those sent before this one must be running.
-        write = task.kind is Kind.STORE
+        write = task.kind in WRITES
         for task_id, sent in running.sent.items():
             if task_id > done.task_id:
                 break
-            if sent.running_since is None and (sent.task.kind is Kind.STORE) == write:
+            if sent.running_since is None and (sent.task.kind in WRITES) == write:
                 sent.running_since = self._clock
         self._ended.append(Ended(task, done.outcomes, done.start, done.end))
 

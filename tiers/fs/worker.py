@@ -28,6 +28,7 @@ from kvstrata.tiers.fs.messages import (
     MAX_SETUP,
     MOST_NEWS,
     READY,
+    WRITES,
     Done,
     Failure,
     Kind,
@@ -37,6 +38,7 @@ from kvstrata.tiers.fs.messages import (
     pack_done,
     pack_failure,
     pack_news,
+    pack_trust,
     pack_upkeep,
     unpack_tasks,
 )
@@ -47,6 +49,7 @@ from kvstrata.tiers.fs.temporary import sweep
 
 _PR_SET_PDEATHSIG = 1  # prctl(2), linux/prctl.h
 _BEHIND_BYTES = 2**20  # queued for the engine: it was idle for long
+_LOOK_FOR_TRUST_S = 2.0  # how soon a word of the operator's, or of another server, is heard
 
 
 class Outbox:
@@ -144,7 +147,13 @@ class _Mover:
         self._memory = memoryview(mmap.mmap(region.fd, 0))
 
     def of_kind(self, kind: Kind) -> Callable[[PageRef, int], Outcome]:
-        return {Kind.LOAD: self._load, Kind.STORE: self._store, Kind.CHECK: self._check}[kind]
+        return {
+            Kind.LOAD: self._load,
+            Kind.STORE: self._store,
+            Kind.CHECK: self._check,
+            Kind.REJECT: self._reject,
+            Kind.DISTRUST: self._distrust,
+        }[kind]
 
     def _load(self, page: PageRef, access: int) -> Outcome:
         return self._files.load(page, self._view(page), access)
@@ -154,6 +163,13 @@ class _Mover:
 
     def _check(self, page: PageRef, access: int) -> Outcome:
         return Outcome(moved=self._files.exists(page.key))
+
+    def _reject(self, page: PageRef, access: int) -> Outcome:
+        return self._files.reject(page.key, self._view(page))
+
+    def _distrust(self, page: PageRef, access: int) -> Outcome:
+        self._files.distrust()
+        return self._reject(page, access)
 
     def _view(self, page: PageRef) -> memoryview:
         start = self._region.offset + page.slot * self._region.slot_bytes
@@ -190,6 +206,15 @@ def serve(control: socket.socket, region_fd: int) -> None:
         removed = sum(sweep(place, closing) for place in (files.paths.home, files.paths.pages))
         outbox.upkeep(Upkeep(swept=removed))
 
+    def watch_trust() -> None:
+        trusted = setup.trusted
+        while not closing.wait(_LOOK_FOR_TRUST_S):
+            if files.is_trusted() != trusted:
+                trusted = not trusted
+                outbox.put(pack_trust(trusted))
+
+    if not setup.readers:
+        threading.Thread(target=watch_trust, name="kvstrata-fs-trust", daemon=True).start()
     if space is None and not setup.readers:  # else the keeper does it
         name = "kvstrata-fs-sweep"
         threading.Thread(target=remove_temporaries, name=name, daemon=True).start()
@@ -200,7 +225,7 @@ def serve(control: socket.socket, region_fd: int) -> None:
                     note(space, kind, access, pages)
                 continue
             task = _Task(task_id, access, pages, mover.of_kind(kind), outbox)
-            if kind is Kind.STORE:
+            if kind in WRITES:
                 pool.submit_writes([task])
             else:
                 pool.submit_reads([task])
