@@ -6,8 +6,7 @@ where something is missing.
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -16,11 +15,9 @@ from rich.text import Text
 
 from kvstrata.offload.cli_check import check
 from kvstrata.offload.cli_gc import gc
+from kvstrata.offload.cli_inspect import inspect
 from kvstrata.offload.cli_ls import list_root
-from kvstrata.offload.printing import AsJson, fail, print_json, printable, size
-
-if TYPE_CHECKING:
-    from kvstrata.offload.inspection import Inspection
+from kvstrata.offload.printing import AsJson, print_json, printable
 
 app = typer.Typer(
     help="Look at the files that kvstrata keeps, tend them, and see whether it would work here.",
@@ -56,32 +53,7 @@ def _options(
     pass
 
 
-@app.command()
-def inspect(
-    file: Annotated[
-        str, typer.Argument(metavar="FILE", help="A page, config.json, or other file.")
-    ],
-    as_json: AsJson = False,
-) -> None:
-    """Say what a file is: its tensors, its key, and whether it is sound.
-
-    Exits with 1 if the file is bad, with 2 if there is none.
-    """
-    from kvstrata.offload.inspection import inspect as inspect_path
-
-    try:
-        found = inspect_path(file)
-    except OSError as error:
-        fail(file, error)
-    if as_json:
-        from dataclasses import asdict
-
-        print_json({"ok": found.reason is None, **asdict(found)})
-    else:
-        _show_inspection(found)
-    raise typer.Exit(0 if found.reason is None else 1)
-
-
+app.command()(inspect)
 app.command("ls")(list_root)
 app.command()(check)
 app.command()(gc)
@@ -116,27 +88,3 @@ def doctor(
         cannot = f"kvstrata cannot run here: {', '.join(problems)}"
         typer.echo(cannot if problems else "kvstrata can run here")
     raise typer.Exit(1 if problems else 0)
-
-
-def _show_inspection(found: Inspection) -> None:
-    """One line per fact, then the tensors."""
-    facts = {
-        "what": found.kind,
-        "bytes": f"{found.bytes} ({size(found.bytes)})",
-        "key": found.key,
-        "group": found.group,
-        "tokens": found.tokens,
-        "namespace": found.namespace,
-        "data offset": found.data_offset,
-        "checksum": found.checksum or ("not compared" if found.key else None),
-        "verdict": "ok" if found.reason is None else f"bad: {found.reason}",
-    }
-    for tensor in found.tensors:
-        shape = f"[{', '.join(map(str, tensor.shape))}]"
-        facts[f"tensor {tensor.name}"] = f"{tensor.dtype} {shape}, {tensor.bytes} bytes"
-    for name, value in (found.fields or {}).items():
-        facts[f"field {name}"] = json.dumps(value)
-    width = max(len(printable(name)) for name in facts)
-    for name, value in facts.items():
-        if value is not None:
-            typer.echo(f"{printable(name):{width}}  {printable(str(value))}")

@@ -5,22 +5,39 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvstrata.offload.cli_root import Root, limits_json, no_namespaces
+from kvstrata.offload.cli_why import explain
 from kvstrata.offload.printing import AsJson, age, byte_bar, fail, print_json, printable, size
 
 if TYPE_CHECKING:
     from kvstrata.tiers.fs.listing import NamespaceReport
 
 
-def list_root(root: Root, as_json: AsJson = False) -> None:
+def list_root(
+    root: Root,
+    why: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            metavar="NAMESPACE NAMESPACE",
+            help="Instead, show the fields in which these two differ. A digest, or the start of "
+            "one or of a name, will do.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """List the namespaces: for which model and settings files are kept, how many, and their use.
 
-    Says so on stderr if there is none. Exits with 2 if ROOT is no readable directory.
+    Says so on stderr if there is none.
+
+    Exits with 2 if ROOT is no readable directory, or --why cannot be answered.
     """
+    if why is not None:
+        explain(root, why, as_json)
+        return
     from kvstrata.tiers.fs.listing import list_namespaces
     from kvstrata.tiers.fs.space.offline import last_uses
 

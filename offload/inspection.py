@@ -7,12 +7,15 @@ import os
 import stat
 import struct
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from kvstrata.tiers.fs import nofollow
+from kvstrata.tiers.fs.codec import FORMAT_VERSION
 from kvstrata.tiers.fs.layout import (
     CONFIG_NAME,
     NAMESPACE_DIR,
@@ -57,19 +60,25 @@ class Inspection:
             "foreign safetensors", "unknown", or the kind of a file that is not regular.
         bytes: its size.
         reason: why it is bad, None if it is not.
+        directory: the namespace's directory of config.json, where the file lies in one's place.
+        format_version: of the page.
         key: the offload key in hex; `group` is the KV cache group in it.
         tokens: tokens of the chunk.
         namespace: the namespace's digest.
         data_offset: where the data begins, in bytes.
         checksum: "good" or "bad"; None where it was not compared.
         tensors: in the order of the file.
-        fields: the namespace's fields, of a config.json.
+        config: the config.json that has the digest `namespace`: the file itself, its
+            namespace's, one beside it, or that of another namespace of the root.
+        fields: what `config` holds: all that decided what the bytes of the page mean.
     """
 
     path: str
     kind: str
     bytes: int
     reason: str | None = None
+    directory: str | None = None
+    format_version: str | None = None
     key: str | None = None
     group: int | None = None
     tokens: int | None = None
@@ -77,6 +86,7 @@ class Inspection:
     data_offset: int | None = None
     checksum: str | None = None
     tensors: list[Tensor] = field(default_factory=list)
+    config: str | None = None
     fields: dict[str, Any] | None = None
 
 
@@ -93,19 +103,55 @@ def inspect(path: str) -> Inspection:
     name = os.path.basename(path)
     # the links on the way there are the user's own
     where = os.path.join(os.path.realpath(os.path.dirname(path)), name)
+    home = _home_of(where)
+    inspection = _inspect(where, name, found)
+    config, fields = _made_of(where, home, inspection.namespace)
+    directory = None if home is None else home.home
+    return replace(inspection, path=path, directory=directory, config=config, fields=fields)
+
+
+def _inspect(path: str, name: str, found: os.stat_result) -> Inspection:
+    """What the file itself and its place tell."""
     if name == CONFIG_NAME:
-        return replace(_inspect_config(where, found.st_size), path=path)
+        return _inspect_config(path, found.st_size)
     if is_temporary(name):
         abandoned = is_abandoned(name, time.time() - found.st_mtime)
         kind = "abandoned temporary" if abandoned else "temporary"
-        return replace(_page(path, kind, inspect_file(where)), reason=None)
-    place = _namespace_of(where)
-    report = inspect_file(where)
+        return replace(_page(path, kind, inspect_file(path)), reason=None)
+    place = _namespace_of(path)
+    report = inspect_file(path)
     if place is not None:
         return _page(path, "page", check_place(place, report, known_layouts(place)))
     if report.header is not None:
         return _page(path, "page", report)
     return _foreign(path, report) or _no_page(path, report)
+
+
+def _home_of(path: str) -> NamespacePaths | None:
+    """The namespace in whose directories `path`, absolute, lies, be it in the quarantine."""
+    for parent in Path(path).parents:
+        for form in (PAGES_DIR, NAMESPACE_DIR):
+            if form.fullmatch(parent.name):
+                return NamespacePaths(str(parent.parent), parent.name.removesuffix("_r0"))
+    return None
+
+
+def _made_of(
+    path: str, home: NamespacePaths | None, digest: str | None
+) -> tuple[str, dict[str, Any]] | tuple[None, None]:
+    """The nearest config.json with this digest, and its fields; nothing else names them."""
+    near = [os.path.join(os.path.dirname(path), CONFIG_NAME)]
+    if home is not None:
+        near.append(home.config)
+        with suppress(OSError):
+            others = (NamespacePaths(home.root, name) for name in nofollow.listdir(home.root))
+            near += sorted(other.config for other in others if other.name.endswith(f"_{digest}"))
+    for config in near if digest is not None else ():
+        with suppress(OSError, ValueError):
+            fields = read_config(config)
+            if namespace_digest(fields) == digest:
+                return config, fields
+    return None, None
 
 
 def _no_page(path: str, report: FileReport) -> Inspection:
@@ -128,6 +174,7 @@ def _page(path: str, kind: str, report: FileReport) -> Inspection:
     verdict = verdicts.get(cause)  # with another cause, the form was not judged to the end
     return replace(
         inspection,
+        format_version=FORMAT_VERSION,
         key=header.key.hex(),
         group=report.group,
         tokens=header.layout.tokens,
@@ -162,7 +209,7 @@ def _inspect_config(path: str, size: int) -> Inspection:
     home = NAMESPACE_DIR.fullmatch(os.path.basename(os.path.dirname(os.path.abspath(path))))
     if home is not None and home["digest"] != digest:
         reason = f"config: its fields have the digest {digest}, not the directory's"
-    return Inspection(path, CONFIG_NAME, size, reason, namespace=digest, fields=fields)
+    return Inspection(path, CONFIG_NAME, size, reason, namespace=digest)
 
 
 def _foreign(path: str, report: FileReport) -> Inspection | None:
@@ -193,6 +240,7 @@ def _foreign(path: str, report: FileReport) -> Inspection | None:
         "page" if ours else "foreign safetensors",
         report.size,
         f"{report.cause}: {report.detail}" if ours else None,
+        format_version=metadata.get("format_version") if ours else None,
         data_offset=8 + length,
         tensors=[
             Tensor(name, entry["dtype"], entry["shape"], end - begin)

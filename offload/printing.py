@@ -50,9 +50,14 @@ def size(nbytes: int) -> str:
     return size_text(nbytes)
 
 
+def complain(path: str, error: OSError) -> None:
+    """Say on stderr why nothing can be done at `path`."""
+    typer.echo(f"kvstrata: {path!r}: {error.strerror or error}", err=True)
+
+
 def fail(path: str, error: OSError) -> NoReturn:
     """Say why nothing can be done at `path`, and exit with 2."""
-    typer.echo(f"kvstrata: {path!r}: {error.strerror or error}", err=True)
+    complain(path, error)
     raise typer.Exit(2)
 
 

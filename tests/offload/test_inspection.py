@@ -16,15 +16,18 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from kvstrata.offload.cli import app
+from kvstrata.tiers.base import TierContext
 from kvstrata.tiers.fs.layout import NamespacePaths
 from kvstrata.tiers.fs.namespace import namespace_digest
 from kvstrata.tiers.fs.temporary import temporary_name
 from kvstrata.tiers.testing import CONTEXT
-from tests.offload.cli_world import HEADER, KEYS, SIZE, flip, run, run_json
+from tests.offload.cli_world import HEADER, KEYS, SIZE, fill, flip, run, run_json
 
 NOTHING = {
     "ok": True,
     "reason": None,
+    "directory": None,
+    "format_version": None,
     "key": None,
     "group": None,
     "tokens": None,
@@ -32,18 +35,23 @@ NOTHING = {
     "data_offset": None,
     "checksum": None,
     "tensors": [],
+    "config": None,
     "fields": None,
 }
 TENSORS = [{"name": "kv", "dtype": "F16", "shape": [4, 3, 16, 7], "bytes": SIZE}]
 
 
-def sound(path: Path, **changed: Any) -> dict[str, Any]:
-    """What `inspect --json` prints for KEYS[0]."""
+def sound(path: Path, home: str | None = None, **changed: Any) -> dict[str, Any]:
+    """What `inspect --json` prints for KEYS[0] in the namespace whose directory is `home`."""
     expected = {
         **NOTHING,
         "path": str(path),
         "kind": "page",
         "bytes": HEADER + SIZE,
+        "directory": home,
+        "format_version": "1",
+        "config": home and f"{home}/config.json",
+        "fields": home and CONTEXT.namespace,
         "key": KEYS[0].hex(),
         "group": 0,
         "tokens": 16,
@@ -56,18 +64,30 @@ def sound(path: Path, **changed: Any) -> dict[str, Any]:
 
 
 def test_inspect_a_page(paths: NamespacePaths, page: Path) -> None:
-    assert run_json("inspect", page) == sound(page)
+    assert run_json("inspect", page) == sound(page, paths.home)
     assert run("inspect", page).splitlines() == [
+        f"file         {page}",
         "what         page",
         f"bytes        {HEADER + SIZE} (6.6 KiB)",
+        "version      1",
         f"key          {KEYS[0].hex()}",
         "group        0",
         "tokens       16",
         f"namespace    {paths.name[-12:]}",
+        f"directory    {paths.home}",
         "data offset  4096",
         "checksum     good",
         "verdict      ok",
         "tensor kv    F16 [4, 3, 16, 7], 2688 bytes",
+        f"fields       as {paths.config} says",
+        '    groups: ["a", "b", "c"]',
+        "    test: 1",
+        '    pages.0.tensors: [["kv", "F16", [4, 3, 16, 7]]]',
+        "    pages.0.tokens: 16",
+        '    pages.1.tensors: [["kv", "BF16", [2, 2, 16, 64]], ["kv1", "U8", [1, 1, 16, 5]]]',
+        "    pages.1.tokens: 16",
+        '    pages.2.tensors: [["kv", "U8", [1, 8192]]]',
+        "    pages.2.tokens: 16",
     ]
 
 
@@ -81,12 +101,61 @@ def test_inspect_a_page_of_two_tensors(paths: NamespacePaths) -> None:
 
 
 def test_a_copy_elsewhere_is_still_a_sound_page(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    paths: NamespacePaths, page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = shutil.copy(page, tmp_path / "copy")
     assert run_json("inspect", copy) == sound(copy)
+    unknown = f"unknown: no config.json of namespace {paths.name[-12:]} beside it"
+    assert run("inspect", copy).splitlines()[-1] == (
+        f"fields       {unknown}, and it lies in no namespace"
+    )
+    config = shutil.copy(paths.config, tmp_path)  # it was copied along
+    found = {"config": config, "fields": CONTEXT.namespace}
+    assert run_json("inspect", copy) == sound(copy, **found)
+    Path(config).write_text('{"test": 2}')  # that of another namespace
+    assert run_json("inspect", copy) == sound(copy)
     monkeypatch.chdir(page.parent)  # in its place, under a relative name
-    assert run_json("inspect", page.name) == sound(Path(page.name))
+    assert run_json("inspect", page.name) == sound(Path(page.name), paths.home)
+
+
+def test_the_fields_of_a_page_in_the_wrong_namespace(
+    root: Path, paths: NamespacePaths, page: Path
+) -> None:
+    """They are those of the namespace that the page names, wherever it lies."""
+    fields = {**CONTEXT.namespace, "test": 2}
+    other = fill(root, TierContext("other", fields, CONTEXT.layouts))
+    Path(paths.quarantine).mkdir()
+    taken = shutil.copy(other.page(KEYS[0]), Path(paths.quarantine, "1-namespace-x"))
+    expected = {"namespace": other.name[-12:], "config": other.config, "fields": fields}
+    assert run_json("inspect", taken) == sound(taken, paths.home, **expected)
+    os.unlink(other.config)
+    found = run_json("inspect", taken)
+    assert (found["directory"], found["config"], found["fields"]) == (paths.home, None, None)
+    unknown = f"unknown: no config.json of namespace {other.name[-12:]} below its root"
+    assert run("inspect", taken).splitlines()[-1] == f"fields       {unknown}"
+
+
+def test_several_files(paths: NamespacePaths, page: Path, tmp_path: Path) -> None:
+    both = run("inspect", page, paths.config)
+    assert both == run("inspect", page) + "\n" + run("inspect", paths.config)
+    first, second = run("inspect", page, page, "--json").split("\n}\n{\n")
+    assert json.loads(first + "}") == json.loads("{" + second) == sound(page, paths.home)
+    flip(page, -1)
+    assert "bad: checksum" in run("inspect", page, paths.config, exit_code=1)
+    absent = tmp_path / "absent"
+    said = f"kvstrata: '{absent}': No such file or directory\n"
+    assert run("inspect", absent, page, exit_code=2) == said
+
+
+def test_a_long_field_is_cut_where_people_read(tmp_path: Path) -> None:
+    layers = [f"model.layers.{n}.attn" for n in range(80)]
+    fields = {"groups": {"0": {"layers": layers}}, "x.y": {}}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    *_, cut, last = run("inspect", tmp_path / "config.json").splitlines()
+    assert cut.startswith('    groups.0.layers: ["model.layers.0.attn", "model')
+    assert cut.endswith("... (80 items)") and len(cut) < 150
+    assert last == '    ["x.y"]: {}'
+    assert run_json("inspect", tmp_path / "config.json")["fields"] == fields
 
 
 def rewrite(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
@@ -198,6 +267,8 @@ def test_a_bad_page(
     assert (found["kind"], found["ok"], found["bytes"]) == ("page", False, page.stat().st_size)
     assert {name: found[name] for name in known} == known
     assert found.keys() == NOTHING.keys() | {"path", "kind", "bytes"}
+    foreign = found["namespace"] in (None, "0" * 12)
+    assert found["fields"] == (None if foreign else CONTEXT.namespace)
     assert f"bad: {reason}" in run("inspect", page, exit_code=1)
     # and `check` says the same
     sizes = sum(path.stat().st_size for path in root.rglob("*.safetensors"))
@@ -245,8 +316,9 @@ def test_inspect_a_config(paths: NamespacePaths) -> None:
     expected = {**NOTHING, "path": paths.config, "kind": "config.json"}
     expected["bytes"] = os.path.getsize(paths.config)
     expected |= {"namespace": paths.name[-12:], "fields": CONTEXT.namespace}
+    expected |= {"directory": paths.home, "config": paths.config}
     assert run_json("inspect", paths.config) == expected
-    assert 'field groups  ["a", "b", "c"]\n' in run("inspect", paths.config)
+    assert '\n    groups: ["a", "b", "c"]\n' in run("inspect", paths.config)
 
 
 BAD_CONFIGS = {
@@ -280,10 +352,10 @@ def test_a_config_elsewhere_has_no_digest_to_fail(tmp_path: Path) -> None:
     assert (found["ok"], found["namespace"]) == (True, namespace_digest({"test": 2}))
 
 
-def test_inspect_a_temporary(page: Path) -> None:
+def test_inspect_a_temporary(paths: NamespacePaths, page: Path) -> None:
     ours = page.with_name(temporary_name())
     shutil.copy(page, ours)
-    assert run_json("inspect", ours) == sound(ours, kind="temporary")
+    assert run_json("inspect", ours) == sound(ours, paths.home, kind="temporary")
     ours.write_bytes(ours.read_bytes()[:-1])
     found = run_json("inspect", ours)
     assert (found["ok"], found["kind"], found["checksum"]) == (True, "temporary", None)
@@ -314,7 +386,7 @@ def test_a_page_of_a_later_version_is_no_foreign_file(page: Path, tmp_path: Path
     SPOILT["another version"][0](page)
     found = run_json("inspect", shutil.copy(page, tmp_path), exit_code=1)
     assert (found["kind"], found["reason"]) == ("page", "version: format version '2'")
-    assert found["tensors"] == TENSORS
+    assert (found["format_version"], found["tensors"]) == ("2", TENSORS)
 
 
 def test_inspect_hides_what_could_control_a_terminal(tmp_path: Path) -> None:
@@ -323,6 +395,8 @@ def test_inspect_hides_what_could_control_a_terminal(tmp_path: Path) -> None:
     shown = run("inspect", path)
     assert "tensor \\x1b]0;title\\x07[red]  I8 [1], 1 bytes\n" in shown
     assert run_json("inspect", path)["path"] == str(path)
+    (tmp_path / "config.json").write_text(r'{"\u001b[2J": "\u001b[2J"}')
+    assert r'    ["\u001b[2J"]: "\u001b[2J"' in run("inspect", tmp_path / "config.json")
     path.unlink()
     assert "\\udcff\\x1b[2J" in run("inspect", path, exit_code=2)
 

@@ -12,7 +12,13 @@ from typing import Any
 
 from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.failures import error_cause
-from kvstrata.tiers.fs.layout import NAMESPACE_DIR, PAGE_SUFFIX, PAGES_DIR, NamespacePaths
+from kvstrata.tiers.fs.layout import (
+    NAMESPACE_DIR,
+    PAGE_SUFFIX,
+    PAGES_DIR,
+    QUARANTINE_NAME,
+    NamespacePaths,
+)
 from kvstrata.tiers.fs.namespace import namespace_digest, read_config
 from kvstrata.tiers.fs.temporary import is_abandoned, is_temporary
 
@@ -101,6 +107,19 @@ def namespaces(root: str) -> list[NamespacePaths]:
         elif NAMESPACE_DIR.fullmatch(name):
             names.add(name)
     return [NamespacePaths(root, name) for name in sorted(names)]
+
+
+def holds_pages(paths: NamespacePaths) -> bool:
+    """Whether there are pages, or directories that were made for some; asks for names only.
+
+    Raises:
+        OSError: its directory cannot be listed.
+    """
+    try:
+        with nofollow.scandir(paths.pages) as entries:
+            return any(entry.name != QUARANTINE_NAME for entry in entries)
+    except FileNotFoundError:
+        return False
 
 
 def check_config(paths: NamespacePaths) -> tuple[str, str] | None:

@@ -12,11 +12,13 @@ from typing import Any
 
 from kvstrata.tiers.base import TierConfigError
 from kvstrata.tiers.fs import nofollow
+from kvstrata.tiers.fs.differences import differences
 from kvstrata.tiers.fs.layout import NAMESPACE_DIR, NamespacePaths, directory_name
 from kvstrata.tiers.fs.temporary import temporary_name
 
 _MAX_CONFIG_BYTES = 2**20
 _MAX_CONFIG_DEPTH = 32  # of nested values; far above any namespace, below Python's recursion limit
+_MAX_SHOWN = 200  # characters of a name or value in an error
 
 
 def canonical_json(value: object) -> str:
@@ -106,15 +108,12 @@ def validate_config(paths: NamespacePaths, fields: Mapping[str, Any]) -> None:
         raise TierConfigError(
             f"root_dir: {paths.config!r} is unreadable ({reason}); {remedy}"
         ) from error
-    absent = object()
-    for name in sorted({*found, *fields}):
-        theirs, ours = found.get(name, absent), fields.get(name, absent)
-        if theirs is absent or ours is absent or _text(theirs) != _text(ours):
-            shown = ["absent" if v is absent else f"{_text(v):.200}" for v in (theirs, ours)]
-            raise TierConfigError(
-                f"root_dir: field {name!r} of {paths.config!r} is {shown[0]}, "
-                f"but this engine has {shown[1]}; {remedy}"
-            )
+    if differing := differences(fields, found):
+        theirs, ours = differing[0].values(_MAX_SHOWN)
+        raise TierConfigError(
+            f"root_dir: field {differing[0].name[:_MAX_SHOWN]!r} of {paths.config!r} is {theirs}, "
+            f"but this engine has {ours}; {remedy}"
+        )
 
 
 def _is_shallow(value: object, depth: int) -> bool:
@@ -123,8 +122,3 @@ def _is_shallow(value: object, depth: int) -> bool:
         return True
     inner = value.values() if isinstance(value, dict) else value
     return depth > 0 and all(_is_shallow(each, depth - 1) for each in inner)
-
-
-def _text(value: object) -> str:
-    """Canonical JSON, also of the NaN that a foreign file may hold."""
-    return json.dumps(value, sort_keys=True)

@@ -30,6 +30,7 @@ from kvstrata.tiers.base import (
     TierStats,
     key_group,
 )
+from kvstrata.tiers.fs.cold_start import explain_cold_start
 from kvstrata.tiers.fs.config import FsConfig
 from kvstrata.tiers.fs.failures import Failures
 from kvstrata.tiers.fs.index import Index
@@ -128,6 +129,7 @@ class FsTier(SecondaryTier):
                     if not lost or (config is configs[-1] and not self.roots):
                         raise
                     logger.warning("kvstrata fs tier: %s; going on without that disk", error)
+            explain_cold_start([root.paths for root in self.roots], context.namespace)
             deadline = time.monotonic() + _READY_WITHIN_S
             for root in self.roots:
                 root.processes.wait_ready(deadline - time.monotonic())

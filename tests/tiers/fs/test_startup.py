@@ -242,6 +242,11 @@ def with_fields(**changes: object) -> str:
         (with_fields(test=float("nan")), "field 'test' of .* is NaN, .* has 1"),
         ('{"test": 1}', "field 'groups' of .* is absent, .* has "),
         (with_fields(x=0), "field 'x' of .* is 0, .* has absent"),
+        (with_fields(groups=["a", "B", "c"]), r"field 'groups\[1\]' of .* is \"B\", .* has \"b\""),
+        (
+            with_fields(pages={**CONTEXT.namespace["pages"], "1": {"tokens": 8}}),
+            r"field 'pages.1.tensors' of .* is absent, .* has \[\[\"kv\", .*BF16",
+        ),
         ("", "is unreadable"),
         ("{", "is unreadable"),
         ("[]", r"is unreadable \(not a JSON object\)"),
