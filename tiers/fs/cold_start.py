@@ -15,7 +15,7 @@ from kvstrata.tiers.fs.layout import NAMESPACE_DIR, NamespacePaths
 from kvstrata.tiers.fs.listing import holds_pages
 from kvstrata.tiers.fs.namespace import namespace_digest, read_config
 
-_MOST_READ = 64  # namespaces of each directory
+_MOST_READ = 32  # namespaces of each directory
 _MOST_LINES = 3
 _MOST_FIELDS = 5  # of a line
 _MOST_SHOWN = 40  # characters of a value
@@ -29,7 +29,7 @@ class _Other(NamedTuple):
 
     opened: float
     paths: NamespacePaths
-    differing: list[Difference]
+    fields: Mapping[str, Any]
 
 
 def explain_cold_start(roots: Sequence[NamespacePaths], fields: Mapping[str, Any]) -> None:
@@ -51,10 +51,12 @@ def explain_cold_start(roots: Sequence[NamespacePaths], fields: Mapping[str, Any
             if EPOCH in theirs:
                 private.add(paths.name)
             elif paths.name not in others or others[paths.name].opened < opened:
-                others[paths.name] = _Other(opened, paths, differences(fields, theirs))
+                others[paths.name] = _Other(opened, paths, theirs)
+    digest = _split(roots[0])[1]
     newest = sorted(others.values(), key=lambda other: other.opened, reverse=True)
     for other in newest[:_MOST_LINES]:
-        said = _sentence(other, _split(roots[0])[1])
+        all_fields = f"kvstrata ls {other.paths.root} --why {_split(other.paths)[1]} {digest}"
+        said = _sentence(differences(fields, other.fields), all_fields)
         _say(other.paths.root, f"{other.paths.name!r} differs in {said}")
     root = roots[0].root
     if len(newest) > _MOST_LINES:
@@ -123,14 +125,12 @@ def _may_hold_pages(paths: NamespacePaths) -> bool:
         return True
 
 
-def _sentence(other: _Other, digest: str) -> str:
-    """`kv_dtype ("auto" there, "fp8" here)`, and how to see them all if there are too many."""
+def _sentence(differing: Sequence[Difference], all_fields: str) -> str:
+    """`kv_dtype ("auto" there, "fp8" here)`, and the command that shows all if there are more."""
     words = []
-    for field in other.differing[:_MOST_FIELDS]:
+    for field in differing[:_MOST_FIELDS]:
         theirs, ours = field.values(_MOST_SHOWN)
         words.append(f"{field.name[:_MAX_NAME]} ({theirs} there, {ours} here)")
-    sentence = ", ".join(words)
-    if (left := len(other.differing) - _MOST_FIELDS) > 0:
-        command = f"kvstrata ls {other.paths.root} --why {_split(other.paths)[1]} {digest}"
-        sentence += f", and {left} more, shown by: {command}"
-    return sentence
+    if (left := len(differing) - _MOST_FIELDS) > 0:
+        words.append(f"and {left} more, shown by: {all_fields}")
+    return ", ".join(words)

@@ -71,7 +71,7 @@ def _differing(path: _Path, ours: Any, theirs: Any) -> Iterator[tuple[_Path, Any
     elif isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
         for index, pair in enumerate(zip(ours, theirs, strict=True)):
             yield from _differing((*path, index), *pair)
-    elif ours is ABSENT or theirs is ABSENT or _text(ours) != _text(theirs):
+    elif type(ours) is not type(theirs) or repr(ours) != repr(theirs):  # NaN is not equal to NaN
         yield path, ours, theirs
 
 
