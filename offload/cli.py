@@ -17,6 +17,7 @@ from kvstrata.offload.cli_check import check
 from kvstrata.offload.cli_gc import gc
 from kvstrata.offload.cli_inspect import inspect
 from kvstrata.offload.cli_ls import list_root
+from kvstrata.offload.cli_trust import trust
 from kvstrata.offload.printing import AsJson, print_json, printable
 
 app = typer.Typer(
@@ -57,6 +58,7 @@ app.command()(inspect)
 app.command("ls")(list_root)
 app.command()(check)
 app.command()(gc)
+app.command()(trust)
 
 
 @app.command()

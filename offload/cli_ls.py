@@ -127,6 +127,7 @@ def _namespace_json(report: NamespaceReport, used: float | None, share: float) -
         "share": share,
         "temporary": report.temporary,
         "quarantined": report.quarantined,
+        "trusted": report.trusted,
         "oldest_age_s": ages[0],
         "newest_age_s": ages[1],
         "used_age_s": ages[2],
@@ -154,6 +155,8 @@ def _show_namespace(report: NamespaceReport, used: float | None, share: float) -
     typer.echo(f"{printable(report.model)} {report.digest}")
     typer.echo(f"    {printable(settings)}")
     typer.echo(f"    {files}; {others}")
+    if not report.trusted:
+        typer.echo("    NOT IN USE: audits found pages that are not the model's (kvstrata trust)")
 
 
 def _tokens(fields: Mapping[str, Any]) -> str:

@@ -107,7 +107,7 @@ class FaultyTier(TierWrapper):
     def get_finished(self) -> Sequence[JobResult]:
         """The inner tier's results with the injected failures added."""
         results = self.inner.get_finished()
-        return [replace(r, failed={**r.failed, **self._failed.pop(r.job_id)}) for r in results]
+        return [replace(r, failed={**r.failed, **self._failed.pop(r.job_id, {})}) for r in results]
 
     def stats(self) -> TierStats:
         """The inner tier's totals with the injected failures added."""

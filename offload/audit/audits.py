@@ -259,6 +259,7 @@ class Audits:
                     logger.warning("tier %s is trusted again", link.name)
                 else:
                     link.trust.lost = True
+                    self._forget_promoted(link)
 
     def clear(self) -> list[Entry]:
         """A reset: drop all audits. The spare slots that the GPU may still be writing."""
@@ -405,8 +406,9 @@ class Audits:
     def _distrust(self, audit: Audit) -> None:
         if audit.link is None:
             self._note_intervention()
-            remedy = "Restart the engine to use it again"
+            remedy = "Restart the engine to use it again."
         else:
+            self._forget_promoted(audit.link)
             remedy = audit.link.tier.how_to_trust()
         logger.error(
             "audit: %d of the last %d audited pages of the %s tier were different: nothing is "
@@ -416,6 +418,13 @@ class Audits:
             CPU_TIER if audit.link is None else audit.link.name,
             remedy,
         )
+
+    def _forget_promoted(self, link: TierLink) -> None:
+        """Drop what the primary tier has from the tier."""
+        entries = [e for e in self._primary if e.source == link.name]
+        for entry in entries:
+            self._primary.drop(entry)
+        self._report.left([entry.key for entry in entries])
 
     def _note_intervention(self) -> None:
         self.intervenes = self._cpu.lost or self._probing is not None

@@ -63,6 +63,11 @@ class ThrottledTier(TierWrapper):
         self._start(job, "load")
         self.inner.submit_load(job)
 
+    def submit_reject(self, job: Job, *, distrust: bool) -> bool:
+        """See `SecondaryTier.submit_reject`."""
+        self._start(job, "store")
+        return self.inner.submit_reject(job, distrust=distrust)
+
     def get_finished(self) -> Sequence[JobResult]:
         """The results that the link has let through."""
         self._ended += self.inner.get_finished()

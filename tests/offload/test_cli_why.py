@@ -109,11 +109,11 @@ def test_names_that_fit_none_or_several(
 ) -> None:
     known = "".join(f"    {name}\n" for name in sorted(paths.name for paths in two))
     assert run("ls", root, "--why", two[0].name, "org_m", exit_code=2) == (
-        f"kvstrata: --why: 'org_m' fits 2 namespaces below '{root}':\n{known}"
+        f"kvstrata: 'org_m' fits 2 namespaces below '{root}':\n{known}"
     )
     for name in ("other", "", "/"):
         assert run("ls", root, "--why", two[0].name, name, exit_code=2) == (
-            f"kvstrata: --why: no namespace below '{root}' is called '{name}':\n{known}"
+            f"kvstrata: no namespace below '{root}' is called '{name}':\n{known}"
         )
     assert "requires 2 arguments" in run("ls", root, "--why", "org_m", exit_code=2)
 
@@ -144,7 +144,7 @@ def test_a_config_that_is_not_sound(
     else:
         Path(new.config).write_text(text)
     said = run("ls", root, "--why", old.name, new.name, exit_code=2)
-    assert said.startswith(f"kvstrata: --why: '{new.config}' tells no fields: {reason}")
+    assert said.startswith(f"kvstrata: '{new.config}' tells no fields: {reason}")
 
 
 def test_what_could_control_a_terminal(root: Path) -> None:

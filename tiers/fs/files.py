@@ -30,7 +30,9 @@ from kvstrata.tiers.fs.space.limits import file_cost
 from kvstrata.tiers.fs.space.space import Space
 from kvstrata.tiers.fs.startup import make_namespace
 from kvstrata.tiers.fs.temporary import temporary_name
+from kvstrata.tiers.fs.trust import distrust, is_trusted
 
+AUDIT = "audit"  # the cause of a page that was found to be another than the model's
 _MKDIR_TRIES = 5  # eviction removes directories that became empty, perhaps this one again
 
 
@@ -129,6 +131,52 @@ class PageFiles:
             return Outcome(cause, gone=True, stuck=True)
         except Exception as error:
             return self._internal(error)
+
+    def reject(self, key: bytes, computed: memoryview) -> Outcome:
+        """Move the page's file to the quarantine, and write there what the model computes."""
+        path = self.paths.page(key)
+        try:
+            taken = self._quarantine.take(path, AUDIT, None)
+            self._report(AUDIT, f"{path}: not what the model computes")
+            if taken == "moved":
+                self._keep_computed(key, computed)
+            if self._space is not None:
+                self._space.quarantined()
+                if taken != "stuck":
+                    self._space.gone(key)
+            return Outcome(moved=taken == "moved", gone=True, stuck=taken == "stuck")
+        except Exception as error:
+            return self._internal(error)
+
+    def distrust(self) -> None:
+        """Mark the namespace as one that is not to be believed."""
+        try:
+            distrust(self.paths, self._config.file_mode)
+        except OSError as error:
+            self._report("distrust", f"the namespace could not be marked: {error}")
+
+    def is_trusted(self) -> bool:
+        """Whether the namespace is not marked; True where that cannot be told."""
+        try:
+            return is_trusted(self.paths)
+        except OSError:
+            return True
+
+    def _keep_computed(self, key: bytes, computed: memoryview) -> None:
+        """Write a page into the quarantine, if the budget has room for it."""
+        grant = self._space.admission.admit(self._cost(key)) if self._space is not None else None
+        if self._space is not None and grant is None:
+            return
+        try:
+            header = encode_header(key, self._digest, self._layout(key), page_checksum(computed))
+            path = self._quarantine.path(self.paths.page(key), f"{AUDIT}-computed")
+            directory, name = os.path.split(path)
+            self._in_directory(
+                directory, lambda leaf: self._write_in(leaf, name, header, computed, None)
+            )
+        finally:
+            if self._space is not None and grant is not None:
+                self._space.admission.cancel(grant, False)  # booked as part of the quarantine
 
     def _note_use(self, page: PageRef, access: int) -> None:
         if self._space is not None:

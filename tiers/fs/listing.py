@@ -21,6 +21,7 @@ from kvstrata.tiers.fs.layout import (
 )
 from kvstrata.tiers.fs.namespace import namespace_digest, read_config
 from kvstrata.tiers.fs.temporary import is_abandoned, is_temporary
+from kvstrata.tiers.fs.trust import is_trusted
 
 
 @dataclass(slots=True)
@@ -35,6 +36,7 @@ class NamespaceReport:
         files, bytes: its page files.
         temporary: files that are being written, or were when their writer died.
         quarantined: files that were found bad.
+        trusted: whether its pages may be used, see `tiers/fs/trust.py`.
         oldest, newest: when a page was written, in seconds since the epoch; None without pages.
     """
 
@@ -47,6 +49,7 @@ class NamespaceReport:
     bytes: int = 0
     temporary: int = 0
     quarantined: int = 0
+    trusted: bool = True
     oldest: float | None = None
     newest: float | None = None
 
@@ -74,6 +77,8 @@ def list_namespaces(
             fields = None
         wrong = None if config is None else ": ".join(config)
         report = NamespaceReport(match["model"], match["digest"], paths.home, fields, wrong)
+        with suppress(OSError):
+            report.trusted = is_trusted(paths)
         for kind, path in walk(paths):
             if kind == "page":
                 report.files += 1

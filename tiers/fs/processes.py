@@ -22,6 +22,7 @@ from kvstrata.tiers.fs.failures import Failures
 from kvstrata.tiers.fs.messages import (
     MAX_PACKET,
     MOST_PAGES,
+    WRITES,
     Done,
     Failure,
     Kind,
@@ -30,6 +31,7 @@ from kvstrata.tiers.fs.messages import (
     Ready,
     Setup,
     Told,
+    Trusted,
     pack_task,
     unpack_records,
 )

@@ -36,14 +36,18 @@ class Quarantine:
         self._dir_mode = dir_mode
         self._lock = threading.Lock()
 
+    def path(self, path: str, cause: str) -> str:
+        """Where `path` would be put now for this cause."""
+        name = f"{time.time_ns()}-{cause}-{os.path.basename(path)}"
+        return os.path.join(self._paths.quarantine, name)
+
     def take(self, path: str, cause: str, found_bad: Identity | None) -> Taken:
         """Move `path` here.
 
         `found_bad` is what was found bad: a file that took its place, or was changed, meanwhile
         stays. None: whatever is there.
         """
-        name = f"{time.time_ns()}-{cause}-{os.path.basename(path)}"
-        target = os.path.join(self._paths.quarantine, name)
+        target = self.path(path, cause)
         try:
             if found_bad is not None and identity(nofollow.lstat(path)) != found_bad:
                 return "gone"

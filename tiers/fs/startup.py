@@ -20,6 +20,7 @@ from kvstrata.tiers.fs.namespace import validate_config, write_config
 from kvstrata.tiers.fs.space.ledger import LEDGER_NAME, Ledger, LedgerBusy
 from kvstrata.tiers.fs.space.limits import Limits, file_cost
 from kvstrata.tiers.fs.space.walk import BOOKS_NAME
+from kvstrata.tiers.fs.trust import is_trusted
 
 # The disk may be well again later, or be made so by eviction.
 _NOT_NOW = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -150,6 +151,25 @@ def check_budget(config: FsConfig, context: TierContext) -> None:
             f"max_bytes: {config.max_bytes} is too little for the pages of this model, which take "
             f"up to {least // 2} bytes each; give at least {least}, and better a hundred times that"
         )
+
+
+def check_trust(paths: NamespacePaths) -> bool:
+    """Whether the namespace is to be believed; says what to do where it is not."""
+    try:
+        trusted = is_trusted(paths)
+    except OSError:  # what is wrong with the root was said before
+        return True
+    if not trusted:
+        logger.error(
+            "kvstrata fs tier: audits found pages in %s that are not what the model computes "
+            "(see %s): nothing is loaded from there or stored there until you run "
+            "`kvstrata trust %s %s`",
+            paths.pages,
+            paths.quarantine,
+            paths.root,
+            paths.name,
+        )
+    return trusted
 
 
 def limits_of(config: FsConfig) -> Limits:

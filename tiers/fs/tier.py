@@ -39,7 +39,13 @@ from kvstrata.tiers.fs.messages import MOST_PAGES, Kind, Outcome, PageRef, Setup
 from kvstrata.tiers.fs.namespace import namespace_paths
 from kvstrata.tiers.fs.processes import IoProcesses, Task
 from kvstrata.tiers.fs.space.stamps import first_access
-from kvstrata.tiers.fs.startup import check_budget, make_root, open_books, open_namespace
+from kvstrata.tiers.fs.startup import (
+    check_budget,
+    check_trust,
+    make_root,
+    open_books,
+    open_namespace,
+)
 
 logger = logging.getLogger("kvstrata.tiers.fs")
 
@@ -75,7 +81,7 @@ class Root:
 class _OpenJob:
     """A job under way: what is known of its pages so far."""
 
-    store: bool
+    kind: Kind
     pending: int
     failed: dict[bytes, str] = field(default_factory=dict)
     nbytes: int = 0
@@ -115,6 +121,7 @@ class FsTier(SecondaryTier):
         self._counters: Counter[str] = Counter()
         self._failures = Failures()
         self._closed = False
+        self._doubted = False  # until the disk says so
         # An access is a job, a touch or the lookups of a step; its pages count as used
         # together.
         self._access = first_access()
@@ -163,6 +170,27 @@ class FsTier(SecondaryTier):
     def submit_load(self, job: Job) -> None:
         """See `SecondaryTier.submit_load`."""
         self._submit(job, Kind.LOAD)
+
+    def submit_reject(self, job: Job, *, distrust: bool) -> bool:
+        """See `SecondaryTier.submit_reject`; the namespace is marked on the disk."""
+        self._doubted = self._doubted or distrust
+        self._submit(job, Kind.DISTRUST if distrust else Kind.REJECT)
+        return True
+
+    @property
+    def trusted(self) -> bool:  # type: ignore[override]
+        """See `SecondaryTier.trusted`: no namespace is marked, by whomever."""
+        return not self._doubted and all(root.processes.trusted for root in self.roots)
+
+    def how_to_trust(self) -> str:
+        """See `SecondaryTier.how_to_trust`."""
+        names = " and ".join(
+            f"`kvstrata trust {root.paths.root} {root.paths.name}`" for root in self.roots
+        )
+        return (
+            f"Pages that differed are in {self.roots[0].paths.quarantine} beside those that the "
+            f"model computed. Then run {names}, which all servers hear within seconds."
+        )
 
     def get_finished(self) -> Sequence[JobResult]:
         """See `SecondaryTier.get_finished`."""
@@ -253,6 +281,7 @@ class FsTier(SecondaryTier):
             readers=True,
             threads=1,
             engine=os.getpid(),
+            trusted=check_trust(paths),
         )
         counts = config.n_read_threads, config.n_write_threads
         try:
@@ -295,7 +324,7 @@ class FsTier(SecondaryTier):
 
     def _submit(self, job: Job, kind: Kind) -> None:
         """Note the job, and send off those of its pages that can be here at all."""
-        opened = self._jobs[job.job_id] = _OpenJob(kind is Kind.STORE, len(job.pages))
+        opened = self._jobs[job.job_id] = _OpenJob(kind, len(job.pages))
         good = []
         for page in job.pages:
             if cause := self._unfit(page):
@@ -352,6 +381,8 @@ class FsTier(SecondaryTier):
             job.start, job.end = min(job.start, ended.start), max(job.end, ended.end)
             job.pending -= len(ended.outcomes)
             self._finish_if_over(ended.task.job_id, job)
+        if not processes.trusted:
+            self._doubted = False  # from now on the operator's word counts
         for key, present in processes.take_news():
             if present:
                 if self._layout_nbytes(key) is not None:  # journals are anybody's work
@@ -373,10 +404,17 @@ class FsTier(SecondaryTier):
             if outcome.stuck:
                 self._index.refuse(key)
             return
-        if job.store:
+        if job.kind is not Kind.LOAD and job.kind is not Kind.STORE:
+            if self._index.lose(key):
+                self._removed.append(key)
+            if outcome.stuck:
+                self._index.refuse(key)
+            self._counters["rejected_pages"] += 1
+            return
+        if job.kind is Kind.STORE:
             self._index.accept(key)
         nbytes = self._layouts[key_group(key)].nbytes if outcome.moved else 0
         job.nbytes += nbytes
-        word = "stored" if job.store else "loaded"
+        word = "stored" if job.kind is Kind.STORE else "loaded"
         self._counters[f"{word}_pages"] += 1
         self._counters[f"{word}_bytes"] += nbytes

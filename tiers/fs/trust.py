@@ -1,0 +1,72 @@
+"""Whether a namespace is to be believed: a marker beside its config.json says that it is not.
+
+Audits put it there (see docs/audit.md), for all servers and across restarts; only an operator
+takes it away, with `kvstrata trust`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import suppress
+from typing import Any
+
+from kvstrata.tiers.fs import nofollow
+from kvstrata.tiers.fs.layout import NamespacePaths
+from kvstrata.tiers.fs.namespace import read_config
+from kvstrata.tiers.fs.temporary import temporary_name
+
+
+def is_trusted(paths: NamespacePaths) -> bool:
+    """Whether there is no marker.
+
+    Raises:
+        OSError: that cannot be told.
+    """
+    return not nofollow.lexists(paths.distrust)
+
+
+def distrust(paths: NamespacePaths, mode: int) -> None:
+    """Put the marker there, unless it is.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if nofollow.lexists(paths.distrust):
+        return
+    content = {
+        "reason": "audits found pages that are not what the model computes",
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": os.uname().nodename,
+        "process": os.getpid(),
+    }
+    temporary = os.path.join(paths.home, temporary_name())
+    fd = nofollow.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        with os.fdopen(fd, "w", encoding="ascii") as file:
+            json.dump(content, file)
+            file.write("\n")
+            file.flush()
+            os.fsync(fd)
+        nofollow.rename(temporary, paths.distrust)
+    except BaseException:
+        with suppress(OSError):
+            nofollow.unlink(temporary)
+        raise
+
+
+def trust(paths: NamespacePaths) -> dict[str, Any] | None:
+    """Take the marker away: what it said, as far as that can be read; None if there was none.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    said: dict[str, Any] = {}
+    with suppress(OSError, ValueError):  # it may be anybody's work
+        said = read_config(paths.distrust)
+    try:
+        nofollow.unlink(paths.distrust)
+    except FileNotFoundError:
+        return None
+    return said
