@@ -142,10 +142,10 @@ class Audits:
         if state is not self._probing:
             return natural
         probe = self._probe
-        known = bool(probe.target)
         answer = probe.answer(key, natural, step)
         if key == probe.target:
-            if not known:
+            if not probe.withheld:
+                probe.withheld = True
                 self._schedule.forced(self._layouts[key_group(key)].tokens)
                 self._report.counters["audits_forced"] += 1
             state.missed(end_token, step)
@@ -185,10 +185,11 @@ class Audits:
         room = MOST_AT_ONCE - len(self._under_way)
         if first is None or room <= 0 or not schedule.has_time():
             return []
-        again = [key for key in present if ends[key] >= first]
+        name = state.view.req_id
+        again = [k for k in present if ends[k] >= first and (name, k) not in self._open]
         spare = [self._again(key, state) for key in _some(again, room)]
         fresh = [entry for entry in new if entry.end_token >= first]
-        if fresh and not spare:
+        if fresh and not spare and schedule.may_ask():
             found = [self._fresh(entry, state) for entry in _some(fresh, room)]
             if not any(found):
                 schedule.found_none()
@@ -226,7 +227,7 @@ class Audits:
                 continue
             entry, link = audit.computed, audit.link
             spare = None
-            if link in self._jobs.links and entry.attached and entry.ready:
+            if link is not None and self._may_load(link) and entry.attached and entry.ready:
                 spare = self._borrow(key, entry.end_token, Writer.TIER)
             if spare is None or link is None:
                 self._under_way.discard(audit)
@@ -299,13 +300,16 @@ class Audits:
     def _fresh(self, entry: Entry, state: RequestState) -> bool:
         """Audit a new page if a tier holds it already."""
         for link in self._jobs.links:
-            usable = link.breaker.closed and not link.trust.lost
-            if usable and link.tier.lookup(entry.key, state.view) is Lookup.HIT:
+            if self._may_load(link) and link.tier.lookup(entry.key, state.view) is Lookup.HIT:
                 entry.offered |= link.bit  # the tier must not replace what is to be compared
                 forced = self._is_forced(entry.key, state)
                 self._note(Audit(entry.key, forced, entry, None, link), state)
                 return True
         return False
+
+    def _may_load(self, link: TierLink) -> bool:
+        """Whether the tier is in service; one of before a reset may not be."""
+        return link in self._jobs.links and link.breaker.closed and not link.trust.lost
 
     def _borrow(self, key: bytes, end_token: int, writer: Writer) -> Entry | None:
         if self._primary.free + self._primary.idle < _LEAST_FREE:

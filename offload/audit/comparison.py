@@ -153,13 +153,13 @@ def _errors(ours: _Bytes, theirs: _Bytes, elements: Elements) -> _Errors:
         off = one - other
         # not a number, or infinite, in both pages alike is no difference
         off[(one == other) | (np.isnan(one) & np.isnan(other))] = 0.0
+        other[~np.isfinite(other)] = 0.0
         size = np.sqrt(np.einsum("urpe,urpe->urp", other, other, dtype=np.float64))
         distance = np.sqrt(np.einsum("urpe,urpe->urp", off, off, dtype=np.float64))
         # A row that is nearly nothing beside the others of its head is measured by those.
-        usual = np.sqrt(np.nanmean(np.square(size), axis=1, keepdims=True))
+        usual = np.sqrt(np.square(size).mean(axis=1, keepdims=True))
         error = distance / np.maximum(np.maximum(size, usual), np.finfo(np.float32).tiny)
     error[np.isnan(error)] = np.inf
-    error[distance == 0.0] = 0.0
     largest: _Errors = error.max(axis=2)
     return largest
 

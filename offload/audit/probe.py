@@ -21,9 +21,11 @@ class Probe:
 
     Attributes:
         target: the key that is answered MISS; empty while it is not known.
+        withheld: that it was, for the caller to note.
     """
 
     target: bytes = b""
+    withheld: bool = False
     _step: int = -1
     _last: bytes = b""  # last key of this step's hits
     _open: bool = False  # a tier did not know yet, so that more hits may follow

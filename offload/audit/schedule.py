@@ -31,6 +31,7 @@ class Schedule:
         self._tokens = 0.0  # that may be computed again now
         self._last = clock()
         self._rest_until = clock()
+        self._ask_from = clock()
 
     @property
     def on(self) -> bool:
@@ -55,15 +56,20 @@ class Schedule:
     def forced(self, tokens: int) -> None:
         """A page of so many tokens is being computed again."""
         self._owed -= 1.0
+        self._last = self._clock()
         self._tokens = max(0.0, self._tokens - tokens) if self._tokens < float("inf") else 0.0
 
     def has_time(self) -> bool:
         """Whether a page that is being computed in any case may be compared."""
         return self.on and self._clock() >= self._rest_until
 
+    def may_ask(self) -> bool:
+        """Whether the tiers may be asked for pages that are being computed."""
+        return self._clock() >= self._ask_from
+
     def found_none(self) -> None:
         """The tiers hold nothing of what is being computed."""
-        self._rest_until = max(self._rest_until, self._clock() + _PAUSE_S)
+        self._ask_from = self._clock() + _PAUSE_S
 
     def ended(self, seconds: float, *, forced: bool) -> None:
         """A comparison ended that took so much of a core."""

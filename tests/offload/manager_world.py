@@ -3,16 +3,27 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from kvstrata.offload.audit.comparer import Compared, Comparer, Task
+from kvstrata.offload.audit.comparison import Elements, compare
 from kvstrata.offload.config import OffloadConfig
 from kvstrata.offload.lookup import Answer
 from kvstrata.offload.manager import TieringManager
 from kvstrata.offload.tier_link import NamedTier
 from kvstrata.tiers.base import PageLayout, RequestView, SecondaryTier, TensorSpec, TierContext
 
-PAGE = 16  # bytes
+PAGE = 64  # bytes
 TOKENS = 32
 LAYOUTS = {group: PageLayout((TensorSpec("kv", "U8", (PAGE,)),), TOKENS) for group in (0, 1)}
 CONTEXT = TierContext("model", {}, LAYOUTS)
+ELEMENTS = {group: [Elements(PAGE, "U8", PAGE, 1)] for group in LAYOUTS}
+
+
+class InlineComparer(Comparer):
+    """Compares when it is told to."""
+
+    def submit(self, task: Task) -> None:
+        found = compare(task.computed, task.served, self._elements[task.group])
+        self._done.append(Compared(task.number, found, 0.0))
 
 
 def chunk(prefix: int, index: int, group: int = 0) -> tuple[bytes, int]:
@@ -22,7 +33,7 @@ def chunk(prefix: int, index: int, group: int = 0) -> tuple[bytes, int]:
 
 def content(key: bytes, epoch: int = 0) -> bytes:
     """The bytes that a key stands for; `epoch` counts changes of the weights."""
-    return (key + bytes([epoch]) + key)[:PAGE].ljust(PAGE, b"\x55")
+    return key + bytes(byte ^ (0x5B * epoch & 0xFF) for byte in key * PAGE)[: PAGE - len(key)]
 
 
 @dataclass
@@ -35,6 +46,8 @@ class World:
     weights_fixed: bool = True
     reopen: Callable[[], Sequence[SecondaryTier]] | None = None
     thresholds: Sequence[int] = ()  # of the tiers; 0 where there is none
+    audited: bool = False
+    epoch: int = 0  # of what the GPU computes
 
     def __post_init__(self) -> None:
         self.memory = [bytearray(b"\xee" * PAGE) for _ in range(self.slots)]
@@ -48,6 +61,7 @@ class World:
             lambda slot, nbytes: memoryview(self.memory[slot])[:nbytes],
             lambda slot: slot not in self.incomplete,
             self._open,
+            InlineComparer(ELEMENTS) if self.audited else None,
             weights_fixed=self.weights_fixed,
             clock=lambda: self.now,
         )
@@ -76,7 +90,7 @@ class World:
         plan = self.manager.prepare_store(items, request)
         assert plan is not None
         for key, slot in zip(plan.keys, plan.slots, strict=True):
-            self.memory[slot][:] = content(key)
+            self.memory[slot][:] = content(key, self.epoch)
         if plan.keys:
             self.manager.complete_store(set(plan.keys), request)
 

@@ -13,6 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from kvstrata.offload.audit import audits
 from kvstrata.offload.config import OffloadConfig
 from kvstrata.offload.guard import GuardedTier
 from kvstrata.offload.lookup import Answer
@@ -22,7 +23,7 @@ from kvstrata.offload.tier_link import TierLink
 from kvstrata.tiers.base import RequestView, SecondaryTier
 from kvstrata.tiers.memory import MemoryTier
 from kvstrata.tiers.testing import FaultyTier, SlowTier
-from tests.offload.manager_world import CONTEXT, PAGE, World, chunk, content
+from tests.offload.manager_world import CONTEXT, LAYOUTS, PAGE, World, chunk, content
 
 CHUNKS = 5
 PRIVATE = 2  # the prefix of which all requests want nothing in a secondary tier
@@ -67,6 +68,7 @@ class ManagerMachine(RuleBasedStateMachine):
         pins=st.sampled_from([0.25, 1.0]),
         recompute=st.booleans(),
         weights_fixed=st.booleans(),
+        audited=st.booleans(),
     )
     def start(
         self,
@@ -80,7 +82,9 @@ class ManagerMachine(RuleBasedStateMachine):
         pins: float,
         recompute: bool,
         weights_fixed: bool,
+        audited: bool,
     ) -> None:
+        audits._LEAST_FREE = 2
         self.polls = tiers
         stocked = [chunk(prefix, index)[0] for prefix in range(2) for index in range(stock)]
         self.stocked = set(stocked)
@@ -97,12 +101,17 @@ class ManagerMachine(RuleBasedStateMachine):
                 store_threshold=threshold,
                 pin_fraction=pins,
                 load_or_recompute=recompute,
+                audit_fraction=1.0,
             ),
             weights_fixed,
             self.open,
             of_tiers,
+            audited,
         )
         self.manager = self.world.manager
+        self.audits = self.manager.audits
+        self.audits._layouts = {0: LAYOUTS[0]}  # all keys are of one group
+        self.audits._schedule.computed(10**6)
         # What each tier may hold, and how often each page was asked for since a reset
         self.allowed = [set(stocked) for _ in self.polls]
         self.asked: Counter[bytes] = Counter()
@@ -239,7 +248,8 @@ class ManagerMachine(RuleBasedStateMachine):
         plan = self.prepare_store(request, items)
         if plan is None:
             return
-        assert set(plan.keys) <= set(absent) and len(plan.keys) == len(plan.slots)
+        audited = {key for name, key in self.audits._open if name == request.view.req_id}
+        assert set(plan.keys) <= set(absent) | audited and len(plan.keys) == len(plan.slots)
         assert not set(plan.evicted) & {key for key, _ in items}
         if plan.keys:
             self.stores.append(Transfer(request, plan.keys, plan.slots))
@@ -380,6 +390,8 @@ class ManagerMachine(RuleBasedStateMachine):
             live |= {id(entry): entry.slot for entry in held}
         for job in self.manager._jobs._running.values():
             live |= {id(entry): entry.slot for entry in job.entries.values()}
+        for audit in self.audits._under_way:
+            live |= {id(e): e.slot for e in (audit.computed, audit.served) if e is not None}
         assert len(set(live.values())) == len(live)
         assert self.manager.primary.free == self.world.slots - len(live)
         assert len(self.manager._promotions) <= self.quota
@@ -421,6 +433,8 @@ class ManagerMachine(RuleBasedStateMachine):
             assert (link.loads.nbytes, link.stores.nbytes) == (0, 0)
         assert not manager._requests and not manager._promotions.unsent and not manager._jobs
         assert not manager._promotions and not manager._kept
+        assert not self.audits._under_way and not self.audits._open and not self.audits._comparing
+        assert manager.counters["audit_different"] == 0 and not self.audits.refused
         assert not manager.has_pending_work() and manager.primary.promoting == 0
         assert manager.primary.free + manager.primary.idle == self.world.slots
         for entry in manager.primary:
