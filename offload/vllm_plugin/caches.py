@@ -193,7 +193,7 @@ def _worker_layer(
         cache = token_major(name, _typed(view, vllm_config))
         order = scales_id(module, view)
     elif backend in _HEAD_SLABS:
-        cache = head_slabs(name, view)
+        cache = head_slabs(name, _typed(view, vllm_config))
         isa = cpu_isa(spec, vllm_config)
         sizes = f"block{spec.block_size}/kernel{view.shape[2]}"
         order = f"cpu_attn/{isa}/{sizes}/{view.dtype}{scales_id(module, view)}"

@@ -29,6 +29,8 @@ from vllm.v1.kv_offload.base import (
 from vllm.v1.kv_offload.config import OffloadingConfig
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
+from kvstrata.offload.audit.comparer import Comparer
+from kvstrata.offload.audit.comparison import Elements
 from kvstrata.offload.config import OffloadConfig
 from kvstrata.offload.guard import GuardedTier, check_words
 from kvstrata.offload.lookup import Answer
@@ -269,6 +271,12 @@ def open_manager(
         region.view,
         region.is_complete,
         open_tiers,
+        Comparer(
+            {
+                int(group): [Elements.from_json(each) for each in tensors]
+                for group, tensors in fields["elements"].items()
+            }
+        ),
         weights_fixed=fixed,
     )
     gib = region.slots * region.slot_bytes / 2**30

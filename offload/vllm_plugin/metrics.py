@@ -22,6 +22,7 @@ SLOTS = "kvstrata_primary_slots"
 TIER_EVENTS = "kvstrata_tier_events"
 TIER_FAILURES = "kvstrata_tier_failures"
 TIER_STATE = "kvstrata_tier_state"
+AUDIT_ERROR = "kvstrata_audit_largest_error"
 PREFILL_SPEED = "kvstrata_prefill_tokens_per_second"
 
 
@@ -38,6 +39,9 @@ def metric_definitions() -> dict[str, OffloadingMetricMetadata]:
         ),
         PREFILL_SPEED: OffloadingGaugeMetadata(
             "Tokens per second by which a request's prefill advances; 0 while it is not known."
+        ),
+        AUDIT_ERROR: OffloadingGaugeMetadata(
+            "The largest relative error of a row that an audit found (docs/audit.md)."
         ),
         TIER_EVENTS: OffloadingCounterMetadata(
             "What a secondary tier did, in pages, bytes or occurrences, by event.",
@@ -79,6 +83,7 @@ class StatsReader:
             stats.set_gauge(SLOTS, slots, (state,))
         per_token = manager.seconds_per_token()
         stats.set_gauge(PREFILL_SPEED, 1.0 / per_token if per_token else 0.0)
+        stats.set_gauge(AUDIT_ERROR, manager.audits.largest_error)
         for link in manager.links:
             tier_stats = link.tier.stats()
             self._add_all(stats, TIER_EVENTS, link.name, tier_stats.counters)
@@ -114,6 +119,7 @@ def _link_gauges(link: TierLink) -> dict[str, float]:
     """What the manager knows of a tier; costs as far as they were measured."""
     gauges = {
         "breaker_open": float(not link.breaker.closed),
+        "distrusted": float(link.trust.lost),
         "storing_pages": float(link.stores.pages),
         "loading_pages": float(link.loads.pages),
     }

@@ -31,6 +31,7 @@ from kvstrata.offload.region import (
     open_region,
 )
 from kvstrata.offload.vllm_plugin.caches import collect_layers
+from kvstrata.offload.vllm_plugin.elements import draft_layers, elements_of
 from kvstrata.offload.vllm_plugin.namespace import (
     check_secondary_tiers,
     namespace_fields,
@@ -109,7 +110,10 @@ def open_worker(
     rank = config.parallel.rank
     mine = ranks.agree(lambda: collect_layers(config, vllm_config, caches))
     parts = ranks.gather(
-        {group: [(layer.shape, layer.order) for layer in layers] for group, layers in mine.items()}
+        {
+            group: [(layer.shape, layer.order, layer.local.cache.dtype) for layer in layers]
+            for group, layers in mine.items()
+        }
     )
 
     def create() -> Region | None:
@@ -120,7 +124,7 @@ def open_worker(
     def register() -> Pipeline:
         groups = {
             group: plan(
-                merge_layers([[shape for shape, _ in part[group]] for part in parts]),
+                merge_layers([[shape for shape, *_ in part[group]] for part in parts]),
                 {layer.shape.name: layer.local for layer in layers},
                 config.cache.blocks_per_chunk,
             )
@@ -150,21 +154,23 @@ def _create_region(
     config: OffloadingConfig,
     settings: OffloadConfig,
     vllm_config: VllmConfig,
-    parts: Sequence[Mapping[int, Sequence[tuple[LayerShape, str]]]],
+    parts: Sequence[Mapping[int, Sequence[tuple[LayerShape, str, str]]]],
 ) -> Region:
     """Rank 0: size the region from what all ranks hold, and write its header."""
     shapes = {
         group.group_id: merge_layers(
-            [[shape for shape, _ in part[group.group_id]] for part in parts]
+            [[shape for shape, *_ in part[group.group_id]] for part in parts]
         )
         for group in config.groups
     }
     # Ranks may differ, for example in the scales of their heads: all of them count.
     found: dict[str, set[str]] = {}
+    dtypes: dict[str, str] = {}
     for part in parts:
         for layers in part.values():
-            for shape, order in layers:
+            for shape, order, dtype in layers:
                 found.setdefault(shape.name, set()).add(order)
+                dtypes[shape.name] = dtype
     orders = {name: "|".join(sorted(each)) for name, each in found.items()}
     blocks = config.cache.blocks_per_chunk
     layouts = {
@@ -186,6 +192,15 @@ def _create_region(
         "layouts": layouts_to_json(layouts),
         "model": config.model.name,
         "weights_fixed": weights_fixed(settings.weights_fixed, vllm_config),
+        "elements": {
+            group: [
+                each.to_json()
+                for each in elements_of(
+                    shapes[group], dtypes, blocks, draft_layers(list(dtypes), vllm_config)
+                )
+            ]
+            for group in shapes
+        },
         "lora": vllm_config.lora_config is not None,
         "namespace": None,
     }
