@@ -2,7 +2,7 @@
 # The targets share one virtual environment and few cores, so -j changes nothing.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help install lint format types test-unit test-engine test test-gpu test-models test-faults test-soak bench-fs bench-kernels bench-manager bench-ttft bench-file-hits test-hits fuzz demo demo-shared
+.PHONY: help install lint format types test-unit test-engine test test-gpu test-models test-faults test-soak bench-fs bench-kernels bench-manager bench-ttft bench-file-hits bench-rounding test-hits test-audit fuzz demo demo-shared
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -90,6 +90,9 @@ test-faults: install ## the long forms: kills, full disks and hostile files; eac
 test-hits: install ## 1,000 file hits in a row on a real server: none is lost
 	$(BIN)/pytest --long tests/engine/test_file_hits.py
 
+test-audit: install ## audits on the real engine: thousands of a sound store, and one of another model
+	$(BIN)/pytest --long tests/engine/test_audit.py
+
 SEED :=
 test-soak: install ## 300 requests on a real engine over tiers that fail: no wrong token, no leak (SEED=...)
 	$(BIN)/pytest --long $(if $(SEED),--seed=$(SEED)) tests/engine/test_soak.py
@@ -115,6 +118,9 @@ HITS := 1000
 bench-file-hits: install ## time to first token of file hits in a row: median, p99, worst (HITS=...)
 	mkdir -p $(BENCH_DIR)
 	$(BIN)/python docs/demo/file_hits.py --hits $(HITS) --csv $(BENCH_DIR)/file-hits.csv
+
+bench-rounding: install ## by how much right pages differ, and wrong ones, on this machine (MODEL=folder)
+	$(BIN)/python -m kvstrata.offload.bench.rounding --model $(MODEL) --csv $(BENCH_DIR)/rounding.csv
 
 # atheris is no dependency of the tests
 FUZZ_SECONDS := 600

@@ -74,6 +74,7 @@ class Engine:
         model: checkpoint folder.
         kv_transfer_config: see `connector`; None runs without offload.
         tp: tensor-parallel size.
+        namespace_of: a config.json whose fields the engine is to take for its own namespace's.
         blocks: GPU KV blocks, few so that prompts push each other out.
         log: file for the engine's output.
         arguments: further arguments of `vllm.LLM`.
@@ -88,6 +89,7 @@ class Engine:
         tp: int = 1,
         blocks: int = 24,
         max_model_len: int = 704,
+        namespace_of: Path | None = None,
         **arguments: Any,
     ) -> None:
         self._log = open(log, "w")  # noqa: SIM115  closed in `close`
@@ -104,6 +106,7 @@ class Engine:
         self._send(
             {
                 "model": str(model),
+                "namespace_of": str(namespace_of) if namespace_of else None,
                 "dtype": "float32",
                 "enforce_eager": True,
                 "max_model_len": max_model_len,
@@ -171,6 +174,11 @@ class Engine:
     def counters(self) -> dict[str, Any]:
         """See `EngineProcess.counters`."""
         answer: dict[str, Any] = self._call("counters")
+        return answer
+
+    def distrusted(self) -> list[str]:
+        """The tiers from which nothing is loaded, after what audits found."""
+        answer: list[str] = self._call("distrusted")
         return answer
 
     def held(self) -> dict[str, int]:

@@ -24,6 +24,8 @@ class EngineProcess:
     def __init__(self, arguments: dict[str, Any]) -> None:
         from vllm import LLM
 
+        if (config := arguments.pop("namespace_of")) is not None:
+            _force_namespace(json.loads(Path(config).read_text()))
         self.llm = LLM(**arguments)
         core = self.llm.llm_engine.engine_core.engine_core
         self.scheduler = core.scheduler
@@ -143,6 +145,12 @@ class EngineProcess:
             "tiers": {name: dict(each.counters) for name, each in stats.items()},
         }
 
+    def distrusted(self) -> list[str]:
+        """The tiers from which nothing is loaded, after what audits found."""
+        assert self.offload is not None
+        found: list[str] = self.offload.manager._manager.audits.distrusted
+        return found
+
     def held(self) -> dict[str, int]:
         """How much is remembered of requests and transfers."""
         assert self.offload is not None
@@ -185,6 +193,13 @@ class EngineProcess:
         if when == "promotion":
             return bool(self.offload.manager._manager.primary.promoting > 0)
         return any(job.is_store == (when == "store") for job in self.offload._jobs.values())
+
+
+def _force_namespace(fields: dict[str, Any]) -> None:
+    """Whatever the engine's configuration says, its pages are of this namespace."""
+    from kvstrata.offload.vllm_plugin import registration
+
+    registration.namespace_fields = lambda *args, **kwargs: fields
 
 
 def _answer(output: Any) -> dict[str, Any]:
