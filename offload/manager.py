@@ -60,6 +60,9 @@ class TieringManager:
         open_tiers: makes the secondary tiers; called again at a reset when
             `weights_fixed` is false, for tiers that know nothing of earlier pages.
         weights_fixed: whether a reset keeps what the secondary tiers hold.
+        weights_changed: whether the weights have changed all the same; asked at a reset, and
+            once more before the first look-up after it, since weights may be loaded in between.
+            From then on they are not fixed.
         clock: seconds, monotonic.
     """
 
@@ -74,10 +77,13 @@ class TieringManager:
         comparer: Comparer | None = None,
         *,
         weights_fixed: bool,
+        weights_changed: Callable[[], bool] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._valid = valid
         self._weights_fixed = weights_fixed
+        self._weights_changed = weights_changed
+        self._was_reset = False  # and nothing was looked up since
         self._clock = clock
         self._report = Report()
         self.counters: Counter[str] = self._report.counters
@@ -148,6 +154,9 @@ class TieringManager:
         `end_token` is the chunk's end in the request, in tokens.
         """
         if not self._polled:
+            if self._was_reset:
+                self._was_reset = False
+                self._look_at_weights()
             self._poll()
         if not self.audits.intervenes:
             return self._find(key, end_token, request)
@@ -333,7 +342,7 @@ class TieringManager:
         """Forget the primary tier's pages; keep the secondary tiers' if weights are fixed.
 
         Jobs under way go on, and their slots come free as they end. If the weights may have
-        changed, the tiers are stopped first, and others opened that know no earlier page.
+        changed, the tiers are stopped, and others opened that know no earlier page.
 
         Returns:
             Entries that GPU transfers may still touch; give them to
@@ -352,10 +361,12 @@ class TieringManager:
             state.sources.clear()
             state.progress = None
             self._forget_if_over(state)
+        self._polled = False
+        self._was_reset = True
         if not self._weights_fixed:
-            self._jobs.stop()
-            self._take_results()
-            self._jobs.reopen()
+            self._renew_tiers()
+        else:
+            self._look_at_weights()
         return held
 
     def shutdown(self) -> None:
@@ -366,6 +377,18 @@ class TieringManager:
         self.audits.stop(STOP_TIMEOUT_S)
 
     # -- inside -------------------------------------------------------------------
+
+    def _look_at_weights(self) -> None:
+        """Leave what the tiers hold if it was made with weights that are gone."""
+        if self._weights_fixed and self._weights_changed is not None and self._weights_changed():
+            self._weights_fixed = False
+            self._renew_tiers()
+
+    def _renew_tiers(self) -> None:
+        """Stop the tiers, and open others that know no earlier page."""
+        self._jobs.stop()
+        self._take_results()
+        self._jobs.reopen()
 
     def _state(self, request: RequestView) -> RequestState:
         return self._requests.get(request.req_id) or self._new_state(request)

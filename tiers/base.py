@@ -49,6 +49,9 @@ PAGE_CAUSES = frozenset(
 
 # The namespace's field that is another one after each reset, where weights may change.
 EPOCH = "epoch"
+# A field's value that begins with this is another one at each start, because the weights cannot
+# be seen; the rest says why.
+UNSEEN = "unseen: "
 
 
 # What a tier may say of itself, in vLLM's words.
@@ -154,7 +157,8 @@ class TierContext:
         namespace: JSON-serialisable fields; pages are interchangeable between two
             engines exactly when these fields are equal. The field `pages` is
             `layouts_to_json(layouts)`, so that a tool can tell what a page must be. A field
-            `EPOCH` says that nobody will read the pages once this tier was shut down.
+            `EPOCH`, or a value that begins with `UNSEEN`, says that nobody will read the pages
+            once this tier was shut down.
         layouts: page layout by KV cache group index.
         region: where the pages lie; None if in memory that cannot be shared, which a tier
             may refuse.

@@ -83,7 +83,7 @@ def offload_config(folder: Path, bytes_per_second: float, setting: str) -> dict[
                 "module_path": ThrottledTier.__module__,
                 "latency_s": LATENCY_S,
                 "bytes_per_second": bytes_per_second,
-                "tier": {"type": "fs", "root_dir": str(folder)},
+                "tier": {"type": "fs", "root_dir": str(folder), "max_bytes": "50%"},
             }
         ],
     }

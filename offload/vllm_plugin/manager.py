@@ -40,6 +40,7 @@ from kvstrata.offload.region import Region, open_region
 from kvstrata.offload.tier_link import NamedTier
 from kvstrata.offload.vllm_plugin.metrics import StatsReader
 from kvstrata.offload.vllm_plugin.transfer import PageSlots
+from kvstrata.offload.weights.watch import WeightWatch
 from kvstrata.tiers.base import (
     EPOCH,
     RequestView,
@@ -243,10 +244,14 @@ def open_manager(
         )
         entries = ()
 
+    private = not fixed
+
     def open_tiers() -> list[NamedTier]:
+        nonlocal private
         namespace = dict(fields["namespace"] or {})
-        if not fixed:
+        if private:
             namespace[EPOCH] = secrets.token_hex(8)
+        private = True  # they are opened again where the weights are not fixed, or turn out so
         context = TierContext(fields["model"], namespace, layouts, region.page_region())
         opened: list[NamedTier] = []
         for entry in entries:
@@ -264,6 +269,7 @@ def open_manager(
             )
         return opened
 
+    watch = fields.get("weights_watch")
     manager = TieringManager(
         settings,
         region.slots,
@@ -278,6 +284,7 @@ def open_manager(
             }
         ),
         weights_fixed=fixed,
+        weights_changed=WeightWatch(watch).changed if watch and entries else None,
     )
     gib = region.slots * region.slot_bytes / 2**30
     logger.info(

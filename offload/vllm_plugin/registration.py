@@ -32,16 +32,14 @@ from kvstrata.offload.region import (
 )
 from kvstrata.offload.vllm_plugin.caches import collect_layers
 from kvstrata.offload.vllm_plugin.elements import draft_layers, elements_of
-from kvstrata.offload.vllm_plugin.namespace import (
-    check_secondary_tiers,
-    namespace_fields,
-    weights_fixed,
-)
+from kvstrata.offload.vllm_plugin.namespace import check_secondary_tiers, namespace_fields
 from kvstrata.offload.vllm_plugin.pages import (
     layout_of,
     merge_layers,
     slot_bytes_of,
 )
+from kvstrata.offload.vllm_plugin.updates import check_weights_fixed, weights_fixed
+from kvstrata.offload.vllm_plugin.weights import WeightNames, name_weights
 from kvstrata.offload.vllm_plugin.worker import KVStrataWorker
 from kvstrata.tiers.base import layouts_to_json
 
@@ -63,7 +61,8 @@ class Ranks:
     engine of its own, told apart by its engine id.
     """
 
-    def __init__(self, engine_id: str) -> None:
+    def __init__(self, engine_id: str, rank: int) -> None:
+        self.rank = rank  # in this engine
         self._engine_id = engine_id
         group = get_world_group()
         self._group = group.cpu_group
@@ -106,8 +105,8 @@ def open_worker(
     vllm_config = get_current_vllm_config()
     if vllm_config.parallel_config.nnodes_within_dp > 1:
         raise RegistrationError("kvstrata does not support replicas that span several nodes")
-    ranks = Ranks(config.engine_id)
     rank = config.parallel.rank
+    ranks = Ranks(config.engine_id, rank)
     mine = ranks.agree(lambda: collect_layers(config, vllm_config, caches))
     parts = ranks.gather(
         {
@@ -116,10 +115,16 @@ def open_worker(
         }
     )
 
+    weights = None
+    if settings.tiers:
+        # before the weights are read, which may take a minute
+        ranks.agree(lambda: check_weights_fixed(settings.weights_fixed, vllm_config))
+        weights = name_weights(vllm_config, ranks)
+
     def create() -> Region | None:
         if rank != 0:
             return None
-        return _create_region(config, settings, vllm_config, parts)
+        return _create_region(config, settings, vllm_config, parts, weights)
 
     def register() -> Pipeline:
         groups = {
@@ -155,8 +160,12 @@ def _create_region(
     settings: OffloadConfig,
     vllm_config: VllmConfig,
     parts: Sequence[Mapping[int, Sequence[tuple[LayerShape, str, str]]]],
+    weights: WeightNames | None,
 ) -> Region:
-    """Rank 0: size the region from what all ranks hold, and write its header."""
+    """Rank 0: size the region from what all ranks hold, and write its header.
+
+    `weights` is given where there are secondary tiers.
+    """
     shapes = {
         group.group_id: merge_layers(
             [[shape for shape, *_ in part[group.group_id]] for part in parts]
@@ -203,8 +212,12 @@ def _create_region(
         },
         "lora": vllm_config.lora_config is not None,
         "namespace": None,
+        "weights_watch": None,
     }
-    if settings.tiers:
+    if weights is not None:
         check_secondary_tiers(vllm_config)
-        fields["namespace"] = namespace_fields(config, vllm_config, layouts, shapes, orders)
+        fields["namespace"] = namespace_fields(
+            config, vllm_config, layouts, shapes, orders, weights.fields
+        )
+        fields["weights_watch"] = weights.watch
     return create_region(config.engine_id, fields, text_bytes=HEADER_TEXT_BYTES)
