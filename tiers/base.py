@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import enum
 import math
+import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,9 +50,20 @@ PAGE_CAUSES = frozenset(
 
 # The namespace's field that is another one after each reset, where weights may change.
 EPOCH = "epoch"
-# A field's value that begins with this is another one at each start, because the weights cannot
-# be seen; the rest says why.
-UNSEEN = "unseen: "
+
+_UNSEEN = "unseen: "
+
+
+def unseen(reason: str) -> str:
+    """The value of a field of the namespace that nobody can know, another one at each call."""
+    return f"{_UNSEEN}{reason} [{secrets.token_hex(8)}]"
+
+
+def unseen_reason(value: object) -> str | None:
+    """Why nobody can know this value of a field of the namespace; None if it can be known."""
+    if not isinstance(value, str) or not value.startswith(_UNSEEN):
+        return None
+    return value.removeprefix(_UNSEEN).rpartition(" [")[0]
 
 
 # What a tier may say of itself, in vLLM's words.
@@ -157,8 +169,8 @@ class TierContext:
         namespace: JSON-serialisable fields; pages are interchangeable between two
             engines exactly when these fields are equal. The field `pages` is
             `layouts_to_json(layouts)`, so that a tool can tell what a page must be. A field
-            `EPOCH`, or a value that begins with `UNSEEN`, says that nobody will read the pages
-            once this tier was shut down.
+            `EPOCH`, or a value with an `unseen_reason`, says that nobody will read the pages once
+            this tier was shut down.
         layouts: page layout by KV cache group index.
         region: where the pages lie; None if in memory that cannot be shared, which a tier
             may refuse.

@@ -61,8 +61,7 @@ class Ranks:
     engine of its own, told apart by its engine id.
     """
 
-    def __init__(self, engine_id: str, rank: int) -> None:
-        self.rank = rank  # in this engine
+    def __init__(self, engine_id: str) -> None:
         self._engine_id = engine_id
         group = get_world_group()
         self._group = group.cpu_group
@@ -105,8 +104,8 @@ def open_worker(
     vllm_config = get_current_vllm_config()
     if vllm_config.parallel_config.nnodes_within_dp > 1:
         raise RegistrationError("kvstrata does not support replicas that span several nodes")
+    ranks = Ranks(config.engine_id)
     rank = config.parallel.rank
-    ranks = Ranks(config.engine_id, rank)
     mine = ranks.agree(lambda: collect_layers(config, vllm_config, caches))
     parts = ranks.gather(
         {
@@ -119,7 +118,7 @@ def open_worker(
     if settings.tiers:
         # before the weights are read, which may take a minute
         ranks.agree(lambda: check_weights_fixed(settings.weights_fixed, vllm_config))
-        weights = name_weights(vllm_config, ranks)
+        weights = name_weights(vllm_config, ranks.gather, rank)
 
     def create() -> Region | None:
         if rank != 0:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,10 +14,10 @@ from vllm import envs
 from vllm.config import ModelConfig, VllmConfig
 
 from kvstrata.offload.weights.content import (
-    Alone,
     Found,
+    Gather,
     Outcome,
-    Team,
+    alone,
     attempt,
     find_digests,
     read_digests,
@@ -29,7 +28,7 @@ from kvstrata.offload.weights.identity import Identity
 from kvstrata.offload.weights.memory import DigestMemory, default_memory
 from kvstrata.offload.weights.source import WeightSource
 from kvstrata.offload.weights.watch import watch_entry
-from kvstrata.tiers.base import UNSEEN
+from kvstrata.tiers.base import unseen, unseen_reason
 
 logger = logging.getLogger("kvstrata")
 
@@ -71,18 +70,19 @@ class _Model:
     watch: list[dict[str, Any]] = field(default_factory=list)
 
 
-def name_weights(vllm_config: VllmConfig, team: Team | None = None) -> WeightNames:
+def name_weights(vllm_config: VllmConfig, gather: Gather = alone, rank: int = 0) -> WeightNames:
     """Names of the engine's weights and of its draft model's.
 
     The names hold names inside the model, sizes and content of the weight files, and how they
     are read; no paths and no times, so that they are equal on every host and for every TP size.
     A model whose weights cannot be seen gets a name of its own at every start (and on every
-    rank), which begins with `UNSEEN`.
+    rank), made by `unseen`.
 
     Args:
         vllm_config: the engine's configuration.
-        team: the engine's ranks on this host, which share the work; all of them call this.
-            It gathers twice, whatever happens.
+        gather: the collective of the engine's ranks, which lie on one host and share the work;
+            all of them call this. It is used twice, whatever happens.
+        rank: of this process in it.
     """
     draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
     models = {"weights": vllm_config.model_config, "draft_weights": draft}
@@ -91,29 +91,36 @@ def name_weights(vllm_config: VllmConfig, team: Team | None = None) -> WeightNam
         "draft_weights": getattr(vllm_config.speculative_config, "draft_load_config", None)
         or vllm_config.load_config,
     }
-    return _names(models, loads, team or Alone())
+    return _names(models, loads, gather, rank)
 
 
 def weights_fingerprint(model: ModelConfig, vllm_config: VllmConfig) -> str:
     """The name of one model's weights, found out by this process alone."""
-    names = _names({"weights": model}, {"weights": vllm_config.load_config}, Alone())
+    names = _names({"weights": model}, {"weights": vllm_config.load_config}, alone, 0)
     assert names.fields["weights"] is not None
     return names.fields["weights"]
 
 
-def _names(models: Mapping[str, Any], loads: Mapping[str, Any], team: Team) -> WeightNames:
+def _names(
+    models: Mapping[str, Any], loads: Mapping[str, Any], gather: Gather, rank: int
+) -> WeightNames:
     memory = default_memory()
     planned = Outcome(None)
-    if team.rank == 0:
+    if rank == 0:
         planned = attempt(lambda: _listed(models, loads, memory))
-    gathered = team.gather(planned)
+    gathered = gather(planned)
     listed: dict[str, _Model] = gathered[0].value or {
-        name: _Model([], gathered[0].error) for name, model in models.items() if model is not None
+        name: _Model([], gathered[0].error or "rank 0 has not looked")
+        for name, model in models.items()
+        if model is not None
     }
     found = {path: file for model in listed.values() for path, file in model.found.items()}
     ranks = len(gathered)
-    mine = share(found, ranks)[team.rank]
-    outcomes = team.gather(attempt(lambda: read_digests(mine, found, memory, threads_for(ranks))))
+
+    def read() -> dict[Identity, str]:
+        return read_digests(share(found, ranks)[rank], found, memory, threads_for(ranks))
+
+    outcomes = gather(attempt(read))
     digests = {identity: digest for identity, digest in found.values() if digest is not None}
     for outcome in outcomes:
         digests |= outcome.value or {}
@@ -121,7 +128,7 @@ def _names(models: Mapping[str, Any], loads: Mapping[str, Any], team: Team) -> W
     names = dict.fromkeys(models) | {
         name: _name(model, digests, errors) for name, model in listed.items()
     }
-    if team.rank == 0:
+    if rank == 0:
         _warn(models, names)
     return WeightNames(names, [entry for model in listed.values() for entry in model.watch])
 
@@ -188,16 +195,17 @@ def _name(model: _Model, digests: Mapping[Identity, str], errors: str) -> str:
     if reason is None and any(digest is None for _, _, digest in contents):
         reason = errors
     if reason is not None:
-        return f"{UNSEEN}{reason} [{secrets.token_hex(8)}]"
+        return unseen(reason)
     return hashlib.sha256(json.dumps([model.facts, contents]).encode()).hexdigest()
 
 
 def _warn(models: Mapping[str, Any], names: Mapping[str, str | None]) -> None:
     for key, name in names.items():
-        if name is not None and name.startswith(UNSEEN) and "load_format=dummy" not in name:
+        reason = unseen_reason(name)
+        if reason is not None and "load_format=dummy" not in reason:
             logger.warning(
                 "kvstrata cannot tell which weights %s has, so its files in secondary tiers will "
                 "not be found after a restart: %s",
                 models[key].model,
-                name.removeprefix(UNSEEN),
+                reason,
             )

@@ -28,25 +28,16 @@ LARGE_BYTES = 1 << 30
 T = TypeVar("T")
 
 
-class Team(Protocol):
-    """The processes of one host that do this together, each with the same calls."""
+class Gather(Protocol):
+    """A collective of the processes of one host that do this together, in the same order."""
 
-    @property
-    def rank(self) -> int:
-        """This process, from 0 on."""
-
-    def gather(self, value: T) -> list[T]:
+    def __call__(self, value: T, /) -> list[T]:
         """The value of every process, in the order of ranks."""
 
 
-class Alone:
-    """A team of one."""
-
-    rank = 0
-
-    def gather(self, value: T) -> list[T]:
-        """The value."""
-        return [value]
+def alone(value: T, /) -> list[T]:
+    """The collective of one process."""
+    return [value]
 
 
 class Found(NamedTuple):

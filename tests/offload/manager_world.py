@@ -44,6 +44,7 @@ class World:
     slots: int = 8
     config: OffloadConfig = field(default_factory=lambda: OffloadConfig(cpu_bytes=1))
     weights_fixed: bool = True
+    weights_changed: Callable[[], bool] | None = None
     reopen: Callable[[], Sequence[SecondaryTier]] | None = None
     thresholds: Sequence[int] = ()  # of the tiers; 0 where there is none
     audited: bool = False
@@ -63,6 +64,7 @@ class World:
             self._open,
             InlineComparer(ELEMENTS) if self.audited else None,
             weights_fixed=self.weights_fixed,
+            weights_changed=self.weights_changed,
             clock=lambda: self.now,
         )
 

@@ -643,6 +643,43 @@ def test_reset_opens_the_tiers_anew_when_weights_change() -> None:
     assert old.lookup(KEYS[0], request) is Lookup.MISS, "it was shut down"
 
 
+@pytest.mark.parametrize("when", ["before the reset", "after the reset"])
+def test_fixed_weights_that_changed_all_the_same(when: str) -> None:
+    """Found out at a reset, or before the first look-up after it; from then on at every reset."""
+    changed = [when == "before the reset"]
+    tiers = [Recorder(), Recorder(), Recorder()]
+    world = World(
+        tiers[:1], weights_changed=lambda: changed[0], reopen=lambda: [tiers[world.opened]]
+    )
+    request = world.request()
+    world.store(ITEMS[:2], request)
+    world.manager.reset()
+    world.step()
+    changed[0] = True
+    assert world.lookup(ITEMS[0], world.request("next")) is MISS
+    assert world.manager.tiers[0].tier is tiers[1]
+    assert tiers[0].lookup(KEYS[0], request) is Lookup.MISS, "it was shut down"
+    world.store(ITEMS[2:3], request)
+    world.manager.reset()
+    assert world.lookup(ITEMS[2], request) is MISS and world.manager.tiers[0].tier is tiers[2]
+
+
+def test_weights_are_looked_at_around_a_reset_only() -> None:
+    asked = []
+    world = World([Recorder()], weights_changed=lambda: bool(asked.append(1)))
+    request = world.request()
+    for number in (2, 4):
+        world.store(ITEMS[:2], request)
+        for _ in range(3):
+            world.manager.lookup(*ITEMS[0], request)
+            world.step()
+        world.manager.reset()
+        for _ in range(3):
+            world.lookup(ITEMS[0], request)
+            world.step()
+        assert len(asked) == number
+
+
 def test_reset_survives_tiers_that_cannot_be_opened_again() -> None:
     def gone() -> Sequence[SecondaryTier]:
         raise OSError("the disk is gone")

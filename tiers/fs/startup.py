@@ -10,7 +10,7 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
-from kvstrata.tiers.base import EPOCH, UNSEEN, TierConfigError, TierContext
+from kvstrata.tiers.base import EPOCH, TierConfigError, TierContext, unseen_reason
 from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.codec import ALIGNMENT
 from kvstrata.tiers.fs.config import FsConfig
@@ -143,11 +143,11 @@ def check_budget(config: FsConfig, context: TierContext) -> None:
             'reads again, so they need a limit: give max_bytes, for example "50%", max_files or '
             "min_free_bytes (or weights_fixed: true, if the weights never change)"
         )
-    unseen = [v for v in context.namespace.values() if str(v).startswith(UNSEEN)]
-    if unseen and not limited:
+    reasons = [unseen_reason(value) for value in context.namespace.values()]
+    if any(reasons) and not limited:
         raise TierConfigError(
             "fs tier: kvstrata cannot see which weights this engine has "
-            f"({unseen[0].removeprefix(UNSEEN)}), so nobody reads its files after it ends, and "
+            f"({'; '.join(filter(None, reasons))}), so nobody reads its files after it ends, and "
             'they need a limit: give max_bytes, for example "50%", max_files or min_free_bytes '
             "(or load the weights from files on this host)"
         )

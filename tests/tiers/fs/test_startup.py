@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from kvstrata.tiers.base import Lookup, TierConfigError, TierContext
+from kvstrata.tiers.base import Lookup, TierConfigError, TierContext, unseen
 from kvstrata.tiers.fs import io, startup
 from kvstrata.tiers.fs.config import FsConfig
 from kvstrata.tiers.fs.layout import NamespacePaths
@@ -159,10 +159,20 @@ def test_a_budget_too_small_for_a_page(open_tier: OpenTier) -> None:
         open_tier(max_bytes=4096)
 
 
+PRIVATE = {
+    "weights may change": {"epoch": "1"},
+    "they are in object storage": {"weights": unseen("they are in object storage")},
+    "the draft is random": {"weights": "abc", "draft_weights": unseen("the draft is random")},
+}
+
+
+@pytest.mark.parametrize("why", PRIVATE)
 @pytest.mark.parametrize("limit", [{"max_bytes": "50%"}, {"max_files": 9}, {"min_free_bytes": 1}])
-def test_files_that_only_pile_up_need_a_limit(open_tier: OpenTier, limit: dict[str, Any]) -> None:
-    private = replace(CONTEXT, namespace={**CONTEXT.namespace, "epoch": "1"})
-    with pytest.raises(TierConfigError, match="need a limit: give max_bytes"):
+def test_files_that_only_pile_up_need_a_limit(
+    open_tier: OpenTier, why: str, limit: dict[str, Any]
+) -> None:
+    private = replace(CONTEXT, namespace={**CONTEXT.namespace, **PRIVATE[why]})
+    with pytest.raises(TierConfigError, match=f"{why}.* need a limit: give max_bytes"):
         open_tier(private)
     open_tier(private, **limit)
 
