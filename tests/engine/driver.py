@@ -167,6 +167,10 @@ class Engine:
         """Change what the model computes, as an update of its weights does."""
         self._call("change_weights")
 
+    def reload_weights(self) -> None:
+        """Load the weights again from the model's files."""
+        self._call("reload_weights")
+
     def slow_transfers(self, least: int, most: int, seed: int = 0) -> None:
         """From now on each GPU transfer takes `least` to `most` steps."""
         self._call("slow_transfers", least=least, most=most, seed=seed)

@@ -119,6 +119,10 @@ class EngineProcess:
         """Change what the model computes, as an update of its weights does."""
         self.llm.apply_model(_change_weights)
 
+    def reload_weights(self) -> None:
+        """Load the weights again from the model's files."""
+        self.llm.collective_rpc("reload_weights")
+
     def slow_transfers(self, least: int, most: int, seed: int) -> None:
         """From now on each GPU transfer takes `least` to `most` steps."""
         from vllm.distributed.kv_transfer import get_kv_transfer_group

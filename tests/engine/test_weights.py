@@ -3,10 +3,13 @@
 vLLM does not tell connectors of weight updates; it resets caches around them.
 """
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.engine.driver import Engine, connector, prompt
 
@@ -70,3 +73,32 @@ def test_an_engine_whose_weights_are_said_to_be_fixed_keeps_its_files(
         assert hit["cached"] >= 256
         assert hit["tokens"] == cold["tokens"]
         assert engine.counters()["promoted_pages:fs"] >= 8
+
+
+def test_an_engine_that_loads_other_files_forgets(llama: Path, tmp_path: Path) -> None:
+    """Its configuration does not show it, and the reset comes before the new files."""
+    model, text = tmp_path / "model", prompt(1)
+    shutil.copytree(llama, model)
+    tiers = [{"type": "fs", "root_dir": str(tmp_path / "kv"), "max_bytes": "1GiB"}]
+    config = connector(secondary_tiers=tiers)
+    with Engine(model, tmp_path / "log", kv_transfer_config=config) as engine:
+        old = engine.ask(text)
+        assert engine.reset(connector=True)
+        engine.reload_weights()  # the same files
+        assert engine.ask(text) == {"tokens": old["tokens"], "cached": 320}
+
+        assert engine.reset(connector=True)
+        [file] = model.glob("*.safetensors")
+        tensors = load_file(file)
+        for name in [name for name in tensors if name.endswith("k_proj.weight")]:
+            tensors[name] = tensors[name].flip(0).contiguous()
+        save_file(tensors, model / "new", {"format": "pt"})
+        os.replace(model / "new", file)
+        engine.reload_weights()
+        new = engine.ask(text)
+        assert new["cached"] == 0 and new["tokens"] != old["tokens"]
+        engine.push_out(range(100, 104))
+        assert engine.ask(text) == {"tokens": new["tokens"], "cached": 320}
+        assert engine.reset(connector=True)
+        assert engine.ask(text)["cached"] == 0, "nobody knows the weights any more"
+    assert "were changed since this engine started" in (tmp_path / "log").read_text()
