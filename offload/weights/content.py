@@ -103,8 +103,8 @@ def read_digests(
     total = sum(found[path].identity.size for path in paths)
     if total >= LARGE_BYTES:
         logger.info(
-            "kvstrata reads %.1f GiB of weight files to give their pages a name; the result is "
-            "remembered until they change",
+            "kvstrata reads %.1f GiB of weight files to give their pages a name (remembered until "
+            "they change, where the file system keeps exact change times)",
             total / 2**30,
         )
 
