@@ -116,8 +116,10 @@ def open_worker(
 
     weights = None
     if settings.tiers:
-        # before the weights are read, which may take a minute
-        ranks.agree(lambda: check_weights_fixed(settings.weights_fixed, vllm_config))
+        # said once, and before the weights are read, which may take a minute
+        ranks.agree(
+            lambda: check_weights_fixed(settings.weights_fixed, vllm_config) if rank == 0 else None
+        )
         weights = name_weights(vllm_config, ranks.gather, rank)
 
     def create() -> Region | None:

@@ -43,7 +43,8 @@ class DigestMemory:
                 found = _LINE.fullmatch(line)
                 if found is None or tuple(map(int, found.groups()[:3])) != file[2:]:
                     return None
-                os.utime(_name(file), dir_fd=folder, follow_symlinks=False)  # kept the longest
+                with contextlib.suppress(OSError):  # only what is used the longest ago must go
+                    os.utime(_name(file), dir_fd=folder, follow_symlinks=False)
                 return found[4].decode()
         except OSError:
             return None

@@ -18,9 +18,13 @@ _TRAINING = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt
 _LEFT_OUT = re.compile(r"\..*|original|checkpoint-\d+|global_step\d+")
 _HF_INDEX = "model.safetensors.index.json"
 _PART = re.compile(r"(.*)-\d{5}-of-\d{5}\.gguf")
+_EITHER = "auto or mistral"
 # Formats in which vLLM reads *.safetensors and, where there are some, nothing of the kind of *.bin
 _SAFETENSORS_FIRST = frozenset(
-    {"auto", "hf", "mistral", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer"}
+    {
+        *("auto", "hf", "mistral", _EITHER, "safetensors", "fastsafetensors"),
+        *("instanttensor", "runai_streamer"),
+    }
 )
 
 
@@ -46,7 +50,7 @@ def weight_files(root: str, load_format: str, *, local: bool) -> list[tuple[str,
         _is_consolidated(name) for _, names in folders for name in names
     ):
         # vLLM asks the hub for a repository, which a copy on this host need not resemble
-        load_format = "mistral" if local else "auto or mistral"
+        load_format = "mistral" if local else _EITHER
     found = []
     for folder, names in folders:
         inside = os.path.relpath(folder, root)
@@ -63,7 +67,8 @@ def _walk(root: str) -> Iterator[tuple[str, list[str]]]:
     """(directory, names of files that may count), each directory once, through links too."""
 
     def fail(error: OSError) -> None:
-        raise error
+        if not isinstance(error, PermissionError) or error.filename == root:
+            raise error  # what this user may not read (lost+found), vLLM has not read either
 
     seen = set()
     for folder, inner, names in os.walk(root, onerror=fail, followlinks=True):
@@ -93,11 +98,14 @@ def _other_forms(folder: str, names: list[str], load_format: str, *, top: bool) 
     unread = set()
     if load_format == "mistral" and top:
         unread |= {n for n in names if re.fullmatch(r"model(-.*)?\.safetensors", n)} | {_HF_INDEX}
-    elif load_format not in ("mistral", "auto", "auto or mistral") and _HF_INDEX in names:
+    elif load_format not in ("mistral", "auto", _EITHER) and _HF_INDEX in names:
         indexed = _indexed(os.path.join(folder, _HF_INDEX))
         unread |= {n for n in names if n.startswith("consolidated") and n not in indexed}
-    first = load_format in _SAFETENSORS_FIRST or load_format == "auto or mistral"
-    if first and any(name.endswith(".safetensors") for name in names):
+    if load_format in _SAFETENSORS_FIRST and any(
+        # parts that a model loads by itself have exactly this name
+        name == "model.safetensors" or (top and re.fullmatch(r"model-.*\.safetensors", name))
+        for name in names
+    ):
         unread |= {name for name in names if name.startswith("pytorch_model")}
     return unread
 

@@ -1,5 +1,6 @@
 """Digests that are remembered: never believed where they could be wrong."""
 
+import errno
 import os
 import stat
 import time
@@ -146,6 +147,19 @@ def test_a_directory_that_cannot_be_had(kind: str, tmp_path: Path) -> None:
     made = DigestMemory(str(tmp_path / "cache" / "weights") if kind != "none" else None)
     made.put(FILE, DIGEST, began_ns=NOW)
     assert made.get(FILE) is None
+
+
+def test_a_memory_that_cannot_be_written_is_believed(
+    memory: DigestMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.EROFS, "read-only")
+
+    for name in ("utime", "rename", "unlink"):
+        monkeypatch.setattr(os, name, read_only)
+    assert memory.get(FILE) == DIGEST
+    memory.put(FILE, "cd" * 32, began_ns=NOW)
+    assert memory.get(FILE) == DIGEST
 
 
 def test_it_is_bounded_and_keeps_what_is_used(

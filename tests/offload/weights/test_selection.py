@@ -1,7 +1,10 @@
 """Which files count: at least all that vLLM may read, and no second form of the same weights."""
 
+import errno
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,9 +54,17 @@ def test_bin_beside_safetensors_is_not_read(tmp_path: Path) -> None:
     make(tmp_path, "pytorch_model-1.bin", "pytorch_model.bin.index.json", "head.bin")
     every = ["head.bin", "pytorch_model-1.bin", "pytorch_model.bin.index.json"]
     assert names(tmp_path) == every
-    make(tmp_path, "model.safetensors")
-    assert names(tmp_path) == ["head.bin", "model.safetensors"]
-    assert names(tmp_path, "pt") == sorted([*every, "model.safetensors"])
+    make(tmp_path, "model-1.safetensors")
+    assert names(tmp_path) == ["head.bin", "model-1.safetensors"]
+    assert names(tmp_path, "pt") == sorted([*every, "model-1.safetensors"])
+
+
+def test_parts_in_directories_of_their_own(tmp_path: Path) -> None:
+    """A model reads `model.safetensors` there, else `pytorch_model.bin`."""
+    make(tmp_path, "2_Dense/pytorch_model.bin", "2_Dense/model-1.safetensors", "a.safetensors")
+    assert "2_Dense/pytorch_model.bin" in names(tmp_path)
+    make(tmp_path, "2_Dense/model.safetensors")
+    assert "2_Dense/pytorch_model.bin" not in names(tmp_path)
 
 
 MISTRAL = ["consolidated.safetensors", "params.json"]
@@ -112,6 +123,25 @@ def test_parts_of_a_gguf_file_come_with_it(tmp_path: Path) -> None:
     assert names(tmp_path / parts[1]) == parts
     make(tmp_path, "mmproj-m-f16.gguf")
     assert names(tmp_path / "m-Q8.gguf") == ["m-Q8.gguf", "mmproj-m-f16.gguf"]
+
+
+def test_a_directory_that_nobody_may_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`lost+found` of a volume: vLLM runs as the same user. Other errors are no answer."""
+    make(tmp_path, "a.safetensors", "lost+found/b.bin", "z/c.bin")
+    scan, error = os.scandir, [PermissionError]
+
+    def refuse(path: str) -> Any:
+        if path.endswith("lost+found"):
+            raise error[0](errno.EACCES, "refused", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert names(tmp_path) == ["a.safetensors", "z/c.bin"]
+    with pytest.raises(PermissionError):
+        names(tmp_path / "lost+found")
+    error[0] = TimeoutError
+    with pytest.raises(TimeoutError):
+        names(tmp_path)
 
 
 def test_no_weights(tmp_path: Path) -> None:
