@@ -44,9 +44,9 @@ class World:
     slots: int = 8
     config: OffloadConfig = field(default_factory=lambda: OffloadConfig(cpu_bytes=1))
     weights_fixed: bool = True
-    weights_changed: Callable[[], bool] | None = None
     reopen: Callable[[], Sequence[SecondaryTier]] | None = None
     thresholds: Sequence[int] = ()  # of the tiers; 0 where there is none
+    weights_changed: Callable[[], bool] | None = None
     audited: bool = False
     epoch: int = 0  # of what the GPU computes
 

@@ -90,6 +90,7 @@ class ManagerMachine(RuleBasedStateMachine):
         self.stocked = set(stocked)
         self.stock = [chunk(prefix, index)[0] for prefix in range(2) for index in range(stock)]
         self.slow: list[SlowTier] = []
+        self.files_changed = False
         self.bad: set[bytes] = set()
         self.world = World(
             self.open(),
@@ -106,6 +107,7 @@ class ManagerMachine(RuleBasedStateMachine):
             weights_fixed,
             self.open,
             of_tiers,
+            lambda: self.files_changed,
             audited,
         )
         self.manager = self.world.manager
@@ -298,6 +300,11 @@ class ManagerMachine(RuleBasedStateMachine):
         self.world.step(times)
 
     @rule()
+    def change_weight_files(self) -> None:
+        """They are loaded at the next reset."""
+        self.files_changed = self.files_changed or not self.manager._was_reset
+
+    @rule()
     def reset(self) -> None:
         stores, self.stores = self.stores, []
         loads, self.loads = self.loads, []
@@ -305,7 +312,7 @@ class ManagerMachine(RuleBasedStateMachine):
         busy = [slot for transfer in (*stores, *loads) for slot in transfer.slots]
         assert sorted({entry.slot for entry in held}) == sorted(set(busy))
         self.left.append((held, stores, loads))
-        if not self.world.weights_fixed:
+        if not self.world.weights_fixed or self.files_changed:
             self.epoch += 1
             self.allowed = [set() for _ in self.polls]
             self.asked.clear()
