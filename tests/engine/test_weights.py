@@ -102,3 +102,21 @@ def test_an_engine_that_loads_other_files_forgets(llama: Path, tmp_path: Path) -
         assert engine.reset(connector=True)
         assert engine.ask(text)["cached"] == 0, "nobody knows the weights any more"
     assert "were changed since this engine started" in (tmp_path / "log").read_text()
+
+
+def test_an_engine_that_is_made_for_updates_needs_the_key(llama: Path, tmp_path: Path) -> None:
+    """All workers refuse together, with one sentence; without secondary tiers nothing is asked."""
+    extension = {"worker_extension_cls": "tests.engine.test_weights.Extension"}
+    config = connector(secondary_tiers=[{"type": "fs", "root_dir": str(tmp_path / "kv")}])
+    refusal = r"worker 0: worker_extension_cls='tests.*\"weights_fixed\": true .* false if they may"
+    with pytest.raises(RuntimeError, match=refusal):
+        Engine(llama, tmp_path / "refused", kv_transfer_config=config, **extension)
+    with Engine(llama, tmp_path / "log", kv_transfer_config=connector(), **extension) as engine:
+        assert engine.ask(prompt(1))["cached"] == 0
+
+
+class Extension:
+    """A trainer's methods in vLLM's worker."""
+
+    def load_from_trainer(self) -> None:
+        """Named by its users; nothing calls it here."""
