@@ -26,6 +26,7 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.kv_offload.base import CanonicalKVCaches
 from vllm.v1.kv_offload.config import OffloadingConfig
+from vllm.v1.worker.utils import customize_attention_spec
 
 from kvstrata.kernels.geometry import (
     GeometryError,
@@ -36,17 +37,14 @@ from kvstrata.kernels.geometry import (
     token_major,
 )
 from kvstrata.kernels.plan import LocalLayer
+from kvstrata.offload.vllm_plugin.backends import (
+    HEAD_SLABS,
+    TOKEN_MAJOR,
+    TOKEN_MAJOR_MLA,
+    backend_path,
+)
 from kvstrata.offload.vllm_plugin.orders import cpu_isa, opaque_order, scales_id
 
-# Backends whose cache view is [B, H, N, K then V]: each splits the last axis at
-# head_size after a transpose (vllm/v1/attention/backends/*.py of 0.32 and 0.33).
-_TOKEN_MAJOR = frozenset({"FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "FLEX_ATTENTION"})
-# Backends whose cache is one latent row per token, written by concat_and_cache_mla.
-_TOKEN_MAJOR_MLA = frozenset(
-    {"CPU_MLA", "CUTLASS_MLA", "FLASHINFER_MLA", "FLASHMLA", "FLASH_ATTN_MLA", "TRITON_MLA"}
-)
-# vLLM's CPU attention: one slab per head, K transposed in an order of the ISA, then V.
-_HEAD_SLABS = frozenset({"CPU_ATTN"})
 # Names of configuration fields that give a number of KV heads, or of query heads for each:
 # of the whole model, of some layers (swa_num_key_value_heads, num_global_key_value_heads,
 # attention_other_setting.num_attention_groups), or of each layer.
@@ -180,19 +178,21 @@ def _worker_layer(
         return _opaque_layer(name, raw, rank, blocks, unknown)
     if spec.block_size != tokens:  # vLLM enlarges the blocks of layers with smaller pages
         spec = replace(spec, block_size=tokens)
+    backend = module.get_attn_backend()
+    spec = customize_attention_spec(backend, spec)  # what vLLM allocated the cache for
     if view.shape[0] % blocks == 0:
         raw = view  # vLLM's raw bytes are right only where a block is one run
     if view.dim() == 3:  # MLA binds its cache without the head axis
         view = view.unsqueeze(1)
-    backend = module.get_attn_backend().get_name()
+    path = backend_path(backend)
     heads = _heads_of(spec, rank)
     if heads is None or not _is_plain(spec, view, blocks):
         return _opaque_layer(name, raw, rank, blocks, unknown)
     total, first, replicas, replica = heads
-    if backend in _TOKEN_MAJOR_MLA or (backend in _TOKEN_MAJOR and not _is_mla(spec)):
+    if path in (TOKEN_MAJOR_MLA if _is_mla(spec) else TOKEN_MAJOR):
         cache = token_major(name, _typed(view, vllm_config))
         order = scales_id(module, view)
-    elif backend in _HEAD_SLABS:
+    elif path in HEAD_SLABS:
         cache = head_slabs(name, _typed(view, vllm_config))
         isa = cpu_isa(spec, vllm_config)
         sizes = f"block{spec.block_size}/kernel{view.shape[2]}"

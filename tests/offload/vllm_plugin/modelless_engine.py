@@ -23,9 +23,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import Of
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
+from vllm.v1.attention.backend import AttentionBackend
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.core.kv_cache_utils import (
-    get_kv_cache_config_from_groups,
-    get_kv_cache_groups,
     get_request_block_hasher,
     init_none_hash,
     resolve_kv_cache_block_sizes,
@@ -49,8 +49,36 @@ from kvstrata.offload.vllm_plugin.register import register
 from kvstrata.tiers.base import layouts_from_json
 from tests.engine.driver import connector
 
+try:
+    from vllm.v1.core.kv_cache_planning import (  # vLLM 0.33
+        get_kv_cache_config_from_groups,
+        get_kv_cache_groups,
+    )
+except ImportError:
+    from vllm.v1.core.kv_cache_utils import (
+        get_kv_cache_config_from_groups,
+        get_kv_cache_groups,
+    )
+
 MOST_STEPS = 10_000
 BARRIER_SECONDS = 60.0  # only a rank that leaves out a collective meets it
+
+
+def backend_class(path: str, name: str | None = None) -> type[AttentionBackend]:
+    """An attention backend with the class path of one that is not installed or does not load here.
+
+    path: `module.Class`, or a name in vLLM's registry; any other word for an unknown one.
+    name: what it calls itself; the word, unless given.
+    """
+    word = path
+    if path in AttentionBackendEnum.__members__:
+        path = AttentionBackendEnum[path].value
+    module, _, qualname = path.rpartition(".")
+    members = {
+        "__module__": module or "unknown",
+        "get_name": staticmethod(lambda: name or word),
+    }
+    return type(qualname, (AttentionBackend,), members)
 
 
 class Layer:
@@ -65,7 +93,7 @@ class Layer:
         return self.spec
 
     def get_attn_backend(self) -> Any:
-        return SimpleNamespace(get_name=lambda: self.backend)
+        return backend_class(self.backend)
 
 
 class Rank:

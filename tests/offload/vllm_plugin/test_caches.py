@@ -11,6 +11,7 @@ pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
 from vllm.v1.kv_cache_interface import (  # noqa: E402
+    AttentionSpec,
     FullAttentionSpec,
     MLAAttentionSpec,
     SlidingWindowSpec,
@@ -35,6 +36,7 @@ from kvstrata.offload.vllm_plugin.caches import (  # noqa: E402
     _Rank,
     _states,
 )
+from tests.offload.vllm_plugin.modelless_engine import backend_class  # noqa: E402
 
 
 def full(heads: int, head_size: int = 8) -> FullAttentionSpec:
@@ -134,24 +136,24 @@ class Module:
     def __init__(
         self,
         heads: int,
-        backend: str = "FLASH_ATTN",
+        backend: str | type[Any] = "FLASH_ATTN",
         dtype: torch.dtype = torch.float32,
         kernels: int = 1,
         k_scale: Any = 1.0,
     ) -> None:
-        self.spec = FullAttentionSpec(
+        self.spec: AttentionSpec = FullAttentionSpec(
             block_size=TOKENS, num_kv_heads=heads, head_size=8, dtype=dtype
         )
         self.kv_cache = torch.zeros(BLOCKS * kernels, heads, TOKENS // kernels, 16, dtype=dtype)
-        self.backend = backend
+        self.backend = backend_class(backend) if isinstance(backend, str) else backend
         self._k_scale = torch.as_tensor(k_scale)
         self._v_scale = torch.tensor(1.0)
 
-    def get_kv_cache_spec(self, _: Any) -> FullAttentionSpec:
+    def get_kv_cache_spec(self, _: Any) -> AttentionSpec:
         return self.spec
 
     def get_attn_backend(self) -> Any:
-        return SimpleNamespace(get_name=lambda: self.backend)
+        return self.backend
 
 
 def model_of(heads: int, **text: Any) -> Any:
@@ -289,7 +291,7 @@ def test_layers_of_the_draft_count(
 
 def order_of(monkeypatch: pytest.MonkeyPatch, module: Module | None) -> str:
     [layer] = collect(monkeypatch, {"a": module})
-    if module is None or module.backend == "OTHER":
+    if module is None or module.backend.get_name() == "OTHER":
         assert layer.shape.content == OPAQUE
     return layer.order
 
