@@ -108,7 +108,11 @@ class Region:
         return self._bytes[start : start + nbytes]
 
     def set_incomplete(self, slot: int, incomplete: bool) -> None:
-        """Say whether the workers could not fill the slot; all ranks write the same."""
+        """Say whether the workers could not fill the slot.
+
+        The scheduler says False before a transfer; a rank that knows better says True before it
+        reports the transfer's end. Ranks are not in step, so none takes back another's word.
+        """
         self._incomplete[slot] = incomplete
 
     def is_complete(self, slot: int) -> bool:

@@ -115,6 +115,8 @@ class KVStrataManager(OffloadingManager):
         chosen = self._manager.prepare_store(wanted, self._view(req_context))
         if chosen is None:
             return None
+        for slot in chosen.slots:
+            self._region.set_incomplete(slot, False)
         stored = cast(list[OffloadKey], chosen.keys)
         # vLLM makes a transfer only of a plan with keys: only those take a ticket.
         spec = self._transfer(stored, chosen.slots) if stored else PageSlots(0, (), ())

@@ -32,6 +32,7 @@ from kvstrata.offload.region import (
 )
 from kvstrata.offload.vllm_plugin.caches import collect_layers
 from kvstrata.offload.vllm_plugin.elements import draft_layers, elements_of
+from kvstrata.offload.vllm_plugin.model_runner import overwrites_before_flush
 from kvstrata.offload.vllm_plugin.namespace import check_secondary_tiers, namespace_fields
 from kvstrata.offload.vllm_plugin.pages import (
     layout_of,
@@ -145,14 +146,13 @@ def open_worker(
     region = ranks.agree(lambda: created or open_region(config.engine_id))
     pipeline = ranks.agree(register)
     logger.info("kvstrata: %s", pipeline.describe())
-    assert vllm_config.kv_transfer_config is not None
     return KVStrataWorker(
         pipeline,
         region,
         rank,
         [group.group_id for group in config.groups],
         config.cache.blocks_per_chunk,
-        alone=vllm_config.kv_transfer_config.kv_connector == "OffloadingConnector",
+        overwrites_before_flush=overwrites_before_flush(vllm_config),
     )
 
 

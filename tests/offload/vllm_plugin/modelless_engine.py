@@ -10,7 +10,7 @@ import copy
 import functools
 import hashlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +30,7 @@ from vllm.v1.core.kv_cache_utils import (
     init_none_hash,
     resolve_kv_cache_block_sizes,
 )
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
@@ -44,7 +45,8 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.utils import allocate_kv_cache
 
-from kvstrata.offload.vllm_plugin import caches, registration
+from kvstrata.offload.manager import TieringManager
+from kvstrata.offload.vllm_plugin import caches, model_runner, registration
 from kvstrata.offload.vllm_plugin.register import register
 from kvstrata.tiers.base import layouts_from_json
 from tests.engine.driver import connector
@@ -122,6 +124,7 @@ class ModellessEngine:
         layers: spec and attention backend of each layer.
         monkeypatch: makes this process look like the ranks' processes.
         tp: ranks, all in this process.
+        runner_v2: prepare blocks when vLLM's second model runner does, which is too early.
         change: applied to vLLM's KV cache groups before anything sees them.
         arguments: of vLLM's EngineArgs.
         extra: keys of kv_connector_extra_config.
@@ -136,6 +139,7 @@ class ModellessEngine:
         layout: str = "LBHNC",
         tp: int = 1,
         blocks: int = 40,
+        runner_v2: bool = False,
         change: Callable[[KVCacheConfig], None] = lambda config: None,
         extra: Mapping[str, Any] = {},
         **arguments: Any,
@@ -153,8 +157,11 @@ class ModellessEngine:
             kv_transfer_config=KVTransferConfig(**connector(**extra)),
             **arguments,
         ).create_engine_config()
+        # not before: vLLM's CPU build brings no Triton, without which it refuses V2
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(runner_v2)))
         config.cache_config.kv_cache_layout = layout
         self.layers = layers
+        self._runner_v2 = runner_v2
         self._dcp = config.parallel_config.decode_context_parallel_size
         specs = {name: spec for name, (spec, _) in layers.items()}
         kv = get_kv_cache_config_from_groups(config, get_kv_cache_groups(config, specs), 1 << 30)
@@ -198,6 +205,7 @@ class ModellessEngine:
         monkeypatch.setattr(registration.dist, "all_gather_object", gather)
         monkeypatch.setattr(registration, "get_current_vllm_config", lambda: mine.rank.config)
         monkeypatch.setattr(caches, "get_layers_from_vllm_config", modules)
+        monkeypatch.setattr(model_runner, "get_layers_from_vllm_config", modules)
         errors: list[Exception] = []
 
         def one(rank: Rank) -> None:
@@ -221,21 +229,29 @@ class ModellessEngine:
         Returns:
             The tokens that were there before, whose bytes have been compared.
         """
-        self._requests += 1
-        request = Request(
-            f"r{self._requests}",
-            tokens,
-            SamplingParams(max_tokens=generate, ignore_eos=True),
-            None,
-            block_hasher=self._hasher,
-        )
-        self.scheduler.add_request(request)
-        starts = []
+        [found] = self.run_all([tokens], generate)
+        return found
+
+    def run_all(self, prompts: Sequence[list[int]], generate: int = 1) -> list[int]:
+        """The same of several requests, which compete for the blocks."""
+        requests = []
+        for tokens in prompts:
+            self._requests += 1
+            request = Request(
+                f"r{self._requests}",
+                tokens,
+                SamplingParams(max_tokens=generate, ignore_eos=True),
+                None,
+                block_hasher=self._hasher,
+            )
+            self.scheduler.add_request(request)
+            requests.append(request)
+        found: dict[str, int] = {}
         for _ in range(MOST_STEPS):
-            starts += self._step(request)
+            found = self._step({request.request_id: request for request in requests}) | found
             if not self.scheduler.has_requests() and not self._storing():
-                return starts[0]
-        raise AssertionError("the request or its stores do not end")
+                return [found[request.request_id] for request in requests]
+        raise AssertionError("the requests or their stores do not end")
 
     def reset(self) -> None:
         """Forget the GPU's prefix cache, and overwrite all its bytes."""
@@ -259,6 +275,12 @@ class ModellessEngine:
             for layout in layouts_from_json(fields["layouts"]).values()
         ]
 
+    @property
+    def manager(self) -> TieringManager:
+        """What decides; its counters say what happened."""
+        manager: TieringManager = self._scheduler_half().manager._manager
+        return manager
+
     def _scheduler_half(self) -> Any:
         made: Any = self.scheduler.connector
         return made.connector_scheduler
@@ -266,22 +288,29 @@ class ModellessEngine:
     def _storing(self) -> bool:
         return bool(self._scheduler_half().has_pending_push_work())
 
-    def _step(self, request: Request) -> list[int]:
-        """One step; the first token that it computed, if any."""
+    def _step(self, requests: Mapping[str, Request]) -> dict[str, int]:
+        """One step; the first token that it computed of each request."""
         output = self.scheduler.schedule()
-        count = output.num_scheduled_tokens.get(request.request_id, 0)
-        start = request.num_computed_tokens - count if count else 0
+        starts = {
+            name: requests[name].num_computed_tokens - count
+            for name, count in output.num_scheduled_tokens.items()
+        }
+        ends = {name: start + output.num_scheduled_tokens[name] for name, start in starts.items()}
         metas, received = [], set()
         for rank in self.ranks:
             half: Any = rank.connector
-            half.bind_connector_metadata(output.kv_connector_metadata)
+            if self._runner_v2:  # as in vllm/v1/worker/gpu/model_runner.py
+                self._prepare_blocks(rank, output)
             half.handle_preemptions(output.kv_connector_metadata)
+            if not self._runner_v2:
+                self._prepare_blocks(rank, output)
+            half.bind_connector_metadata(output.kv_connector_metadata)
             half.start_load_kv(None)
-            if count:
-                self._compute(rank, request, start, start + count)
+            for name, start in starts.items():
+                self._compute(rank, requests[name], start, ends[name])
             half.wait_for_save()
             _, done = half.get_finished(output.finished_req_ids)
-            for name in done:
+            for name in done or ():
                 self._received[name] = self._received.get(name, 0) + 1
                 if self._received[name] == len(self.ranks):
                     received.add(name)
@@ -289,21 +318,31 @@ class ModellessEngine:
             half.clear_connector_metadata()
         found = [meta for meta in metas if meta is not None]
         meta = functools.reduce(lambda one, other: one.aggregate(other), found) if found else None
-        sampled = [7] if count and start + count >= request.num_tokens else []
         names = list(output.num_scheduled_tokens)
         self.scheduler.update_from_output(
             output,
             ModelRunnerOutput(
                 req_ids=names,
                 req_id_to_index={name: index for index, name in enumerate(names)},
-                sampled_token_ids=[sampled] * len(names),
+                sampled_token_ids=[
+                    [7] if ends[name] >= requests[name].num_tokens else [] for name in names
+                ],
                 kv_connector_output=KVConnectorOutput(
                     finished_recving=received or None,
                     kv_connector_worker_meta=meta,
                 ),
             ),
         )
-        return [start] if count else []
+        return starts
+
+    def _prepare_blocks(self, rank: Rank, output: SchedulerOutput) -> None:
+        """What model runners do to new blocks before the model runs."""
+        for name in rank.views:
+            cells = rank.cells(name)
+            for block in output.new_block_ids_to_zero or ():
+                cells[block] = 0
+            for copied in output.kv_cache_block_copies or ():
+                cells[copied.dst_block_id] = cells[copied.src_block_id]
 
     def _compute(self, rank: Rank, request: Request, start: int, end: int) -> None:
         """Read what attention would read before `start`, and write the tokens `start` to `end`."""

@@ -98,11 +98,11 @@ def test_the_backend_customises_the_spec_before_it_is_judged(
 def test_another_builder_of_metadata_changes_no_byte(monkeypatch: pytest.MonkeyPatch) -> None:
     """As vLLM derives chunked local attention and fast prefill, also one from the other."""
     flash = backend_class(FLASH)
-    once = subclass_attention_backend("ChunkedLocalAttention_64_", flash, object)  # type: ignore[type-var]
-    twice = subclass_attention_backend("FastPrefill_", once, object)  # type: ignore[type-var]
+    once = subclass_attention_backend("ChunkedLocalAttention_64_", flash, object)
+    twice = subclass_attention_backend("FastPrefill_", once, object)
     assert content_of(monkeypatch, once) == content_of(monkeypatch, twice) == TOKEN_MAJOR
     aiter = backend_class(AttentionBackendEnum.ROCM_AITER_FA.value)
-    derived = subclass_attention_backend("ChunkedLocalAttention_64_", aiter, object)  # type: ignore[type-var]
+    derived = subclass_attention_backend("ChunkedLocalAttention_64_", aiter, object)
     assert content_of(monkeypatch, derived) == OPAQUE
 
 

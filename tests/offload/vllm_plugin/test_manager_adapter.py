@@ -82,6 +82,16 @@ def adapter(tmp_path: Path) -> Adapter:
     return Adapter(tmp_path)
 
 
+def test_a_slot_is_taken_for_whole_again_before_its_next_store(adapter: Adapter) -> None:
+    """Workers only ever say that a page is incomplete: ranks that lag would take it back."""
+    for slot in range(4):
+        adapter.region.set_incomplete(slot, True)
+    spec = adapter.store(KEYS[:2], context())
+    assert spec is not None
+    complete = {slot for slot in range(4) if adapter.region.is_complete(slot)}
+    assert complete == set(spec.slots.tolist())
+
+
 def test_tickets_have_no_gaps(adapter: Adapter) -> None:
     """A plan without keys makes no transfer, so it must not take a ticket."""
     request = context()

@@ -3,9 +3,8 @@
 With vLLM's own specs, scheduler, connector and cache layouts; see `modelless_engine.py`.
 """
 
-import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,8 +24,6 @@ from vllm.v1.kv_cache_interface import (  # noqa: E402
 )
 
 from kvstrata.offload.vllm_plugin.registration import RegistrationError  # noqa: E402
-from tests.engine.conftest import CHECKPOINTS  # noqa: E402
-from tests.models import tiny_llama  # noqa: E402
 from tests.offload.vllm_plugin.modelless_engine import ModellessEngine  # noqa: E402
 
 Start = Callable[..., ModellessEngine]
@@ -37,24 +34,6 @@ def text(seed: int, length: int = 320) -> list[int]:
     return [choose.randrange(256) for _ in range(length)]
 
 
-@pytest.fixture
-def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
-    """Starts engines, and closes them at the end."""
-    engines = []
-    before = dict(os.environ)
-
-    def make(layers: Any, **options: Any) -> ModellessEngine:
-        model = tiny_llama(CHECKPOINTS, kv_heads=options.pop("model_heads", 4))
-        engines.append(ModellessEngine(model, layers, monkeypatch, **options))
-        return engines[-1]
-
-    yield make
-    for engine in engines:
-        engine.close()
-    os.environ.clear()  # vLLM's CPU platform sets variables for the workers it would start
-    os.environ.update(before)
-
-
 def full(heads: int = 2, size: int = 8, **more: Any) -> FullAttentionSpec:
     return FullAttentionSpec(
         **{"block_size": 32, "num_kv_heads": heads, "head_size": size, "dtype": torch.float16}
@@ -62,9 +41,9 @@ def full(heads: int = 2, size: int = 8, **more: Any) -> FullAttentionSpec:
     )
 
 
-def window(heads: int = 2, size: int = 8) -> SlidingWindowSpec:
+def window(heads: int = 2, size: int = 8, dtype: torch.dtype = torch.float16) -> SlidingWindowSpec:
     return SlidingWindowSpec(
-        block_size=32, num_kv_heads=heads, head_size=size, dtype=torch.float16, sliding_window=64
+        block_size=32, num_kv_heads=heads, head_size=size, dtype=dtype, sliding_window=64
     )
 
 

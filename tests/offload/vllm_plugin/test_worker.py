@@ -84,7 +84,9 @@ def region() -> FakeRegion:
 
 @pytest.fixture
 def worker(pipeline: FakePipeline, region: Any) -> KVStrataWorker:
-    return KVStrataWorker(pipeline, region, RANK, [0], blocks_per_chunk=2, alone=True)
+    return KVStrataWorker(
+        pipeline, region, RANK, [0], blocks_per_chunk=2, overwrites_before_flush=False
+    )
 
 
 def blocks(*ids: int, first: int = 0) -> GPULoadStoreSpec:
@@ -158,12 +160,12 @@ def test_stores_say_which_pages_miss_a_block(
     worker: KVStrataWorker, pipeline: FakePipeline, region: FakeRegion
 ) -> None:
     worker.submit_store(1, blocks(3, 4, 5, first=1), PageSlots(1, [8, 9], [0, 0]))
-    assert region.incomplete == {8: True, 9: False}
+    assert region.incomplete == {8: True}
     [work] = pipeline.stores[1]
     assert work.slots.tolist() == [8, 9] and work.block_ids.tolist() == [[-1, 3], [4, 5]]
-    # the slot is used again, for a whole page
+    # ranks are not in step: none takes back what another has said of the same transfer
     worker.submit_store(2, blocks(3, 4), PageSlots(2, [8], [0]))
-    assert region.incomplete == {8: False, 9: False}
+    assert region.incomplete == {8: True}
 
 
 def test_loads_leave_the_marks_and_may_be_expedited(
@@ -174,19 +176,57 @@ def test_loads_leave_the_marks_and_may_be_expedited(
     assert pipeline.loads == {1: False, 2: True} and region.incomplete == {}
 
 
-def test_blocks_that_others_write_too_are_waited_for(
-    pipeline: FakePipeline, region: FakeRegion
+@pytest.fixture
+def late(pipeline: FakePipeline, region: Any) -> KVStrataWorker:
+    """The worker where vLLM overwrites blocks before it flushes their stores."""
+    return KVStrataWorker(
+        pipeline, region, RANK, [0], blocks_per_chunk=2, overwrites_before_flush=True
+    )
+
+
+def test_pages_whose_blocks_may_be_overwritten_are_incomplete(
+    late: KVStrataWorker, pipeline: FakePipeline, region: FakeRegion
 ) -> None:
-    """Another connector's transfers are on no stream of ours."""
-    worker = KVStrataWorker(pipeline, region, RANK, [0], blocks_per_chunk=2, alone=False)
-    worker.wait({1, 2})
-    assert pipeline.waited == [{1, 2}] and not pipeline.fenced
+    """Stores that were submitted in the same step, and those of a step before that go on."""
+    submit(late, 1, 1, store=True)
+    submit(late, 2, 2, store=True)
+    submit(late, 3, 3, store=True)
+    submit(late, 4, 4, store=False)
+    pipeline.end(1)
+    late.get_finished()
+    submit(late, 5, 5, store=True)
+    late.wait({1, 3, 4, 5, 99})
+    assert region.incomplete == {3: True, 5: True}
+    assert pipeline.fenced == [{1, 3, 4, 5, 99}], "blocks must not be given away earlier for that"
+
+
+def test_what_was_not_flushed_keeps_its_pages(
+    late: KVStrataWorker, worker: KVStrataWorker, pipeline: FakePipeline, region: FakeRegion
+) -> None:
+    submit(late, 1, 1, store=True)
+    late.wait(set())
+    pipeline.end(1)
+    late.get_finished()
+    late.wait({1})
+    submit(worker, 2, 2, store=True)
+    worker.wait({2})
+    assert region.incomplete == {}
+
+
+def test_it_is_said_once(
+    late: KVStrataWorker, pipeline: FakePipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "kvstrata")
+    for number in (1, 2):
+        submit(late, number, number, store=True)
+        late.wait({number})
+    assert caplog.text.count("incomplete_pages") == 1
 
 
 def test_wait_and_shutdown(
     worker: KVStrataWorker, pipeline: FakePipeline, region: FakeRegion
 ) -> None:
     worker.wait({1, 2})
-    assert pipeline.fenced == [{1, 2}] and not pipeline.waited
+    assert pipeline.fenced == [{1, 2}] and not pipeline.waited, "the engine waits"
     worker.shutdown()
     assert not pipeline.open and not region.open
