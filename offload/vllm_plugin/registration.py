@@ -34,6 +34,7 @@ from kvstrata.offload.vllm_plugin.caches import collect_layers
 from kvstrata.offload.vllm_plugin.elements import draft_layers, elements_of
 from kvstrata.offload.vllm_plugin.model_runner import overwrites_before_flush
 from kvstrata.offload.vllm_plugin.namespace import check_secondary_tiers, namespace_fields
+from kvstrata.offload.vllm_plugin.neighbours import check_neighbours
 from kvstrata.offload.vllm_plugin.pages import (
     layout_of,
     merge_layers,
@@ -101,10 +102,13 @@ def open_worker(
 
     Raises:
         RegistrationError: some rank cannot take part.
+        NeighbourError: another connector writes to the KV cache.
     """
     vllm_config = get_current_vllm_config()
     if vllm_config.parallel_config.nnodes_within_dp > 1:
         raise RegistrationError("kvstrata does not support replicas that span several nodes")
+    assert vllm_config.kv_transfer_config is not None
+    check_neighbours(vllm_config.kv_transfer_config)
     ranks = Ranks(config.engine_id)
     rank = config.parallel.rank
     mine = ranks.agree(lambda: collect_layers(config, vllm_config, caches))

@@ -10,7 +10,7 @@ import copy
 import functools
 import hashlib
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 import torch
 from vllm.config import KVTransferConfig, VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
-from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
@@ -45,6 +46,7 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.utils import allocate_kv_cache
 
+from kvstrata.kernels.pipeline import CpuPipeline, Finished, Pipeline, open_pipeline
 from kvstrata.offload.manager import TieringManager
 from kvstrata.offload.vllm_plugin import caches, model_runner, registration
 from kvstrata.offload.vllm_plugin.register import register
@@ -83,6 +85,19 @@ def backend_class(path: str, name: str | None = None) -> type[AttentionBackend]:
     return type(qualname, (AttentionBackend,), members)
 
 
+def _transfer(extra: Mapping[str, Any], beside: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`--kv-transfer-config` with KVStrataSpec, and other connectors beside it."""
+    ours = connector(**extra)
+    if not beside:
+        return ours
+    return {
+        "kv_connector": "MultiConnector",
+        "kv_role": "kv_both",
+        "engine_id": ours.pop("engine_id"),
+        "kv_connector_extra_config": {"connectors": [ours, *beside]},
+    }
+
+
 class Layer:
     """Stands for vLLM's attention layer."""
 
@@ -108,12 +123,37 @@ class Rank:
         self.config.parallel_config.rank = number
         self.kv = kv
         self.views = allocate_kv_cache(kv, torch.device("cpu"), layout)
-        self.connector = OffloadingConnector(self.config, KVConnectorRole.WORKER, kv)
+        transfer = config.kv_transfer_config
+        assert transfer is not None
+        cls = KVConnectorFactory.get_connector_class(transfer)
+        self.connector: Any = cls(self.config, KVConnectorRole.WORKER, kv)
 
     def cells(self, name: str) -> torch.Tensor:
         """A layer's bytes [B, H, N, C]."""
         view = self.views[name]
         return view.view(torch.uint8) if view.dtype is not torch.uint8 else view
+
+
+class SlowStores(CpuPipeline):
+    """Stores read their blocks at the end of the step after the one that submits them, as they may
+    on a device; before that only if somebody wants the blocks."""
+
+    def __init__(self, groups: Any, region: torch.Tensor, transport: Any) -> None:
+        super().__init__(groups, region)
+        self._late: dict[int, tuple[int, Any]] = {}
+        self._steps = 0
+
+    def submit_store(self, job_id: int, work: Any) -> None:
+        self._late[job_id] = (self._steps, work)
+
+    def fence(self, job_ids: Collection[int]) -> None:
+        for job_id in job_ids & self._late.keys():
+            super().submit_store(job_id, self._late.pop(job_id)[1])
+
+    def finished(self) -> list[Finished]:
+        self._steps += 1
+        self.fence({job for job, (step, _) in self._late.items() if step + 1 < self._steps})
+        return super().finished()
 
 
 class ModellessEngine:
@@ -123,11 +163,13 @@ class ModellessEngine:
         model: any checkpoint; only its configuration's general part matters.
         layers: spec and attention backend of each layer.
         monkeypatch: makes this process look like the ranks' processes.
+        pipeline: opens what moves the pages.
         tp: ranks, all in this process.
         runner_v2: prepare blocks when vLLM's second model runner does, which is too early.
         change: applied to vLLM's KV cache groups before anything sees them.
         arguments: of vLLM's EngineArgs.
         extra: keys of kv_connector_extra_config.
+        beside: other connectors, for vLLM's MultiConnector.
     """
 
     def __init__(
@@ -137,11 +179,13 @@ class ModellessEngine:
         monkeypatch: pytest.MonkeyPatch,
         *,
         layout: str = "LBHNC",
+        pipeline: Callable[..., Pipeline] = open_pipeline,
         tp: int = 1,
         blocks: int = 40,
         runner_v2: bool = False,
         change: Callable[[KVCacheConfig], None] = lambda config: None,
         extra: Mapping[str, Any] = {},
+        beside: Sequence[Mapping[str, Any]] = (),
         **arguments: Any,
     ) -> None:
         register()
@@ -154,7 +198,7 @@ class ModellessEngine:
             enforce_eager=True,
             num_gpu_blocks_override=blocks,
             tensor_parallel_size=tp,
-            kv_transfer_config=KVTransferConfig(**connector(**extra)),
+            kv_transfer_config=KVTransferConfig(**_transfer(extra, beside)),
             **arguments,
         ).create_engine_config()
         # not before: vLLM's CPU build brings no Triton, without which it refuses V2
@@ -169,6 +213,7 @@ class ModellessEngine:
         self.kv = kv
         resolved = config.cache_config.get_resolved_kv_cache_layout()
         self.ranks = [Rank(number, config, copy.deepcopy(kv), resolved) for number in range(tp)]
+        monkeypatch.setattr(registration, "open_pipeline", pipeline)
         self._register(monkeypatch)
         # as vLLM does for its scheduler
         for group in kv.kv_cache_groups:
@@ -283,6 +328,8 @@ class ModellessEngine:
 
     def _scheduler_half(self) -> Any:
         made: Any = self.scheduler.connector
+        if isinstance(made, MultiConnector):
+            made = made.sub_connectors[0]
         return made.connector_scheduler
 
     def _storing(self) -> bool:
@@ -350,22 +397,40 @@ class ModellessEngine:
         tables = self.scheduler.kv_cache_manager.get_block_ids(request.request_id)
         for group, table in zip(self.kv.kv_cache_groups, tables, strict=True):
             for name in group.layer_names:
-                spec, _ = self.layers[name]
-                size = group.kv_cache_spec.block_size
-                owner = 0 if isinstance(spec, MLAAttentionSpec) else rank.number  # MLA: all alike
-                for position in range(_first_read(spec, start), end):
-                    # context parallelism deals the tokens to the ranks in turn
-                    place, turn = divmod(position, self._dcp)
-                    if turn != rank.number % self._dcp:
-                        continue
-                    block = table[place // size]
-                    assert block, f"{name}: no block for token {position}"
-                    cell = rank.cells(name)[block, :, place % size]
-                    wanted = _bytes(name, owner, tokens[: position + 1], cell)
+                first = _first_read(self.layers[name][0], start)
+                cells = self._cells(rank, name, group.kv_cache_spec.block_size, table, first, end)
+                for position, cell in cells:
+                    wanted = self._content(rank, name, tokens[: position + 1], cell)
                     if position >= start:
                         cell.copy_(wanted)
                     else:
                         assert torch.equal(cell, wanted), f"{name}: token {position} is wrong"
+
+    def fill(self, rank: Rank, tables: Sequence[list[int]], tokens: list[int]) -> None:
+        """Write all tokens into the blocks of each group, as another connector's load does."""
+        for group, table in zip(self.kv.kv_cache_groups, tables, strict=True):
+            for name in group.layer_names:
+                size = group.kv_cache_spec.block_size
+                for position, cell in self._cells(rank, name, size, table, 0, len(tokens)):
+                    cell.copy_(self._content(rank, name, tokens[: position + 1], cell))
+
+    def _cells(
+        self, rank: Rank, name: str, size: int, table: list[int], first: int, end: int
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """(position, bytes) of the tokens that a rank holds."""
+        for position in range(first, end):
+            # context parallelism deals the tokens to the ranks in turn
+            place, turn = divmod(position, self._dcp)
+            if turn == rank.number % self._dcp:
+                block = table[place // size]
+                assert block, f"{name}: no block for token {position}"
+                yield position, rank.cells(name)[block, :, place % size]
+
+    def _content(
+        self, rank: Rank, name: str, prefix: list[int], like: torch.Tensor
+    ) -> torch.Tensor:
+        latent = isinstance(self.layers[name][0], MLAAttentionSpec)  # all ranks alike
+        return _bytes(name, 0 if latent else rank.number, prefix, like)
 
 
 def _first_read(spec: KVCacheSpec, start: int) -> int:

@@ -14,10 +14,11 @@ from vllm.v1.kv_cache_interface import (  # noqa: E402
     MambaSpec,
 )
 
+from kvstrata.kernels.pipeline import open_pipeline  # noqa: E402
 from kvstrata.offload.vllm_plugin import model_runner  # noqa: E402
 from kvstrata.offload.vllm_plugin.model_runner import overwrites_before_flush  # noqa: E402
 from kvstrata.offload.vllm_plugin.worker import KVStrataWorker  # noqa: E402
-from tests.offload.vllm_plugin.modelless_engine import Layer, ModellessEngine  # noqa: E402
+from tests.offload.vllm_plugin.modelless_engine import Layer, ModellessEngine, SlowStores  # noqa: E402
 from tests.offload.vllm_plugin.test_models import Start, full, text, window  # noqa: E402
 
 MIXED = {
@@ -43,16 +44,21 @@ def serve(engine: ModellessEngine) -> list[int]:
     return found
 
 
-def test_blocks_that_were_given_away_are_not_stored(start: Start) -> None:
-    engine = start(MIXED, blocks=BLOCKS, max_num_seqs=1, runner_v2=True)
+PIPELINES = pytest.mark.parametrize("pipeline", [open_pipeline, SlowStores])
+
+
+@PIPELINES
+def test_blocks_that_were_given_away_are_not_stored(start: Start, pipeline: Any) -> None:
+    engine = start(MIXED, blocks=BLOCKS, max_num_seqs=1, runner_v2=True, pipeline=pipeline)
     assert serve(engine) == [0, 288]
     assert incomplete_pages(engine) > 0
 
 
-def test_the_fault_is_there(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+@PIPELINES
+def test_the_fault_is_there(start: Start, pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the marks, the engine of this test serves zeroes."""
     monkeypatch.setattr(KVStrataWorker, "wait", lambda worker, jobs: worker._pipeline.fence(jobs))
-    engine = start(MIXED, blocks=BLOCKS, max_num_seqs=1, runner_v2=True)
+    engine = start(MIXED, blocks=BLOCKS, max_num_seqs=1, runner_v2=True, pipeline=pipeline)
     with pytest.raises(AssertionError, match=r"token \d+ is wrong"):
         serve(engine)
 
@@ -63,7 +69,8 @@ def test_the_fault_is_there(start: Start, monkeypatch: pytest.MonkeyPatch) -> No
     ids=["the first runner", "nothing to zero"],
 )
 def test_nothing_is_lost_elsewhere(runner_v2: bool, layers: dict[str, Any], start: Start) -> None:
-    engine = start(layers, blocks=BLOCKS, max_num_seqs=1, runner_v2=runner_v2)
+    options = {"runner_v2": runner_v2, "pipeline": SlowStores}
+    engine = start(layers, blocks=BLOCKS, max_num_seqs=1, **options)
     assert serve(engine) == [288, 288]
     assert incomplete_pages(engine) == 0
 
