@@ -67,6 +67,9 @@ class Device(Protocol):
     def synchronize(self, event: Event) -> None:
         """Return when it has happened."""
 
+    def drain(self) -> None:
+        """Return when all queued work has happened, on every stream."""
+
     def seconds(self, start: Event, end: Event) -> float:
         """Time between two events that have happened."""
 
@@ -159,6 +162,9 @@ class CudaDevice:
 
     def synchronize(self, event: Event) -> None:
         event.synchronize()
+
+    def drain(self) -> None:
+        cuda.synchronize(self._device)
 
     def seconds(self, start: Event, end: Event) -> float:
         return float(start.elapsed_time(end)) / 1000

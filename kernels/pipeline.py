@@ -7,6 +7,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
+from kvstrata.kernels.compare import Comparison
+from kvstrata.kernels.geometry import GeometryError
 from kvstrata.kernels.pack_cpu import copy_cpu
 from kvstrata.kernels.plan import Segment
 from kvstrata.kernels.transport import Transport
@@ -124,6 +126,29 @@ class CpuPipeline:
         self._finished.append(Finished(job_id, nbytes, time.perf_counter() - start))
 
 
+def check_cpu_pipeline(groups: Groups, region: torch.Tensor, slots: range) -> None:
+    """Move a pattern through the pipeline, and compare blocks and region with the oracle's.
+
+    slots: of the region, used by nobody else; they and the blocks are as before afterwards.
+    Raises GeometryError, naming the layer, where bytes differ.
+    """
+    check_region(groups, region)
+    for segments in groups.values():
+        for segment in segments:
+            pipeline = CpuPipeline({0: (segment,)}, region)
+            comparison = Comparison(segment, region, slots)
+
+            def store(slots: np.ndarray, ids: np.ndarray, to: Pipeline = pipeline) -> None:
+                to.submit_store(0, [GroupWork(0, slots, ids)])
+
+            def load(slots: np.ndarray, ids: np.ndarray, to: Pipeline = pipeline) -> None:
+                to.submit_load(0, [GroupWork(0, slots, ids)])
+
+            for move in (store, load):
+                if found := comparison.difference(move, store=move is store):
+                    raise GeometryError(f"the copy on the CPU {found}")
+
+
 def elected(segment: Segment, slots: np.ndarray) -> np.ndarray:
     """bool [n]: the slots that this worker writes among the replicas of its heads."""
     mine: np.ndarray = slots % segment.replicas == segment.replica
@@ -169,16 +194,24 @@ def check_work(groups: Groups, region: torch.Tensor, work: Sequence[GroupWork]) 
 
 
 def open_pipeline(
-    groups: Groups, region: torch.Tensor, transport: Transport | None = None
+    groups: Groups,
+    region: torch.Tensor,
+    transport: Transport | None = None,
+    scratch: range | None = None,
 ) -> Pipeline:
-    """The pipeline for the device on which the KV caches lie.
+    """The pipeline for the device on which the KV caches lie, once it moved a pattern right.
 
     groups, region: see `CpuPipeline`. Nothing may be in use yet.
     transport: between a GPU and the region, of everything; None finds the best by trying.
-    Raises ValueError when the caches lie on several devices or on an unsupported one.
+    scratch: slots that no other worker uses now; all, unless given. They and the blocks are as
+        before afterwards.
+    Raises ValueError when the caches lie on several devices or on an unsupported one, and
+    RuntimeError when bytes arrive otherwise than they should.
     """
+    slots = range(len(region)) if scratch is None else scratch
     devices = {segment.device for segments in groups.values() for segment in segments}
     if all(device.type == "cpu" for device in devices):
+        check_cpu_pipeline(groups, region, slots)
         return CpuPipeline(groups, region)
     if len(devices) > 1 or {device.type for device in devices} != {"cuda"}:
         raise ValueError(f"KV caches on {sorted(map(str, devices))} are not supported")
@@ -187,4 +220,4 @@ def open_pipeline(
     from kvstrata.kernels.pack import copy_triton
 
     (device,) = devices
-    return GpuPipeline(groups, region, CudaDevice(device), copy_triton, transport)
+    return GpuPipeline(groups, region, CudaDevice(device), copy_triton, transport, slots)

@@ -144,7 +144,9 @@ def open_worker(
         for segments in groups.values():
             check_round_trip(segments)
         transport = None if settings.transport == "auto" else Transport(settings.transport)
-        return open_pipeline(groups, torch.from_numpy(region.pages), transport)
+        size = config.parallel.world_size
+        scratch = range(rank * region.slots // size, (rank + 1) * region.slots // size)
+        return open_pipeline(groups, torch.from_numpy(region.pages), transport, scratch)
 
     created = ranks.agree(create)
     region = ranks.agree(lambda: created or open_region(config.engine_id))
@@ -194,10 +196,10 @@ def _create_region(
     slot_bytes = slot_bytes_of(layouts)
     workers = config.parallel.world_size
     slots = count_slots(settings.cpu_bytes, slot_bytes, workers, HEADER_TEXT_BYTES)
-    if slots < 1:
+    if slots < workers:  # each tries its copies on one at start
         raise RegionError(
-            f"cpu_bytes_to_use={settings.cpu_bytes} does not hold one page of {slot_bytes} bytes: "
-            f"use at least {slot_bytes + 2 * HEADER_TEXT_BYTES}"
+            f"cpu_bytes_to_use={settings.cpu_bytes} does not hold one page of {slot_bytes} bytes "
+            f"for each worker: use at least {workers * slot_bytes + 2 * HEADER_TEXT_BYTES}"
         )
     fields: dict[str, Any] = {
         "slots": slots,

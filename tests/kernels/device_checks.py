@@ -150,7 +150,7 @@ def check_round_trip(
     )
     fill(reader.buffer, twin.buffer, seed=99)
     with machine.open({0: reader.segments}, region, transport) as pipeline:
-        region.copy_(pages)  # the kernels' first launch has written zeros to the first one
+        assert torch.equal(region.to(machine.memory), pages), "the trials left something behind"
         pipeline.submit_load(1, work, expedited=expedited)
         pipeline.wait({1})
     oracle(twin.segments[0], unpack=True)

@@ -81,6 +81,10 @@ class SimulatedDevice:
         while not self.reached(event):
             assert self.step(), "the streams wait for each other"
 
+    def drain(self) -> None:
+        while self.step():
+            pass
+
     def seconds(self, start: SimEvent, end: SimEvent) -> float:
         assert start.happened and end.happened, "timed before it happened"
         return float(end.time - start.time)

@@ -23,8 +23,8 @@ from kernel_worlds import Model
 from simulated_device import SimulatedDevice
 from traffic import Side
 
+from kvstrata.kernels import compare, gpu, trials
 from kvstrata.kernels import device as device_module
-from kvstrata.kernels import gpu
 from kvstrata.kernels.device import CudaDevice
 from kvstrata.kernels.gpu import GpuPipeline
 from kvstrata.kernels.pack import copy_torch
@@ -49,6 +49,7 @@ def small_buffers():
         patch.setattr(gpu, "MAX_BATCH", 2)
         patch.setattr(gpu, "STAGING_SLOTS", 1)
         patch.setattr(gpu, "RING_ROUNDS", 0)
+        patch.setattr(compare, "MOST_PAGES", 1)  # test_compare.py has more
         yield
 
 
@@ -83,7 +84,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.device.sealed = True
         assert not any(stream.queue for stream in self.device.streams), "kernels not warm yet"
         assert self.device.pinned is self.real.region
-        self.model.region.copy_(self.real.region)  # its pages may have been used for trials
+        assert torch.equal(self.real.region, self.model.region), "the region is as it was"
         for real, model in zip(self.real.ranks, self.model.ranks, strict=True):
             assert torch.equal(real.buffer, model.buffer), "the caches are as they were"
         self.direct = CpuPipeline(self.model.groups, self.model.region)
@@ -218,7 +219,7 @@ def test_everything_is_used_once_before_the_first_job(transport: Transport) -> N
     copied, copy = [], device.copy
     device.copy = lambda *a, to_host: copied.append(to_host) or copy(*a, to_host=to_host)  # type: ignore[method-assign]
     GpuPipeline(side.groups, side.region, device, copy_torch, transport)
-    assert copied == [False, True]
+    assert set(copied) == {False, True}
 
 
 def test_the_trials_of_one_direction_leave_the_other_as_chosen(
@@ -232,7 +233,7 @@ def test_the_trials_of_one_direction_leave_the_other_as_chosen(
             seconds(transport, 1)
         return next(chosen), []
 
-    monkeypatch.setattr(gpu, "choose", choose)
+    monkeypatch.setattr(trials, "choose", choose)
     side = Side(MODEL, BLOCKS, SLOTS)
     pipeline = GpuPipeline(side.groups, side.region, SimulatedDevice(Random(0)), copy_torch)
     lines = pipeline.describe().split("; ")
@@ -277,6 +278,7 @@ def test_zero_copy_is_left_out_where_kernels_cannot_reach_the_region(
         """Launches, as a real device does, when it is told to."""
 
         def run(self, stream, action):
+            self.drain()
             action()
 
     pipeline = GpuPipeline(side.groups, side.region, AtOnce(Random(0)), copy)

@@ -68,7 +68,6 @@ class Traffic:
         """Submit them all, wait, and compare both regions and all caches."""
         with self.machine.open(self.real.groups, self.real.region, transport) as pipeline:
             self.pipeline = pipeline
-            self.model.region.copy_(self.real.region)  # pages may have been used for trials
             self.oracle = CpuPipeline(self.model.groups, self.model.region)
             for job in range(jobs):
                 self.submit(job)

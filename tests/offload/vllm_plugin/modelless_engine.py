@@ -138,7 +138,7 @@ class SlowStores(CpuPipeline):
     """Stores read their blocks at the end of the step after the one that submits them, as they may
     on a device; before that only if somebody wants the blocks."""
 
-    def __init__(self, groups: Any, region: torch.Tensor, transport: Any) -> None:
+    def __init__(self, groups: Any, region: torch.Tensor, *_: Any) -> None:
         super().__init__(groups, region)
         self._late: dict[int, tuple[int, Any]] = {}
         self._steps = 0

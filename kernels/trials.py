@@ -1,0 +1,196 @@
+"""Before a GPU pipeline's first job: kernels are compiled, transports compared, and then timed."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import torch
+
+from kvstrata.kernels.batches import Batch, Part
+from kvstrata.kernels.compare import Comparison, Scratch
+from kvstrata.kernels.device import Device, Pieces
+from kvstrata.kernels.lanes import Lane
+from kvstrata.kernels.moves import Mover
+from kvstrata.kernels.plan import Segment
+from kvstrata.kernels.transport import TRIAL_BYTES, Choice, Transport, Trial, choose
+
+logger = logging.getLogger("kvstrata.kernels")
+
+# Pages that are timed are kept so long: a copy of this size, for some milliseconds.
+_KEPT_BYTES = 256 << 20
+
+
+class TransportError(RuntimeError):
+    """A transport that cannot be done without moves other bytes than it should."""
+
+
+class Trials:
+    """Tries transports on some blocks and on slots of the region that nobody else uses; both are
+    as they were after each call, also after a failure.
+
+    segments: of this worker, with the parts that each is moved in.
+    lanes: of stores and of loads. slots: of the region, one at least.
+    transport: the only one there is to be; None for all.
+    """
+
+    def __init__(
+        self,
+        segments: Sequence[tuple[Segment, list[Part]]],
+        mover: Mover,
+        device: Device,
+        lanes: tuple[Lane, Lane],
+        region: torch.Tensor,
+        slots: range,
+        transport: Transport | None,
+    ) -> None:
+        self._segments = segments
+        self._mover = mover
+        self._device = device
+        self._store, self._load = lanes
+        self._region = region
+        self._slots = slots
+        self._forced = transport is not None
+        self._ways = list(Transport) if transport is None else [transport]
+        self._submitted, self._done = device.event(), device.event()
+        self.times: dict[tuple[str, str], list[Trial]] = {}
+
+    def run(self, most_pages: int) -> None:
+        """Choose the transports of every part. most_pages: of one batch.
+
+        Raises TransportError where bytes are moved wrong and there is no other way.
+        """
+        for segment, parts in self._segments:
+            with self._scratch(segment, np.empty(0, np.int64), self._slots[:2]).kept():
+                self._launch(parts)
+        self._compare()
+        for segment, parts in self._segments:
+            self._choose(segment, parts, most_pages)
+
+    def _scratch(self, segment: Segment, blocks: np.ndarray, slots: Sequence[int]) -> Scratch:
+        of = np.array(slots, dtype=np.int64)
+        return Scratch(segment, self._region, blocks, of, self._device.drain)
+
+    # -- warm-up --------------------------------------------------------------------
+
+    def _launch(self, parts: Sequence[Part]) -> None:
+        """Launch every kernel once, on blocks that are all missing, and copy a byte once."""
+        lane, device, mover = self._store, self._device, self._mover
+        first = np.array(self._slots[:1])
+        for part in parts:
+            ids = np.full((1, part.segment.blocks_per_chunk), -1)
+            there = lane.ring.put(np.concatenate((first, ids.ravel())))
+            batch = Batch(part, first, ids, there[:1], there[1:].view(1, -1))
+            pages = mover.staged_pages(lane.next_slot().memory, batch)
+            for unpack in (False, True):
+                if Transport.STAGED in self._ways:
+                    mover.pack(lane.kernels, batch, pages, unpack=unpack)
+                if Transport.ZERO_COPY in self._ways:
+                    try:
+                        mover.zero_copy(lane.kernels, batch, unpack=unpack)
+                    except (RuntimeError, ValueError) as error:  # Triton's: no address for it
+                        if self._forced:
+                            raise
+                        self._leave_out(Transport.ZERO_COPY, error)
+        device.drain()
+        staged = lane.next_slot().memory.data_ptr()
+        host = self._region[self._slots[0]].data_ptr() + parts[0].segment.in_page.offset
+        piece = Pieces(np.array([staged]), np.array([host]), np.ones(1, np.int64))
+        for to_host in (False, True):
+            device.copy(lane.dma, piece, to_host=to_host)
+
+    # -- comparison -----------------------------------------------------------------
+
+    def _compare(self) -> None:
+        """Leave out every transport that moves other bytes than the oracle, by one line."""
+        for way in list(self._ways):
+            found = self._difference(way)
+            if found and (self._forced or way is Transport.STAGED):
+                raise TransportError(
+                    f"transport {way} {found}; "
+                    + (
+                        'remove "transport" from the configuration, so that another one is chosen'
+                        if self._forced and way is not Transport.STAGED
+                        else "pages cannot be trusted with this GPU, its driver and this Triton"
+                    )
+                )
+            if found:
+                self._leave_out(way, found)
+
+    def _difference(self, way: Transport) -> str | None:
+        for segment, parts in self._segments:
+            if self._forced or parts[0].may_pay(way):
+                comparison = Comparison(segment, self._region, self._slots, self._device.drain)
+                for store in (True, False):
+                    move = partial(self._move, parts, way, store)
+                    try:
+                        found = comparison.difference(move, store=store)
+                    except Exception as error:  # a driver's, Triton's or torch's
+                        found = f"fails: {error}"
+                    if found:
+                        return found
+        return None
+
+    def _leave_out(self, way: Transport, reason: object) -> None:
+        self._ways.remove(way)
+        logger.warning("kvstrata: transport %s is left out: %s", way, reason)
+
+    # -- measurement ----------------------------------------------------------------
+
+    def _choose(self, segment: Segment, parts: list[Part], most_pages: int) -> None:
+        """The transports of one segment: of its first part, and the others are alike."""
+        if self._forced:
+            for store in (True, False):
+                _choose_all(parts, Choice(*self._ways * 2), store=store)
+            return
+        first = parts[0]
+        slots = [slot for slot in self._slots if slot % segment.replicas == segment.replica]
+        slots = slots or list(self._slots)
+        page_bytes = segment.page_offset + segment.heads * segment.head_bytes
+        width = segment.blocks_per_chunk
+        most = min(
+            most_pages, len(slots), segment.num_blocks // width, max(1, _KEPT_BYTES // page_bytes)
+        )
+        pages = max(1, min(most, TRIAL_BYTES // first.shard_bytes))
+        blocks = np.arange(min(pages * width, segment.num_blocks))
+        ways = [way for way in self._ways if first.may_pay(way)]
+        with self._scratch(segment, blocks, slots[:pages]).kept():
+            for store in (True, False):  # stores first: loads bring back what they stored
+
+                def seconds(way: Transport, count: int, store: bool = store) -> float:
+                    return self._seconds(first, way, store, slots[:count])
+
+                choice, times = choose(seconds, ways, most, first.shard_bytes)
+                _choose_all(parts, choice, store=store)
+                self.times[segment.names[0], "store" if store else "load"] = times
+
+    def _seconds(self, part: Part, way: Transport, store: bool, slots: list[int]) -> float:
+        """How long it takes to move the first blocks to these slots, or back."""
+        width = part.segment.blocks_per_chunk
+        ids = np.arange(len(slots) * width).reshape(-1, width)
+        ids[ids >= part.segment.num_blocks] = -1
+        start = time.perf_counter()
+        self._move([part], way, store, np.array(slots), ids)
+        return time.perf_counter() - start
+
+    def _move(
+        self, parts: list[Part], way: Transport, store: bool, slots: np.ndarray, ids: np.ndarray
+    ) -> None:
+        """Move pages as a job does, and wait until they are there."""
+        device, lane = self._device, self._store if store else self._load
+        _choose_all(parts, Choice(way, way), store=store)
+        device.record(self._submitted, device.compute_stream())
+        device.hold(lane.kernels, self._submitted)
+        for batch, transport in self._mover.batches(parts, slots, ids, lane, store=store):
+            self._mover.start(lane, batch, transport, self._submitted, store=store)
+        for stream in (lane.kernels, lane.dma):
+            device.record(self._done, stream)
+            device.synchronize(self._done)
+
+
+def _choose_all(parts: Sequence[Part], choice: Choice, *, store: bool) -> None:
+    for part in parts:
+        part.choose(choice, store=store)
