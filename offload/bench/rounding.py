@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvstrata.offload.audit.comparison import TOLERANCES, Elements, compare
+from kvstrata.offload.bench.engine import EngineError
 from kvstrata.tiers.fs.bench.figures import append_csv, machine
 
 BLOCK = 32  # tokens; vLLM's CPU attention takes no less
@@ -70,7 +71,7 @@ def run(
     """Compute the prompts in an engine of its own, whose pages go to files in `folder`.
 
     Raises:
-        subprocess.CalledProcessError: it failed; its log is in `folder`.
+        EngineError: it failed; the message has the end of its log.
     """
     tp = more.get("tensor_parallel_size", 1)
     settings = {
@@ -83,15 +84,17 @@ def run(
     folder.mkdir(parents=True)
     task = {"model": str(model), "folder": str(folder), "dtype": dtype, "prompts": prompts, **more}
     with open(folder / "log", "w") as log:
-        subprocess.run(
+        done = subprocess.run(
             [sys.executable, "-m", __spec__.name if __spec__ else __name__, "--engine"],
             input=json.dumps(task),
             env=os.environ | settings,
             stdout=log,
             stderr=log,
             text=True,
-            check=True,
         )
+    if done.returncode:
+        tail = "\n".join((folder / "log").read_text().splitlines()[-20:])
+        raise EngineError(f"an engine failed; the end of its log:\n{tail}")
 
 
 def serve() -> None:
@@ -182,7 +185,9 @@ def measure(model: Path, root: Path, dtype: str, count: int, tokens: int) -> Ite
             continue
         found = errors(first, pages(folder), dtype)
         equal = sum(error == 0.0 for error in found)
-        yield Figure(dtype, name, len(found), equal, statistics.median(found), max(found))
+        figure = Figure(dtype, name, len(found), equal, statistics.median(found), max(found))
+        print(f"    {figure.equal} of {figure.pages} equal, largest error {figure.largest:.2g}")
+        yield figure
 
 
 def main(
