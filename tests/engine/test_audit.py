@@ -113,9 +113,6 @@ def test_pages_of_another_rope_base_are_found(llama: Path, tmp_path: Path) -> No
             engine.reset(connector=True)
             answer = engine.ask(text)
             assert (answer["cached"], answer["tokens"]) == (0, tokens), "nothing more is served"
-        assert "NOT what this engine computes" in log.read_text()
-        assert f"kvstrata trust {root}" in log.read_text()
-
         said = trust(root)
         assert "is trusted again" in said and "audits found pages" in said
         deadline = time.monotonic() + 60
@@ -125,3 +122,5 @@ def test_pages_of_another_rope_base_are_found(llama: Path, tmp_path: Path) -> No
             time.sleep(0.2)
         engine.reset(connector=True)
         assert engine.ask(PROMPTS[5], max_tokens=1)["cached"] > 0
+    logged = log.read_text()
+    assert "NOT what this engine computes" in logged and f"kvstrata trust {root}" in logged

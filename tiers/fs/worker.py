@@ -138,11 +138,31 @@ class _Task:
         self.outbox.put(pack_done(Done(self.task_id, outcomes, start, time.monotonic())))
 
 
-class _Mover:
-    """Does the three kinds of tasks, page by page."""
+class TrustWatch:
+    """Tells the engine when the namespace is marked as one not to be believed, or no longer is."""
 
-    def __init__(self, files: PageFiles, region: PageRegion) -> None:
+    def __init__(self, files: PageFiles, trusted: bool, outbox: Outbox) -> None:
+        """trusted: what the engine knows."""
         self._files = files
+        self._told = trusted
+        self._outbox = outbox
+        self._lock = threading.Lock()
+
+    def look(self) -> None:
+        """Look at the disk; any thread may."""
+        with self._lock:
+            trusted = self._files.is_trusted()
+            if trusted != self._told:
+                self._told = trusted
+                self._outbox.put(pack_trust(trusted))
+
+
+class _Mover:
+    """Does the tasks, page by page."""
+
+    def __init__(self, files: PageFiles, region: PageRegion, watch: TrustWatch) -> None:
+        self._files = files
+        self._watch = watch
         self._region = region
         self._memory = memoryview(mmap.mmap(region.fd, 0))
 
@@ -169,6 +189,7 @@ class _Mover:
 
     def _distrust(self, page: PageRef, access: int) -> Outcome:
         self._files.distrust()
+        self._watch.look()
         return self._reject(page, access)
 
     def _view(self, page: PageRef) -> memoryview:
@@ -197,7 +218,8 @@ def serve(control: socket.socket, region_fd: int) -> None:
     outbox.put(READY)
     space = open_space(setup, outbox)
     files = PageFiles(setup.config, setup.context, setup.paths, setup.direct, outbox.report, space)
-    mover = _Mover(files, setup.region)
+    watch = TrustWatch(files, setup.trusted, outbox)
+    mover = _Mover(files, setup.region, watch)
     os.close(region_fd)
     pool = Pool(setup.threads, 0) if setup.readers else Pool(0, setup.threads)
     closing = threading.Event()
@@ -207,14 +229,10 @@ def serve(control: socket.socket, region_fd: int) -> None:
         outbox.upkeep(Upkeep(swept=removed))
 
     def watch_trust() -> None:
-        trusted = setup.trusted
         while not closing.wait(_LOOK_FOR_TRUST_S):
-            if files.is_trusted() != trusted:
-                trusted = not trusted
-                outbox.put(pack_trust(trusted))
+            watch.look()
 
-    if not setup.readers:
-        threading.Thread(target=watch_trust, name="kvstrata-fs-trust", daemon=True).start()
+    threading.Thread(target=watch_trust, name="kvstrata-fs-trust", daemon=True).start()
     if space is None and not setup.readers:  # else the keeper does it
         name = "kvstrata-fs-sweep"
         threading.Thread(target=remove_temporaries, name=name, daemon=True).start()
