@@ -44,6 +44,7 @@ from kvstrata.offload.vllm_plugin.backends import (
     backend_path,
 )
 from kvstrata.offload.vllm_plugin.orders import cpu_isa, opaque_order, scales_id
+from kvstrata.offload.vllm_plugin.version import content_version
 
 # Names of configuration fields that give a number of KV heads, or of query heads for each:
 # of the whole model, of some layers (swa_num_key_value_heads, num_global_key_value_heads,
@@ -196,7 +197,7 @@ def _worker_layer(
         cache = head_slabs(name, _typed(view, vllm_config))
         isa = cpu_isa(spec, vllm_config)
         sizes = f"block{spec.block_size}/kernel{view.shape[2]}"
-        order = f"cpu_attn/{isa}/{sizes}/{view.dtype}{scales_id(module, view)}"
+        order = f"cpu_attn/{content_version()}/{isa}/{sizes}/{view.dtype}{scales_id(module, view)}"
     else:
         return _opaque_layer(name, raw, rank, blocks, unknown)
     cache = split_kernel_blocks(cache, blocks)

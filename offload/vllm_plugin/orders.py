@@ -14,11 +14,14 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from kvstrata.offload.vllm_plugin.version import content_version
+
 
 def opaque_order(modules: Sequence[Any], tokens: int, blocks: int) -> str:
-    """What is known of the bytes' order: `opaque/<backend>/block<tokens>/kernel<tokens>/<dtype>`
-    and the scales, of each kind of `modules` that the bytes belong to; of recurrent states also
-    their shapes, since vLLM keeps some of them transposed on some machines.
+    """What is known of the bytes' order: `opaque/<vLLM's version>/`, then
+    `<backend>/block<tokens>/kernel<tokens>/<dtype>` and the scales of each kind of `modules` that
+    the bytes belong to; of recurrent states also their shapes, since vLLM keeps some of them
+    transposed on some machines.
     """
     kinds = []
     for module in modules:
@@ -31,7 +34,7 @@ def opaque_order(modules: Sequence[Any], tokens: int, blocks: int) -> str:
             shape = "" if view is cache else f"/{'x'.join(map(str, view.shape[1:]))}"
             facts.append(f"kernel{kernel}/{view.dtype}{shape}{scales_id(module, view)}")
         kinds.append(f"{backend}/block{tokens}/{'+'.join(facts) or 'unknown'}")
-    return "opaque/" + ",".join(dict.fromkeys(kinds))
+    return f"opaque/{content_version()}/" + ",".join(dict.fromkeys(kinds))
 
 
 def scales_id(module: Any, view: torch.Tensor) -> str:

@@ -16,7 +16,7 @@ from kvstrata.tiers.fs.differences import differences
 from kvstrata.tiers.fs.layout import NAMESPACE_DIR, NamespacePaths, directory_name
 from kvstrata.tiers.fs.temporary import temporary_name
 
-_MAX_CONFIG_BYTES = 2**20
+MAX_CONFIG_BYTES = 2**20  # of config.json
 _MAX_CONFIG_DEPTH = 32  # of nested values; far above any namespace, below Python's recursion limit
 _MAX_SHOWN = 200  # characters of a name or value in an error
 
@@ -24,6 +24,11 @@ _MAX_SHOWN = 200  # characters of a name or value in an error
 def canonical_json(value: object) -> str:
     """JSON with sorted keys, no spaces, ASCII only: equal values give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def config_text(fields: Mapping[str, Any]) -> str:
+    """What config.json says, for people: ASCII, indented, in the order of names."""
+    return json.dumps(dict(fields), indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
 def namespace_digest(fields: Mapping[str, Any]) -> str:
@@ -60,8 +65,7 @@ def write_config(paths: NamespacePaths, fields: Mapping[str, Any], mode: int) ->
     fd = nofollow.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         with os.fdopen(fd, "w", encoding="ascii") as file:
-            json.dump(dict(fields), file, indent=2, sort_keys=True, allow_nan=False)
-            file.write("\n")
+            file.write(config_text(fields))
             file.flush()
             os.fsync(fd)
         nofollow.rename(temporary, paths.config)
@@ -81,10 +85,10 @@ def read_config(path: str) -> dict[str, Any]:
     fd = nofollow.open(path, os.O_RDONLY)
     with os.fdopen(fd, "rb") as file:
         found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode) or found.st_size > _MAX_CONFIG_BYTES:
+        if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_CONFIG_BYTES:
             raise ValueError("not a regular file of at most 1 MiB")
         try:
-            fields = json.loads(file.read(_MAX_CONFIG_BYTES))
+            fields = json.loads(file.read(MAX_CONFIG_BYTES))
         except RecursionError:
             raise ValueError("nested too deep") from None
     if not isinstance(fields, dict):

@@ -36,6 +36,7 @@ from kvstrata.offload.vllm_plugin.caches import (  # noqa: E402
     _Rank,
     _states,
 )
+from kvstrata.offload.vllm_plugin.version import content_version  # noqa: E402
 from tests.offload.vllm_plugin.modelless_engine import backend_class  # noqa: E402
 
 
@@ -299,13 +300,13 @@ def order_of(monkeypatch: pytest.MonkeyPatch, module: Module | None) -> str:
 def test_order_of_opaque_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is known of how a backend lays out its bytes separates pages."""
     plain = order_of(monkeypatch, Module(2, "OTHER"))
-    assert plain == "opaque/OTHER/block16/kernel16/torch.float32"
+    assert plain == f"opaque/{content_version()}/OTHER/block16/kernel16/torch.float32"
     assert order_of(monkeypatch, Module(2, "OTHER")) == plain
-    assert order_of(monkeypatch, None) == "opaque/unknown/block16/unknown"
+    assert order_of(monkeypatch, None) == f"opaque/{content_version()}/unknown/block16/unknown"
     quarter = order_of(monkeypatch, Module(2, "OTHER", kernels=4))
-    assert quarter == "opaque/OTHER/block16/kernel4/torch.float32"
+    assert quarter == f"opaque/{content_version()}/OTHER/block16/kernel4/torch.float32"
     half = order_of(monkeypatch, Module(2, "OTHER", torch.float16))
-    assert half == "opaque/OTHER/block16/kernel16/torch.float16"
+    assert half == f"opaque/{content_version()}/OTHER/block16/kernel16/torch.float16"
 
 
 def test_order_of_packed_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,7 +315,7 @@ def test_order_of_packed_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     [layer] = collect(monkeypatch, layers, packed=True)
     assert layer.shape.content == OPAQUE
     assert layer.order == (
-        "opaque/X/block16/kernel16/torch.float32,Y/block16/kernel16/torch.float32,"
+        f"opaque/{content_version()}/X/block16/kernel16/torch.float32,Y/block16/kernel16/torch.float32,"
         "unknown/block16/unknown"
     )
 

@@ -128,13 +128,40 @@ def test_block_size_counts_for_content_of_the_backend_only(weights: Path) -> Non
 
 
 def test_model_configuration_counts_but_not_where_it_came_from(weights: Path) -> None:
-    def digest(**text: Any) -> str:
-        return fields(model_of(weights, hf_text_config=TextConfig(**text)))["text_config"]
+    def found(**text: Any) -> Any:
+        model = model_of(weights, hf_text_config=TextConfig(**text))
+        return fields(model)["configuration"]["model_config"]["hf_text_config"]
 
-    plain = digest(rope_theta=1.0)
-    assert digest(rope_theta=1.0, _name_or_path="/x", transformers_version="5") == plain
-    assert digest(rope_theta=2.0) != plain
-    assert digest(rope_theta=1.0, rope_scaling={"factor": 2}) != plain
+    plain = found(rope_theta=1.0)
+    assert found(rope_theta=1.0, _name_or_path="/x", transformers_version="5") == plain
+    assert found(rope_theta=2.0) == {"rope_theta": 2.0} != plain
+    assert found(rope_theta=1.0, rope_scaling={"factor": 2}) != plain
+
+
+def test_token_major_content_is_shared_by_versions(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(weights)
+    before = fields(model)
+    monkeypatch.setattr("vllm.__version__", "0.99.0")
+    assert fields(model) == before
+
+
+def test_environment_counts(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(weights)
+    monkeypatch.delenv("VLLM_MLA_DISABLE", raising=False)
+    before = fields(model)
+    monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
+    assert fields(model)["environment"] == before["environment"] | {"VLLM_MLA_DISABLE": True}
+
+
+def test_a_namespace_that_does_not_fit_is_refused(weights: Path) -> None:
+    """Long values are shortened; a great many of them are one clear error."""
+    text = TextConfig(names=["layer"] * 1_000_000)
+    assert len(json.dumps(fields(model_of(weights, hf_text_config=text)))) < 10_000
+    endless = {f"setting_{i}": "x" * 1000 for i in range(2000)}
+    with pytest.raises(NamespaceError, match=r"takes 2.* bytes.* in 'configuration', and config"):
+        fields(model_of(weights, **endless))
 
 
 def test_hash_settings_count(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,6 +196,22 @@ def test_random_hashes_refuse_secondary_tiers(
         check_secondary_tiers(engine)
     monkeypatch.setenv("PYTHONHASHSEED", "0")
     check_secondary_tiers(engine)
+
+
+def test_images_that_are_named_by_a_counter_refuse_secondary_tiers(tmp_path: Path) -> None:
+    """vLLM hashes an image for its prefix cache or for the processor's cache only."""
+
+    def check(cache_gb: float, caching: bool) -> None:
+        model = model_of(
+            tmp_path, multimodal_config=SimpleNamespace(mm_processor_cache_gb=cache_gb)
+        )
+        cache = SimpleNamespace(prefix_caching_hash_algo="sha256", enable_prefix_caching=caching)
+        check_secondary_tiers(engine_of(model, cache_config=cache))
+
+    with pytest.raises(NamespaceError, match=r"mm_processor_cache_gb=0.*leave out"):
+        check(0, False)
+    check(4, False)
+    check(0, True)
 
 
 def test_cryptographic_hashes_need_no_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.vllm
 from vllm.v1.kv_cache_interface import FullAttentionSpec  # noqa: E402
 
 from kvstrata.offload.vllm_plugin.orders import cpu_isa, opaque_order  # noqa: E402
+from kvstrata.offload.vllm_plugin.version import content_version  # noqa: E402
 
 BLOCKS = 4
 
@@ -27,7 +28,8 @@ def recurrent(*shapes: tuple[int, ...]) -> Any:
 def test_transposed_states_are_another_order() -> None:
     """vLLM turns the convolution's state round on CPUs with AVX-512 BF16."""
     one = opaque_order([recurrent((3, 8), (2, 4))], 32, BLOCKS)
-    assert one == "opaque/MAMBA2_ATTN/block32/kernel32/torch.float32/3x8+kernel32/torch.float32/2x4"
+    form = f"opaque/{content_version()}/MAMBA2_ATTN"
+    assert one == f"{form}/block32/kernel32/torch.float32/3x8+kernel32/torch.float32/2x4"
     assert opaque_order([recurrent((8, 3), (2, 4))], 32, BLOCKS) != one
 
 
@@ -49,3 +51,25 @@ def test_isa_of_the_model_dtype(cache: str, monkeypatch: pytest.MonkeyPatch) -> 
         cache_config=SimpleNamespace(cache_dtype=cache),
     )
     assert cpu_isa(spec, engine).startswith("amx-")
+
+
+@pytest.mark.parametrize(
+    ("version", "form"),
+    [
+        ("0.32.0", "vllm0.32"),
+        ("0.32.1.post1", "vllm0.32"),
+        ("0.33.0+cu130", "vllm0.33"),
+        ("0.33.0+rocm7.0", "vllm0.33"),
+        ("0.33.1rc1", "vllm0.33.1rc1"),
+        ("0.33.1.dev7+g1234567", "vllm0.33.1.dev7+g1234567"),
+        ("0.33.0+mine", "vllm0.33.0+mine"),
+        ("dev", "vllmdev"),
+    ],
+)
+def test_content_of_vllm_is_of_a_minor_version(
+    version: str, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an odd build it is of that build alone."""
+    monkeypatch.setattr("vllm.__version__", version)
+    assert content_version() == form
+    assert opaque_order([None], 32, BLOCKS).startswith(f"opaque/{form}/")
