@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kvstrata.offload.vllm_plugin.deciding.values import (
+from kvstrata.offload.vllm_plugin.errors import NamespaceError
     NamespaceError,
     digest_of,
     plain,
