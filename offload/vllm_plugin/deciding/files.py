@@ -12,14 +12,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from kvstrata.offload.vllm_plugin.deciding.values import (
+from kvstrata.offload.vllm_plugin.deciding.values import digest_of, plain, shortened, without
 from kvstrata.offload.vllm_plugin.errors import NamespaceError
-    NamespaceError,
-    digest_of,
-    plain,
-    shortened,
-    without,
-)
 
 # JSON files that do not count, by pattern, and why. All others do.
 LEFT_OUT = {
