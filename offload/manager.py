@@ -160,7 +160,7 @@ class TieringManager:
             self._poll()
         if not self.audits.intervenes:
             return self._find(key, end_token, request)
-        if self.audits.cpu_lost:
+        if self.audits.findings.blocks(key):
             return _MISS
         natural = self._find(key, end_token, request)
         return self.audits.answer(key, end_token, self._state(request), natural, self._lookup.step)
@@ -168,7 +168,7 @@ class TieringManager:
     def _find(self, key: bytes, end_token: int, request: RequestView) -> Answer:
         entry = self.primary.get(key)
         if entry is None:
-            if key in self.audits.refused:
+            if key in self.audits.findings.refused:
                 return _MISS
             return self._lookup.ask(key, end_token, self._state(request))
         writer = entry.writer
@@ -247,8 +247,8 @@ class TieringManager:
         get = self.primary.get
         present = [key for key in ends if get(key) is not None]
         new = [key for key in ends if get(key) is None] if present else list(ends)
-        if self.audits.refused:
-            new = [key for key in new if key not in self.audits.refused]
+        if self.audits.findings.refused:
+            new = [key for key in new if key not in self.audits.findings.refused]
         wanted = self._offers.wanted(new)
         # More than could ever fit: its beginning is better than nothing.
         del wanted[max(0, self.primary.slots - len(present) - len(self._pins)) :]

@@ -8,7 +8,6 @@ where too few come of themselves, the last page of a hit prefix is answered MISS
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,9 @@ from functools import partial
 from typing import TypeVar
 
 from kvstrata.offload.audit.comparer import Comparer, Task
-from kvstrata.offload.audit.comparison import Comparison, Verdict
+from kvstrata.offload.audit.findings import Findings
 from kvstrata.offload.audit.probe import Probe
 from kvstrata.offload.audit.schedule import MOST_AT_ONCE, Schedule
-from kvstrata.offload.audit.trust import MOST_DIFFERENT, REMEMBERED, Trust
 from kvstrata.offload.events import Report
 from kvstrata.offload.lookup import Answer
 from kvstrata.offload.primary import Entry, PrimaryTier, Writer
@@ -28,13 +26,8 @@ from kvstrata.offload.tier_jobs import Running, TierJobs
 from kvstrata.offload.tier_link import TierLink
 from kvstrata.tiers.base import JobResult, Lookup, PageLayout, RequestView, key_group
 
-logger = logging.getLogger("kvstrata.audit")
-
-# Keys that are refused; the oldest are forgotten.
-_MOST_REFUSED = 65_536
 # A spare slot is taken only while so many others could be had: requests come first.
 _LEAST_FREE = 2 * MOST_AT_ONCE
-CPU_TIER = "CPU"
 _T = TypeVar("_T")
 
 
@@ -61,7 +54,7 @@ class Audit:
 
 
 class Audits:
-    """Chooses pages, has them compared, and draws the consequences.
+    """Chooses pages and has them compared; `findings` draws the consequences.
 
     Args:
         schedule: says when.
@@ -96,27 +89,13 @@ class Audits:
         self._under_way: set[Audit] = set()
         self._comparing: dict[int, Audit] = {}
         self._next = 0
-        self._cpu = Trust()
-        self._blamed: set[str] = set()  # tiers of which a different page was logged
-        self.refused: dict[bytes, None] = {}  # keys that are neither loaded nor stored any more
+        self.findings = Findings(primary, jobs, report)
         self.intervenes = False  # some look-ups are not answered as usual
-        self.largest_error = 0.0
 
     @property
     def comparing(self) -> bool:
         """Whether the result of a comparison is to be taken some time soon."""
         return bool(self._comparing)
-
-    @property
-    def cpu_lost(self) -> bool:
-        """Whether nothing at all may be loaded."""
-        return self._cpu.lost
-
-    @property
-    def distrusted(self) -> list[str]:
-        """The tiers from which nothing is loaded until the operator confirms."""
-        names = [link.name for link in self._jobs.links if link.trust.lost]
-        return [CPU_TIER, *names] if self._cpu.lost else names
 
     # -- look-up and load ---------------------------------------------------------
 
@@ -226,14 +205,14 @@ class Audits:
             if audit is None:
                 continue
             entry, link = audit.computed, audit.link
-            spare = None
-            if link is not None and self._may_load(link) and entry.attached and entry.ready:
-                spare = self._borrow(key, entry.end_token, Writer.TIER)
-            if spare is None or link is None:
+            if link is None or not self._may_load(link) or not (entry.attached and entry.ready):
                 self._under_way.discard(audit)
                 continue
-            self._primary.begin_reads((entry,), gpu=False)
-            audit.served = spare
+            self._primary.begin_reads((entry,), gpu=False)  # the spare slot must not be its own
+            audit.served = spare = self._borrow(key, entry.end_token, Writer.TIER)
+            if spare is None:
+                self._end(audit)
+                continue
             end = partial(self._arrived, audit, spare)
             self._jobs.submit(link, [spare], request, promotion=True, on_end=end)
 
@@ -247,20 +226,14 @@ class Audits:
             audit = self._comparing.pop(number)
             if comparison is not None and not audit.dropped:
                 self._schedule.ended(seconds, forced=audit.forced)
-                self._judge(audit, comparison)
+                self.findings.judge(audit.key, audit.computed, audit.link, comparison)
             self._end(audit)
+        self._note_intervention()
 
     def end_step(self) -> None:
-        """See which tiers the operator trusts."""
-        for link in self._jobs.links:
-            if link.tier.trusted == link.trust.lost:
-                if link.trust.lost:
-                    link.trust.restore()
-                    self._blamed.discard(link.name)
-                    logger.warning("tier %s is trusted again", link.name)
-                else:
-                    link.trust.lost = True
-                    self._forget_promoted(link)
+        """A step ended."""
+        self.findings.end_step()
+        self._note_intervention()
 
     def clear(self) -> list[Entry]:
         """A reset: drop all audits. The spare slots that the GPU may still be writing."""
@@ -274,6 +247,7 @@ class Audits:
         for audit in self._under_way:
             audit.dropped = True
         self._probing = None
+        self.findings.clear()
         self._note_intervention()
         return writing
 
@@ -349,89 +323,8 @@ class Audits:
         held = [entry for entry in (audit.computed, audit.served) if entry is not None]
         self._primary.end_reads(held, gpu=False)
 
-    def _judge(self, audit: Audit, found: Comparison) -> None:
-        counters = self._report.counters
-        counters["audit_pages"] += 1
-        self.largest_error = max(self.largest_error, found.error)
-        different = found.verdict is Verdict.DIFFERENT
-        counters["audit_close"] += found.verdict is Verdict.CLOSE
-        counters["audit_different"] += different
-        trust = audit.link.trust if audit.link is not None else self._cpu
-        lost = trust.note(different=different)
-        if different:
-            self._refuse(audit, found)
-            self._quarantine(audit, distrust=lost)
-        if lost:
-            self._distrust(audit)
-
-    def _refuse(self, audit: Audit, found: Comparison) -> None:
-        """Neither load nor store the page any more."""
-        name = audit.link.name if audit.link is not None else CPU_TIER
-        log = logger.debug if name in self._blamed else logger.error
-        self._blamed.add(name)
-        log(
-            "audit: page %s of the %s tier is NOT what this engine computes: relative error %.3g "
-            "(%s). It is refused, and where the tier can it is kept in quarantine beside the "
-            "computed one. Look at what differs between the engines that share these pages: "
-            "weights, revision, configuration, versions (kvstrata inspect). Logged once per tier; "
-            "counted as audit_different",
-            audit.key.hex(),
-            name,
-            found.error,
-            found.where,
-        )
-        self.refused[audit.key] = None
-        if len(self.refused) > _MOST_REFUSED:
-            del self.refused[next(iter(self.refused))]
-        entry = self._primary.get(audit.key)
-        if entry is not None:
-            self._primary.drop(entry)
-            self._report.left([audit.key])
-
-    def _quarantine(self, audit: Audit, *, distrust: bool) -> None:
-        """Have the page put aside by every tier that holds it, together with the computed one."""
-        view = RequestView("audit")
-        for link in self._jobs.links:
-            blamed = link is audit.link
-            if not blamed and link.tier.lookup(audit.key, view) is not Lookup.HIT:
-                continue
-            computed = audit.computed
-            self._primary.begin_reads((computed,), gpu=False)
-            end = partial(self._rejected, computed)
-            taken = self._jobs.reject(
-                link, computed, view, distrust=distrust and blamed, on_end=end
-            )
-            if not taken:
-                self._primary.end_reads((computed,), gpu=False)
-
-    def _rejected(self, computed: Entry, job: Running, result: JobResult) -> None:
-        self._primary.end_reads((computed,), gpu=False)
-
-    def _distrust(self, audit: Audit) -> None:
-        if audit.link is None:
-            self._note_intervention()
-            remedy = "Restart the engine to use it again."
-        else:
-            self._forget_promoted(audit.link)
-            remedy = audit.link.tier.how_to_trust()
-        logger.error(
-            "audit: %d of the last %d audited pages of the %s tier were different: nothing is "
-            "loaded from it or stored in it until you confirm that it may be. %s",
-            MOST_DIFFERENT,
-            REMEMBERED,
-            CPU_TIER if audit.link is None else audit.link.name,
-            remedy,
-        )
-
-    def _forget_promoted(self, link: TierLink) -> None:
-        """Drop what the primary tier has from the tier."""
-        entries = [e for e in self._primary if e.source == link.name]
-        for entry in entries:
-            self._primary.drop(entry)
-        self._report.left([entry.key for entry in entries])
-
     def _note_intervention(self) -> None:
-        self.intervenes = self._cpu.lost or self._probing is not None
+        self.intervenes = self._probing is not None or self.findings.block_some
 
 
 def _some(items: Sequence[_T], most: int) -> list[_T]:

@@ -3,7 +3,10 @@
 The same prompt computed in another batch, at another tensor-parallel size or by another kernel
 rounds otherwise, so pages that are right need not be equal. What counts is the relative error of a
 row, which is K or V of one token in one head of one layer where the content is known, and else what
-the backend keeps together. docs/audit.md has the errors that were measured.
+the backend keeps together. Rounding grows from layer to layer, and where it turns a mixture of
+experts' choice it can move a whole token: so the first layer is held to a narrow bound row by row,
+the others to a wide one, which a quarter of a head's rows must pass. docs/audit.md has the errors
+that were measured.
 """
 
 from __future__ import annotations
@@ -16,17 +19,29 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-# The largest relative error of a row that rounding is taken to explain, by safetensors dtype. Each
-# is several times the largest that was measured between batch shapes, TP sizes and restarts, and a
-# small part of what another RoPE base, another revision or a swapped head give (docs/audit.md).
+# The largest relative errors that rounding is taken to explain, by safetensors dtype: of any row of
+# the first layer, whose K and V are one rounding away from the embeddings, and of the rows of the
+# others. What was measured between batch shapes and restarts is far below, and another RoPE base,
+# revision or order of heads far above (docs/audit.md).
+FIRST_LAYER: Mapping[str, float] = {
+    "F64": 1e-3,
+    "F32": 1e-3,
+    "F16": 0.02,
+    "BF16": 0.05,
+    "F8_E4M3": 0.2,
+    "F8_E5M2": 0.4,
+}
 TOLERANCES: Mapping[str, float] = {
     "F64": 1e-2,
     "F32": 1e-2,
     "F16": 0.1,
     "BF16": 0.25,
     "F8_E4M3": 0.4,
-    "F8_E5M2": 0.5,
+    "F8_E5M2": 0.6,
 }
+# In the other layers this share of the rows of a head must be over the bound: tokens of which an
+# expert was chosen otherwise are fewer, and a block that went astray is more.
+_SHARE_OF_ROWS = 0.25
 # Of bytes whose meaning is not known: the share of them that may differ.
 _BYTES_TOLERANCE = 0.75
 _STEP_BYTES = 1 << 20  # compared at once; bounds the temporary memory to a few MiB
@@ -36,7 +51,7 @@ class Verdict(enum.Enum):
     """What a comparison found."""
 
     EQUAL = enum.auto()  # every bit
-    CLOSE = enum.auto()  # within the tolerance of the dtype
+    CLOSE = enum.auto()  # rounding may explain it
     DIFFERENT = enum.auto()
 
 
@@ -107,8 +122,7 @@ def compare(computed: memoryview, served: memoryview, elements: Sequence[Element
     for index, each in enumerate(elements):
         end = start + each.nbytes
         found = _compare_tensor(ours[start:end], theirs[start:end], each, index)
-        if (found.verdict.value, found.error) > (worst.verdict.value, worst.error):
-            worst = found
+        worst = _worse(worst, found)
         start = end
     return worst
 
@@ -122,23 +136,45 @@ def _compare_tensor(ours: _Bytes, theirs: _Bytes, elements: Elements, index: int
     unit = elements.rows * elements.row_bytes  # one layer of one head
     units = elements.nbytes // unit
     step = max(1, _STEP_BYTES // unit)
+    stable = [layer for layer in range(elements.layers) if layer not in elements.unstable]
     worst = EQUAL
     for first in range(0, units, step):
         part = slice(first * unit, min(first + step, units) * unit)
         if np.array_equal(ours[part], theirs[part]):
             continue
         found = _errors(ours[part], theirs[part], elements)
-        for skipped in elements.unstable:
-            found[(np.arange(first, first + len(found)) % elements.layers) == skipped] = 0.0
+        layers = np.arange(first, first + len(found)) % elements.layers
+        found[np.isin(layers, elements.unstable)] = 0.0
+        different = _is_different(found, layers == min(stable, default=-1), elements.dtype)
         place = int(found.argmax())
-        error = float(found.flat[place])
-        if error > worst.error or worst is EQUAL:
-            number, row = first + place // found.shape[1], place % found.shape[1]
-            head, layer = divmod(number, elements.layers)
-            where = f"tensor {index}, head {head}, layer {layer}, row {row}"
-            within = error <= TOLERANCES.get(elements.dtype, _BYTES_TOLERANCE)
-            worst = Comparison(Verdict.CLOSE if within else Verdict.DIFFERENT, error, where)
+        number, row = first + place // found.shape[1], place % found.shape[1]
+        head, layer = divmod(number, elements.layers)
+        worst = _worse(
+            worst,
+            Comparison(
+                Verdict.DIFFERENT if different else Verdict.CLOSE,
+                float(found.flat[place]),
+                f"tensor {index}, head {head}, layer {layer}, row {row}",
+            ),
+        )
     return worst
+
+
+def _worse(one: Comparison, other: Comparison) -> Comparison:
+    """The worse verdict, and of equal ones the larger error."""
+    return max(one, other, key=lambda each: (each.verdict.value, each.error))
+
+
+def _is_different(errors: _Errors, is_first: npt.NDArray[np.bool_], dtype: str) -> bool:
+    """Whether rounding cannot explain errors [units, rows] of units of which some are the first
+    layer's."""
+    if dtype not in TOLERANCES:
+        return bool((errors > _BYTES_TOLERANCE).any())
+    if (errors[is_first] > FIRST_LAYER[dtype]).any():
+        return True
+    rows = errors.shape[1]
+    over = (errors > TOLERANCES[dtype]).sum(axis=1)
+    return bool((over >= max(1.0, _SHARE_OF_ROWS * rows)).any())
 
 
 def _errors(ours: _Bytes, theirs: _Bytes, elements: Elements) -> _Errors:

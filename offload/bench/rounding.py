@@ -24,7 +24,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kvstrata.offload.audit.comparison import TOLERANCES, Elements, compare
+from kvstrata.offload.audit.comparison import Comparison, Elements, Verdict, compare
 from kvstrata.offload.bench.engine import EngineError
 from kvstrata.tiers.fs.bench.figures import append_csv, machine
 
@@ -41,13 +41,15 @@ class Figure(NamedTuple):
         engine: in what it differs.
         pages: how many were compared.
         equal: how many had the same bits.
-        median, largest: of the pages' largest relative errors.
+        different: how many an audit would refuse.
+        median, largest: of the pages' largest relative errors of a row.
     """
 
     dtype: str
     engine: str
     pages: int
     equal: int
+    different: int
     median: float
     largest: float
 
@@ -145,13 +147,13 @@ def pages(folder: Path) -> dict[str, Path]:
     return {f"{p.parent.name} {p.name}": p for p in folder.glob("*_r0/*/*_g*/*.safetensors")}
 
 
-def errors(ours: Mapping[str, Path], theirs: Mapping[str, Path], dtype: str) -> list[float]:
-    """The largest error of each page that both have."""
+def compared(ours: Mapping[str, Path], theirs: Mapping[str, Path], dtype: str) -> list[Comparison]:
+    """The comparisons of the pages that both have."""
     found = []
     for name in sorted(ours.keys() & theirs.keys()):
         one, elements = _read(ours[name], dtype)
         other, _ = _read(theirs[name], dtype)
-        found.append(compare(one, other, elements).error)
+        found.append(compare(one, other, elements))
     return found
 
 
@@ -183,10 +185,12 @@ def measure(model: Path, root: Path, dtype: str, count: int, tokens: int) -> Ite
         if not first:
             first = pages(folder)
             continue
-        found = errors(first, pages(folder), dtype)
-        equal = sum(error == 0.0 for error in found)
-        figure = Figure(dtype, name, len(found), equal, statistics.median(found), max(found))
-        print(f"    {figure.equal} of {figure.pages} equal, largest error {figure.largest:.2g}")
+        found = compared(first, pages(folder), dtype)
+        verdicts = [each.verdict for each in found]
+        errors = [each.error for each in found]
+        counts = verdicts.count(Verdict.EQUAL), verdicts.count(Verdict.DIFFERENT)
+        figure = Figure(*(dtype, name, len(found), *counts), statistics.median(errors), max(errors))
+        print(f"    of {figure.pages} pages {figure.equal} equal, {figure.different} different")
         yield figure
 
 
@@ -209,12 +213,11 @@ def main(
         root = Path(directory)
         figures = [f for each in dtype for f in measure(model, root, each, prompts, tokens)]
     table = Table("dtype", "engine", box=None)
-    for heading in ("pages", "equal", "median error", "largest", "tolerance"):
+    for heading in ("pages", "equal", "different", "median error", "largest"):
         table.add_column(heading, justify="right")
     for figure in figures:
         numbers = (f"{figure.median:.2g}", f"{figure.largest:.2g}")
-        tolerance = f"{TOLERANCES[DTYPES[figure.dtype]]:g}"
-        table.add_row(*map(str, figure[:4]), *numbers, tolerance)
+        table.add_row(*map(str, figure[:5]), *numbers)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     if csv:
         append_csv(csv, figures, Figure._fields)

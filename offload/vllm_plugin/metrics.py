@@ -83,7 +83,7 @@ class StatsReader:
             stats.set_gauge(SLOTS, slots, (state,))
         per_token = manager.seconds_per_token()
         stats.set_gauge(PREFILL_SPEED, 1.0 / per_token if per_token else 0.0)
-        stats.set_gauge(AUDIT_ERROR, manager.audits.largest_error)
+        stats.set_gauge(AUDIT_ERROR, manager.audits.findings.largest_error)
         for link in manager.links:
             tier_stats = link.tier.stats()
             self._add_all(stats, TIER_EVENTS, link.name, tier_stats.counters)

@@ -152,7 +152,7 @@ class EngineProcess:
     def distrusted(self) -> list[str]:
         """The tiers from which nothing is loaded, after what audits found."""
         assert self.offload is not None
-        found: list[str] = self.offload.manager._manager.audits.distrusted
+        found: list[str] = self.offload.manager._manager.audits.findings.distrusted
         return found
 
     def held(self) -> dict[str, int]:

@@ -197,7 +197,7 @@ def test_three_different_pages_take_the_tier_out(caplog: pytest.LogCaptureFixtur
     here.store(ITEMS[:MOST_DIFFERENT], request)
     here.step(3)
     assert counters(here)["audit_different"] == MOST_DIFFERENT
-    assert here.manager.audits.distrusted == ["tier0"]
+    assert here.manager.audits.findings.distrusted == ["tier0"]
     assert not tier.trusted
     assert "nothing is loaded from it" in caplog.text and "Restart the engine" in caplog.text
     # nothing more is served from it, also what was in the primary tier already
@@ -212,7 +212,7 @@ def test_three_different_pages_take_the_tier_out(caplog: pytest.LogCaptureFixtur
     assert tier.stats().counters["stored_pages"] == stored
     tier.trusted = True  # the operator's word
     here.step()
-    assert here.manager.audits.distrusted == []
+    assert here.manager.audits.findings.distrusted == []
     evict(here)
     assert here.lookup(ITEMS[3], here.request("r4")) is PENDING
 
@@ -235,7 +235,7 @@ def test_the_primary_tier_may_lose_its_trust_too() -> None:
     here.epoch = 1
     compute(here, "r2")
     assert counters(here)["audit_different"] == 3
-    assert here.manager.audits.distrusted == ["CPU"]
+    assert here.manager.audits.findings.distrusted == ["CPU"]
     assert here.lookup(chunk(3, 0), here.request("r3")) is MISS
 
 
