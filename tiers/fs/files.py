@@ -139,14 +139,17 @@ class PageFiles:
             taken = self._quarantine.take(path, AUDIT, None)
             self._report(AUDIT, f"{path}: not what the model computes")
             if taken == "moved":
-                self._keep_computed(key, computed)
+                try:
+                    self._keep_computed(key, computed)
+                except OSError as error:  # what matters is that the other is out of the way
+                    self._report(error_cause(error), f"{path}: no copy of the computed page")
             if self._space is not None:
                 self._space.quarantined()
                 if taken != "stuck":
                     self._space.gone(key)
             return Outcome(moved=taken == "moved", gone=True, stuck=taken == "stuck")
         except Exception as error:
-            return self._internal(error)
+            return self._internal(error)._replace(gone=True, stuck=True)
 
     def distrust(self) -> None:
         """Mark the namespace as one that is not to be believed."""
