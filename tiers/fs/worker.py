@@ -49,7 +49,7 @@ from kvstrata.tiers.fs.temporary import sweep
 
 _PR_SET_PDEATHSIG = 1  # prctl(2), linux/prctl.h
 _BEHIND_BYTES = 2**20  # queued for the engine: it was idle for long
-_LOOK_FOR_TRUST_S = 2.0  # how soon a word of the operator's, or of another server, is heard
+_LOOK_FOR_TRUST_S = 0.5  # how soon a word of the operator's, or of another server, is heard
 
 
 class Outbox:
