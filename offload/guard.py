@@ -48,6 +48,7 @@ class GuardedTier(SecondaryTier):
         # keys of the jobs that the tier accepted and has not ended
         self._open: dict[int, list[bytes]] = {}
         self._refused: list[JobResult] = []
+        self._trusted = True
         self.locality = tier.locality
 
     @property
@@ -90,7 +91,11 @@ class GuardedTier(SecondaryTier):
 
     @property
     def trusted(self) -> bool:  # type: ignore[override]
-        return bool(self._tier.trusted)
+        try:
+            self._trusted = bool(self._tier.trusted)
+        except Exception:
+            self._raised("trusted")
+        return self._trusted
 
     def touch(self, keys: Collection[bytes], request: RequestView) -> None:
         self._call("touch", None, lambda: self._tier.touch(keys, request))

@@ -386,6 +386,7 @@ class TieringManager:
 
     def _renew_tiers(self) -> None:
         """Stop the tiers, and open others that know no earlier page."""
+        self.audits.drop()
         self._jobs.stop()
         self._take_results()
         self._jobs.reopen()

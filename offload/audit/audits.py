@@ -104,7 +104,7 @@ class Audits:
         needed for that, see `Probe`; of other models only what comes of itself is audited."""
         if self._probing is None and len(self._layouts) == 1:
             (layout,) = self._layouts.values()
-            if self._schedule.is_due(layout.tokens):
+            if self._schedule.is_due(layout.tokens) and self._has_room():
                 self._probing, self._probe = state, Probe()
                 self._note_intervention()
 
@@ -167,7 +167,7 @@ class Audits:
         name = state.view.req_id
         again = [k for k in present if ends[k] >= first and (name, k) not in self._open]
         spare = [self._again(key, state) for key in _some(again, room)]
-        fresh = [entry for entry in new if entry.end_token >= first]
+        fresh = [e for e in new if e.end_token >= first and (name, e.key) not in self._open]
         if fresh and not spare and schedule.may_ask():
             found = [self._fresh(entry, state) for entry in _some(fresh, room)]
             if not any(found):
@@ -224,8 +224,8 @@ class Audits:
             return
         for number, comparison, seconds in self._comparer.take():
             audit = self._comparing.pop(number)
+            self._schedule.ended(seconds, forced=audit.forced)
             if comparison is not None and not audit.dropped:
-                self._schedule.ended(seconds, forced=audit.forced)
                 self.findings.judge(audit.key, audit.computed, audit.link, comparison)
             self._end(audit)
         self._note_intervention()
@@ -244,12 +244,16 @@ class Audits:
                 self._primary.end_reads((audit.served,), gpu=False)
                 writing.append(audit.computed)
         self._open.clear()
-        for audit in self._under_way:
-            audit.dropped = True
+        self.drop()
         self._probing = None
         self.findings.clear()
         self._note_intervention()
         return writing
+
+    def drop(self) -> None:
+        """The pages that are being compared say nothing of what the tiers hold from now on."""
+        for audit in self._under_way:
+            audit.dropped = True
 
     def stop(self, timeout_s: float) -> None:
         """Wait so long for the comparisons under way."""
@@ -284,6 +288,11 @@ class Audits:
     def _may_load(self, link: TierLink) -> bool:
         """Whether the tier is in service; one of before a reset may not be."""
         return link in self._jobs.links and link.breaker.closed and not link.trust.lost
+
+    def _has_room(self) -> bool:
+        """Whether one more page could be compared now."""
+        enough = self._primary.free + self._primary.idle >= _LEAST_FREE
+        return enough and len(self._under_way) < MOST_AT_ONCE and self._schedule.has_time()
 
     def _borrow(self, key: bytes, end_token: int, writer: Writer) -> Entry | None:
         if self._primary.free + self._primary.idle < _LEAST_FREE:

@@ -44,6 +44,7 @@ class Comparer:
         self._tasks: SimpleQueue[Task | None] = SimpleQueue()
         self._done: deque[Compared] = deque()
         self._thread: threading.Thread | None = None
+        self._failed = False  # and that was logged
 
     def submit(self, task: Task) -> None:
         """Compare the pages some time soon."""
@@ -74,5 +75,7 @@ class Comparer:
                 elements = self._elements[task.group]
                 comparison = compare(task.computed, task.served, elements)
             except Exception:  # an audit that cannot be made is no verdict
-                logger.exception("two pages of group %d cannot be compared", task.group)
+                if not self._failed:
+                    logger.exception("pages of group %d cannot be compared", task.group)
+                self._failed = True
             self._done.append(Compared(task.number, comparison, time.thread_time() - start))

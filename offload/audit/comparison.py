@@ -66,6 +66,7 @@ class Elements:
         rows: successive rows of one head of one layer.
         layers: layers of a head.
         parts: 2 where a row is K and then V, else 1.
+        first: index of the model's first layer, -1 where it is in another tensor.
         unstable: indices of layers left out: those of a draft, whose last token depends on the
             token behind the page.
     """
@@ -76,20 +77,23 @@ class Elements:
     rows: int
     layers: int = 1
     parts: int = 1
+    first: int = 0
     unstable: tuple[int, ...] = ()
 
     def to_json(self) -> list[Any]:
         """JSON-serialisable form, read back by `from_json`."""
         return [
             *(self.nbytes, self.dtype, self.row_bytes, self.rows, self.layers, self.parts),
+            self.first,
             list(self.unstable),
         ]
 
     @classmethod
     def from_json(cls, fields: Sequence[Any]) -> Elements:
         """The inverse of `to_json`."""
-        nbytes, dtype, row_bytes, rows, layers, parts, unstable = fields
-        return cls(nbytes, dtype, row_bytes, rows, layers, parts, tuple(unstable))
+        *numbers, unstable = fields
+        nbytes, dtype, row_bytes, rows, layers, parts, first = numbers
+        return cls(nbytes, dtype, row_bytes, rows, layers, parts, first, tuple(unstable))
 
 
 class Comparison(NamedTuple):
@@ -136,7 +140,6 @@ def _compare_tensor(ours: _Bytes, theirs: _Bytes, elements: Elements, index: int
     unit = elements.rows * elements.row_bytes  # one layer of one head
     units = elements.nbytes // unit
     step = max(1, _STEP_BYTES // unit)
-    stable = [layer for layer in range(elements.layers) if layer not in elements.unstable]
     worst = EQUAL
     for first in range(0, units, step):
         part = slice(first * unit, min(first + step, units) * unit)
@@ -145,7 +148,7 @@ def _compare_tensor(ours: _Bytes, theirs: _Bytes, elements: Elements, index: int
         found = _errors(ours[part], theirs[part], elements)
         layers = np.arange(first, first + len(found)) % elements.layers
         found[np.isin(layers, elements.unstable)] = 0.0
-        different = _is_different(found, layers == min(stable, default=-1), elements.dtype)
+        different = _is_different(found, layers == elements.first, elements.dtype)
         place = int(found.argmax())
         number, row = first + place // found.shape[1], place % found.shape[1]
         head, layer = divmod(number, elements.layers)
@@ -193,7 +196,7 @@ def _errors(ours: _Bytes, theirs: _Bytes, elements: Elements) -> _Errors:
         size = np.sqrt(np.einsum("urpe,urpe->urp", other, other, dtype=np.float64))
         distance = np.sqrt(np.einsum("urpe,urpe->urp", off, off, dtype=np.float64))
         # A row that is nearly nothing beside the others of its head is measured by those.
-        usual = np.sqrt(np.square(size).mean(axis=1, keepdims=True))
+        usual = np.median(size, axis=1, keepdims=True)
         error = distance / np.maximum(np.maximum(size, usual), np.finfo(np.float32).tiny)
     error[np.isnan(error)] = np.inf
     largest: _Errors = error.max(axis=2)

@@ -36,7 +36,8 @@ class Findings:
         self._cpu = Trust()
         self._blamed: set[str] = set()  # tiers of which a different page was logged
         self._leaving: dict[bytes, Entry] = {}  # to be dropped once the GPU has read them
-        self.refused: dict[bytes, None] = {}  # keys that are neither loaded nor stored any more
+        # Keys that are neither loaded nor stored any more -> whether a tier still has such a page
+        self.refused: dict[bytes, bool] = {}
         self.largest_error = 0.0
 
     @property
@@ -93,8 +94,13 @@ class Findings:
                     self._drop_promoted(link)
 
     def clear(self) -> None:
-        """A reset: the primary tier forgets all its pages."""
+        """A reset: the primary tier forgets all its pages, and so is as good as new. What a tier
+        could not put aside is still there, and stays refused."""
         self._leaving.clear()
+        self._cpu.restore()
+        self._blamed.discard(CPU_TIER)
+        for key in [key for key, stays in self.refused.items() if not stays]:
+            del self.refused[key]
 
     def _refuse(self, key: bytes, link: TierLink | None, found: Comparison) -> None:
         """Neither load nor store the page any more."""
@@ -112,7 +118,7 @@ class Findings:
             found.error,
             found.where,
         )
-        self.refused[key] = None
+        self.refused[key] = False
         if len(self.refused) > _MOST_REFUSED:
             del self.refused[next(iter(self.refused))]
         entry = self._primary.get(key)
@@ -131,9 +137,12 @@ class Findings:
             end = partial(self._let_go, computed)
             doubt = distrust and link is blamed
             if not self._jobs.reject(link, computed, view, distrust=doubt, on_end=end):
+                self.refused[key] = True
                 self._primary.end_reads((computed,), gpu=False)
 
     def _let_go(self, computed: Entry, job: Running, result: JobResult) -> None:
+        if result.failed and computed.key in self.refused:
+            self.refused[computed.key] = True
         self._primary.end_reads((computed,), gpu=False)
 
     def _distrust(self, link: TierLink | None) -> None:

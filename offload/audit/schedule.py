@@ -12,6 +12,8 @@ MOST_OF_PREFILL = 0.05
 MOST_OF_CORE = 0.02
 # Audits under way at once: their slots are not the requests'.
 MOST_AT_ONCE = 8
+# What could not be audited is not made up for without end.
+_MOST_OWED = 16.0
 # Where the tiers hold nothing of what is computed, they are asked again after so long.
 _PAUSE_S = 0.25
 
@@ -40,7 +42,7 @@ class Schedule:
 
     def served(self, pages: int) -> None:
         """So many pages were loaded by a request."""
-        self._owed += pages * self._fraction
+        self._owed = min(_MOST_OWED, self._owed + pages * self._fraction)
         if self._fraction and self._clock() - self._last >= LONGEST_S:
             self._owed = max(1.0, self._owed)
             self._tokens = float("inf")

@@ -37,17 +37,17 @@ def elements_of(
         parts = 1 if shape.content == OPAQUE else 2
         if row_bytes % (parts * DTYPE_BYTES[dtype]):
             dtype, parts = "U8", 1
-        unstable = tuple(i for i, name in enumerate(segment.layers) if name in drafts)
-        found.append(
-            Elements(
-                segment.nbytes, dtype, row_bytes, per_row, len(segment.layers), parts, unstable
-            )
-        )
+        names = list(enumerate(segment.layers))
+        unstable = tuple(index for index, name in names if name in drafts)
+        first = [i for i, name in names if _number(name, -1) == 0 and name not in drafts]
+        sizes = segment.nbytes, dtype, row_bytes, per_row, len(segment.layers), parts
+        found.append(Elements(*sizes, first[0] if first else -1, unstable))
     return found
 
 
 def draft_layers(names: Sequence[str], vllm_config: VllmConfig) -> frozenset[str]:
-    """The layers of an EAGLE or MTP draft: vLLM numbers them behind the model's own.
+    """The layers of an EAGLE or MTP draft: vLLM numbers them behind the model's own, or names them
+    `mtp.layers.N`.
 
     Their input at a position is the token that follows it, so that the last position of a page
     is not decided by the page's key.
@@ -56,7 +56,7 @@ def draft_layers(names: Sequence[str], vllm_config: VllmConfig) -> frozenset[str
     if speculative is None or not speculative.use_eagle():
         return frozenset()
     own = vllm_config.model_config.get_total_num_hidden_layers()
-    return frozenset(name for name in names if _number(name, own) >= own)
+    return frozenset(n for n in names if _number(n, own) >= own or "mtp" in n.split("."))
 
 
 def _number(name: str, otherwise: int) -> int:

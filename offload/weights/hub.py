@@ -33,5 +33,8 @@ def hub_digest(path: str) -> str | None:
     if blobs != "blobs" or not os.path.basename(repository).startswith("models--"):
         return None
     blob = os.stat(real)
-    touched = blob.st_ctime_ns > link.st_ctime_ns or blob.st_mtime_ns > link.st_mtime_ns
+    # An archive may keep whole seconds only: within one nothing can be told.
+    coarse = link.st_mtime_ns % 1_000_000_000 == 0 and blob.st_mtime_ns == link.st_mtime_ns
+    later = blob.st_ctime_ns > link.st_ctime_ns or blob.st_mtime_ns > link.st_mtime_ns
+    touched = later or coarse
     return name if _SHA256.fullmatch(name) and not touched else None

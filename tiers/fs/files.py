@@ -151,19 +151,22 @@ class PageFiles:
         except Exception as error:
             return self._internal(error)._replace(gone=True, stuck=True)
 
-    def distrust(self) -> None:
-        """Mark the namespace as one that is not to be believed."""
+    def distrust(self) -> bool:
+        """Mark the namespace as one that is not to be believed; whether that was possible."""
         try:
             distrust(self.paths, self._config.file_mode)
+            return True
         except OSError as error:
-            self._report("distrust", f"the namespace could not be marked: {error}")
+            self._report("distrust", f"the namespace cannot be marked yet: {error}")
+            return False
 
-    def is_trusted(self) -> bool:
-        """Whether the namespace is not marked; True where that cannot be told."""
+    def is_trusted(self) -> bool | None:
+        """Whether the namespace is not marked; None where that cannot be told."""
         try:
             return is_trusted(self.paths)
-        except OSError:
-            return True
+        except OSError as error:
+            self._report("distrust", f"whether the namespace is marked cannot be told: {error}")
+            return None
 
     def _keep_computed(self, key: bytes, computed: memoryview) -> None:
         """Write a page into the quarantine, if the budget has room for it."""

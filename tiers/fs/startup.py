@@ -165,8 +165,9 @@ def check_trust(paths: NamespacePaths) -> bool:
     """Whether the namespace is to be believed; says what to do where it is not."""
     try:
         trusted = is_trusted(paths)
-    except OSError:  # what is wrong with the root was said before
-        return True
+    except OSError as error:  # the I/O processes look again
+        logger.warning("kvstrata fs tier: %s; until it can be read nothing is loaded", error)
+        return False
     if not trusted:
         logger.error(
             "kvstrata fs tier: audits found pages in %s that are not what the model computes "

@@ -24,7 +24,11 @@ def is_trusted(paths: NamespacePaths) -> bool:
     Raises:
         OSError: that cannot be told.
     """
-    return not nofollow.lexists(paths.distrust)
+    try:
+        nofollow.lstat(paths.distrust)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    return False
 
 
 def distrust(paths: NamespacePaths, mode: int) -> None:
@@ -33,7 +37,7 @@ def distrust(paths: NamespacePaths, mode: int) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    if nofollow.lexists(paths.distrust):
+    if not is_trusted(paths):
         return
     content = {
         "reason": "audits found pages that are not what the model computes",

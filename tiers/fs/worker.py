@@ -146,13 +146,22 @@ class TrustWatch:
         self._files = files
         self._told = trusted
         self._outbox = outbox
+        self._unmarked = False  # the mark could not be made
         self._lock = threading.Lock()
+
+    def distrust(self) -> None:
+        """Mark the namespace, now or as soon as the disk allows; any thread may."""
+        with self._lock:
+            self._unmarked = True
+        self.look()
 
     def look(self) -> None:
         """Look at the disk; any thread may."""
         with self._lock:
+            if self._unmarked:
+                self._unmarked = not self._files.distrust()
             trusted = self._files.is_trusted()
-            if trusted != self._told:
+            if trusted is not None and trusted != self._told and not self._unmarked:
                 self._told = trusted
                 self._outbox.put(pack_trust(trusted))
 
@@ -188,8 +197,7 @@ class _Mover:
         return self._files.reject(page.key, self._view(page))
 
     def _distrust(self, page: PageRef, access: int) -> Outcome:
-        self._files.distrust()
-        self._watch.look()
+        self._watch.distrust()
         return self._reject(page, access)
 
     def _view(self, page: PageRef) -> memoryview:
