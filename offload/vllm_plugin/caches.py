@@ -193,6 +193,8 @@ def _worker_layer(
     if path in (TOKEN_MAJOR_MLA if _is_mla(spec) else TOKEN_MAJOR):
         cache = token_major(name, _typed(view, vllm_config))
         order = scales_id(module, view)
+        if order:  # whether queries are quantised, too, is the backend's choice
+            order = f"{path}{order}"
     elif path in HEAD_SLABS:
         cache = head_slabs(name, _typed(view, vllm_config))
         isa = cpu_isa(spec, vllm_config)

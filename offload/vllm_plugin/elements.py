@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from vllm.config import VllmConfig
-
 from kvstrata.kernels.geometry import DTYPE_BYTES, HEAD_SLABS, OPAQUE, LayerShape, segment_shapes
 from kvstrata.offload.audit.comparison import Elements
+from kvstrata.offload.vllm_plugin.drafts import layer_number
 
 
 def elements_of(
@@ -39,26 +38,7 @@ def elements_of(
             dtype, parts = "U8", 1
         names = list(enumerate(segment.layers))
         unstable = tuple(index for index, name in names if name in drafts)
-        first = [i for i, name in names if _number(name, -1) == 0 and name not in drafts]
+        first = [i for i, name in names if layer_number(name, -1) == 0 and name not in drafts]
         sizes = segment.nbytes, dtype, row_bytes, per_row, len(segment.layers), parts
         found.append(Elements(*sizes, first[0] if first else -1, unstable))
     return found
-
-
-def draft_layers(names: Sequence[str], vllm_config: VllmConfig) -> frozenset[str]:
-    """The layers of an EAGLE or MTP draft: vLLM numbers them behind the model's own, or names them
-    `mtp.layers.N`.
-
-    Their input at a position is the token that follows it, so that the last position of a page
-    is not decided by the page's key.
-    """
-    speculative = vllm_config.speculative_config
-    if speculative is None or not speculative.use_eagle():
-        return frozenset()
-    own = vllm_config.model_config.get_total_num_hidden_layers()
-    return frozenset(n for n in names if _number(n, own) >= own or "mtp" in n.split("."))
-
-
-def _number(name: str, otherwise: int) -> int:
-    """The layer's number, which is the first one in its name."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), otherwise)

@@ -13,8 +13,13 @@ from vllm.config import VllmConfig
 from vllm.v1.kv_offload.config import OffloadingConfig
 
 from kvstrata.kernels.geometry import OPAQUE, LayerShape
+from kvstrata.offload.vllm_plugin.deciding.device import device_fields
 from kvstrata.offload.vllm_plugin.deciding.environment import environment
-from kvstrata.offload.vllm_plugin.deciding.rule import deciding_fields, is_quantised
+from kvstrata.offload.vllm_plugin.deciding.rule import (
+    deciding_fields,
+    is_cache_quantised,
+    is_quantised,
+)
 from kvstrata.offload.vllm_plugin.errors import NamespaceError as NamespaceError
 from kvstrata.offload.vllm_plugin.updates import weights_fixed as weights_fixed
 from kvstrata.offload.vllm_plugin.weights import name_weights
@@ -56,6 +61,9 @@ def namespace_fields(
         "format_version": FORMAT_VERSION,
         **(weights or name_weights(vllm_config).fields),
         "configuration": deciding_fields(vllm_config),
+        "device": device_fields(
+            quantised=is_quantised(vllm_config) or is_cache_quantised(vllm_config)
+        ),
         "environment": environment(
             multimodal=getattr(model, "multimodal_config", None) is not None,
             quantised=is_quantised(vllm_config),

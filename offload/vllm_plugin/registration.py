@@ -31,7 +31,8 @@ from kvstrata.offload.region import (
     open_region,
 )
 from kvstrata.offload.vllm_plugin.caches import collect_layers
-from kvstrata.offload.vllm_plugin.elements import draft_layers, elements_of
+from kvstrata.offload.vllm_plugin.drafts import draft_layers
+from kvstrata.offload.vllm_plugin.elements import elements_of
 from kvstrata.offload.vllm_plugin.model_runner import overwrites_before_flush
 from kvstrata.offload.vllm_plugin.namespace import check_secondary_tiers, namespace_fields
 from kvstrata.offload.vllm_plugin.neighbours import check_neighbours

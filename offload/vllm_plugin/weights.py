@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from vllm import envs
 from vllm.config import ModelConfig, VllmConfig
 
+from kvstrata.offload.vllm_plugin.drafts import drafting
 from kvstrata.offload.weights.content import (
     Found,
     Gather,
@@ -84,7 +85,7 @@ def name_weights(vllm_config: VllmConfig, gather: Gather = alone, rank: int = 0)
             all of them call this. It is used twice, whatever happens.
         rank: of this process in it.
     """
-    draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
+    draft = getattr(drafting(vllm_config), "draft_model_config", None)
     models = {"weights": vllm_config.model_config, "draft_weights": draft}
     loads = {
         "weights": vllm_config.load_config,

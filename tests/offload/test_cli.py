@@ -61,6 +61,7 @@ def test_ls(root: Path, paths: NamespacePaths, page: Path) -> None:
         "share": 0.5,
         "temporary": 1,
         "quarantined": 1,
+        "trusted": True,
         "newest_age_s": 0.0,
         "fields": CONTEXT.namespace,
     }

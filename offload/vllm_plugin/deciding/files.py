@@ -48,18 +48,22 @@ def checkpoint_files(model: Any, download_dir: str | None) -> dict[str, Any]:
     Raises:
         NamespaceError: one of them cannot be read.
     """
+    trusted = bool(getattr(model, "trust_remote_code", False))
     patterns = ["*process*.json"]
     if getattr(model, "multimodal_config", None) or getattr(model, "quantization", None):
         patterns.append("*.json")
-    if getattr(model, "trust_remote_code", False):
+    if trusted:
         patterns.append("*.py")
     found: dict[str, Any] = {}
     for folder in _folders(model, download_dir):
-        for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
-            name = path.name
+        for path in sorted({path for pattern in patterns for path in folder.rglob(pattern)}):
+            relative = path.relative_to(folder)
+            name = relative.as_posix()
+            if any(part.startswith(".") or part == "original" for part in relative.parts[:-1]):
+                continue  # no model reads them
             left_out = any(fnmatch(name, pattern) for pattern in LEFT_OUT)
             if name not in found and not left_out and path.is_file():
-                found[name] = _content(path)
+                found[name] = _content(path, trusted=trusted)
     return found
 
 
@@ -72,11 +76,13 @@ def content_of(path: str, name: str) -> str:
     return digest_of(_bytes_of(Path(path), name))
 
 
-def _content(path: Path) -> Any:
+def _content(path: Path, *, trusted: bool) -> Any:
+    """The file's content; where remote code is trusted, with the classes that it names."""
     data = _bytes_of(path, path.name)
+    left_out = _NOT_CONTENT - {"auto_map"} if trusted else _NOT_CONTENT
     if path.suffix == ".json":
         try:
-            return shortened(without(plain(json.loads(data), path.name), _NOT_CONTENT))
+            return shortened(without(plain(json.loads(data), path.name), left_out))
         except (ValueError, RecursionError):  # no JSON, or nested too deep
             pass
     return digest_of(data)

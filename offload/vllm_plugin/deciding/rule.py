@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import transformers
 from vllm.config import VllmConfig
 
 from kvstrata.offload.vllm_plugin.deciding.files import checkpoint_files, content_of
@@ -18,6 +21,7 @@ from kvstrata.offload.vllm_plugin.deciding.length import (
 )
 from kvstrata.offload.vllm_plugin.deciding.table import TABLE
 from kvstrata.offload.vllm_plugin.deciding.values import plain, shortened, without
+from kvstrata.offload.vllm_plugin.drafts import drafting
 
 # What a Hugging Face configuration says of where it came from and how Transformers would run it.
 _NOT_CONTENT = frozenset(
@@ -52,10 +56,16 @@ class _Walk:
 
 def is_quantised(vllm_config: VllmConfig) -> bool:
     """Whether weights of the model or its draft are quantised."""
-    speculative = getattr(vllm_config, "speculative_config", None)
+    speculative = drafting(vllm_config)
     draft = getattr(speculative, "draft_model_config", None)
     models = (vllm_config.model_config, speculative, draft)
     return any(getattr(each, "quantization", None) for each in models)
+
+
+def is_cache_quantised(vllm_config: VllmConfig) -> bool:
+    """Whether the KV cache is quantised."""
+    cache = getattr(vllm_config, "cache_config", None)
+    return getattr(cache, "cache_dtype", "auto") not in _WHOLE_DTYPES
 
 
 def deciding_fields(vllm_config: VllmConfig) -> dict[str, Any]:
@@ -67,13 +77,15 @@ def deciding_fields(vllm_config: VllmConfig) -> dict[str, Any]:
     Raises:
         NamespaceError: a deciding field has no text that is the same in every process; names it.
     """
-    cache = getattr(vllm_config, "cache_config", None)
     walk = _Walk(
         quantised=is_quantised(vllm_config),
-        cache_quantised=getattr(cache, "cache_dtype", "auto") not in _WHOLE_DTYPES,
+        cache_quantised=is_cache_quantised(vllm_config),
         download_dir=vllm_config.load_config.download_dir,
     )
-    return _fields_of(vllm_config, "VllmConfig", "", walk)
+    found = _fields_of(vllm_config, "VllmConfig", "", walk)
+    if drafting(vllm_config) is None:
+        found.pop("speculative_config", None)  # guesses from the text touch no K and V
+    return found
 
 
 def _fields_of(config: Any, kind: str, path: str, walk: _Walk) -> dict[str, Any]:
@@ -118,9 +130,26 @@ def _beside(model: Any, walk: _Walk) -> dict[str, Any]:
     if files:
         found["files"] = files
     module = module_of(model)
-    if module and not module.startswith("vllm."):
-        found["code"] = f"{module}:{model.architecture}"
+    foreign = bool(module) and not module.startswith("vllm.")
+    if foreign:
+        found["code"] = f"{module}:{model.architecture}:{_source_of(module)}"
+    # It is the model, or prepares its images.
+    by_transformers = "transformers" in module.split(".") or getattr(
+        model, "multimodal_config", None
+    )
+    if foreign or by_transformers or getattr(model, "trust_remote_code", False):
+        found["transformers"] = transformers.__version__
     return found
+
+
+def _source_of(module: str) -> str:
+    """SHA-256 of a module's file; "unknown" where there is none."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        spec = None
+    origin = None if spec is None else spec.origin
+    return content_of(origin, module) if origin and os.path.isfile(origin) else "unknown"
 
 
 # -- conditions ------------------------------------------------------------------
@@ -186,7 +215,10 @@ def _generation(model: Any, value: Any, name: str) -> Any:
 
 
 def _hf_config(model: Any, value: Any, name: str) -> Any:
-    found = without(plain(value, name), _NOT_CONTENT)
+    left_out = _NOT_CONTENT
+    if getattr(model, "trust_remote_code", False):
+        left_out -= {"auto_map"}  # it names the classes that may run
+    found = without(plain(value, name), left_out)
     if isinstance(found, dict):
         found = {key: item for key, item in found.items() if key not in _DTYPE}
         file = found.get("quantization_config_file")  # of torchao, by hf_overrides

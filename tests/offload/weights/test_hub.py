@@ -116,3 +116,15 @@ def test_a_link_to_nothing(link: Path) -> None:
     link.resolve().unlink()
     with pytest.raises(FileNotFoundError):
         hub_digest(str(link))
+
+
+def test_an_archive_with_whole_seconds_tells_nothing_within_one(link: Path) -> None:
+    """An edit right after the download, and then `tar`, which may keep seconds only."""
+    blob = link.resolve()
+    for path in (blob, link):
+        os.utime(path, ns=(10**18, 10**18), follow_symlinks=False)
+    later(link)
+    os.utime(link, ns=(10**18, 10**18), follow_symlinks=False)  # the link's change is later
+    assert hub_digest(str(link)) is None
+    os.utime(link, ns=(10**18 + 10**9, 10**18 + 10**9), follow_symlinks=False)
+    assert hub_digest(str(link)) == SHA256

@@ -57,6 +57,32 @@ def test_remote_code_counts_where_it_may_run(folder: Path) -> None:
     assert found == PIXELS | {"modeling.py": digest_of(b"code")}
 
 
+def test_remote_code_may_lie_in_sub_folders(folder: Path) -> None:
+    (folder / "lib").mkdir()
+    (folder / "lib/attention.py").write_text("more code")
+    for unread in (".git", "original"):
+        (folder / unread).mkdir()
+        (folder / unread / "other.py").write_text("none of the model's")
+    found = checkpoint_files(model_of(folder, trust_remote_code=True), None)
+    code = {"modeling.py": digest_of(b"code"), "lib/attention.py": digest_of(b"more code")}
+    assert found == PIXELS | code
+
+
+def test_a_configuration_in_a_sub_folder_counts(folder: Path) -> None:
+    (folder / "vision").mkdir()
+    (folder / "vision/config.json").write_text('{"layers": 2}')
+    found = checkpoint_files(model_of(folder, multimodal_config=object()), None)
+    assert found["vision/config.json"] == {"layers": 2}
+
+
+def test_the_classes_that_remote_code_names(folder: Path) -> None:
+    text = '{"min_pixels": 4, "auto_map": {"AutoProcessor": "processing.A"}}'
+    (folder / "preprocessor_config.json").write_text(text)
+    assert checkpoint_files(model_of(folder), None) == PIXELS
+    found = checkpoint_files(model_of(folder, trust_remote_code=True), None)
+    assert found["preprocessor_config.json"] == json.loads(text)
+
+
 def test_two_processors_differ(folder: Path, tmp_path: Path) -> None:
     other = shutil.copytree(folder, tmp_path / "other")
     assert checkpoint_files(model_of(other), None) == checkpoint_files(model_of(folder), None)

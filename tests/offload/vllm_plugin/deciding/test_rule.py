@@ -18,6 +18,8 @@ from vllm.config import CacheConfig, ECTransferConfig, LoRAConfig  # noqa: E402
 from vllm.config.multimodal import MultiModalConfig  # noqa: E402
 from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
 
+from kvstrata.offload.vllm_plugin.deciding import device, rule  # noqa: E402
+from kvstrata.offload.vllm_plugin.deciding.device import device_fields  # noqa: E402
 from kvstrata.offload.vllm_plugin.deciding.rule import deciding_fields  # noqa: E402
 from kvstrata.offload.vllm_plugin.deciding.table import TABLE  # noqa: E402
 from kvstrata.offload.vllm_plugin.errors import NamespaceError  # noqa: E402
@@ -357,3 +359,45 @@ def test_left_out_fields_are_not_looked_at(config: Any) -> None:
     vars(config.model_config)["revision"] = None
     vars(config.model_config)["trust_remote_code"] = False
     assert deciding_fields(config) == before
+
+
+def test_guesses_from_the_text_do_not_count(model: Path) -> None:
+    settings = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}
+    assert deciding_fields(engine(model, speculative_config=settings)) == deciding_fields(
+        engine(model)
+    )
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_the_class_that_remote_code_names_counts_where_it_may_run(
+    trusted: bool, tmp_path: Path
+) -> None:
+    found = []
+    for name in "AB":
+        auto = {"AutoModelForCausalLM": f"modeling_x.{name}"}
+        folder = checkpoint(tmp_path / name, auto_map=auto)
+        found.append(deciding_fields(engine(folder, trust_remote_code=trusted)))
+    path = "model_config.hf_config.auto_map.AutoModelForCausalLM"
+    assert differing(*found) == ({path} if trusted else set())
+    assert ("transformers" in found[0]["model_config"]) is trusted
+
+
+def test_the_source_of_a_model_that_is_not_vllms_own_counts(
+    config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(rule, "module_of", lambda model: "foreign_model")
+    codes = []
+    for text in ("a = 1", "a = 2"):
+        (tmp_path / "foreign_model.py").write_text(text)
+        codes.append(deciding_fields(config)["model_config"]["code"])
+    assert codes[0] != codes[1]
+    assert codes[0].startswith("foreign_model:LlamaForCausalLM:sha256:")
+
+
+def test_the_device_counts_where_something_is_quantised(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert device_fields(quantised=False) is None
+    here = device_fields(quantised=True)
+    assert here is not None and here["platform"] == "cpu" and here["capability"]
+    monkeypatch.setattr(device.current_platform, "is_fp8_fnuz", lambda: True, raising=False)
+    assert device_fields(quantised=True) != here
