@@ -42,7 +42,13 @@ def bad_file(open_tier: OpenTier, paths: NamespacePaths) -> Path:
 
 
 def rewrite(change: Callable[[bytes], bytes]) -> Spoil:
-    return lambda path: path.write_bytes(change(path.read_bytes()))
+    def spoil(path: Path) -> None:
+        # at once: a tier that looks meanwhile must not see a part of it
+        changed = path.with_suffix(".changed")
+        changed.write_bytes(change(path.read_bytes()))
+        changed.rename(path)
+
+    return spoil
 
 
 def header_length(length: int) -> Spoil:
