@@ -55,14 +55,17 @@ ONE_BLOCK_STEPS = {"max_num_batched_tokens": 64, "max_num_seqs": 8}
 KINDS = {
     "shared-caches": Kind(tiny_gemma3n, 288, 80),
     "mamba": Kind(tiny_granite_hybrid, 256, 40, arguments=ONE_BLOCK_STEPS),
-    "fp8": Kind(tiny_llama, 288, 24, arguments={"kv_cache_dtype": "fp8"}),
 }
 LONG_KINDS = {
     "sliding-window-chunks-of-2": Kind(tiny_gemma3, 256, 90, {"blocks_per_chunk": 2}),
     "groups-of-other-block-sizes": Kind(tiny_gemma4, 256, 60),
     "short-convolutions": Kind(tiny_lfm2, 288, 60),
-    "fp8-e5m2": Kind(tiny_llama, 288, 24, arguments={"kv_cache_dtype": "fp8_e5m2"}),
 }
+HAS_AMX = torch.cpu._is_amx_tile_supported()
+if HAS_AMX or torch.cpu._is_avx512_supported():  # vLLM's CPU attention has fp8 caches only there
+    KINDS["fp8"] = Kind(tiny_llama, 288, 24, arguments={"kv_cache_dtype": "fp8"})
+    arguments = {"kv_cache_dtype": "fp8_e5m2"}
+    LONG_KINDS["fp8-e5m2"] = Kind(tiny_llama, 288, 24, arguments=arguments)
 
 
 def check_hits(kind: Kind, folder: Path) -> None:
@@ -170,7 +173,6 @@ def test_sliding_window_and_full_attention(gemma3: Path, tmp_path: Path) -> None
 
 # What vLLM runs MLA with: on CPUs with AMX a backend that takes nothing but bfloat16, unless the
 # other one is named; elsewhere the other one.
-HAS_AMX = torch.cpu._is_amx_tile_supported()
 LATENT = {
     "float32": {"attention_backend": "CPU_MLA"} if HAS_AMX else {},
     **({"bfloat16": {}} if HAS_AMX else {}),
