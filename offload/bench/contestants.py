@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from kvstrata.offload.audit.comparison import Elements
 from kvstrata.offload.bench.instant import InstantTier
 from kvstrata.offload.config import OffloadConfig, TierEntry
 from kvstrata.offload.region import create_region
@@ -40,6 +41,8 @@ def _ours(slots: int, tier: bool) -> Any:
         "layouts": layouts_to_json({0: layout}),
         "namespace": {},
         "weights_fixed": True,
+        "elements": {0: [Elements(_PAGE_BYTES, "U8", _PAGE_BYTES, 1).to_json()]},
+        "weights_watch": None,
         "lora": False,
     }
     engine = SimpleNamespace(engine_id=f"benchmark-{os.getpid()}")
