@@ -61,14 +61,23 @@ def write_config(paths: NamespacePaths, fields: Mapping[str, Any], mode: int) ->
     """
     if nofollow.lexists(paths.config):
         return
-    temporary = os.path.join(paths.home, temporary_name())
+    publish(paths.config, config_text(fields), mode)
+
+
+def publish(path: str, text: str, mode: int) -> None:
+    """Write an ASCII file that appears whole, and on the disk, or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    temporary = os.path.join(os.path.dirname(path), temporary_name())
     fd = nofollow.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         with os.fdopen(fd, "w", encoding="ascii") as file:
-            file.write(config_text(fields))
+            file.write(text)
             file.flush()
             os.fsync(fd)
-        nofollow.rename(temporary, paths.config)
+        nofollow.rename(temporary, path)
     except BaseException:
         with suppress(OSError):
             nofollow.unlink(temporary)

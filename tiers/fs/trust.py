@@ -6,7 +6,6 @@ takes it away, with `kvstrata trust`.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from contextlib import suppress
@@ -14,8 +13,7 @@ from typing import Any
 
 from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.layout import NamespacePaths
-from kvstrata.tiers.fs.namespace import read_config
-from kvstrata.tiers.fs.temporary import temporary_name
+from kvstrata.tiers.fs.namespace import config_text, publish, read_config
 
 
 def is_trusted(paths: NamespacePaths) -> bool:
@@ -45,19 +43,7 @@ def distrust(paths: NamespacePaths, mode: int) -> None:
         "host": os.uname().nodename,
         "process": os.getpid(),
     }
-    temporary = os.path.join(paths.home, temporary_name())
-    fd = nofollow.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    try:
-        with os.fdopen(fd, "w", encoding="ascii") as file:
-            json.dump(content, file)
-            file.write("\n")
-            file.flush()
-            os.fsync(fd)
-        nofollow.rename(temporary, paths.distrust)
-    except BaseException:
-        with suppress(OSError):
-            nofollow.unlink(temporary)
-        raise
+    publish(paths.distrust, config_text(content), mode)
 
 
 def trust(paths: NamespacePaths) -> dict[str, Any] | None:
