@@ -9,6 +9,7 @@ class TestMyTier(TierContract):
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
 import time
@@ -110,8 +111,7 @@ def make_key(number: int, group: int = 0) -> bytes:
 
 def make_data(number: int, nbytes: int) -> bytes:
     """Bytes that differ by number and by position."""
-    words = ((number * 2654435761 + i * 40503) & 0xFFFFFFFF for i in range(nbytes // 4 + 1))
-    return b"".join(word.to_bytes(4, "little") for word in words)[:nbytes]
+    return hashlib.shake_128(number.to_bytes(8, "little")).digest(nbytes)
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
