@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,6 @@ from kvstrata.offload.region import (
 )
 
 TEXT = 1000
-SHM = Path("/dev/shm")
 
 
 def fields(slots: int = 3, slot_bytes: int = 8192, workers: int = 2, **more: Any) -> dict[str, Any]:
@@ -48,11 +48,10 @@ def names(directory: Path) -> list[str]:
 
 
 @pytest.fixture
-def engine_id() -> Iterator[str]:
-    """An engine id of this test in /dev/shm, and no file left under it."""
-    name = f"test-{os.getpid()}-{os.urandom(4).hex()}"
-    yield name
-    region_path(name).unlink(missing_ok=True)
+def shm() -> Iterator[Path]:
+    """A folder of this test in /dev/shm: whatever starts there removes what a kill left."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(folder)
 
 
 # -- layout -----------------------------------------------------------------------
@@ -304,20 +303,20 @@ if wait:
 """
 
 
-def test_sigkill_before_unlink(engine_id: str) -> None:
+def test_sigkill_before_unlink(shm: Path) -> None:
     """In /dev/shm: while the process lives its name is taken; after SIGKILL it is cleaned."""
     with subprocess.Popen(
-        [sys.executable, "-c", CREATE, str(SHM), engine_id, "wait"], stdout=subprocess.PIPE
+        [sys.executable, "-c", CREATE, str(shm), "engine", "wait"], stdout=subprocess.PIPE
     ) as child:
         try:
             assert child.stdout is not None and child.stdout.readline() == b"created\n"
             with pytest.raises(RegionError, match="in use"):
-                create(SHM, engine_id)
+                create(shm)
         finally:
             child.send_signal(signal.SIGKILL)
-    left = region_path(engine_id)
+    left = region_path("engine", shm)
     inode = left.stat().st_ino
-    made = create(SHM, engine_id)
+    made = create(shm)
     assert left.stat().st_ino == os.fstat(made._fd).st_ino != inode
     made.unlink()
 
@@ -432,12 +431,12 @@ def test_memory_taken_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
-def test_more_than_the_machine_has() -> None:
+def test_more_than_the_machine_has(shm: Path) -> None:
     """For real: nothing is reserved, and the error comes before any file does."""
     slots = count_slots(2**50, MIB, 1, TEXT)
     with pytest.raises(RegionError, match="MiB are missing"):
-        create(SHM, "test-absurd", slots=slots, slot_bytes=MIB, workers=1)
-    assert not region_path("test-absurd").exists()
+        create(shm, slots=slots, slot_bytes=MIB, workers=1)
+    assert names(shm) == []
 
 
 @pytest.mark.parametrize(
