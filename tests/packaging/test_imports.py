@@ -13,7 +13,6 @@ from transformers.utils import is_kernels_available
 from kernels import get_kernel
 assert is_kernels_available(), "transformers does not see the kernels package"
 assert callable(get_kernel)
-transformers.PreTrainedModel  # the lazy import behind it loads the kernels integration
 print(kernels.__file__)
 print(kvstrata.tiers.base.__file__)
 """

@@ -30,10 +30,8 @@ def run(*command: str | Path, cwd: Path) -> str:
     return done.stdout
 
 
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
+def copy_tree(copy: Path) -> Path:
     """A copy of what is packaged, so that no build output lands in the repository."""
-    copy = tmp_path / "tree"
     copy.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
@@ -42,13 +40,20 @@ def tree(tmp_path: Path) -> Path:
     return copy
 
 
-def build_wheel(tree: Path) -> Path:
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", cwd=tree)
-    (wheel,) = (tree / "dist").iterdir()
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    return copy_tree(tmp_path / "tree")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    built_from = copy_tree(tmp_path_factory.mktemp("wheel") / "tree")
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", cwd=built_from)
+    (wheel,) = (built_from / "dist").iterdir()
     return wheel
 
 
-def test_wheel_holds_every_module_and_nothing_else(tree: Path) -> None:
+def test_wheel_holds_every_module_and_nothing_else(tree: Path, wheel: Path) -> None:
     expected = {
         f"kvstrata/{path.relative_to(tree)}"
         for folder in FOLDERS
@@ -56,13 +61,13 @@ def test_wheel_holds_every_module_and_nothing_else(tree: Path) -> None:
         if path.suffix == ".py" or path.name == "py.typed"
     }
     assert {f"kvstrata/{folder}/py.typed" for folder in FOLDERS} <= expected
-    with zipfile.ZipFile(build_wheel(tree)) as wheel:
-        names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert names ^ expected == set()
 
 
 @pytest.mark.parametrize("kind", ["wheel", "directory", "editable"])
-def test_install(kind: str, tree: Path, tmp_path: Path) -> None:
+def test_install(kind: str, tree: Path, wheel: Path, tmp_path: Path) -> None:
     """`pip install WHEEL`, `pip install .` and `pip install -e .` in an environment of its own."""
     home = tmp_path / "env"
     venv.create(home, with_pip=False, symlinks=True)
@@ -72,7 +77,7 @@ def test_install(kind: str, tree: Path, tmp_path: Path) -> None:
     # its own .pth files ignored, so the repository's editable install stays out of sight.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     what: dict[str, list[str | Path]] = {
-        "wheel": [build_wheel(tree)] if kind == "wheel" else [],
+        "wheel": [wheel],
         "directory": [tree],
         "editable": ["--editable", tree],
     }
