@@ -82,7 +82,7 @@ def check_pages(result: JobResult, arrived: dict[bytes, bytes]) -> None:
 def test_killed_writers_leave_nothing_bad(
     root: Path, open_tier: Callable[..., FsTier], is_long: bool
 ) -> None:
-    left_behind, least = 0, 100 if is_long else 10
+    left_behind, least = 0, 100 if is_long else 4
     for attempt in range(200):
         if attempt >= least and left_behind:
             break
@@ -96,7 +96,7 @@ def test_killed_writers_leave_nothing_bad(
         left_behind += len(temporaries(root))
         report = check_root(str(root))
         assert report.bad == []
-        if attempt % 5 == 4:
+        if attempt % 4 == 2:
             tier = open_tier()
             check_pages(*load(tier, KEYS))
             wait_until(lambda: not temporaries(root))
@@ -104,7 +104,7 @@ def test_killed_writers_leave_nothing_bad(
 
 
 def test_two_processes_store_the_same_keys(root: Path, open_tier: Callable[..., FsTier]) -> None:
-    for _ in range(3):
+    for _ in range(2):
         writers = [start_writer(root, rounds=1) for _ in range(2)]
         assert [writer.wait(60.0) for writer, _ in writers] == [0, 0]
     result, arrived = load(open_tier(), KEYS)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvstrata.tiers.base import Lookup, RequestView
 from kvstrata.tiers.fs.scan import check_root
@@ -34,6 +34,7 @@ class FsModel(RuleBasedStateMachine):
         self.files: dict[bytes, bytes] = {}
         self.spoilt: set[bytes] = set()
         self.requests = 0
+        self.restarts = 0
         self.job_id = 0
 
     @initialize()
@@ -41,8 +42,10 @@ class FsModel(RuleBasedStateMachine):
         options = {"root_dir": self.root, "n_read_threads": 1, "n_write_threads": 1}
         self.tier = FsTier(options, CONTEXT)
 
+    @precondition(lambda self: self.restarts < 2)  # each starts two processes
     @rule()
     def restart(self) -> None:
+        self.restarts += 1
         assert self.tier.shutdown(60.0)
         self.start()
 
@@ -115,4 +118,6 @@ class FsModel(RuleBasedStateMachine):
 
 
 TestFsModel = FsModel.TestCase
-TestFsModel.settings = settings(max_examples=12, stateful_step_count=20, deadline=None)
+TestFsModel.settings = settings(
+    max_examples=settings.default.max_examples // 6, stateful_step_count=20
+)
