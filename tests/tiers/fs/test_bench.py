@@ -32,6 +32,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: "vllm" not in n and found(n))
     monkeypatch.setattr(transfers, "_MOST_OFTEN", 1)
+    monkeypatch.setattr(lookups, "KEYS", 64)
 
 
 def test_each_case_has_its_figures(tmp_path: Path) -> None:
@@ -133,6 +134,7 @@ def test_figures_are_appended_to_a_file_that_is_there(tmp_path: Path) -> None:
         assert [row["value"] for row in csv.DictReader(file)] == ["1.0", "2.0"]
 
 
+@pytest.mark.vllm
 def test_stock_is_measured_where_it_is_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
