@@ -4,7 +4,8 @@ Also the fixtures that several folders use.
 """
 
 import os
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -65,6 +66,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     return tmp_path / "root"
+
+
+FillRoot = Callable[..., None]
+
+
+@pytest.fixture(scope="session")
+def fill_root(tmp_path_factory: pytest.TempPathFactory) -> FillRoot:
+    """Makes a root as a tier leaves it that stored some pages.
+
+    A tier starts two processes, so one fills a root of each kind, and the others are copies.
+    """
+    from kvstrata.tiers.fs.tier import FsTier
+    from kvstrata.tiers.testing import CONTEXT, store
+
+    made: dict[tuple[object, ...], Path] = {}
+
+    def fill(root: Path, pages: Mapping[bytes, bytes], **options: object) -> None:
+        kind = (*pages.items(), *options.items())
+        if kind not in made:
+            first = tmp_path_factory.mktemp("filled")
+            tier = FsTier({"root_dir": str(first), **options}, CONTEXT)
+            for key, data in pages.items():
+                assert not store(tier, {key: data}).failed
+            assert tier.shutdown(60.0)
+            made[kind] = first
+        shutil.copytree(made[kind], root, symlinks=True)
+
+    return fill
 
 
 @pytest.fixture

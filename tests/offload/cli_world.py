@@ -17,6 +17,7 @@ from kvstrata.tiers.testing import CONTEXT, make_data, make_key, store
 HEADER = 4096
 KEYS = [make_key(0), make_key(1), make_key(2, 1)]
 SIZE = CONTEXT.layouts[0].nbytes
+PAGES = {key: make_data(n, CONTEXT.layouts[key[-1]].nbytes) for n, key in enumerate(KEYS)}
 
 
 def run(*arguments: object, exit_code: int = 0) -> str:
@@ -32,11 +33,10 @@ def run_json(*arguments: object, exit_code: int = 0) -> Any:
 
 
 def fill(root: Path, context: TierContext = CONTEXT) -> NamespacePaths:
-    """Two pages of group 0 and one of group 1, stored by the tier."""
+    """PAGES, of which two are of group 0 and one is of group 1, stored by the tier."""
     options = {"root_dir": str(root), "n_read_threads": 1, "n_write_threads": 1}
     tier = FsTier(options, replace(context, region=CONTEXT.region))
-    for number, key in enumerate(KEYS):
-        data = make_data(number, context.layouts[key[-1]].nbytes)
+    for key, data in PAGES.items():
         assert not store(tier, {key: data}).failed
     assert tier.shutdown(60.0)
     return namespace_paths(str(root), context.model, context.namespace)

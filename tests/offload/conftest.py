@@ -3,13 +3,17 @@ from pathlib import Path
 import pytest
 
 from kvstrata.tiers.fs.layout import NamespacePaths
-from tests.offload.cli_world import KEYS, fill
+from kvstrata.tiers.fs.namespace import namespace_paths
+from kvstrata.tiers.testing import CONTEXT
+from tests.conftest import FillRoot
+from tests.offload.cli_world import KEYS, PAGES
 
 
 @pytest.fixture
-def paths(root: Path) -> NamespacePaths:
+def paths(root: Path, fill_root: FillRoot) -> NamespacePaths:
     """A root that the filesystem tier filled."""
-    return fill(root)
+    fill_root(root, PAGES)
+    return namespace_paths(str(root), CONTEXT.model, CONTEXT.namespace)
 
 
 @pytest.fixture

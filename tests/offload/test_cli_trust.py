@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
+from kvstrata.tiers.fs.layout import NamespacePaths
 from kvstrata.tiers.fs.trust import distrust, is_trusted
-from tests.offload.cli_world import fill, run, run_json
+from tests.offload.cli_world import run, run_json
 
 
-def test_trust(root: Path) -> None:
-    paths = fill(root)
+def test_trust(root: Path, paths: NamespacePaths) -> None:
     distrust(paths, 0o600)
     assert "NOT IN USE" in run("ls", root)
     assert run_json("ls", root)["namespaces"][0]["trusted"] is False
@@ -19,13 +19,12 @@ def test_trust(root: Path) -> None:
     assert run_json("ls", root)["namespaces"][0]["trusted"] is True
 
 
-def test_a_marker_is_no_damage(root: Path) -> None:
-    distrust(fill(root), 0o600)
+def test_a_marker_is_no_damage(root: Path, paths: NamespacePaths) -> None:
+    distrust(paths, 0o600)
     assert "0 bad" in run("check", root)
 
 
-def test_names_that_fit_nothing(root: Path, tmp_path: Path) -> None:
-    paths = fill(root)
+def test_names_that_fit_nothing(root: Path, paths: NamespacePaths, tmp_path: Path) -> None:
     assert paths.name in run("trust", root, "other", exit_code=2)
     assert "no namespaces" in run("trust", tmp_path, "other", exit_code=2)
     assert "none" in run("trust", tmp_path / "none", "other", exit_code=2)

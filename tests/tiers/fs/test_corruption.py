@@ -5,7 +5,8 @@ import os
 import shutil
 import socket
 import struct
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvstrata.tiers.base import Lookup, PageLayout, TensorSpec, TierContext
+from kvstrata.tiers.base import Lookup, PageLayout, RequestView, TensorSpec, TierContext
 from kvstrata.tiers.fs.codec import BadPage, encode_header, page_checksum, parse_header
 from kvstrata.tiers.fs.layout import NamespacePaths
 from kvstrata.tiers.fs.quarantine import MAX_FILES, Quarantine, identity
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key, settle, store
+from tests.conftest import FillRoot
 
 SIZE = CONTEXT.layouts[0].nbytes
 HEADER = 4096
@@ -33,12 +35,18 @@ AnotherUser = Callable[[], AbstractContextManager[None]]
 
 
 @pytest.fixture
-def bad_file(open_tier: OpenTier, paths: NamespacePaths) -> Path:
+def bad_file(fill_root: FillRoot, root: Path, paths: NamespacePaths) -> Path:
     """The file of BAD, sound so far; all three pages are stored."""
-    tier = open_tier()
-    assert not store(tier, DATA).failed
-    assert tier.shutdown(60.0)
+    fill_root(root, DATA)
     return Path(paths.page(BAD))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FsTier]:
+    """One tier that meets every kind of bad file."""
+    tier = FsTier({"root_dir": str(tmp_path_factory.mktemp("server"))}, CONTEXT)
+    yield tier
+    assert tier.shutdown(60.0)
 
 
 def rewrite(change: Callable[[bytes], bytes]) -> Spoil:
@@ -169,23 +177,26 @@ SPOILT: dict[str, tuple[Spoil, str]] = {
 
 
 @pytest.mark.parametrize(("spoil", "cause"), SPOILT.values(), ids=SPOILT.keys())
-def test_load_of_a_bad_file(
-    open_tier: OpenTier, paths: NamespacePaths, bad_file: Path, spoil: Spoil, cause: str
-) -> None:
+def test_load_of_a_bad_file(server: FsTier, spoil: Spoil, cause: str) -> None:
+    paths = server.roots[0].paths
+    assert not store(server, DATA).failed
+    shutil.rmtree(paths.quarantine, ignore_errors=True)
+    before = Counter(server.stats().failures)
+    bad_file = Path(paths.page(BAD))
     spoil(bad_file)
-    tier = open_tier()
-    result, arrived = load(tier, KEYS)
+    result, arrived = load(server, KEYS)
     assert result.failed == {BAD: cause}
     assert arrived == {key: DATA[key] for key in KEYS if key != BAD}
-    assert tier.stats().failures == {cause: 1}
+    assert Counter(server.stats().failures) - before == {cause: 1}
     assert not os.path.lexists(bad_file)
     (name,) = os.listdir(paths.quarantine)
     assert name.endswith(f"-{cause}-{bad_file.name}")
     # it is never believed again, and a new store makes it whole
-    assert settle(tier, BAD) is Lookup.MISS
-    assert load(tier, [BAD])[0].failed == {BAD: "missing"}
-    assert not store(tier, {BAD: DATA[BAD]}).failed
-    assert load(tier, KEYS)[1] == DATA
+    request = RequestView(cause)
+    assert settle(server, BAD, request) is Lookup.MISS
+    assert load(server, [BAD])[0].failed == {BAD: "missing"}
+    assert not store(server, {BAD: DATA[BAD]}).failed
+    assert load(server, KEYS)[1] == DATA
 
 
 @pytest.mark.parametrize("what", ["one byte short", "one byte long", "FIFO", "directory", "empty"])

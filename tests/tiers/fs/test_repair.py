@@ -18,7 +18,8 @@ from kvstrata.tiers.fs.repair import Examination, examine
 from kvstrata.tiers.fs.scan import FileReport, check_root
 from kvstrata.tiers.fs.temporary import host_name, temporary_name
 from kvstrata.tiers.fs.tier import FsTier
-from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key, store
+from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key
+from tests.conftest import FillRoot
 
 KEYS = [make_key(n) for n in range(4)]
 SIZE = CONTEXT.layouts[0].nbytes
@@ -26,11 +27,9 @@ DEAD = f".kvstrata-{host_name()}-{2**22 + 1}-1-{0:016x}.tmp"  # above the larges
 
 
 @pytest.fixture
-def filled(open_tier: Callable[..., FsTier], paths: NamespacePaths) -> NamespacePaths:
+def filled(fill_root: FillRoot, root: Path, paths: NamespacePaths) -> NamespacePaths:
     """Four pages, and no server any more."""
-    tier = open_tier()
-    assert not store(tier, {key: make_data(n, SIZE) for n, key in enumerate(KEYS)}).failed
-    assert tier.shutdown(60.0)
+    fill_root(root, {key: make_data(n, SIZE) for n, key in enumerate(KEYS)})
     return paths
 
 

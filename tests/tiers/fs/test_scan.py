@@ -14,17 +14,17 @@ from kvstrata.tiers.fs.scan import FileReport, check_root, inspect_file
 from kvstrata.tiers.fs.temporary import temporary_name
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key, store
+from tests.conftest import FillRoot
 
 KEYS = [make_key(n) for n in range(3)]
 SIZE = CONTEXT.layouts[0].nbytes
 
 
 @pytest.fixture
-def filled(open_tier: Callable[..., FsTier], paths: NamespacePaths) -> NamespacePaths:
+def filled(fill_root: FillRoot, root: Path, paths: NamespacePaths) -> NamespacePaths:
     """Three pages of group 0 and one of group 1."""
-    tier = open_tier()
-    store(tier, {key: make_data(n, SIZE) for n, key in enumerate(KEYS)})
-    store(tier, {make_key(9, 1): make_data(9, CONTEXT.layouts[1].nbytes)})
+    pages = {key: make_data(n, SIZE) for n, key in enumerate(KEYS)}
+    fill_root(root, {**pages, make_key(9, 1): make_data(9, CONTEXT.layouts[1].nbytes)})
     return paths
 
 

@@ -25,6 +25,7 @@ from kvstrata.tiers.fs.startup import make_root, open_namespace
 from kvstrata.tiers.fs.temporary import sweep
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.testing import CONTEXT, REQUEST, load, make_data, make_key, settle, store
+from tests.conftest import FillRoot
 
 OpenTier = Callable[..., FsTier]
 GROUP = 2
@@ -111,19 +112,22 @@ def case(request: pytest.FixtureRequest, budget: dict[str, int]) -> tuple[str, d
 
 
 def test_a_link_before_the_start(
-    open_tier: OpenTier, paths: NamespacePaths, tmp_path: Path, case: tuple[str, dict[str, int]]
+    open_tier: OpenTier,
+    fill_root: FillRoot,
+    root: Path,
+    paths: NamespacePaths,
+    tmp_path: Path,
+    case: tuple[str, dict[str, int]],
 ) -> None:
     place, budget = case
-    first = open_tier()
-    store(first, DATA)
-    assert first.shutdown(60.0)
+    fill_root(root, DATA)
     lead_away(places(paths)[place], tmp_path / "outside")
     before = picture(tmp_path / "outside")
     if place == "home" or (place == "books" and budget):
         with pytest.raises(TierConfigError, match="symbolic link"):
             open_tier(**budget)
     else:
-        use(open_tier(**budget), Path(paths.root))
+        use(open_tier(**budget), root)
     assert picture(tmp_path / "outside") == before
 
 

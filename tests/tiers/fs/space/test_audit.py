@@ -13,7 +13,8 @@ from kvstrata.tiers.fs.repair import examine
 from kvstrata.tiers.fs.space.audit import Audit, audit
 from kvstrata.tiers.fs.space.journal import HEADER_BYTES, RECORD_BYTES, parse_name
 from kvstrata.tiers.fs.tier import FsTier
-from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key, store
+from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key
+from tests.conftest import FillRoot
 from tests.tiers.fs.space.conftest import OpenServer
 from tests.tiers.fs.space.harness import rest
 from tests.tiers.fs.space.test_servers import start
@@ -23,11 +24,9 @@ PAGES = {make_key(n): make_data(n, CONTEXT.layouts[0].nbytes) for n in range(8)}
 
 
 @pytest.fixture
-def books(root: Path, open_tier: Callable[..., FsTier]) -> Path:
+def books(root: Path, fill_root: FillRoot) -> Path:
     """The books of a root whose servers are gone."""
-    tier = open_tier(max_bytes="1GiB")
-    assert not store(tier, PAGES).failed
-    assert tier.shutdown(60.0)
+    fill_root(root, PAGES, max_bytes="1GiB")
     return root / ".kvstrata"
 
 
