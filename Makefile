@@ -23,6 +23,9 @@ PYTHON = $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
 	&& echo $$p && break; done)
 
+# Files differ in length by minutes: whoever is done takes over tests of the others.
+PARALLEL := --numprocesses logical --maxprocesses 4 --dist worksteal
+
 STAMP := $(VENV)/.installed-$(EXTRA)
 # An environment that was made for the other extra is built anew: both own the package `vllm`.
 OTHER_STAMP := $(filter-out $(STAMP),$(wildcard $(VENV)/.installed-*))
@@ -61,8 +64,8 @@ format: install ## ruff: repair what can be repaired
 types: install ## mypy, strict, over kernels, offload and tiers
 	$(BIN)/mypy
 
-test-unit: install ## all tests but the engine's
-	$(BIN)/pytest -m "not vllm"
+test-unit: install ## all tests but the engine's, one process a core
+	$(BIN)/pytest -m "not vllm" $(PARALLEL)
 
 test-engine: install ## the tests that start a real vLLM engine
 	$(BIN)/pytest -m vllm

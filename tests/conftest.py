@@ -22,6 +22,8 @@ except ImportError:
 if not HAS_CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# The tests start a thousand processes: without byte code each compiles its modules anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # Timing never decides a test. In CI the same examples run every time.
 settings.register_profile(
@@ -52,6 +54,14 @@ def seed(request: pytest.FixtureRequest) -> int | None:
 def is_long(request: pytest.FixtureRequest) -> bool:
     """Whether the tests run in their long form, as `make test-faults` does."""
     return bool(request.config.getoption("--long"))
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave files of which every test needs vLLM out of runs without them: it takes seconds to
+    import, in each process of a parallel run."""
+    if config.option.markexpr != "not vllm" or collection_path.suffix != ".py":
+        return None
+    return "\npytestmark = pytest.mark.vllm\n" in collection_path.read_text() or None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
