@@ -211,6 +211,8 @@ def make_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(space_module, "TICK_S", 0.002)
     monkeypatch.setattr(space_module, "SLICE_S", 0.002)
     monkeypatch.setattr(space_module, "_BEAT_S", 0.02)
+    # on a busy machine the space's thread may take long to make room
+    monkeypatch.setattr("kvstrata.tiers.fs.space.admission.WAIT_S", 60.0)
 
 
 def drive(monkeypatch: pytest.MonkeyPatch) -> None:
