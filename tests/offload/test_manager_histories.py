@@ -494,5 +494,5 @@ class ManagerMachine(RuleBasedStateMachine):
 TestManagerHistories = ManagerMachine.TestCase
 
 TestManagerHistories.settings = settings(
-    max_examples=4 * settings.default.max_examples, stateful_step_count=60
+    max_examples=2 * settings.default.max_examples, stateful_step_count=60
 )

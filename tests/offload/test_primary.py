@@ -264,6 +264,4 @@ class ARCPrimaryMachine(PrimaryMachine):
 
 TestLRUPrimary = LRUPrimaryMachine.TestCase
 TestARCPrimary = ARCPrimaryMachine.TestCase
-TestLRUPrimary.settings = TestARCPrimary.settings = settings(
-    max_examples=3 * settings.default.max_examples
-)
+TestLRUPrimary.settings = TestARCPrimary.settings = settings.default

@@ -171,4 +171,6 @@ class Accounts(RuleBasedStateMachine):
 
 
 TestAccounts = Accounts.TestCase
-TestAccounts.settings = settings(max_examples=50, stateful_step_count=20, deadline=None)
+TestAccounts.settings = settings(
+    max_examples=settings.default.max_examples // 2, stateful_step_count=20
+)

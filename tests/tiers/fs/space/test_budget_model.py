@@ -104,4 +104,6 @@ class BudgetModel(RuleBasedStateMachine):
 
 
 TestBudgetModel = BudgetModel.TestCase
-TestBudgetModel.settings = settings(max_examples=50, stateful_step_count=15, deadline=None)
+TestBudgetModel.settings = settings(
+    max_examples=settings.default.max_examples // 2, stateful_step_count=15
+)
