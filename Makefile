@@ -23,7 +23,7 @@ PYTHON = $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
 	&& echo $$p && break; done)
 
-# Files differ in length by minutes: whoever is done takes over tests of the others.
+# Tests differ in length: whoever is done takes over tests of the others.
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist worksteal
 
 STAMP := $(VENV)/.installed-$(EXTRA)

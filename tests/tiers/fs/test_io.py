@@ -180,20 +180,22 @@ def test_the_probe_leaves_nothing(tmp_path: Path) -> None:
         probe_direct(str(tmp_path / "none"))
 
 
-@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("durability", ["none", "fsync"])
-def test_pages_of_any_size(open_tier: Callable[..., FsTier], size: int, durability: str) -> None:
-    layout = PageLayout((TensorSpec("kv", "U8", (1, size)),), 16)
-    context = TierContext("model", {"size": size}, {0: layout})
+def test_pages_of_any_size(open_tier: Callable[..., FsTier], durability: str) -> None:
+    """Each size is that of a group."""
+    layouts = {g: PageLayout((TensorSpec("kv", "U8", (1, n)),), 16) for g, n in enumerate(SIZES)}
+    context = TierContext("model", {"sizes": list(SIZES)}, layouts)
     tier = open_tier(context, durability=durability)
-    slots = Slots.make(2, size)
-    keys = [make_key(0), make_key(1)]
-    for slot in range(2):
-        slots.view(slot)[:] = make_data(slot, size)
-    tier.submit_store(make_job(1, keys, slots, context))
-    assert not finish(tier)[0].failed
-    back = Slots.make(2, size)
-    tier.submit_load(make_job(2, keys, back, context))
-    assert not finish(tier)[0].failed
-    back.check_guards()
-    assert [bytes(back.view(slot)) for slot in range(2)] == [make_data(s, size) for s in range(2)]
+    for group, size in enumerate(SIZES):
+        slots = Slots.make(2, size)
+        keys = [make_key(number, group) for number in range(2)]
+        data = [make_data(number, size) for number in range(2)]
+        for slot in range(2):
+            slots.view(slot)[:] = data[slot]
+        tier.submit_store(make_job(1, keys, slots, context))
+        assert not finish(tier)[0].failed
+        back = Slots.make(2, size)
+        tier.submit_load(make_job(2, keys, back, context))
+        assert not finish(tier)[0].failed
+        back.check_guards()
+        assert [bytes(back.view(slot)) for slot in range(2)] == data

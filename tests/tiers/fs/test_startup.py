@@ -24,6 +24,7 @@ from kvstrata.tiers.fs.space.ledger import Ledger
 from kvstrata.tiers.fs.startup import make_root
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key, settle, store
+from tests.conftest import FillRoot
 
 OpenTier = Callable[..., FsTier]
 PAGE = {make_key(1): make_data(1, CONTEXT.layouts[0].nbytes)}
@@ -166,8 +167,10 @@ PRIVATE = {
 }
 
 
-@pytest.mark.parametrize("why", PRIVATE)
-@pytest.mark.parametrize("limit", [{"max_bytes": "50%"}, {"max_files": 9}, {"min_free_bytes": 1}])
+LIMITS = [{"max_bytes": "50%"}, {"max_files": 9}, {"min_free_bytes": 1}]
+
+
+@pytest.mark.parametrize(("why", "limit"), list(zip(PRIVATE, LIMITS, strict=True)))
 def test_files_that_only_pile_up_need_a_limit(
     open_tier: OpenTier, why: str, limit: dict[str, Any]
 ) -> None:
@@ -267,9 +270,14 @@ def with_fields(**changes: object) -> str:
     ids=lambda value: value[:30],
 )
 def test_config_that_differs(
-    open_tier: OpenTier, paths: NamespacePaths, text: str, message: str
+    open_tier: OpenTier,
+    fill_root: FillRoot,
+    root: Path,
+    paths: NamespacePaths,
+    text: str,
+    message: str,
 ) -> None:
-    open_tier()
+    fill_root(root, {})
     Path(paths.config).write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(TierConfigError, match=f"root_dir: .*{message}"):
         open_tier()
