@@ -82,7 +82,7 @@ class Device(Protocol):
     def pin(self, region: torch.Tensor) -> None:
         """Make host memory [slots, slot bytes] what `allocate_pinned` gives, for kernels too.
 
-        Raises RuntimeError when the driver refuses.
+        Raises RuntimeError when the driver refuses; what was pinned before stays so.
         """
 
     def unpin(self) -> None:
@@ -178,13 +178,14 @@ class CudaDevice:
     def pin(self, region: torch.Tensor) -> None:
         slots, slot_bytes = region.shape
         step = max(1, _MAX_PINNED_RUN // slot_bytes)  # whole slots: no copy spans two runs
+        before = len(self._pinned)
         with cuda.device(self._device):
             for first in range(0, slots, step):
                 run = region[first : first + step]
                 flags = _PORTABLE_AND_MAPPED
                 error = int(cuda.cudart().cudaHostRegister(run.data_ptr(), run.nbytes, flags))
                 if error:
-                    self.unpin()
+                    self._unpin(before)
                     raise RuntimeError(
                         f"CUDA could not pin the CPU pages (error {error} for {run.nbytes} of "
                         f"{region.nbytes} bytes): use a smaller cpu_bytes_to_use"
@@ -192,5 +193,9 @@ class CudaDevice:
                 self._pinned.append(run.data_ptr())
 
     def unpin(self) -> None:
-        while self._pinned:
+        self._unpin(0)
+
+    def _unpin(self, left: int) -> None:
+        """Undo the last ones, until so many are left."""
+        while len(self._pinned) > left:
             cuda.cudart().cudaHostUnregister(self._pinned.pop())

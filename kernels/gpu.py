@@ -58,12 +58,14 @@ class GpuPipeline:
     """See the module and `Pipeline`.
 
     groups: this worker's segments by group, with caches on the device.
-    region: uint8 [slots, slot bytes] in CPU memory; pinned until `shutdown`.
+    region: uint8 [slots, slot bytes] in CPU memory; what is pinned stays so until `shutdown`.
     device, copy: what runs it; all kernels are compiled before the constructor returns.
     transport: of everything; None compares all with the oracle, times those that may pay, and takes
         the best for each segment.
     scratch: slots that no other worker uses now, for these trials; all, unless given. They and the
         blocks are as before when the constructor returns or raises.
+    ready: how many slots, from the first on, are pinned now, the others when `pin` is called; all,
+        unless given. Kernels are given the address of the first.
     Raises TransportError when pages cannot be moved right.
     """
 
@@ -75,6 +77,7 @@ class GpuPipeline:
         copy: Copy,
         transport: Transport | None = None,
         scratch: range | None = None,
+        ready: int | None = None,
     ) -> None:
         check_region(groups, region)
         self._groups = groups
@@ -99,7 +102,7 @@ class GpuPipeline:
             Lane(device, STAGING_SLOTS, slot_bytes, numbers, urgent=urgent)
             for urgent in (False, False, True)
         )
-        device.pin(region)
+        self.pin(range(len(region) if ready is None else ready))
         self._await_buffers()
         lanes = (self._store, self._load)
         slots = range(len(region)) if scratch is None else scratch
@@ -180,6 +183,10 @@ class GpuPipeline:
             for some in of
             for way, choice in (("store", some[0].store), ("load", some[0].load))
         )
+
+    def pin(self, slots: range) -> None:
+        """See `Pipeline`."""
+        self._device.pin(self._region[slots.start : slots.stop])
 
     def shutdown(self) -> None:
         """See `Pipeline`."""

@@ -65,6 +65,12 @@ class Pipeline(Protocol):
     def describe(self) -> str:
         """How pages move here, in one line for the log."""
 
+    def pin(self, slots: range) -> None:
+        """Make slots usable that were not ready before. From any thread.
+
+        Raises RuntimeError when the device refuses.
+        """
+
     def shutdown(self) -> None:
         """Wait for everything and release what the pipeline holds. Callable twice."""
 
@@ -108,6 +114,9 @@ class CpuPipeline:
 
     def describe(self) -> str:
         return "pages are copied by the CPU"
+
+    def pin(self, slots: range) -> None:
+        pass  # any memory will do
 
     def shutdown(self) -> None:
         pass  # holds nothing
@@ -198,6 +207,7 @@ def open_pipeline(
     region: torch.Tensor,
     transport: Transport | None = None,
     scratch: range | None = None,
+    ready: int | None = None,
 ) -> Pipeline:
     """The pipeline for the device on which the KV caches lie, once it moved a pattern right.
 
@@ -205,6 +215,8 @@ def open_pipeline(
     transport: between a GPU and the region, of everything; None finds the best by trying.
     scratch: slots that no other worker uses now; all, unless given. They and the blocks are as
         before afterwards.
+    ready: how many slots, from the first on, scratch among them, have memory and are made usable;
+        all, unless given. `Pipeline.pin` makes the others so.
     Raises ValueError when the caches lie on several devices or on an unsupported one, and
     RuntimeError when bytes arrive otherwise than they should.
     """
@@ -220,4 +232,4 @@ def open_pipeline(
     from kvstrata.kernels.pack import copy_triton
 
     (device,) = devices
-    return GpuPipeline(groups, region, CudaDevice(device), copy_triton, transport, slots)
+    return GpuPipeline(groups, region, CudaDevice(device), copy_triton, transport, slots, ready)

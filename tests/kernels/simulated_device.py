@@ -39,7 +39,7 @@ class SimulatedDevice:
         self.streams: list[SimStream] = []
         self.compute = self.stream(urgent=False)
         self.sealed = False  # set when nothing may be allocated any more
-        self.pinned: torch.Tensor | None = None
+        self.pinned: list[torch.Tensor] = []
 
     def stream(self, *, urgent: bool) -> SimStream:
         self.streams.append(SimStream(self.random.choice([1, 10])))
@@ -97,10 +97,17 @@ class SimulatedDevice:
         return self.allocate(numel, dtype)
 
     def pin(self, region: torch.Tensor) -> None:
-        self.pinned = region
+        self.pinned.append(region)
 
     def unpin(self) -> None:
-        self.pinned = None
+        self.pinned.clear()
+
+    def is_pinned(self, start: int, nbytes: int) -> bool:
+        """Whether this host memory lies in one pinned run."""
+        return any(
+            run.data_ptr() <= start and start + nbytes <= run.data_ptr() + run.nbytes
+            for run in self.pinned
+        )
 
     def step(self) -> bool:
         """Run one piece of work; False when there is none that may run."""

@@ -164,7 +164,7 @@ def test_staged_that_is_wrong_refuses_the_start(fault: Callable[..., None]) -> N
     with pytest.raises(TransportError, match=r"transport staged (storing|loading) .* layer"):
         open_faulty(here, fault, staged=True, device=device)
     here.check_untouched()
-    assert device.pinned is None
+    assert not device.pinned
 
 
 @pytest.mark.parametrize("fault", FAULTS[:4])

@@ -87,7 +87,8 @@ class AnyOrder(RuleBasedStateMachine):
         )
         self.device.sealed = True
         assert not any(stream.queue for stream in self.device.streams), "kernels not warm yet"
-        assert self.device.pinned is self.real.region
+        region = self.real.region
+        assert self.device.is_pinned(region.data_ptr(), region.nbytes)
         assert torch.equal(self.real.region, self.model.region), "the region is as it was"
         for real, model in zip(self.real.ranks, self.model.ranks, strict=True):
             assert torch.equal(real.buffer, model.buffer), "the caches are as they were"
@@ -192,7 +193,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.staged.shutdown()
         self.staged.shutdown()
         self.collect()
-        assert not self.jobs and self.device.pinned is None
+        assert not self.jobs and not self.device.pinned
         while self.device.step():
             pass
         assert torch.equal(self.real.region, self.model.region)
@@ -335,10 +336,34 @@ def test_pinning_covers_whole_slots_and_is_undone(monkeypatch: pytest.MonkeyPatc
     assert runtime.pinned == {}
 
 
-def test_a_refused_pin_leaves_nothing_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime = FakeRuntime(limit=2)
+def test_a_refused_pin_leaves_what_was_pinned_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine may be using it."""
+    runtime = FakeRuntime(limit=3)
     monkeypatch.setattr(device_module, "cuda", FakeCuda(runtime))
     monkeypatch.setattr(device_module, "_MAX_PINNED_RUN", 100)
+    region = torch.zeros(5, 100, dtype=torch.uint8)
+    cuda_device = CudaDevice(torch.device("cuda", 0))
+    cuda_device.pin(region[:1])
     with pytest.raises(RuntimeError, match="cpu_bytes_to_use"):
-        CudaDevice(torch.device("cuda", 0)).pin(torch.zeros(5, 100, dtype=torch.uint8))
+        cuda_device.pin(region[1:])
+    assert runtime.pinned == {region.data_ptr(): 100}
+    cuda_device.unpin()
     assert runtime.pinned == {}
+
+
+@pytest.mark.parametrize("transport", Transport)
+def test_slots_are_pinned_as_they_become_ready(transport: Transport) -> None:
+    """At start those that are ready, from the first on: kernels get its address, and no other."""
+    side, device = Side(MODEL, BLOCKS, SLOTS), SimulatedDevice(Random(0))
+    pipeline = GpuPipeline(
+        side.groups, side.region, device, copy_torch, transport, range(1, 2), ready=2
+    )
+    start, slot = side.region.data_ptr(), side.region.stride(0)
+    assert device.is_pinned(start, 2 * slot) and not device.is_pinned(start + 2 * slot, 1)
+    pipeline.pin(range(2, 3))
+    pipeline.submit_store(1, [GroupWork(0, np.array([2]), np.array([[1, 2]]))])
+    pipeline.wait({1})
+    assert [job.job_id for job in pipeline.finished()] == [1]
+    assert not device.is_pinned(start + 3 * slot, 1)
+    pipeline.shutdown()
+    assert not device.pinned
