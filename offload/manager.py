@@ -52,7 +52,7 @@ class TieringManager:
 
     Args:
         config: the engine's configuration.
-        slots: slots of the primary tier.
+        slots: slots of the primary tier when all of them can be used.
         layouts: page layout by group.
         view: (slot, bytes) -> the beginning of the slot.
         valid: slot -> whether the workers filled it completely.
@@ -63,6 +63,7 @@ class TieringManager:
         weights_changed: whether the weights have changed all the same; asked at a reset, and
             once more before the first look-up after it, since weights may be loaded in between.
             From then on they are not fixed.
+        ready: how many slots, from the first on, can be used by now; at least 1. All, unless given.
         clock: seconds, monotonic.
     """
 
@@ -78,6 +79,7 @@ class TieringManager:
         *,
         weights_fixed: bool,
         weights_changed: Callable[[], bool] | None = None,
+        ready: Callable[[], int] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._valid = valid
@@ -87,9 +89,11 @@ class TieringManager:
         self._clock = clock
         self._report = Report()
         self.counters: Counter[str] = self._report.counters
-        self.primary = PrimaryTier(slots, policy_class(config.eviction_policy)(slots))
+        self._slots = slots
+        self._ready = ready or (lambda: slots)
+        self.primary = PrimaryTier(self._ready(), policy_class(config.eviction_policy)(slots))
         self._kept = KeptPages(self.primary)
-        self._pins = Pins(self.primary, int(slots * config.pin_fraction), clock)
+        self._pins = Pins(self.primary, config.pin_fraction, clock)
         self._offers = Offers(config.store_threshold, config.max_tracker_size)
         self._speed = PrefillSpeed()
         self._payoff = Payoff(config.load_or_recompute, self._speed)
@@ -141,6 +145,11 @@ class TieringManager:
     def pinned(self) -> int:
         """Pages held by `pin_seconds`."""
         return len(self._pins)
+
+    @property
+    def not_ready(self) -> int:
+        """Slots of the primary tier that cannot be used yet."""
+        return self._slots - self.primary.slots
 
     def seconds_per_token(self) -> float | None:
         """How long a request's prefill takes per token, as measured; None if not known."""
@@ -428,6 +437,8 @@ class TieringManager:
             self._take_results()
 
     def _take_results(self) -> None:
+        if self.not_ready:
+            self.primary.add_slots(self._ready() - self.primary.slots)
         self.audits.settle()
         for job, result in self._jobs.results():
             direction = "promoted" if job.promotion else "cascaded"

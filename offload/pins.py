@@ -14,13 +14,13 @@ class Pins:
 
     Args:
         primary: where the pages are.
-        most: how many pages may be pinned at once.
+        fraction: largest share of the primary tier that may be pinned at once.
         clock: seconds, monotonic.
     """
 
-    def __init__(self, primary: PrimaryTier, most: int, clock: Callable[[], float]) -> None:
+    def __init__(self, primary: PrimaryTier, fraction: float, clock: Callable[[], float]) -> None:
         self._primary = primary
-        self._most = most
+        self._fraction = fraction
         self._clock = clock
         self._until: dict[Entry, float] = {}
         self._order = itertools.count()
@@ -34,12 +34,13 @@ class Pins:
         """Hold ready pages so long from now; a longer pin stays. How many found no room."""
         until = self._clock() + seconds
         refused = 0
+        most = int(self._primary.slots * self._fraction)
         for entry in entries:
             held = self._until.get(entry)
             if held is not None and held >= until:
                 continue
             if held is None:
-                if len(self._until) >= self._most:
+                if len(self._until) >= most:
                     refused += 1
                     continue
                 self._primary.begin_reads((entry,), gpu=False)

@@ -66,7 +66,7 @@ class PrimaryTier:
     """The CPU pages by key.
 
     Args:
-        slots: number of slots, at least 1.
+        slots: number of slots that can be used, at least 1; `add_slots` adds others.
         policy: order of eviction, empty.
     """
 
@@ -95,6 +95,11 @@ class PrimaryTier:
     def free(self) -> int:
         """Slots that hold nothing."""
         return len(self._free)
+
+    def add_slots(self, count: int) -> None:
+        """So many more slots can be used: those that follow."""
+        self._free.extend(range(self.slots, self.slots + count))
+        self.slots += count
 
     @property
     def idle(self) -> int:

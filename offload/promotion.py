@@ -66,8 +66,7 @@ class Promotions:
         report: Report,
     ) -> None:
         self._deadline_s = config.promotion_deadline_s
-        self._most = max(1, int(primary.slots * config.promotion_fraction))
-        self._most_held = math.ceil(primary.slots * max(MOST_HELD, config.promotion_fraction))
+        self._fraction = config.promotion_fraction
         self._held = held
         self._primary = primary
         self._kept = kept
@@ -103,11 +102,12 @@ class Promotions:
             self._report.counters["promotion_timeouts"] += 1
             return False
         taken = None
-        most = self._most
+        slots = self._primary.slots
+        of_one = most = max(1, int(slots * self._fraction))
         if len(self._jobs.links) > 1:
-            most = max(1, int(most * MOST_OF_ONE_TIER))
-        has_room = link.promoting < most and len(self._started) < self._most
-        if has_room and self._held() < self._most_held:
+            of_one = max(1, int(most * MOST_OF_ONE_TIER))
+        has_room = link.promoting < of_one and len(self._started) < most
+        if has_room and self._held() < math.ceil(slots * max(MOST_HELD, self._fraction)):
             taken = self._primary.allocate([(key, end_token)], Writer.TIER)
         if taken is None:
             self._report.counters["promotion_no_room"] += 1

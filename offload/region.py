@@ -1,9 +1,12 @@
 """The shared page region: one file in /dev/shm, mapped by the scheduler and all workers.
 
 Layout: an 8-byte magic, the length of a JSON text (8 bytes, little-endian) and the text;
-then one watermark per worker (int64, each on a cache line of its own): all GPU transfers
-up to that ticket have ended; then one byte per slot, 1 if the workers could not fill it
-completely; then, from a multiple of 4096, the slots.
+then a cache line per worker: its watermark (int64: all GPU transfers up to that ticket have
+ended) and how far it is with the slots' memory (see progress.py); then one byte per slot, 1 if
+the workers could not fill it completely; then, from a multiple of 4096, the slots.
+
+The file has its full length from the start, but the slots have no memory until `reserve` gives
+it to them: the workers do, while the engine serves from those that have it (see reserver.py).
 
 Rank 0 creates the file, the other ranks and the scheduler open it, and the scheduler
 unlinks it, so that no kill leaves memory behind. A file whose exclusive lock can be had
@@ -13,6 +16,7 @@ belongs to nobody: it was left by an engine killed before that, and is removed.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import json
@@ -26,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from kvstrata.offload.progress import Progress
 from kvstrata.tiers.base import PageRegion
 
 ALIGNMENT = 4096  # of slots and of the first slot; the unit of O_DIRECT
@@ -33,6 +38,11 @@ _MAGIC = b"kvstrat1"
 _PREFIX = struct.Struct("<8sQ")
 _CACHE_LINE = 64
 _SHM = Path("/dev/shm")
+_MADV_POPULATE_WRITE = 23  # since Linux 5.14, on every architecture; madvise(2)
+
+# Not mmap.madvise: that holds the interpreter's lock until all is done.
+_madvise = ctypes.CDLL(None, use_errno=True).madvise
+_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 class RegionError(RuntimeError):
@@ -72,6 +82,7 @@ class Region:
         slots: number of slots.
         slot_bytes: size of a slot in bytes, a multiple of 4096.
         pages: uint8 array [slots, slot_bytes], the pages themselves.
+        progress: which slots have memory, and may be used.
     """
 
     def __init__(self, path: Path, fd: int) -> None:
@@ -88,8 +99,10 @@ class Region:
         text = int(self.fields["text_bytes"])
         start = _marks_offset(text)
         whole = np.frombuffer(self._map, np.uint8)
-        marks = whole[start : start + workers * _CACHE_LINE].view(np.int64)
-        self._marks = marks.reshape(workers, _CACHE_LINE // 8)[:, 0]
+        lines = whole[start : start + workers * _CACHE_LINE].view(np.int64)
+        marks = lines.reshape(workers, _CACHE_LINE // 8)
+        self._marks = marks[:, 0]
+        self.progress = Progress(marks[:, 1:], self.slots, self.slot_bytes)
         start += workers * _CACHE_LINE
         self._incomplete = memoryview(self._map)[start : start + self.slots]
         start = self._first_slot = _header_bytes(text, workers, self.slots)
@@ -97,6 +110,37 @@ class Region:
         self.pages = whole[start : start + self.slots * self.slot_bytes].reshape(
             self.slots, self.slot_bytes
         )
+
+    def reserve(self, slots: range) -> None:
+        """Give slots that nobody uses yet memory, on the NUMA node where this thread's memory is.
+
+        Other threads go on meanwhile.
+
+        Raises:
+            RegionError: there is too little.
+        """
+        nbytes = len(slots) * self.slot_bytes
+        directory = self.path.parent
+        # The kernel would rather kill a process than refuse memory.
+        _check_memory(nbytes, directory, "another ")
+        pages = self.pages[slots.start : slots.stop].reshape(-1)
+        outside = pages.ctypes.data % mmap.PAGESIZE
+        if not _madvise(pages.ctypes.data - outside, nbytes + outside, _MADV_POPULATE_WRITE):
+            return
+        error = ctypes.get_errno()
+        if error == errno.EINVAL:  # an older kernel
+            error = self._reserve_and_touch(pages, self._first_slot + slots.start * self.slot_bytes)
+        if error:
+            raise RegionError(_too_small(directory, nbytes, None, "another "))
+
+    def _reserve_and_touch(self, pages: np.ndarray, offset: int) -> int:
+        """Without MADV_POPULATE_WRITE; 0 or the number of the error, where touching would kill."""
+        try:
+            os.posix_fallocate(self._fd, offset, pages.nbytes)
+        except OSError as error:
+            return error.errno or errno.EIO
+        pages[:: mmap.PAGESIZE] = 0
+        return 0
 
     def page_region(self) -> PageRegion:
         """Where the slots lie in the file, for other processes; valid until `close`."""
@@ -148,7 +192,7 @@ def region_path(engine_id: str, directory: Path = _SHM) -> Path:
 def create_region(
     engine_id: str, fields: Mapping[str, Any], *, text_bytes: int, directory: Path = _SHM
 ) -> Region:
-    """Create the engine's region (rank 0).
+    """Create the engine's region (rank 0). Its slots have no memory yet.
 
     Args:
         engine_id: vLLM's engine id, distinct per engine on this host.
@@ -169,8 +213,9 @@ def create_region(
     _check_memory(size, directory)
     fd = _create_locked(engine_id, path)
     try:
-        # Reserves the memory now: a later shortage would kill the engine with SIGBUS.
-        os.posix_fallocate(fd, 0, size)
+        # Memory that is touched before it is reserved kills the engine with SIGBUS in a shortage.
+        os.posix_fallocate(fd, 0, _header_bytes(text_bytes, workers, slots))
+        os.ftruncate(fd, size)
         os.pwrite(fd, _PREFIX.pack(_MAGIC, len(text)) + text, 0)
         return Region(path, fd)
     except OSError as error:
@@ -265,21 +310,21 @@ def _remove_abandoned(directory: Path) -> None:
             os.close(fd)
 
 
-def _check_memory(size: int, directory: Path) -> None:
+def _check_memory(size: int, directory: Path, more: str = "") -> None:
     stat = os.statvfs(directory)
     space = stat.f_bavail * stat.f_frsize
     if size > space:
-        raise RegionError(_too_small(directory, size, space))
+        raise RegionError(_too_small(directory, size, space, more))
     memory = available_memory()
     if size > memory:
-        raise RegionError(_too_small("RAM", size, memory))
+        raise RegionError(_too_small("RAM", size, memory, more))
 
 
-def _too_small(what: object, size: int, space: int | None) -> str:
+def _too_small(what: object, size: int, space: int | None, more: str = "") -> str:
     have = "too little is" if space is None else f"{space / 2**20:.0f} MiB are"
     missing = "" if space is None else f", {(size - space) / 2**20:.0f} MiB are missing"
     return (
-        f"the CPU tier needs {size / 2**20:.0f} MiB of {what} but {have} free{missing}: "
+        f"the CPU tier needs {more}{size / 2**20:.0f} MiB of {what} but {have} free{missing}: "
         "lower cpu_bytes_to_use or make it larger (containers: --shm-size)"
     )
 

@@ -15,6 +15,7 @@ from kvstrata.offload.audit.comparison import Elements
 from kvstrata.offload.bench.instant import InstantTier
 from kvstrata.offload.config import OffloadConfig, TierEntry
 from kvstrata.offload.region import create_region
+from kvstrata.offload.reserver import Reserver
 from kvstrata.tiers.base import PageLayout, TensorSpec, layouts_to_json
 
 OURS, STOCK = "kvstrata", "stock vLLM"
@@ -47,6 +48,9 @@ def _ours(slots: int, tier: bool) -> Any:
     }
     engine = SimpleNamespace(engine_id=f"benchmark-{os.getpid()}")
     region = create_region(engine.engine_id, fields, text_bytes=_HEADER_BYTES)
+    reserver = Reserver(region, 0)
+    reserver.reserve_first()  # all: its slots are small
+    reserver.start(lambda slots: None)
     entry = {"type": InstantTier.__name__, "module_path": InstantTier.__module__}
     tiers = (TierEntry("instant", entry),) if tier else ()
     settings = OffloadConfig(cpu_bytes=slots * _PAGE_BYTES, tiers=tiers)

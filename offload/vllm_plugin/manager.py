@@ -287,13 +287,17 @@ def open_manager(
         ),
         weights_fixed=fixed,
         weights_changed=WeightWatch(watch).changed if watch and entries else None,
+        ready=region.progress.usable,
     )
+    region.progress.serve()
     gib = region.slots * region.slot_bytes / 2**30
     logger.info(
-        "kvstrata: CPU tier of %d pages of %d bytes (%.1f GiB); secondary tiers: %s",
+        "kvstrata: CPU tier of %d pages of %d bytes (%.1f GiB), %d of them ready; "
+        "secondary tiers: %s",
         region.slots,
         region.slot_bytes,
         gib,
+        manager.primary.slots,
         ", ".join(named.name for named in manager.tiers) or "none",
     )
     return KVStrataManager(manager, region, events=events)

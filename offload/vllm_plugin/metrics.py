@@ -34,7 +34,7 @@ def metric_definitions() -> dict[str, OffloadingMetricMetadata]:
         ),
         SLOTS: OffloadingGaugeMetadata(
             "Slots of the primary tier by state: free, idle (evictable), busy, and of the busy "
-            "ones: promoting, pinned.",
+            "ones: promoting, pinned; not_ready while their memory is being reserved.",
             ("state",),
         ),
         PREFILL_SPEED: OffloadingGaugeMetadata(
@@ -79,6 +79,7 @@ class StatsReader:
             ("busy", busy),
             ("promoting", primary.promoting),
             ("pinned", manager.pinned),
+            ("not_ready", manager.not_ready),
         ):
             stats.set_gauge(SLOTS, slots, (state,))
         per_token = manager.seconds_per_token()

@@ -30,6 +30,7 @@ from kvstrata.offload.region import (
     create_region,
     open_region,
 )
+from kvstrata.offload.reserver import Reserver
 from kvstrata.offload.vllm_plugin.caches import collect_layers
 from kvstrata.offload.vllm_plugin.drafts import draft_layers
 from kvstrata.offload.vllm_plugin.elements import elements_of
@@ -145,17 +146,20 @@ def open_worker(
         for segments in groups.values():
             check_round_trip(segments)
         transport = None if settings.transport == "auto" else Transport(settings.transport)
-        size = config.parallel.world_size
-        scratch = range(rank * region.slots // size, (rank + 1) * region.slots // size)
-        return open_pipeline(groups, torch.from_numpy(region.pages), transport, scratch)
+        ready = region.progress.first_slots
+        return open_pipeline(groups, torch.from_numpy(region.pages), transport, scratch, ready)
 
     created = ranks.agree(create)
     region = ranks.agree(lambda: created or open_region(config.engine_id))
+    reserver = Reserver(region, rank)
+    scratch = ranks.agree(reserver.reserve_first)
     pipeline = ranks.agree(register)
+    reserver.start(pipeline.pin)
     logger.info("kvstrata: %s", pipeline.describe())
     return KVStrataWorker(
         pipeline,
         region,
+        reserver,
         rank,
         [group.group_id for group in config.groups],
         config.cache.blocks_per_chunk,

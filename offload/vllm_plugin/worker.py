@@ -14,6 +14,7 @@ from vllm.v1.kv_offload.base import (
 
 from kvstrata.kernels.pipeline import GroupWork, Pipeline
 from kvstrata.offload.region import Region
+from kvstrata.offload.reserver import Reserver
 from kvstrata.offload.vllm_plugin.transfer import PageSlots, incomplete, work_of
 
 logger = logging.getLogger("kvstrata")
@@ -26,6 +27,7 @@ class KVStrataWorker(OffloadingWorker):
         self,
         pipeline: Pipeline,
         region: Region,
+        reserver: Reserver,
         rank: int,
         group_ids: Sequence[int],
         blocks_per_chunk: int,
@@ -36,6 +38,7 @@ class KVStrataWorker(OffloadingWorker):
         self._overwrites_before_flush = overwrites_before_flush
         self._pipeline = pipeline
         self._region = region
+        self._reserver = reserver
         self._rank = rank
         self._group_ids = tuple(group_ids)
         self._blocks_per_chunk = blocks_per_chunk
@@ -105,6 +108,7 @@ class KVStrataWorker(OffloadingWorker):
 
     def shutdown(self) -> None:
         """End all transfers and let go of the region."""
+        self._reserver.stop()
         self._pipeline.shutdown()
         self._region.close()
 

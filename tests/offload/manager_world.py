@@ -48,6 +48,7 @@ class World:
     thresholds: Sequence[int] = ()  # of the tiers; 0 where there is none
     weights_changed: Callable[[], bool] | None = None
     audited: bool = False
+    ready: int | None = None  # slots that can be used by now; None: all
     epoch: int = 0  # of what the GPU computes
 
     def __post_init__(self) -> None:
@@ -65,6 +66,7 @@ class World:
             InlineComparer(ELEMENTS) if self.audited else None,
             weights_fixed=self.weights_fixed,
             weights_changed=self.weights_changed,
+            ready=lambda: self.slots if self.ready is None else self.ready,
             clock=lambda: self.now,
         )
 

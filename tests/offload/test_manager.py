@@ -522,6 +522,38 @@ def test_prefixes_larger_than_the_primary_tier_come_to_an_end(policy: str, fract
     assert max(loaded.values()) >= 5, "as much as fits is used"
 
 
+def test_slots_are_used_as_they_become_ready() -> None:
+    """Also those that came while no step was made."""
+    world = World([], slots=8, ready=2)
+    request = world.request()
+    plan = world.manager.prepare_store(ITEMS[:4], request)
+    assert plan is not None and sorted(plan.slots) == [0, 1], "the beginning of what was offered"
+    world.manager.complete_store(plan.keys, request)
+    assert world.manager.not_ready == 6
+    world.ready = 5
+    plan = world.manager.prepare_store(ITEMS[2:6], request)
+    assert plan is not None and plan.evicted == [ITEMS[1][0]]
+    world.manager.complete_store(plan.keys, request)
+    assert world.manager.not_ready == 3
+    world.ready = 8
+    world.step()
+    assert (world.manager.not_ready, world.manager.primary.free) == (0, 3)
+
+
+def test_shares_are_of_the_slots_that_are_ready() -> None:
+    tier = SlowTier(Recorder(*ITEMS), polls=9)
+    limits = config(promotion_fraction=0.5, pin_fraction=0.5)
+    world = World([tier], slots=8, config=limits, ready=2)
+    request = world.request(wishes={"pin_seconds": 1000})
+    assert [world.lookup(item, request) for item in ITEMS[:2]] == [PENDING, MISS]
+    world.step()
+    world.ready = 6
+    world.step()
+    assert [world.lookup(item, request) for item in ITEMS[1:4]] == [PENDING, PENDING, MISS]
+    world.store([chunk(1, index) for index in range(3)], request)
+    assert world.manager.pinned == 3
+
+
 def test_a_prompt_is_stored_as_far_as_pins_leave_room() -> None:
     world = World([], slots=4, config=config(pin_fraction=0.5))
     world.store(ITEMS[:2], world.request("1", wishes={"pin_seconds": 1000}))

@@ -12,18 +12,18 @@ class Clock:
         return self.now
 
 
-def make(slots: int, most: int) -> tuple[PrimaryTier, Pins, Clock, list[Entry]]:
+def make(slots: int, share: float) -> tuple[PrimaryTier, Pins, Clock, list[Entry]]:
     primary = PrimaryTier(slots, LRU(slots))
     clock = Clock()
     taken = primary.allocate([(bytes([n]) * 8, n) for n in range(slots)], Writer.GPU)
     assert taken is not None
     for entry in taken[0]:
         primary.finish_writes((entry,), good=True)
-    return primary, Pins(primary, most, clock), clock, taken[0]
+    return primary, Pins(primary, share, clock), clock, taken[0]
 
 
 def test_pinned_pages_stay_until_their_time() -> None:
-    primary, pins, clock, entries = make(4, 4)
+    primary, pins, clock, entries = make(4, 1.0)
     assert pins.pin(entries[:2], 10.0) == 0
     assert primary.idle == 2
     clock.now = 9.9
@@ -35,7 +35,7 @@ def test_pinned_pages_stay_until_their_time() -> None:
 
 
 def test_the_longer_pin_stays() -> None:
-    primary, pins, clock, entries = make(2, 2)
+    primary, pins, clock, entries = make(2, 1.0)
     pins.pin(entries[:1], 10.0)
     pins.pin(entries[:1], 5.0)
     clock.now = 7.0
@@ -46,7 +46,7 @@ def test_the_longer_pin_stays() -> None:
 
 
 def test_what_exceeds_the_share_is_not_pinned() -> None:
-    primary, pins, clock, entries = make(4, 2)
+    primary, pins, clock, entries = make(4, 0.5)
     assert pins.pin(entries, 10.0) == 2
     assert primary.idle == 2
     assert pins.pin(entries[:3], 20.0) == 1, "those that are pinned may be pinned longer"
@@ -56,7 +56,7 @@ def test_what_exceeds_the_share_is_not_pinned() -> None:
 
 
 def test_pins_use_no_more_memory_than_pages() -> None:
-    _, pins, clock, entries = make(2, 2)
+    _, pins, clock, entries = make(2, 1.0)
     for clock.now in range(1000):
         pins.pin(entries, 100.0)
         pins.expire()
@@ -64,7 +64,7 @@ def test_pins_use_no_more_memory_than_pages() -> None:
 
 
 def test_clear() -> None:
-    primary, pins, clock, entries = make(2, 2)
+    primary, pins, clock, entries = make(2, 1.0)
     pins.pin(entries, 10.0)
     pins.clear()
     assert primary.idle == 2

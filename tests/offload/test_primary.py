@@ -31,6 +31,17 @@ def test_no_slots(slots: int) -> None:
         PrimaryTier(slots, LRU(1))
 
 
+def test_slots_that_come_later() -> None:
+    primary = tier(2)
+    fill(primary, b"a", b"b")
+    assert primary.allocate([(b"x", 0), (b"y", 0), (b"z", 0)], Writer.GPU) is None
+    primary.add_slots(3)
+    assert (primary.slots, primary.free) == (5, 3)
+    taken = primary.allocate([(b"x", 0), (b"y", 0), (b"z", 0)], Writer.GPU)
+    assert taken is not None and taken[1] == []
+    assert {entry.slot for entry in primary} == {0, 1, 2, 3, 4}
+
+
 def test_a_page_being_written_is_not_ready() -> None:
     primary = tier(2)
     taken = primary.allocate([(b"a", 32)], Writer.GPU)

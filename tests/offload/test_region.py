@@ -1,5 +1,6 @@
 """The shared region: layout, life cycle, kills, races, and too little memory."""
 
+import ctypes
 import errno
 import fcntl
 import json
@@ -429,6 +430,101 @@ def test_memory_taken_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         create(tmp_path)
     assert names(tmp_path) == []
     assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+# -- memory for the slots ---------------------------------------------------------
+
+
+def memory_of(region: Region) -> int:
+    """Bytes of the file that have memory."""
+    return os.fstat(region._fd).st_blocks * 512
+
+
+@pytest.fixture
+def made(shm: Path) -> Region:
+    """A region in /dev/shm of 8 slots of 1 MiB, of which none has memory."""
+    region = create(shm, slots=8, slot_bytes=MIB)
+    assert memory_of(region) < MIB
+    return region
+
+
+def test_slots_get_memory_when_they_are_told_to(made: Region) -> None:
+    header = memory_of(made)
+    made.reserve(range(2, 5))
+    assert memory_of(made) - header == 3 * MIB
+    made.reserve(range(0, 8))
+    assert memory_of(made) - header == 8 * MIB
+    assert not made.pages.any()
+
+
+def older_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def madvise(*arguments: int) -> int:
+        ctypes.set_errno(errno.EINVAL)
+        return -1
+
+    monkeypatch.setattr(region_module, "_madvise", madvise)
+
+
+def test_slots_get_memory_from_an_older_kernel(
+    made: Region, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older_kernel(monkeypatch)
+    header = memory_of(made)
+    made.reserve(range(2, 5))
+    assert memory_of(made) - header == 3 * MIB
+
+
+@pytest.mark.parametrize("slots", [range(1), range(3, 8)])
+def test_pages_that_are_larger_than_a_slots_alignment(
+    slots: range, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """madvise takes whole pages: where they have 64 KiB, those in which a slot begins or ends."""
+    asked = []
+    monkeypatch.setattr(region_module.mmap, "PAGESIZE", 65536)
+    monkeypatch.setattr(region_module, "_madvise", lambda *arguments: asked.append(arguments))
+    made = create(tmp_path, slots=8, slot_bytes=4096)
+    made.reserve(slots)
+    [(address, nbytes, advice)] = asked
+    first = made.pages[slots.start].ctypes.data
+    assert address % 65536 == 0 and first - 65536 < address <= first and advice == 23
+    assert address + nbytes == first + len(slots) * 4096
+
+
+@pytest.mark.parametrize("number", [errno.EFAULT, errno.ENOMEM])
+def test_slots_for_which_there_is_no_memory(
+    number: int, made: Region, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EFAULT where touching would end in SIGBUS: /dev/shm is full."""
+
+    def madvise(*arguments: int) -> int:
+        ctypes.set_errno(number)
+        return -1
+
+    monkeypatch.setattr(region_module, "_madvise", madvise)
+    with pytest.raises(RegionError, match=r"needs another 3 MiB of /dev/shm .*cpu_bytes_to_use"):
+        made.reserve(range(2, 5))
+
+
+def test_slots_for_which_an_older_kernel_has_no_memory(
+    made: Region, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(fd: int, offset: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    older_kernel(monkeypatch)
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.raises(RegionError, match="needs another 3 MiB of /dev/shm"):
+        made.reserve(range(2, 5))
+
+
+def test_slots_are_not_reserved_where_the_kernel_would_kill(
+    made: Region, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(region_module, "available_memory", lambda: MIB)
+    header = memory_of(made)
+    with pytest.raises(RegionError, match="another 3 MiB of RAM but 1 MiB are free, 2 MiB are"):
+        made.reserve(range(2, 5))
+    assert memory_of(made) == header
 
 
 def test_more_than_the_machine_has(shm: Path) -> None:

@@ -29,6 +29,7 @@ from kvstrata.offload.config import OffloadConfig, TierEntry  # noqa: E402
 from kvstrata.offload.manager import TieringManager  # noqa: E402
 from kvstrata.offload.region import Region, create_region  # noqa: E402
 from kvstrata.offload.vllm_plugin.manager import KVStrataManager, open_manager  # noqa: E402
+from kvstrata.offload.vllm_plugin.metrics import SLOTS, StatsReader  # noqa: E402
 from kvstrata.offload.vllm_plugin.transfer import PageSlots  # noqa: E402
 from kvstrata.tiers.base import TierConfigError, TierContext, layouts_to_json  # noqa: E402
 from kvstrata.tiers.memory import MemoryTier  # noqa: E402
@@ -214,6 +215,7 @@ def test_a_tier_with_words_that_vllm_does_not_have_is_refused_at_start(
     }
     engine = SimpleNamespace(engine_id=f"odd-words-{os.getpid()}")
     region = create_region(engine.engine_id, fields, text_bytes=1000)
+    region.progress.set_usable(0, 1)
     tier = TierEntry("odd", {"type": cls.__name__, "module_path": __name__})
     settings = OffloadConfig(cpu_bytes=4096, tiers=(tier,))
     with pytest.raises(TierConfigError, match=f"tier odd: .*{word} = 'Disk'; use "):
@@ -261,6 +263,12 @@ def test_stats_are_collected_now_and_then_and_when_all_requests_have_ended(
     adapter.manager.on_request_finished(request)
     last = adapter.manager.get_stats()
     assert last is not None and "misses" in str(last.data)
+
+
+def test_stats_tell_slots_that_are_not_ready() -> None:
+    world = World([], slots=4, ready=1)
+    slots = StatsReader().read(world.manager).data["data"][SLOTS]
+    assert slots["free",] == 1 and slots["busy",] == 0 and slots["not_ready",] == 3
 
 
 def test_stats_are_increments(adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,18 @@ class FakePipeline:
         self.open = False
 
 
+class FakeReserver:
+    """Stops only while the pipeline, which it pins for, is open."""
+
+    def __init__(self, pipeline: FakePipeline) -> None:
+        self._pipeline = pipeline
+        self.stopped = False
+
+    def stop(self) -> None:
+        assert self._pipeline.open
+        self.stopped = True
+
+
 class FakeRegion:
     def __init__(self) -> None:
         self.watermarks: list[int] = []
@@ -83,9 +95,14 @@ def region() -> FakeRegion:
 
 
 @pytest.fixture
-def worker(pipeline: FakePipeline, region: Any) -> KVStrataWorker:
+def reserver(pipeline: FakePipeline) -> FakeReserver:
+    return FakeReserver(pipeline)
+
+
+@pytest.fixture
+def worker(pipeline: FakePipeline, region: Any, reserver: Any) -> KVStrataWorker:
     return KVStrataWorker(
-        pipeline, region, RANK, [0], blocks_per_chunk=2, overwrites_before_flush=False
+        pipeline, region, reserver, RANK, [0], blocks_per_chunk=2, overwrites_before_flush=False
     )
 
 
@@ -177,10 +194,10 @@ def test_loads_leave_the_marks_and_may_be_expedited(
 
 
 @pytest.fixture
-def late(pipeline: FakePipeline, region: Any) -> KVStrataWorker:
+def late(pipeline: FakePipeline, region: Any, reserver: Any) -> KVStrataWorker:
     """The worker where vLLM overwrites blocks before it flushes their stores."""
     return KVStrataWorker(
-        pipeline, region, RANK, [0], blocks_per_chunk=2, overwrites_before_flush=True
+        pipeline, region, reserver, RANK, [0], blocks_per_chunk=2, overwrites_before_flush=True
     )
 
 
@@ -224,9 +241,9 @@ def test_it_is_said_once(
 
 
 def test_wait_and_shutdown(
-    worker: KVStrataWorker, pipeline: FakePipeline, region: FakeRegion
+    worker: KVStrataWorker, pipeline: FakePipeline, region: FakeRegion, reserver: FakeReserver
 ) -> None:
     worker.wait({1, 2})
     assert pipeline.fenced == [{1, 2}] and not pipeline.waited, "the engine waits"
     worker.shutdown()
-    assert not pipeline.open and not region.open
+    assert reserver.stopped and not pipeline.open and not region.open
