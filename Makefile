@@ -2,7 +2,7 @@
 # The targets share one virtual environment and few cores, so -j changes nothing.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help install lint format types test-unit test-engine test test-gpu test-models test-faults test-soak bench-fs bench-kernels bench-manager bench-ttft bench-file-hits bench-rounding test-hits test-audit fuzz demo demo-shared
+.PHONY: help install lint format types test-unit test-engine test test-gpu test-models test-faults test-soak bench-fs bench-kernels bench-manager bench-start bench-ttft bench-file-hits bench-rounding test-hits test-audit fuzz demo demo-shared
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -113,6 +113,10 @@ bench-kernels: install ## pages between GPU (or CPU) caches and CPU memory, agai
 bench-manager: install ## the scheduler's time in the manager, against stock vLLM's (BENCH_DIR=...)
 	mkdir -p $(BENCH_DIR)
 	$(BIN)/python -m kvstrata.offload.bench.manager --csv $(BENCH_DIR)/manager.csv
+
+GIB := 2
+bench-start: install ## how long the CPU tier takes to become usable (GIB=...)
+	$(BIN)/python -m kvstrata.offload.bench.start --gib $(GIB)
 
 bench-ttft: install ## time to first token with offload against without (BENCH_DIR=... on the disk)
 	$(BIN)/python -m kvstrata.offload.bench.ttft --root $(BENCH_DIR) --csv $(BENCH_DIR)/ttft.csv
