@@ -18,7 +18,8 @@ from kvstrata.offload.region import Region
 
 logger = logging.getLogger("kvstrata")
 
-# A thread reserves about 1 GiB/s; half of the machine is left to the start of the engine.
+# A thread needs about 0.6 s of a CPU for a GiB (docs/benchmarks.md); half of the machine's CPUs are
+# left to the start of the engine.
 MOST_THREADS = 4
 POLL_S = 0.01
 

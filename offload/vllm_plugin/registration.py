@@ -152,8 +152,12 @@ def open_worker(
     created = ranks.agree(create)
     region = ranks.agree(lambda: created or open_region(config.engine_id))
     reserver = Reserver(region, rank)
-    scratch = ranks.agree(reserver.reserve_first)
-    pipeline = ranks.agree(register)
+    try:
+        scratch = ranks.agree(reserver.reserve_first)
+        pipeline = ranks.agree(register)
+    except RegistrationError:
+        region.unlink()  # its memory goes with the processes
+        raise
     reserver.start(pipeline.pin)
     logger.info("kvstrata: %s", pipeline.describe())
     return KVStrataWorker(

@@ -13,6 +13,8 @@ pytestmark = pytest.mark.vllm
 
 from kvstrata.offload import progress  # noqa: E402
 from kvstrata.offload.region import Region, RegionError  # noqa: E402
+from kvstrata.offload.vllm_plugin.registration import RegistrationError  # noqa: E402
+from tests.engine.driver import region_files  # noqa: E402
 from tests.offload.vllm_plugin.modelless_engine import ModellessEngine  # noqa: E402
 from tests.offload.vllm_plugin.test_models import Start, full, text  # noqa: E402
 
@@ -82,6 +84,19 @@ def test_the_first_requests_do_not_wait(memory: Memory, start: Start, tp: int) -
         assert engine.run(prompt) == 0
     engine.reset()
     assert min(engine.run(prompt) for prompt in prompts) >= 288
+
+
+def test_a_shortage_at_the_start_refuses_it_on_all_workers(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reserve(region: Region, slots: range) -> None:
+        if slots.start > 0:
+            raise RegionError("too little is free: lower cpu_bytes_to_use")
+
+    monkeypatch.setattr(Region, "reserve", reserve)
+    with pytest.raises(RegistrationError, match=r"cache: worker 1: too little .*cpu_bytes_to_use"):
+        open_engine(start, 2)
+    assert region_files() == []
 
 
 def test_an_engine_ends_while_memory_is_reserved(memory: Memory, start: Start) -> None:
