@@ -501,7 +501,7 @@ def test_slots_for_which_there_is_no_memory(
         return -1
 
     monkeypatch.setattr(region_module, "_madvise", madvise)
-    with pytest.raises(RegionError, match=r"needs another 3 MiB of /dev/shm .*cpu_bytes_to_use"):
+    with pytest.raises(RegionError, match=r"needs another 3 MiB of /dev/shm.* .*cpu_bytes_to_use"):
         made.reserve(range(2, 5))
 
 
