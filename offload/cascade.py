@@ -45,6 +45,13 @@ class Cascades:
         self._report = report
         self.under_way = 0  # pages on their way to at least one tier
 
+    def wanted(self, state: RequestState) -> bool:
+        """Whether some tier may be given the request's pages."""
+        return any(
+            link.breaker.closed and not link.trust.lost and state.wishes.allow(link.name)
+            for link in self._jobs.links
+        )
+
     def asked(self, keys: Collection[bytes]) -> None:
         """A request asked for the pages, which counts for the tiers' `store_threshold`."""
         for link in self._jobs.links:
@@ -58,7 +65,8 @@ class Cascades:
             if not due or link.trust.lost or not state.wishes.allow(link.name):
                 continue
             if link.asked.counts:
-                due = [entry for entry in due if link.asked.was_wanted(entry.key)]
+                wanted = set(link.asked.wanted([entry.key for entry in due]))
+                due = [entry for entry in due if entry.key in wanted]
             probe = link.breaker.wants_probe
             chosen = self._fitting(link, due) if link.breaker.closed else due[:probe]
             if len(chosen) < len(due):
@@ -87,7 +95,7 @@ class Cascades:
             for entry in entries:
                 if entry.key in result.failed:
                     entry.offered &= ~job.link.bit  # to be tried when it is asked for again
-        self._primary.end_reads(reversed(entries), gpu=False)
+        self._primary.end_reads(entries, gpu=False)
         if job.link in self._jobs.links:
             stored = [key for key in job.entries if key not in result.failed]
             self._report.came(stored, job.link.named)

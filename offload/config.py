@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvstrata.offload.eviction import policy_class
+from kvstrata.offload.policies import policy_class
 from kvstrata.tiers.base import TierConfigError
 from kvstrata.tiers.options import check_keys, parse_bytes
 from kvstrata.tiers.registry import tier_class, tier_options
@@ -64,7 +64,7 @@ class OffloadConfig:
 
     Attributes:
         cpu_bytes: size of the primary tier, all workers together.
-        eviction_policy: "lru", "arc", or "package.module:Class" (see eviction.py).
+        eviction_policy: "auto", "lru", "arc", or "package.module:Class" (see eviction.py).
         store_threshold: store a chunk from this many offers on; 0 and 1 store at once.
         max_tracker_size: how many keys the counting for `store_threshold` remembers.
         tiers: secondary tiers in the order of look-up.
@@ -81,7 +81,7 @@ class OffloadConfig:
     """
 
     cpu_bytes: int
-    eviction_policy: str = "lru"
+    eviction_policy: str = "auto"
     store_threshold: int = 0
     max_tracker_size: int = 64_000
     tiers: tuple[TierEntry, ...] = field(default_factory=tuple)
@@ -131,7 +131,7 @@ def _parse(extra: Mapping[str, Any]) -> OffloadConfig:
     _integer(extra, "sync_load_budget_bytes", 0, least=0)
     for key in ("offload_prompt_only", "self_describing_kv_events"):
         _flag(extra, key)
-    policy = extra.get("eviction_policy", "lru")
+    policy = extra.get("eviction_policy", "auto")
     try:
         policy_class(policy)
     except ValueError as error:

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from operator import attrgetter
-
 from kvstrata.offload.primary import Entry, PrimaryTier
-from kvstrata.tiers.base import key_group
-
-_END_TOKEN = attrgetter("end_token")
 
 
 class KeptPages:
@@ -39,20 +33,9 @@ class KeptPages:
     def end_step(self) -> None:
         """Let go of what was not asked for in the step that ends."""
         before, self._before, self._now = self._before, self._now, {}
-        self._let_go(before)
+        self._primary.end_reads(before, gpu=False)
 
     def clear(self) -> None:
         """Let go of everything."""
         self.end_step()
         self.end_step()
-
-    def _let_go(self, entries: Iterable[Entry]) -> None:
-        self._primary.end_reads(tail_first(entries), gpu=False)
-
-
-def tail_first(entries: Iterable[Entry]) -> list[Entry]:
-    """The end of a prefix first: it is evicted first, as without its start it is useless."""
-    found = sorted(entries, key=_END_TOKEN, reverse=True)
-    if len({entry.key[-4:] for entry in found}) > 1:
-        found.sort(key=lambda entry: key_group(entry.key), reverse=True)
-    return found

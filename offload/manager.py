@@ -11,6 +11,8 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from operator import attrgetter
+from types import MappingProxyType
 from typing import NamedTuple
 
 from kvstrata.offload.audit.audits import Audits
@@ -20,12 +22,12 @@ from kvstrata.offload.cascade import Cascades
 from kvstrata.offload.config import OffloadConfig
 from kvstrata.offload.costs import PrefillSpeed
 from kvstrata.offload.events import Event, Report
-from kvstrata.offload.eviction import policy_class
-from kvstrata.offload.kept import KeptPages, tail_first
+from kvstrata.offload.kept import KeptPages
 from kvstrata.offload.lookup import Answer, TierLookup
 from kvstrata.offload.offers import Offers
 from kvstrata.offload.payoff import Payoff
 from kvstrata.offload.pins import Pins
+from kvstrata.offload.policies import policy_class
 from kvstrata.offload.primary import Entry, PrimaryTier, Writer
 from kvstrata.offload.promotion import Promotions
 from kvstrata.offload.request import RequestState
@@ -37,6 +39,7 @@ from kvstrata.tiers.base import PageLayout, RequestView
 # Members bound once: in Python 3.11 each `Answer.HIT` is a call.
 _HIT, _MISS, _PENDING = Answer.HIT, Answer.MISS, Answer.PENDING
 _GPU = Writer.GPU
+_END_TOKEN = attrgetter("end_token")
 
 
 class StorePlan(NamedTuple):
@@ -64,6 +67,8 @@ class TieringManager:
             once more before the first look-up after it, since weights may be loaded in between.
             From then on they are not fixed.
         ready: how many slots, from the first on, can be used by now; at least 1. All, unless given.
+        windows: by group, how many tokens before the end of a hit its layers need, where not all
+            (a sliding window, a state).
         clock: seconds, monotonic.
     """
 
@@ -80,6 +85,7 @@ class TieringManager:
         weights_fixed: bool,
         weights_changed: Callable[[], bool] | None = None,
         ready: Callable[[], int] | None = None,
+        windows: Mapping[int, int] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._valid = valid
@@ -91,7 +97,9 @@ class TieringManager:
         self.counters: Counter[str] = self._report.counters
         self._slots = slots
         self._ready = ready or (lambda: slots)
-        self.primary = PrimaryTier(self._ready(), policy_class(config.eviction_policy)(slots))
+        policy = policy_class(config.eviction_policy)(slots, windows or {})
+        self.primary = PrimaryTier(self._ready(), policy)
+        self._several_groups = len(layouts) > 1
         self._kept = KeptPages(self.primary)
         self._pins = Pins(self.primary, config.pin_fraction, clock)
         self._offers = Offers(config.store_threshold, config.max_tracker_size)
@@ -105,6 +113,7 @@ class TieringManager:
             self._jobs,
             self._payoff,
             layouts,
+            self._ask,
             self._held,
             clock,
             self._report,
@@ -209,11 +218,11 @@ class TieringManager:
             if entry is None or not entry.ready:
                 raise KeyError(f"page {key.hex()} is not ready to be loaded")
             entries.append(entry)
+        state = self._state(request)
         self.primary.begin_reads(entries, gpu=True)
-        self.touch(keys, request)
+        self._ask({entry.key: entry.end_token for entry in entries}, state)
         self.counters["loaded_pages"] += len(entries)
-        self._cascades.asked(keys)
-        self._asked_again(entries, self._state(request))
+        self._asked_again(entries, state)
         self.audits.served(len(entries))
         return [entry.slot for entry in entries]
 
@@ -221,14 +230,13 @@ class TieringManager:
         """The GPU has the pages."""
         entries = self.primary.find(keys)
         assert len(entries) == len(keys), "a page held by prepare_load cannot leave"
-        self.primary.end_reads(tail_first(entries), gpu=True)
+        self.primary.end_reads(entries, gpu=True)
 
     def touch(self, keys: Collection[bytes], request: RequestView) -> None:
-        """The pages, in prefix order, were used, perhaps elsewhere (in GPU memory)."""
-        self.primary.touch(reversed(list(keys)))
-        for link in self._jobs.links:
-            if link.breaker.closed:
-                link.tier.touch(keys, request)
+        """The request uses the pages, in prefix order, perhaps elsewhere (in GPU memory)."""
+        found = self.primary.find(keys)
+        self._ask({entry.key: entry.end_token for entry in found}, self._state(request))
+        self._touch_tiers(keys, request)
 
     # -- store --------------------------------------------------------------------
 
@@ -253,29 +261,25 @@ class TieringManager:
             state.progress = self._speed.advance(
                 state.progress, self._step, self._clock(), max(ends.values())
             )
+        self._ask(ends, state)
         get = self.primary.get
         present = [key for key in ends if get(key) is not None]
         new = [key for key in ends if get(key) is None] if present else list(ends)
         if self.audits.findings.refused:
             new = [key for key in new if key not in self.audits.findings.refused]
         wanted = self._offers.wanted(new)
-        # More than could ever fit: its beginning is better than nothing.
-        del wanted[max(0, self.primary.slots - len(present) - len(self._pins)) :]
-        taken = self.primary.allocate(
-            [(key, ends[key]) for key in wanted], Writer.GPU, protected=present
-        )
+        self.counters["stores_skipped"] += len(new) - len(wanted)
+        taken = self._take(wanted, ends, state)
         if taken is None:
             self.counters["store_no_room"] += 1
             return None
-        self._offers.count(new)
-        self._cascades.asked(ends)
         if present:  # vLLM found them in GPU memory
             here = [entry for entry in self.primary.find(present) if entry.ready]
             self._asked_again(here, state)
-        self.counters["stores_skipped"] += len(new) - len(wanted)
         entries, evicted = taken
         self._report.left(evicted)
-        if spare := self.audits.choose(ends, present, entries, state):
+        spare = self.audits.choose(ends, present, entries, state)
+        if spare or self._several_groups:
             slots = {entry.key: entry for entry in (*entries, *spare)}
             entries = [slots[key] for key in ends if key in slots]
         if entries:
@@ -285,7 +289,7 @@ class TieringManager:
     def complete_store(self, keys: Collection[bytes], request: RequestView) -> None:
         """The GPU's pages of one plan have arrived: make them loadable, and cascade."""
         keys = self.audits.computed(keys, request.req_id, self._valid)
-        stored = tail_first(self.primary.find(keys))
+        stored = sorted(self.primary.find(keys), key=_END_TOKEN)
         valid = self._valid
         if bad := [entry for entry in stored if not valid(entry.slot)]:
             stored = [entry for entry in stored if entry not in bad]
@@ -293,12 +297,11 @@ class TieringManager:
             self.counters["incomplete_pages"] += len(bad)
         state = self._state(request)
         if stored:
-            in_order = stored[::-1]
             self.counters["stored_pages"] += len(stored)
-            self._report.came([entry.key for entry in in_order])
+            self._report.came([entry.key for entry in stored])
             # Held by the tiers before they become idle, they are not pinned twice.
-            self._cascades.give(in_order, state)
-            self._pin(in_order, state)
+            self._cascades.give(stored, state)
+            self._pin(stored, state)
             self.primary.finish_writes(stored, good=True)
         self.audits.stored(keys, request)
         state.open_stores -= 1
@@ -312,10 +315,20 @@ class TieringManager:
         for link in self._jobs.links:
             link.tier.on_new_request(request)
 
-    def on_request_finished(self, request: RequestView) -> None:
-        """No more look-ups, loads and stores will be prepared for the request."""
+    def on_request_finished(
+        self, request: RequestView, pages: Mapping[bytes, int] = MappingProxyType({})
+    ) -> None:
+        """No more look-ups, loads and stores will be prepared for the request.
+
+        `pages` are those of which it consists, with their end tokens, as far as they are known:
+        the first ones may have been in GPU memory, and it used them too.
+        """
         state = self._state(request)
         state.finished = True
+        here = self.primary.find(pages)
+        self._ask({entry.key: entry.end_token for entry in here}, state)
+        self.primary.ended(state.use)
+        self._touch_tiers(state.use.in_order(), request)
         self.audits.end(state)
         self._forget_if_over(state)
 
@@ -362,13 +375,13 @@ class TieringManager:
         self._kept.clear()
         self._pins.clear()
         held = self.audits.clear() + self.primary.reset()
-        self._offers.clear()
         self._report.events.clear()
         for state in list(self._requests.values()):
             # vLLM reports no completion for what was under way before a reset
             state.open_stores = 0
             state.sources.clear()
             state.progress = None
+            state.stored_until = None
             self._forget_if_over(state)
         self._polled = False
         self._was_reset = True
@@ -416,6 +429,42 @@ class TieringManager:
             self._requests.pop(state.view.req_id, None)
             for link in self._jobs.links:
                 link.tier.on_request_finished(state.view)
+
+    def _ask(self, ends: Mapping[bytes, int], state: RequestState) -> None:
+        """A request asks for pages, perhaps once more; their end tokens by key."""
+        use = state.use
+        use.renew()
+        if pages := {key: end for key, end in ends.items() if key not in use.seen}:
+            self.primary.ask(pages, use)
+            self._offers.count(pages)
+            self._cascades.asked(pages)
+
+    def _take(
+        self, wanted: list[bytes], ends: Mapping[bytes, int], state: RequestState
+    ) -> tuple[list[Entry], list[bytes]] | None:
+        """Slots for the first of the wanted pages, and what was evicted; None: no room now."""
+        if self._several_groups:
+            wanted.sort(key=ends.__getitem__)
+        if state.stored_until is not None:  # without what comes before them they are worth nothing
+            wanted = [key for key in wanted if ends[key] < state.stored_until]
+        entries, evicted = self.primary.allocate(
+            [(key, ends[key]) for key in wanted],
+            Writer.GPU,
+            state.use,
+            must=self._cascades.wanted(state),
+        )
+        if len(entries) < len(wanted):
+            if not (entries or self.primary.idle):
+                return None
+            state.stored_until = ends[wanted[len(entries)]]
+            self.counters["stores_declined"] += len(wanted) - len(entries)
+        return entries, evicted
+
+    def _touch_tiers(self, keys: Collection[bytes], request: RequestView) -> None:
+        """Tell the tiers that the pages, in prefix order, were used."""
+        for link in self._jobs.links:
+            if link.breaker.closed:
+                link.tier.touch(keys, request)
 
     def _asked_again(self, entries: Sequence[Entry], state: RequestState) -> None:
         """Pages that are ready already: tiers that do not have them may want them now."""

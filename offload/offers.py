@@ -28,14 +28,10 @@ class Offers:
         return len(self._counts)
 
     def wanted(self, keys: Iterable[bytes]) -> list[bytes]:
-        """The keys for which the offer now being made is one to store them at."""
+        """Those of the keys that were offered often enough."""
         if not self.counts:
             return list(keys)
-        return [key for key in keys if self._counts.get(key, 0) + 1 >= self._threshold]
-
-    def was_wanted(self, key: bytes) -> bool:
-        """Whether the key was offered often enough already."""
-        return self._counts.get(key, 0) >= self._threshold
+        return [key for key in keys if self._counts.get(key, 0) >= self._threshold]
 
     def count(self, keys: Iterable[bytes]) -> None:
         """The keys were offered."""
@@ -45,7 +41,3 @@ class Offers:
             self._counts[key] = self._counts.pop(key, 0) + 1
         while len(self._counts) > self._capacity:
             self._counts.popitem(last=False)
-
-    def clear(self) -> None:
-        """Forget all counts."""
-        self._counts.clear()

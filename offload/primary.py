@@ -8,10 +8,11 @@ more, so that two owners can never write one slot.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from kvstrata.offload.eviction import EvictionPolicy
+from kvstrata.offload.line import Use
 
 
 class Writer(enum.Enum):
@@ -111,43 +112,43 @@ class PrimaryTier:
         """Slots that secondary tiers are filling."""
         return self._promoting
 
+    def ask(self, pages: Mapping[bytes, int], use: Use) -> None:
+        """A request asks for pages, for each the first time; their end tokens by key."""
+        use.see(pages)
+        self._policy.ask(pages, use)
+
+    def ended(self, use: Use) -> None:
+        """A request ended."""
+        use.renew()
+        self._policy.ended(use)
+
     def allocate(
-        self,
-        keys: Sequence[tuple[bytes, int]],
-        writer: Writer,
-        protected: Collection[bytes] = (),
-    ) -> tuple[list[Entry], list[bytes]] | None:
-        """Take a slot for each of the new keys, all or none.
+        self, keys: Iterable[tuple[bytes, int]], writer: Writer, use: Use, *, must: bool
+    ) -> tuple[list[Entry], list[bytes]]:
+        """Take slots for new pages of a request, until there is none that may be taken.
 
         Args:
-            keys: distinct keys of which none is present, each with its end token.
+            keys: distinct keys of which none is present, each with its end token, in prefix order.
             writer: who will fill the pages.
-            protected: present keys that must not be evicted for this.
+            use: the request's.
+            must: also for pages that are worth less than those that would leave for them.
 
         Returns:
-            The new entries in the order of `keys`, and the keys evicted for them; None
-            when not enough pages are idle.
+            The entries of the first keys, and the keys evicted for them.
         """
-        held = [entry for key in protected if (entry := self._idle_entry(key)) is not None]
-        if len(keys) > self.free + self.idle - len(held):
-            return None
-        for entry in held:
-            self._policy.pin(entry.key)
         policy, free, known = self._policy, self._free, self._entries
         evicted: list[bytes] = []
         entries: list[Entry] = []
         for key, end_token in keys:
-            policy.admit(key)
             if not free:
-                victim = known.pop(policy.evict())
-                victim.attached = False
-                evicted.append(victim.key)
-                free.append(victim.slot)
+                victim_key = policy.evict(key, end_token, use, must=must)
+                if victim_key is None:
+                    break
+                self._evicted(victim_key)
+                evicted.append(victim_key)
             known[key] = entry = Entry(key, free.pop(), end_token, writer)
-            policy.insert(key)
+            policy.insert(key, end_token, use)
             entries.append(entry)
-        for entry in held:
-            policy.unpin(entry.key)
         if writer is _TIER:
             self._promoting += len(entries)
         return entries, evicted
@@ -163,10 +164,11 @@ class PrimaryTier:
         """
         evicted: list[bytes] = []
         if not self._free:
-            victim = self._entries.pop(self._policy.evict())
-            victim.attached = False
-            evicted.append(victim.key)
-            self._free.append(victim.slot)
+            victim_key = self._policy.evict(key, end_token, Use(), must=True)
+            if victim_key is None:
+                raise LookupError("no idle page")
+            self._evicted(victim_key)
+            evicted.append(victim_key)
         self._promoting += writer is _TIER
         return Entry(key, self._free.pop(), end_token, writer, attached=False), evicted
 
@@ -206,7 +208,7 @@ class PrimaryTier:
                 entry.tier_reads += 1
 
     def end_reads(self, entries: Iterable[Entry], *, gpu: bool) -> None:
-        """Let go of pages held by `begin_reads`, in this order."""
+        """Let go of pages held by `begin_reads`."""
         unpin = self._policy.unpin
         for entry in entries:
             if gpu:
@@ -219,12 +221,6 @@ class PrimaryTier:
                 unpin(entry.key)
             else:
                 self._release(entry)
-
-    def touch(self, keys: Iterable[bytes]) -> None:
-        """The pages were used; unknown keys are ignored."""
-        for key in keys:
-            if key in self._entries:
-                self._policy.touch(key)
 
     def reset(self) -> list[Entry]:
         """Forget all keys.
@@ -250,9 +246,10 @@ class PrimaryTier:
         if not entry.busy:
             self._release(entry)
 
-    def _idle_entry(self, key: bytes) -> Entry | None:
-        entry = self._entries.get(key)
-        return entry if entry is not None and not entry.busy else None
+    def _evicted(self, key: bytes) -> None:
+        victim = self._entries.pop(key)
+        victim.attached = False
+        self._free.append(victim.slot)
 
     def _detach(self, entry: Entry) -> None:
         del self._entries[entry.key]

@@ -48,6 +48,7 @@ class Promotions:
         jobs: the tiers' jobs.
         payoff: tells whether loading is worth it.
         layouts: page layout by group.
+        asked: told of the pages that a request asks for.
         held: slots held by promotions, cascades and pins.
         clock: seconds, monotonic.
         report: the manager's.
@@ -61,12 +62,14 @@ class Promotions:
         jobs: TierJobs,
         payoff: Payoff,
         layouts: Mapping[int, PageLayout],
+        asked: Callable[[Mapping[bytes, int], RequestState], None],
         held: Callable[[], int],
         clock: Callable[[], float],
         report: Report,
     ) -> None:
         self._deadline_s = config.promotion_deadline_s
         self._fraction = config.promotion_fraction
+        self._asked = asked
         self._held = held
         self._primary = primary
         self._kept = kept
@@ -101,18 +104,20 @@ class Promotions:
         if not self._may_go_on(state):
             self._report.counters["promotion_timeouts"] += 1
             return False
-        taken = None
         slots = self._primary.slots
         of_one = most = max(1, int(slots * self._fraction))
         if len(self._jobs.links) > 1:
             of_one = max(1, int(most * MOST_OF_ONE_TIER))
         has_room = link.promoting < of_one and len(self._started) < most
+        entries: list[Entry] = []
         if has_room and self._held() < math.ceil(slots * max(MOST_HELD, self._fraction)):
-            taken = self._primary.allocate([(key, end_token)], Writer.TIER)
-        if taken is None:
+            self._asked({key: end_token}, state)
+            page = (key, end_token)
+            entries, evicted = self._primary.allocate([page], Writer.TIER, state.use, must=True)
+        if not entries:
             self._report.counters["promotion_no_room"] += 1
             return False
-        (entry,), evicted = taken
+        (entry,) = entries
         self._report.left(evicted)
         # Tiers before this one do not have the page; of those behind it nothing is known.
         entry.offered = ~(link.bit - 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from kvstrata.offload.costs import Progress
+from kvstrata.offload.line import Use
 from kvstrata.offload.wishes import NO_WISHES, Wishes
 from kvstrata.tiers.base import RequestView
 
@@ -33,6 +34,9 @@ class RequestState:
     missed_from: int | None = None
     missed_in: int = -1  # the step in which it was
     open_stores: int = 0
+    use: Use = field(default_factory=Use)  # of the primary tier
+    # End token of its first page that found no slot: those behind it are not stored either
+    stored_until: int | None = None
     finished: bool = False
 
     def missed(self, end_token: int, step: int) -> None:

@@ -24,12 +24,16 @@ _TOKENS = 256  # of a chunk
 _HEADER_BYTES = 4096
 
 
-def make(name: str, slots: int, tier: bool) -> Any:
-    """A manager of `slots` pages, with or without a secondary tier; vLLM's OffloadingManager."""
-    return {OURS: _ours, STOCK: _stock}[name](slots, tier)
+def make(name: str, slots: int, tier: bool, policy: str | None = None, groups: int = 1) -> Any:
+    """A manager of `slots` pages, with or without a secondary tier; vLLM's OffloadingManager.
+
+    policy: "lru" or "arc", or of ours "auto"; each manager's own default, if not given.
+    """
+    maker, default = {OURS: (_ours, "auto"), STOCK: (_stock, "lru")}[name]
+    return maker(slots, tier, policy or default, groups)
 
 
-def _ours(slots: int, tier: bool) -> Any:
+def _ours(slots: int, tier: bool, policy: str, groups: int) -> Any:
     """As an engine opens it: behind the adapter, the tier behind its guard."""
     from kvstrata.offload.vllm_plugin.manager import open_manager
 
@@ -39,10 +43,13 @@ def _ours(slots: int, tier: bool) -> Any:
         "slot_bytes": _PAGE_BYTES,
         "workers": 1,
         "model": "benchmark",
-        "layouts": layouts_to_json({0: layout}),
+        "layouts": layouts_to_json(dict.fromkeys(range(groups), layout)),
         "namespace": {},
         "weights_fixed": True,
-        "elements": {0: [Elements(_PAGE_BYTES, "U8", _PAGE_BYTES, 1).to_json()]},
+        "elements": {
+            group: [Elements(_PAGE_BYTES, "U8", _PAGE_BYTES, 1).to_json()]
+            for group in range(groups)
+        },
         "weights_watch": None,
         "lora": False,
     }
@@ -53,7 +60,7 @@ def _ours(slots: int, tier: bool) -> Any:
     reserver.start(lambda slots: None)
     entry = {"type": InstantTier.__name__, "module_path": InstantTier.__module__}
     tiers = (TierEntry("instant", entry),) if tier else ()
-    settings = OffloadConfig(cpu_bytes=slots * _PAGE_BYTES, tiers=tiers)
+    settings = OffloadConfig(cpu_bytes=slots * _PAGE_BYTES, tiers=tiers, eviction_policy=policy)
     manager = open_manager(cast(Any, engine), settings, events=False)
     region.close()
     return manager
@@ -72,7 +79,7 @@ class _Pages:
         """Nothing is shared."""
 
 
-def _stock(slots: int, tier: bool) -> Any:
+def _stock(slots: int, tier: bool, policy: str, groups: int) -> Any:
     """As vLLM's TieringOffloadingSpec makes it, with its own example of a tier."""
     from vllm.v1.kv_offload.tiering.example.manager import ExampleSecondaryTierManager
     from vllm.v1.kv_offload.tiering.manager import (
@@ -80,7 +87,7 @@ def _stock(slots: int, tier: bool) -> Any:
         TieringOffloadingManager,
     )
 
-    primary = CPUPrimaryTierOffloadingManager(slots, cast(Any, _Pages(slots)))
+    primary = CPUPrimaryTierOffloadingManager(slots, cast(Any, _Pages(slots)), policy)
     view = primary.get_kv_memoryview()
     tiers = [ExampleSecondaryTierManager(cast(Any, None), view, "example")] if tier else []
     return TieringOffloadingManager(primary, cast(Any, tiers))

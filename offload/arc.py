@@ -1,0 +1,94 @@
+"""ARC: adaptive replacement between pages used once and pages used again."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+
+from kvstrata.offload.eviction import EvictionPolicy
+from kvstrata.offload.line import Line, Use
+
+
+class ARC(EvictionPolicy):
+    """Adaptive replacement cache (Megiddo and Modha, FAST 2003, figure 4).
+
+    T1 holds keys used once, T2 keys used again, B1 and B2 the keys lately evicted from each; a miss
+    that is found in B1 or B2 moves the target size of T1.
+    """
+
+    def __init__(self, capacity: int, windows: Mapping[int, int]) -> None:
+        self._capacity = capacity
+        self._windows = windows
+        self._target = 0.0  # p of the paper: wanted size of T1, in keys
+        self._t1, self._t2 = Line(windows), Line(windows)
+        self._b1: OrderedDict[bytes, None] = OrderedDict()
+        self._b2: OrderedDict[bytes, None] = OrderedDict()
+
+    def ask(self, pages: Mapping[bytes, int], use: Use) -> None:
+        # From the end, as they would have come: what is adapted to last counts most.
+        for key in reversed(list(pages)):
+            line = self._line(key)
+            if line is not None:
+                end_token, _, pinned = line.remove(key)
+                use.reused.add(key)
+                self._t2.add(key, end_token, use, pinned=pinned)
+            elif key in self._b1:
+                step = max(1.0, len(self._b2) / len(self._b1))
+                self._target = min(self._target + step, float(self._capacity))
+            elif key in self._b2:
+                step = max(1.0, len(self._b1) / len(self._b2))
+                self._target = max(self._target - step, 0.0)
+
+    def evict(self, key: bytes, end_token: int, use: Use, *, must: bool) -> bytes | None:
+        size = len(self._t1)
+        from_t1 = size > self._target or (key in self._b2 and 0 < size == self._target)
+        lines = [(self._t1, self._b1), (self._t2, self._b2)]
+        for line, ghosts in lines if from_t1 else reversed(lines):
+            oldest = line.oldest()
+            if oldest is None or (oldest.use is use and oldest.end_token < end_token and not must):
+                continue
+            line.remove(oldest.key)
+            ghosts[oldest.key] = None
+            return oldest.key
+        return None
+
+    def insert(self, key: bytes, end_token: int, use: Use) -> None:
+        again = False
+        for ghosts in (self._b1, self._b2):
+            if key in ghosts:
+                del ghosts[key]
+                again = True
+        (self._t2 if again else self._t1).add(key, end_token, use, pinned=True)
+        self._trim_ghosts()
+
+    def pin(self, key: bytes) -> None:
+        (self._t1 if key in self._t1 else self._t2).pin(key)
+
+    def unpin(self, key: bytes) -> None:
+        (self._t1 if key in self._t1 else self._t2).unpin(key)
+
+    def remove(self, key: bytes) -> None:
+        (self._t1 if key in self._t1 else self._t2).remove(key)
+
+    def ended(self, use: Use) -> None:
+        pass  # what is learnt was learnt when it asked
+
+    def idle(self) -> int:
+        return sum(len(line) - line.pinned for line in (self._t1, self._t2))
+
+    def clear(self) -> None:
+        self._target = 0.0
+        self._t1, self._t2 = Line(self._windows), Line(self._windows)
+        self._b1.clear()
+        self._b2.clear()
+
+    def _line(self, key: bytes) -> Line | None:
+        return self._t1 if key in self._t1 else self._t2 if key in self._t2 else None
+
+    def _trim_ghosts(self) -> None:
+        while self._b1 and len(self._t1) + len(self._b1) > self._capacity:
+            self._b1.popitem(last=False)
+        total = len(self._t1) + len(self._t2) + len(self._b1) + len(self._b2)
+        while self._b2 and total > 2 * self._capacity:
+            self._b2.popitem(last=False)
+            total -= 1

@@ -1,0 +1,85 @@
+"""The default order of eviction: without LRU's cliff, and as good as LRU where that is best."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
+
+from kvstrata.offload.frequency import Frequency
+from kvstrata.offload.line import Use
+from kvstrata.offload.window import Windowed
+from kvstrata.tiers.base import key_group
+
+# Shares of the window that are tried. A small one keeps what it has: for cycles, scans, popular
+# documents. The whole is LRU. On long traces of conversations something between is best.
+SHARES = (0.05, 0.6, 1.0)
+# Shadows have so many keys at least; larger tiers are sampled. Errors of a few thousand keys are a
+# percent or two (Waldspurger et al., "Cache modeling and optimization using miniature simulations",
+# USENIX ATC 2017).
+SHADOW_KEYS = 2048
+# What was found counts half after requests for so many times the tier.
+HALF_LIFE = 8
+# Another share must have found so many times as much: moving between equals costs hits.
+BETTER = 1.02
+
+
+class Auto(Windowed):
+    """`Windowed` with the share that would have found most of late.
+
+    Shadows, caches of keys alone with one share each, play a sample of the pages that requests ask
+    for. Until one finds more than the others, this is LRU.
+    """
+
+    def __init__(self, capacity: int, windows: Mapping[int, int]) -> None:
+        super().__init__(capacity, windows, SHARES[-1], Frequency(capacity))
+        sampled = capacity
+        self._mask = 0  # a key is sampled if its hash has none of these bits
+        while sampled >= 2 * SHADOW_KEYS:
+            sampled //= 2
+            self._mask = 2 * self._mask + 1
+        self._half_life = HALF_LIFE * sampled
+        self._shadows = [Windowed(sampled, windows, share, self._frequency) for share in SHARES]
+        self._found = [0.0] * len(SHARES)
+
+    def ask(self, pages: Mapping[bytes, int], use: Use) -> None:
+        self._frequency.count(pages)
+        super().ask(pages, use)
+
+    def ended(self, use: Use) -> None:
+        mask = self._mask
+        sample = [page for page in use.seen.items() if not hash(page[0]) & mask]
+        if not sample:
+            return
+        sample.sort(key=itemgetter(1))
+        pages = dict(sample)
+        # Of a sliding window only the last pages are needed: they do not tell how far a hit goes.
+        whole = [key for key in pages if key_group(key) not in self._windows] or list(pages)
+        fade = 0.5 ** (len(sample) / self._half_life)
+        found = [
+            fade * before + play(shadow, pages, whole)
+            for before, shadow in zip(self._found, self._shadows, strict=True)
+        ]
+        self._found = found
+        best = max(range(len(SHARES)), key=found.__getitem__)
+        if found[best] > BETTER * found[SHARES.index(self.share)]:
+            self.share = SHARES[best]
+
+    def clear(self) -> None:
+        super().clear()
+        for shadow in self._shadows:
+            shadow.clear()
+
+
+def play(shadow: Windowed, pages: Mapping[bytes, int], whole: Sequence[bytes]) -> int:
+    """Let a request use pages, in prefix order; how many of `whole` it found before one missed."""
+    use = Use()
+    hits = next((at for at, key in enumerate(whole) if key not in shadow), len(whole))
+    new = {key: end_token for key, end_token in pages.items() if key not in shadow}
+    use.see(pages)
+    shadow.ask(pages, use)
+    for key, end_token in new.items():
+        if len(shadow) >= shadow.capacity and shadow.evict(key, end_token, use, must=False) is None:
+            break
+        shadow.insert(key, end_token, use)
+        shadow.unpin(key)
+    return hits
