@@ -131,6 +131,8 @@ class TieringManager:
         )
         self._wishes = WishReader([link.name for link in self._jobs.links])
         self._requests: dict[str, RequestState] = {}
+        # By request: pages of its load to which their keys led no more when it began
+        self._late: dict[str, dict[bytes, Entry]] = {}
         self._newest = 0  # number of the newest request
         self._step = 0
         self._polled = False  # results were taken in this step
@@ -186,12 +188,14 @@ class TieringManager:
     def _find(self, key: bytes, end_token: int, request: RequestView) -> Answer:
         entry = self.primary.get(key)
         if entry is None:
+            if self._kept.outlived:
+                self._kept.drop_outlived(request.req_id)
             if key in self.audits.findings.refused:
                 return _MISS
             return self._lookup.ask(key, end_token, self._state(request))
         writer = entry.writer
         if writer is None:
-            self._kept.keep(entry)
+            self._kept.keep(entry, request.req_id)
             self.counters["primary_hits"] += 1
             if self._promotions.unsent:
                 self._promotions.reached(request.req_id, end_token)
@@ -207,28 +211,48 @@ class TieringManager:
         return state.sources.get(key) if state is not None else None
 
     def prepare_load(self, keys: Sequence[bytes], request: RequestView) -> list[int]:
-        """Hold pages that were just looked up as HIT; their slots in the order of `keys`.
+        """Hold pages that the request was answered HIT when it was looked up last.
+
+        Some steps may have passed since, with a reset among them, after which the pages are of
+        the weights that the request began with.
+
+        Returns:
+            Their slots in the order of `keys`.
 
         Raises:
-            KeyError: a page is not ready in the primary tier.
+            KeyError: the request was not answered HIT.
         """
+        name = request.req_id
+        held = self._kept.of(name) if name in self._kept.outlived else None
         entries = []
         for key in keys:
             entry = self.primary.get(key)
-            if entry is None or not entry.ready:
-                raise KeyError(f"page {key.hex()} is not ready to be loaded")
+            if held is not None or entry is None or not entry.ready:
+                if held is None:
+                    held = self._kept.of(name)
+                entry = held.get(key)
+                if entry is None:
+                    raise KeyError(f"page {key.hex()} is not ready to be loaded")
             entries.append(entry)
         state = self._state(request)
         self.primary.begin_reads(entries, gpu=True)
+        self._kept.loads(name)
         self._ask({entry.key: entry.end_token for entry in entries}, state)
         self.counters["loaded_pages"] += len(entries)
-        self._asked_again(entries, state)
+        here = entries
+        if held is not None:  # what is not here any more may be of earlier weights
+            here = [entry for entry in entries if entry.attached]
+            self._late[name] = {entry.key: entry for entry in entries if not entry.attached}
+        self._asked_again(here, state)
         self.audits.served(len(entries))
         return [entry.slot for entry in entries]
 
-    def complete_load(self, keys: Collection[bytes]) -> None:
-        """The GPU has the pages."""
-        entries = self.primary.find(keys)
+    def complete_load(self, keys: Collection[bytes], request: RequestView | None = None) -> None:
+        """The GPU has the pages. Without `request` none of them had outlived a reset."""
+        late = self._late.pop(request.req_id, None) if request is not None else None
+        entries = self.primary.find(keys if late is None else [k for k in keys if k not in late])
+        if late is not None:
+            entries += late.values()
         assert len(entries) == len(keys), "a page held by prepare_load cannot leave"
         self.primary.end_reads(entries, gpu=True)
 
@@ -255,6 +279,7 @@ class TieringManager:
         """
         # vLLM asks after the end of the step: this must not pass for the next step's poll.
         self._take_results()
+        self._kept.computes(request.req_id)
         state = self._state(request)
         ends = dict(keys)
         if ends:
@@ -329,6 +354,7 @@ class TieringManager:
         self._ask({entry.key: entry.end_token for entry in here}, state)
         self.primary.ended(state.use)
         self._touch_tiers(state.use.in_order(), request)
+        self._kept.drop(request.req_id)
         self.audits.end(state)
         self._forget_if_over(state)
 
@@ -372,9 +398,11 @@ class TieringManager:
         """
         self._take_results()
         self._promotions.clear()
-        self._kept.clear()
+        self._kept.reset()
         self._pins.clear()
         held = self.audits.clear() + self.primary.reset()
+        held += dict.fromkeys(entry for late in self._late.values() for entry in late.values())
+        self._late.clear()
         self._report.events.clear()
         for state in list(self._requests.values()):
             # vLLM reports no completion for what was under way before a reset

@@ -175,8 +175,7 @@ class Promotions:
                 link.promoting -= 1
         self._primary.finish_writes(good, good=True)
         arrived = [entry for entry in good if entry.attached]
-        for entry in arrived:
-            self._kept.keep(entry)
+        self._kept.arrived(arrived)
         link.recent.extend(arrived[:1])
         self._report.came([entry.key for entry in arrived])
         if result.failed:

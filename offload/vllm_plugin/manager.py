@@ -100,7 +100,7 @@ class KVStrataManager(OffloadingManager):
         return self._transfer(ordered, slots)
 
     def complete_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
-        self._manager.complete_load(keys)
+        self._manager.complete_load(keys, self._view(req_context))
 
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
         self._manager.touch(keys, self._view(req_context))

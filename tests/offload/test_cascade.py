@@ -123,6 +123,7 @@ def test_pinned_pages_survive_a_flood() -> None:
         world.step(3)
         world.store([chunk(number + 1, 0), chunk(number + 1, 1)], world.request("2"))
     assert [world.lookup(item, request) for item in ITEMS[:3]] == [HIT, HIT, MISS]
+    world.manager.on_request_finished(request)
     world.now = 60.0
     world.step(3)
     world.store([chunk(7, index) for index in range(4)], world.request("2"))

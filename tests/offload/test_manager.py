@@ -574,6 +574,103 @@ def test_pages_are_given_up_when_nobody_asks_any_more() -> None:
     assert world.manager.prepare_store(ITEMS[1:2], request) is not None
 
 
+def hit_and_then_others(slots: int = 2) -> tuple[World, RequestView]:
+    """A request was answered HIT for all pages that fit; others would like their slots."""
+    world = World([], slots=slots)
+    request = world.request()
+    world.store(ITEMS[:slots], world.request("before"))
+    assert [world.lookup(item, request) for item in ITEMS[:slots]] == [HIT] * slots
+    for number in range(10):
+        world.step()
+        assert world.manager.prepare_store(ITEMS[2:3], world.request(f"other{number}")) is None
+    return world, request
+
+
+def test_a_load_may_begin_some_steps_after_the_look_up() -> None:
+    """vLLM 0.33 defers loads into blocks that steps under way may still read."""
+    world, request = hit_and_then_others()
+    slots = world.manager.prepare_load(KEYS[:2], request)
+    assert [world.memory[slot] for slot in slots] == [content(key) for key in KEYS[:2]]
+    world.step(2)
+    assert not world.manager._kept, "the load holds them"
+    assert world.manager.prepare_store(ITEMS[2:3], world.request("last")) is None
+    world.manager.complete_load(set(KEYS[:2]), request)
+    world.store(ITEMS[2:4], world.request("next"))
+
+
+def test_a_request_that_ends_lets_go() -> None:
+    world, request = hit_and_then_others()
+    world.manager.on_request_finished(request)
+    world.store(ITEMS[2:4], world.request("next"))
+
+
+def test_a_request_that_is_looked_up_anew_lets_go_of_what_it_does_not_ask_for_again() -> None:
+    world, request = hit_and_then_others()
+    assert world.lookup(ITEMS[0], request) is HIT
+    world.step()
+    world.store(ITEMS[2:3], world.request("next"))
+    assert world.manager.primary.get(KEYS[0]) is not None
+
+
+def test_a_late_load_outlives_a_reset() -> None:
+    world, request = hit_and_then_others()
+    assert world.manager.reset() == []
+    assert world.lookup(ITEMS[0], world.request("anew")) is MISS
+    slots = world.manager.prepare_load(KEYS[:2], request)
+    assert [world.memory[slot] for slot in slots] == [content(key) for key in KEYS[:2]]
+    assert world.manager.prepare_store(ITEMS[:1], world.request("next")) is None
+    world.manager.on_request_finished(request)  # aborted while it loads
+    world.manager.complete_load(set(KEYS[:2]), request)
+    world.step(2)
+    assert world.manager.primary.free == 2
+
+
+def test_what_outlives_a_change_of_weights_goes_to_no_tier() -> None:
+    old, new = Recorder(), Recorder()
+    world = World([old], weights_fixed=False, reopen=lambda: [new])
+    request = world.request()
+    world.store(ITEMS[:2], request)
+    assert world.lookup(ITEMS[0], request) is HIT
+    world.step()
+    world.manager.reset()
+    world.epoch = 1
+    other = world.request("other")
+    world.store(ITEMS[:1], other)
+    (slot,) = world.manager.prepare_load(KEYS[:1], request)
+    assert world.memory[slot] == content(KEYS[0], 0), "of the weights that it began with"
+    world.manager.prepare_load(KEYS[:1], other)
+    world.manager.complete_load(KEYS[:1], request)
+    world.manager.complete_load(KEYS[:1], other)
+    world.step(2)
+    assert old.submitted()
+    assert new.submitted() == [("store", "other", KEYS[:1])]
+    assert new._pages == {KEYS[0]: content(KEYS[0], 1)}
+    assert world.manager.primary.free + world.manager.primary.idle == world.slots
+
+
+def test_a_second_reset_while_two_late_loads_of_the_same_pages_are_under_way() -> None:
+    world, request = hit_and_then_others()
+    also = world.request("also")
+    assert [world.lookup(item, also) for item in ITEMS[:2]] == [HIT, HIT]
+    world.step()
+    world.manager.reset()
+    world.manager.prepare_load(KEYS[:2], request)
+    world.manager.prepare_load(KEYS[:2], also)
+    held = world.manager.reset()
+    assert [entry.key for entry in held] == KEYS[:2] and world.manager.primary.free == 0
+    for entry in held:
+        world.manager.primary.end_gpu(entry)
+    assert world.manager.primary.free == 2
+
+
+def test_a_request_that_is_looked_up_after_a_reset_lets_go() -> None:
+    world, request = hit_and_then_others()
+    world.manager.reset()
+    assert world.manager.primary.free == 0
+    assert world.lookup(ITEMS[0], request) is MISS
+    assert world.manager.primary.free == 2
+
+
 def test_load_of_a_page_that_is_not_ready() -> None:
     world = World([Recorder(*ITEMS)])
     request = world.request()

@@ -6,7 +6,7 @@ the GPU write and read the slots when they end, as late as they can.
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from hypothesis import settings
@@ -36,6 +36,8 @@ class Request:
     prefix: int
     waiting: bool = True  # its look-up is not over
     to: frozenset[str] | None = None  # the tiers that its pages may go to
+    late: list[bytes] = field(default_factory=list)  # what it will load some steps after
+    epoch: int = 0  # of those
 
 
 @dataclass
@@ -238,15 +240,29 @@ class ManagerMachine(RuleBasedStateMachine):
         if deferred:
             return
         request.waiting = False
-        if hits:
+        if hits and self.number % 4 == 2:
+            request.late, request.epoch = hits, self.epoch
+            self.world.step()
+        elif hits:
             self.wanted(request, hits)
             slots = self.manager.prepare_load(hits, request.view)
             self.loads.append(Transfer(request, hits, slots))
 
-    @precondition(lambda self: any(not r.waiting for r in self.requests))
+    @precondition(lambda self: any(r.late for r in self.requests))
+    @rule(data=st.data())
+    def load_late(self, data: st.DataObject) -> None:
+        """Some steps after the look-up, a reset perhaps in between."""
+        request = data.draw(st.sampled_from([r for r in self.requests if r.late]))
+        hits, request.late = request.late, []
+        self.wanted(request, hits)
+        slots = self.manager.prepare_load(hits, request.view)
+        self.check(Transfer(request, hits, slots), request.epoch)
+        self.manager.complete_load(set(hits), request.view)
+
+    @precondition(lambda self: any(not r.waiting and not r.late for r in self.requests))
     @rule(data=st.data(), first=st.integers(0, CHUNKS - 1), count=st.integers(1, CHUNKS))
     def store(self, data: st.DataObject, first: int, count: int) -> None:
-        running = [request for request in self.requests if not request.waiting]
+        running = [r for r in self.requests if not r.waiting and not r.late]
         request = data.draw(st.sampled_from(running))
         items = self.items(request)[first : first + count]
         absent = [key for key, _ in items if self.manager.primary.get(key) is None]
@@ -284,7 +300,7 @@ class ManagerMachine(RuleBasedStateMachine):
                 self.ask(request)
                 self.world.step()
                 self.world.now += 0.1
-        if not request.waiting:
+        if not request.waiting and not request.late:
             plan = self.prepare_store(request, self.items(request))
             if plan is not None and plan.keys:
                 self.stores.append(Transfer(request, plan.keys, plan.slots))
@@ -422,6 +438,9 @@ class ManagerMachine(RuleBasedStateMachine):
             live |= {id(entry): entry.slot for entry in held}
         for job in self.manager._jobs._running.values():
             live |= {id(entry): entry.slot for entry in job.entries.values()}
+        live |= {id(entry): entry.slot for entry in self.manager._kept}
+        for late in self.manager._late.values():
+            live |= {id(entry): entry.slot for entry in late.values()}
         for audit in self.audits._under_way:
             live |= {id(e): e.slot for e in (audit.computed, audit.served) if e is not None}
         assert len(set(live.values())) == len(live)
