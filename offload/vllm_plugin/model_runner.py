@@ -9,7 +9,6 @@ from vllm.config import VllmConfig
 from vllm.config.vllm import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.kv_cache_interface import AttentionSpec, MambaSpec
-from vllm.v1.worker.utils import customize_attention_spec
 
 
 def overwrites_before_flush(vllm_config: VllmConfig) -> bool:
@@ -18,7 +17,7 @@ def overwrites_before_flush(vllm_config: VllmConfig) -> bool:
 
     Model runner V2, the default on GPUs, zeroes new blocks and copies shared ones in
     `update_requests`, and only then calls `handle_preemptions`, which submits and flushes
-    (vllm/v1/worker/gpu/model_runner.py, 0.32 and 0.33). V1 calls it first. Blocks are zeroed where
+    (vllm/v1/worker/gpu/model_runner.py, 0.31 to 0.33). V1 calls it first. Blocks are zeroed where
     caches hold recurrent states or more than one precision
     (`KVCacheConfig.needs_kv_cache_zeroing`), and copied only with recurrent states
     (`partial_hash_hits_enabled`).
@@ -32,6 +31,6 @@ def overwrites_before_flush(vllm_config: VllmConfig) -> bool:
         if isinstance(spec, MambaSpec):
             return True
         if isinstance(spec, AttentionSpec):
-            spec = customize_attention_spec(module.get_attn_backend(), spec)
+            spec = module.get_attn_backend().customize_spec(spec)
             precisions.add((spec.dtype, spec.kv_quant_mode))
     return len(precisions) > 1

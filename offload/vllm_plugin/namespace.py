@@ -121,7 +121,7 @@ def check_secondary_tiers(vllm_config: VllmConfig) -> None:
     model = getattr(vllm_config, "model_config", None)
     multimodal = getattr(model, "multimodal_config", None)
     if getattr(multimodal, "mm_processor_cache_gb", None) == 0 and not cache.enable_prefix_caching:
-        # vllm/renderers/base.py, _process_mm_uuids, of 0.32 and 0.33
+        # vllm/renderers/base.py, _process_mm_uuids, of 0.31 to 0.33
         raise NamespaceError(
             "mm_processor_cache_gb=0 without prefix caching makes vLLM name images, videos and "
             "audio by a counter that begins anew in every process, so secondary_tiers would give "

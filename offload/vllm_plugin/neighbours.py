@@ -1,8 +1,8 @@
 """Other KV connectors in the same engine, by vLLM's MultiConnector.
 
 Beside one that writes to the KV cache no store is safe, so only such are supported that never do,
-whatever a request asks for. vLLM 0.32 does not tell this connector of blocks that it gives to
-another one's load, so that a store that still reads them is not flushed first; 0.33 does. In both,
+whatever a request asks for. vLLM before 0.33 does not tell this connector of blocks that it gives
+to another one's load, so that a store that still reads them is not flushed first. In any version,
 blocks that another connector loads within a step are offered for storing in that step, before it
 is known whether the load failed; and what was loaded was computed by an engine of which the
 namespace of these pages says nothing.
@@ -51,8 +51,8 @@ def check_neighbours(config: KVTransferConfig) -> None:
 
 
 def _never_writes(child: Mapping[str, Any]) -> bool:
-    """Whether a connector loads nothing for any request (its get_num_new_matched_tokens, in 0.32
-    and 0.33; Mooncake's asserts that a producer is not asked to)."""
+    """Whether a connector loads nothing for any request (its get_num_new_matched_tokens, in 0.31
+    to 0.33; Mooncake's asserts that a producer is not asked to)."""
     if child.get("kv_connector_module_path"):
         return False
     name = child.get("kv_connector")

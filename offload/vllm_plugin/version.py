@@ -7,7 +7,13 @@ import re
 # A release, or a build of it for some hardware: "0.32.0", "0.32.1.post1", "0.33.0+cu130".
 _RELEASE = re.compile(r"(\d+)\.(\d+)(\.\d+)?(\.post\d+)?(\+(cpu|cu\d+|rocm[\d.]*))?")
 
-SUPPORTED = ((0, 32), (0, 33))
+SUPPORTED = ((0, 31), (0, 32), (0, 33))
+
+
+def supported_versions() -> str:
+    """For messages: "0.31, 0.32 and 0.33"."""
+    *first, last = [f"{major}.{minor}" for major, minor in SUPPORTED]
+    return f"{', '.join(first)} and {last}"
 
 
 def check_version() -> None:
@@ -20,9 +26,8 @@ def check_version() -> None:
 
     found = tuple(vllm.__version_tuple__[:2])
     if found not in SUPPORTED:
-        names = " and ".join(f"{major}.{minor}" for major, minor in SUPPORTED)
         raise RuntimeError(
-            f"kvstrata supports vLLM {names}, this is {vllm.__version__}: "
+            f"kvstrata supports vLLM {supported_versions()}, this is {vllm.__version__}: "
             f"install a supported vLLM or a newer kvstrata"
         )
 

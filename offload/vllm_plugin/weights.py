@@ -33,7 +33,7 @@ from kvstrata.tiers.base import unseen, unseen_reason
 
 logger = logging.getLogger("kvstrata")
 
-# The load formats that read nothing but the files which `weight_files` finds (vLLM 0.32 and 0.33,
+# The load formats that read nothing but the files which `weight_files` finds (vLLM 0.31 to 0.33,
 # model_executor/model_loader; "gguf" is its plugin's). Any other is taken for one that does not:
 # of "npcache" a copy in another form counts, "ipc_cache", "modelexpress" and "tensorizer" read
 # from elsewhere, and a plugin's may do anything.
@@ -44,7 +44,7 @@ _FROM_FILES = frozenset(
     }
 )
 # Fields of a model's own configuration that name other models whose weights it reads, without a
-# revision (vLLM's Ultravox; no other model of 0.32 and 0.33 does).
+# revision (vLLM's Ultravox; no other model of 0.31 to 0.33 does).
 _OTHER_MODELS = ("audio_model_id", "text_model_id")
 
 

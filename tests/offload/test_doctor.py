@@ -104,9 +104,9 @@ def test_a_torch_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> Non
         (CPU, OK, "supported"),
         (CUDA, OK, "supported"),
         (("vllm", "0.32.1rc2.dev3+g12ab"), OK, "supported"),
-        (("vllm", "0.31.9"), PROBLEM, "not supported; vLLM 0.32 and 0.33 are"),
-        (("vllm", "0.34.0"), PROBLEM, "not supported; vLLM 0.32 and 0.33 are"),
-        (("vllm", "dev"), PROBLEM, "not supported; vLLM 0.32 and 0.33 are"),
+        (("vllm", "0.30.9"), PROBLEM, "not supported; vLLM 0.31, 0.32 and 0.33 are"),
+        (("vllm", "0.34.0"), PROBLEM, "not supported; vLLM 0.31, 0.32 and 0.33 are"),
+        (("vllm", "dev"), PROBLEM, "not supported; vLLM 0.31, 0.32 and 0.33 are"),
         (None, PROBLEM, "kvstrata runs inside vLLM"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The configuration classes of vLLM of which no field decides, of 0.32 and 0.33; see `table.py`."""
+"""The configuration classes of vLLM of which no field decides, of 0.31 to 0.33; see `table.py`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LEFT_OUT: Mapping[str, Fields] = {
         },
         left_out={
             "the worker's code; weights that it may load: see `weights_fixed`": (
-                "worker_cls worker_extension_cls"
+                "sd_worker_cls worker_cls worker_extension_cls"
             ),
             TOPOLOGY: """
                 _allow_auto_resolve_cp_interleave_size _api_process_count _api_process_rank
@@ -162,10 +162,11 @@ LEFT_OUT: Mapping[str, Fields] = {
     "PassConfig": fields(
         left_out={
             ROUNDING: """
-                eliminate_noops enable_qk_norm_rope_fusion fi_allreduce_fusion_max_size_mb
-                fuse_act_padding fuse_act_quant fuse_allreduce_rms fuse_attn_quant
-                fuse_mla_dual_rms_norm fuse_norm_quant fuse_qk_norm_rope_kvcache
-                fuse_rope_kvcache fuse_rope_kvcache_cat_mla rope_kvcache_fusion_max_token_num
+                eliminate_noops enable_qk_norm_rope_fusion enable_sp
+                fi_allreduce_fusion_max_size_mb fuse_act_padding fuse_act_quant
+                fuse_allreduce_rms fuse_attn_quant fuse_gemm_comms fuse_mla_dual_rms_norm
+                fuse_norm_quant fuse_qk_norm_rope_kvcache fuse_rope_kvcache
+                fuse_rope_kvcache_cat_mla rope_kvcache_fusion_max_token_num sp_min_token_num
             """,
         },
     ),
@@ -186,9 +187,9 @@ LEFT_OUT: Mapping[str, Fields] = {
     "KVTransferConfig": fields(
         left_out={
             "how KV is moved and kept, not what it is; the chunk's tokens are in `pages`": """
-                enable_permute_local_kv engine_id kv_buffer_device kv_connector
-                kv_connector_extra_config kv_connector_module_path kv_load_failure_policy
-                kv_port kv_role
+                enable_permute_local_kv engine_id kv_buffer_device kv_buffer_size kv_connector
+                kv_connector_extra_config kv_connector_module_path kv_ip kv_load_failure_policy
+                kv_parallel_size kv_port kv_rank kv_role
             """,
         },
     ),

@@ -13,7 +13,7 @@ from typing import Any
 from vllm.model_executor.models.registry import ModelRegistry
 
 # Kinds of RoPE whose frequencies are functions of the checkpoint's configuration alone
-# (vllm/model_executor/layers/rotary_embedding/ of 0.32 and 0.33). Not among them: "longrope", which
+# (vllm/model_executor/layers/rotary_embedding/ of 0.31 to 0.33). Not among them: "longrope", which
 # chooses its factors by max_model_len, and "dynamic", whose base follows the length.
 PLAIN_ROPE = frozenset(
     {

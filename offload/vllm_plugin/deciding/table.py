@@ -1,7 +1,7 @@
 """Which fields of vLLM's configuration classes decide K and V, and why the others do not.
 
-Every field of every class that VllmConfig leads to is here, for vLLM 0.32 and 0.33; a test holds
-the table against both. A field *decides* if it reaches the computation of K and V beyond rounding,
+Every field of every class that VllmConfig leads to is here, for vLLM 0.31 to 0.33; a test holds
+the table against each. A field *decides* if it reaches the computation of K and V beyond rounding,
 or gives tokens, images or other inputs their identity. What is left out has its reason. A field
 that is not here counts as deciding (`rule.py`).
 """
@@ -147,7 +147,7 @@ TABLE: Mapping[str, Fields] = {
             FORM: """
                 _block_size_resolved block_size effective_attention_block_size is_attention_free
                 kv_cache_layout mamba_block_size mamba_page_size_padded skip_page_size_padded
-                user_specified_block_size
+                user_specified_block_size user_specified_mamba_block_size
             """,
             SCHEDULING: """
                 cache_hit_alignment_tokens enable_mamba_shared_prefix_checkpoint
@@ -253,7 +253,8 @@ TABLE: Mapping[str, Fields] = {
         left_out={
             DERIVED: "mm_encoder_output_widths",
             PLACE: """
-                ec_buffer_device ec_buffer_size ec_connector_extra_config ec_ip ec_port engine_id
+                ec_buffer_device ec_buffer_size ec_connector_extra_config ec_ip ec_parallel_size
+                ec_port ec_rank engine_id
             """,
         },
     ),

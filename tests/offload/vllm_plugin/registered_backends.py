@@ -1,6 +1,6 @@
-"""Every attention backend that vLLM 0.32 and 0.33 register, and what is claimed of its caches.
+"""Every attention backend that vLLM 0.31 to 0.33 register, and what is claimed of its caches.
 
-From `AttentionBackendEnum` in vllm/v1/attention/backends/registry.py of both. New in 0.33:
+From `AttentionBackendEnum` in vllm/v1/attention/backends/registry.py of each. New in 0.33:
 ROCM_FLASHMLA_SPARSE_DSV41, FLASH_ATTN_MLA_SPARSE_FA4, STEP5_DSA and ROCM_OCTAVE. What a later
 version adds is entered here when somebody has read how it lays out a block.
 """

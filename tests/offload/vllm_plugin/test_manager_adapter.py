@@ -22,7 +22,6 @@ from vllm.v1.kv_offload.base import (  # noqa: E402
     TierFilter,
     TierMatcher,
 )
-from vllm.v1.metrics.cache_hit_source import CacheHitSource  # noqa: E402
 
 import kvstrata.offload.vllm_plugin.manager as manager_module  # noqa: E402
 from kvstrata.offload.config import OffloadConfig, TierEntry  # noqa: E402
@@ -123,10 +122,22 @@ def test_answers_and_sources(adapter: Adapter) -> None:
     assert adapter.manager.lookup(KEYS[2], request) is LookupResult.MISS
     adapter.manager.on_schedule_end(STEP)
     assert adapter.manager.lookup(KEYS[1], request) is LookupResult.HIT
-    assert adapter.manager.get_load_source(KEYS[0], request) is CacheHitSource.HOST
-    assert adapter.manager.get_load_source(KEYS[1], request) is CacheHitSource.DISK
     entry = adapter.inner.primary.get(KEYS[1])
     assert entry is not None and entry.end_token == chunk(0, 1)[1]
+
+
+def test_load_sources(adapter: Adapter) -> None:
+    sources = pytest.importorskip(
+        "vllm.v1.metrics.cache_hit_source", reason="vLLM 0.31 does not ask"
+    ).CacheHitSource
+    request = context()
+    adapter.tier._pages[KEYS[1]] = content(KEYS[1])
+    spec = adapter.store([KEYS[0]], request)
+    assert spec is not None
+    adapter.complete([KEYS[0]], spec, request)
+    adapter.manager.lookup(KEYS[1], request)
+    assert adapter.manager.get_load_source(KEYS[0], request) is sources.HOST
+    assert adapter.manager.get_load_source(KEYS[1], request) is sources.DISK
 
 
 def test_slots_of_a_reset_come_back_when_all_workers_are_past_it(adapter: Adapter) -> None:

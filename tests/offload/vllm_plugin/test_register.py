@@ -122,7 +122,7 @@ def put_version(monkeypatch: pytest.MonkeyPatch, version: str, parts: tuple[obje
     monkeypatch.setitem(sys.modules, "vllm", module)
 
 
-@pytest.mark.parametrize("minor", [32, 33])
+@pytest.mark.parametrize("minor", [31, 32, 33])
 def test_supported_versions(minor: int, monkeypatch: pytest.MonkeyPatch) -> None:
     put_version(monkeypatch, f"0.{minor}.1+cpu", (0, minor, 1, "cpu"))
     check_version()
@@ -131,7 +131,7 @@ def test_supported_versions(minor: int, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("version", "parts"),
     [
-        ("0.31.4", (0, 31, 4)),
+        ("0.30.4", (0, 30, 4)),
         ("0.34.0", (0, 34, 0)),
         ("1.32.0", (1, 32, 0)),
         ("dev", (0, 0, "dev")),
@@ -141,5 +141,6 @@ def test_unsupported_version_is_one_clear_error(
     version: str, parts: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_version(monkeypatch, version, parts)
-    with pytest.raises(RuntimeError, match=rf"supports vLLM 0\.32 and 0\.33, this is {version}: "):
+    supported = r"supports vLLM 0\.31, 0\.32 and 0\.33"
+    with pytest.raises(RuntimeError, match=rf"{supported}, this is {version}: "):
         check_version()

@@ -16,6 +16,7 @@ from vllm.config import CacheConfig  # noqa: E402
 from kvstrata.offload.vllm_plugin.deciding import environment, length, rule  # noqa: E402
 from kvstrata.offload.vllm_plugin.deciding.fields import Fields  # noqa: E402
 from kvstrata.offload.vllm_plugin.deciding.table import TABLE  # noqa: E402
+from kvstrata.offload.vllm_plugin.version import SUPPORTED  # noqa: E402
 from tests.offload.vllm_plugin.deciding.vllm_names import RECORD, names  # noqa: E402
 
 RECORDS: dict[str, Any] = json.loads(RECORD.read_text())
@@ -40,8 +41,9 @@ def unknown_fields(classes: Mapping[str, Iterable[str]]) -> set[str]:
     }
 
 
-def test_both_supported_versions_are_on_record() -> None:
-    assert {version.rsplit(".", 1)[0] for version in RECORDS} == {"0.32", "0.33"}
+def test_every_supported_version_is_on_record() -> None:
+    found = {version.rsplit(".", 1)[0] for version in RECORDS}
+    assert found == {f"{major}.{minor}" for major, minor in SUPPORTED}
 
 
 def test_the_record_is_what_is_installed() -> None:

@@ -1,6 +1,6 @@
 """The names that the tables must know, as an installed vLLM has them.
 
-`vllm_names.json` holds them for vLLM 0.32.0 and 0.33.0, each written by
+`vllm_names.json` holds them for vLLM 0.31.0, 0.32.0 and 0.33.0, each written by
 `python tests/offload/vllm_plugin/deciding/vllm_names.py` in an environment with that version.
 """
 
