@@ -20,13 +20,13 @@ from vllm.v1.kv_cache_interface import (
     AttentionSpec,
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
+    KVQuantMode,
     MambaSpec,
     MLAAttentionSpec,
     SlidingWindowSpec,
 )
 from vllm.v1.kv_offload.base import CanonicalKVCaches
 from vllm.v1.kv_offload.config import OffloadingConfig
-from vllm.v1.worker.utils import customize_attention_spec
 
 from kvstrata.kernels.geometry import (
     GeometryError,
@@ -52,6 +52,9 @@ from kvstrata.offload.vllm_plugin.version import content_version
 _KV_HEADS = re.compile(
     "kv_head|key_value_head|heads?_kv|attention_group|query_group|heads_in_group"
 )
+
+# All others keep scales, codes or several numbers in a byte beside or in place of the elements.
+_PLAIN_MODES = (KVQuantMode.NONE, KVQuantMode.FP8_PER_TENSOR)
 
 # An allocation may be rounded up to a memory page (vLLM on ROCm).
 _MAX_TAIL_BYTES = 4096
@@ -180,7 +183,7 @@ def _worker_layer(
     if spec.block_size != tokens:  # vLLM enlarges the blocks of layers with smaller pages
         spec = replace(spec, block_size=tokens)
     backend = module.get_attn_backend()
-    spec = customize_attention_spec(backend, spec)  # what vLLM allocated the cache for
+    spec = backend.customize_spec(spec)  # what vLLM allocated the cache for
     if view.shape[0] % blocks == 0:
         raw = view  # vLLM's raw bytes are right only where a block is one run
     if view.dim() == 3:  # MLA binds its cache without the head axis
@@ -285,14 +288,12 @@ def _is_plain(spec: AttentionSpec, view: torch.Tensor, blocks: int) -> bool:
     """One dense row of K and V (or one latent row) per head and token, nothing else."""
     known = (FullAttentionSpec, SlidingWindowSpec, ChunkedLocalAttentionSpec, MLAAttentionSpec)
     width = spec.head_size if _is_mla(spec) else spec.head_size + spec.head_size_v
-    quant = spec.kv_quant_mode
     return (
         type(spec) in known
         and spec.num_head_slots is None
         and spec.state_content_bytes is None
         and spec.tokens_per_state == 1
-        and not quant.is_per_token_head
-        and not quant.is_nvfp4
+        and spec.kv_quant_mode in _PLAIN_MODES
         and view.dim() == 4
         and view.shape[1] == spec.num_kv_heads
         and view.shape[0] % blocks == 0
