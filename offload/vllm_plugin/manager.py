@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import cast
 
 import numpy as np
@@ -37,6 +37,7 @@ from kvstrata.offload.manager import TieringManager
 from kvstrata.offload.primary import Entry
 from kvstrata.offload.region import Region, open_region
 from kvstrata.offload.tier_link import NamedTier
+from kvstrata.offload.vllm_plugin.info import Labels, config_info
 from kvstrata.offload.vllm_plugin.metrics import StatsReader
 from kvstrata.offload.vllm_plugin.transfer import PageSlots
 from kvstrata.offload.weights.watch import WeightWatch
@@ -69,10 +70,18 @@ else:
 class KVStrataManager(OffloadingManager):
     """Translates between vLLM's calls and ours; holds no policy of its own."""
 
-    def __init__(self, manager: TieringManager, region: Region, *, events: bool) -> None:
+    def __init__(
+        self,
+        manager: TieringManager,
+        region: Region,
+        *,
+        events: bool,
+        info: Callable[[], Sequence[Labels]] = lambda: [{}],
+    ) -> None:
         self._manager = manager
         self._region = region
         self._events = events
+        self._info = info
         self._stats = StatsReader()
         self._next_stats = 0.0
         self._ticket = 0
@@ -183,6 +192,10 @@ class KVStrataManager(OffloadingManager):
             return None  # vLLM asks in every step
         self._next_stats = now + STATS_EVERY_S
         return self._stats.read(self._manager)
+
+    def config_info(self) -> Sequence[Labels]:
+        """vLLM 0.33: the labels of `vllm:kv_offload_config_info`, asked for once."""
+        return self._info()
 
     def shutdown(self) -> None:
         self._manager.shutdown()
@@ -304,4 +317,16 @@ def open_manager(
         manager.primary.slots,
         ", ".join(named.name for named in manager.tiers) or "none",
     )
-    return KVStrataManager(manager, region, events=events)
+    mediums = [named.medium for named in manager.tiers]
+
+    def info() -> Sequence[Labels]:
+        return config_info(
+            config,
+            settings,
+            zip(entries, mediums, strict=True),
+            slots=region.slots,
+            slot_bytes=region.slot_bytes,
+            weights_fixed=fixed,
+        )
+
+    return KVStrataManager(manager, region, events=events, info=info)

@@ -15,6 +15,7 @@ from vllm.v1.kv_offload.base import (
 from vllm.v1.kv_offload.config import OffloadingConfig
 
 from kvstrata.offload.config import parse_config
+from kvstrata.offload.vllm_plugin.info import CONFIG_INFO_KEYS
 from kvstrata.offload.vllm_plugin.metrics import metric_definitions
 from kvstrata.offload.vllm_plugin.version import check_version
 
@@ -28,6 +29,11 @@ class KVStrataSpec(OffloadingSpec):
     ) -> dict[str, OffloadingMetricMetadata]:
         """Prometheus metrics; called in the API server's process."""
         return metric_definitions()
+
+    @classmethod
+    def config_info_keys(cls, extra_config: dict[str, Any]) -> tuple[str, ...]:
+        """vLLM 0.33: the label names of `config_info`; called in the API server's process."""
+        return CONFIG_INFO_KEYS
 
     def __init__(self, config: OffloadingConfig) -> None:
         """Check the version and the configuration.
