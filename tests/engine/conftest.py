@@ -1,5 +1,6 @@
 """Checkpoints for the engine tests, built once per checkout."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +9,20 @@ import pytest
 from tests.engine.driver import ROOT, region_files
 from tests.models import tiny_deepseek_v2, tiny_gemma3, tiny_llama
 
+# Three engines side by side with 64 MiB each, and what vLLM's workers tell each other.
+SHM_BYTES = 512 << 20
 CHECKPOINTS = ROOT / ".cache" / "test-models"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def room_in_shm() -> None:
+    """Containers have 64 MiB by default, which is too little for vLLM's own workers, too."""
+    free = shutil.disk_usage("/dev/shm").free
+    if free < SHM_BYTES:
+        pytest.skip(
+            f"/dev/shm has {free >> 20} MiB free, engines need {SHM_BYTES >> 20}: "
+            "make it larger (containers: --shm-size)"
+        )
 
 
 @pytest.fixture(scope="session")

@@ -48,13 +48,15 @@ def connector(**extra: Any) -> dict[str, Any]:
 def engine_environment(tp: int = 1) -> dict[str, str]:
     """The environment a user's engine has: none of the test suite's settings.
 
-    One thread per worker: on a busy machine two wait for each other most of the time.
+    One thread per worker: on a busy machine two wait for each other most of the time. Two workers
+    run on the first two of the cores that this process may use, or on the only one.
     """
+    cores = sorted(os.sched_getaffinity(0))
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env.update(
         HF_HUB_OFFLINE="1",
         VLLM_CPU_KVCACHE_SPACE="1",
-        VLLM_CPU_OMP_THREADS_BIND="0|1" if tp == 2 else "nobind",
+        VLLM_CPU_OMP_THREADS_BIND=f"{cores[0]}|{cores[:2][-1]}" if tp == 2 else "nobind",
         OMP_NUM_THREADS="1",
         VLLM_NO_USAGE_STATS="1",
         PYTHONPATH=str(ROOT),
@@ -246,9 +248,21 @@ class Server:
     """`vllm serve`, started as a user would, with `replicas` of the engine."""
 
     def __init__(
-        self, model: Path, log: Path, *, kv_transfer_config: dict[str, Any], replicas: int = 1
+        self,
+        model: Path,
+        log: Path,
+        *,
+        kv_transfer_config: dict[str, Any],
+        replicas: int = 1,
+        halting: bool = False,
     ) -> None:
+        """halting: with `halting/sitecustomize.py`."""
         self.log = log
+        env = engine_environment()
+        if replicas > 1:  # else vLLM 0.33's CPU worker wants a NUMA node for each of them
+            env["VLLM_CPU_SIM_MULTI_NUMA"] = "1"
+        if halting:
+            env["PYTHONPATH"] = f"{Path(__file__).with_name('halting')}:{env['PYTHONPATH']}"
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -274,7 +288,7 @@ class Server:
                     f"--kv-transfer-config={json.dumps(kv_transfer_config)}",
                 ],
                 cwd=ROOT,
-                env=engine_environment(),
+                env=env,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 from kvstrata.tiers.fs.scan import check_root
-from tests.engine.driver import Engine, Server, connector, prompt, region_files, serving
+from tests.engine.driver import (
+    START_TIMEOUT_S,
+    Engine,
+    Server,
+    connector,
+    prompt,
+    region_files,
+    serving,
+)
 
 pytestmark = pytest.mark.vllm
 
@@ -137,15 +145,14 @@ def _damaged_page_is_recomputed(server: Server, root: Path, right: str) -> None:
 def test_a_start_that_fails_says_why_and_cleans_up_after_a_killed_one(
     llama: Path, logs: Path, tmp_path: Path
 ) -> None:
-    killed = Server(
-        llama, logs / "killed.log", kv_transfer_config=connector(cpu_bytes_to_use="2GiB")
-    )
-    deadline = time.monotonic() + 240
+    log = logs / "killed.log"
+    killed = Server(llama, log, kv_transfer_config=connector(), halting=True)
+    deadline = time.monotonic() + START_TIMEOUT_S
     while not region_files():
-        assert killed.process.poll() is None, killed.log.read_text()
+        assert killed.process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, "the region never appeared"
-        time.sleep(0.002)
-    killed.kill()  # while the region is being made: nobody has unlinked it yet
+        time.sleep(0.1)
+    killed.kill()  # nobody has removed the region's name yet
     assert len(region_files()) == 1
 
     (tmp_path / "file").write_text("")

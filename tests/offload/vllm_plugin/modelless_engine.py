@@ -87,7 +87,7 @@ def backend_class(path: str, name: str | None = None) -> type[AttentionBackend]:
 
 def _transfer(extra: Mapping[str, Any], beside: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """`--kv-transfer-config` with KVStrataSpec, and other connectors beside it."""
-    ours = connector(**extra)
+    ours = connector(**{"cpu_bytes_to_use": "16MiB", **extra})  # fits any /dev/shm
     if not beside:
         return ours
     return {
