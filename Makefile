@@ -86,7 +86,7 @@ SHORT_ENGINE_TEST := tests/engine/test_life.py::test_max_load_tokens_and_load_ti
 test-vllm: .venv-vllm-$(VERSION)/.done ## the plugin and engine tests with another vLLM (VERSION=...)
 	cat .venv-vllm-$(VERSION)/missing.txt
 	VLLM_TARGET_DEVICE=cpu .venv-vllm-$(VERSION)/bin/python -m pytest \
-		tests/offload/vllm_plugin tests/engine/test_life.py tests/engine/test_serve.py
+		tests/offload/vllm_plugin $(addprefix tests/engine/test_, life.py replicas.py serve.py)
 
 test-vllms: $(OTHER_VLLMS:%=.venv-vllm-%/.done) ## what depends on vLLM, with each other version
 	for version in $(OTHER_VLLMS); do \

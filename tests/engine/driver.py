@@ -64,6 +64,14 @@ def engine_environment(tp: int = 1) -> dict[str, str]:
     return env
 
 
+def vllm_wants_numa_nodes() -> bool:
+    """From 0.33 on, the CPU worker of a data-parallel replica fails where there is no NUMA node for
+    each, unless it is told to make them up of the cores."""
+    import vllm
+
+    return bool(vllm.__version_tuple__ >= (0, 33))
+
+
 def region_files() -> list[str]:
     """The page regions in /dev/shm of this run's engines."""
     return sorted(path.name for path in Path("/dev/shm").glob(f"kvstrata_*_{RUN}-*"))
@@ -259,8 +267,8 @@ class Server:
         """halting: with `halting/sitecustomize.py`."""
         self.log = log
         env = engine_environment()
-        if replicas > 1:  # else vLLM 0.33's CPU worker wants a NUMA node for each of them
-            env["VLLM_CPU_SIM_MULTI_NUMA"] = "1"
+        if replicas > 1 and vllm_wants_numa_nodes():
+            env.update(VLLM_CPU_SIM_MULTI_NUMA="1", VLLM_CPU_OMP_THREADS_BIND="auto")
         if halting:
             env["PYTHONPATH"] = f"{Path(__file__).with_name('halting')}:{env['PYTHONPATH']}"
         with socket.socket() as free:

@@ -1,5 +1,6 @@
 """Engines that live side by side over one directory: each hits what the others stored."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -7,7 +8,15 @@ from typing import Any
 
 import pytest
 
-from tests.engine.driver import Engine, Server, connector, prompt, region_files, serving
+from tests.engine.driver import (
+    Engine,
+    Server,
+    connector,
+    prompt,
+    region_files,
+    serving,
+    vllm_wants_numa_nodes,
+)
 
 pytestmark = pytest.mark.vllm
 
@@ -24,6 +33,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(llama: Path, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with two data-parallel replicas."""
+    if vllm_wants_numa_nodes() and len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("vLLM binds each data-parallel replica to cores of its own: there is only one")
     log = tmp_path_factory.mktemp("logs") / "server.log"
     config = with_files(root)
     with serving(llama, log, kv_transfer_config=config, replicas=2) as server:
