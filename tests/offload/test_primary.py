@@ -8,27 +8,34 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvstrata.offload.eviction import LRU, policy_class
+from kvstrata.offload.eviction import LRU
+from kvstrata.offload.line import Use
+from kvstrata.offload.policies import policy_class
 from kvstrata.offload.primary import Entry, PrimaryTier, Writer
 
 
 def tier(slots: int) -> PrimaryTier:
-    return PrimaryTier(slots, LRU(slots))
+    return PrimaryTier(slots, LRU(slots, {}))
 
 
 def fill(primary: PrimaryTier, *keys: bytes) -> list[Entry]:
-    """Store the keys, complete."""
-    taken = primary.allocate([(key, 0) for key in keys], Writer.GPU)
-    assert taken is not None
-    for entry in taken[0]:
-        primary.finish_writes((entry,), good=True)
-    return taken[0]
+    """Store the keys, complete, each for a request of its own."""
+    entries = []
+    for key in keys:
+        entries += take(primary, key)
+    primary.finish_writes(entries, good=True)
+    return entries
+
+
+def take(primary: PrimaryTier, *keys: bytes, writer: Writer = Writer.GPU) -> list[Entry]:
+    """Slots for the pages of one request."""
+    return primary.allocate([(key, 32) for key in keys], writer, Use(), must=False)[0]
 
 
 @pytest.mark.parametrize("slots", [0, -1])
 def test_no_slots(slots: int) -> None:
     with pytest.raises(ValueError, match="at least one slot"):
-        PrimaryTier(slots, LRU(1))
+        PrimaryTier(slots, LRU(1, {}))
 
 
 def test_slots_that_come_later() -> None:
@@ -44,41 +51,37 @@ def test_slots_that_come_later() -> None:
 
 def test_a_page_being_written_is_not_ready() -> None:
     primary = tier(2)
-    taken = primary.allocate([(b"a", 32)], Writer.GPU)
-    assert taken is not None
-    (entry,), evicted = taken
+    (entry,), evicted = primary.allocate([(b"a", 32)], Writer.GPU, Use(), must=False)
     assert (entry.key, entry.end_token, entry.ready, entry.busy) == (b"a", 32, False, True)
     assert primary.get(b"a") is entry and evicted == [] and primary.free == 1
     primary.finish_writes((entry,), good=True)
     assert entry.ready and not entry.busy and primary.idle == 1
 
 
-def test_all_or_none() -> None:
+def test_as_many_of_the_first_as_there_is_room_for() -> None:
     primary = tier(3)
     fill(primary, b"a", b"b")
     busy = primary.get(b"a")
     assert busy is not None
     primary.begin_reads((busy,), gpu=True)
-    assert primary.allocate([(b"x", 0), (b"y", 0), (b"z", 0)], Writer.GPU) is None
-    assert {entry.key for entry in primary} == {b"a", b"b"} and primary.free == 1
-    taken = primary.allocate([(b"x", 0), (b"y", 0)], Writer.GPU)
-    assert taken is not None and taken[1] == [b"b"]
+    pages = [(b"x", 32), (b"y", 64), (b"z", 96)]
+    entries, evicted = primary.allocate(pages, Writer.GPU, Use(), must=True)
+    assert [entry.key for entry in entries] == [b"x", b"y"] and evicted == [b"b"]
 
 
-def test_protected_pages_stay() -> None:
-    primary = tier(2)
-    fill(primary, b"a", b"b")
-    assert primary.allocate([(b"x", 0), (b"y", 0)], Writer.GPU, protected=[b"a"]) is None
-    taken = primary.allocate([(b"x", 0)], Writer.GPU, protected=[b"a", b"absent"])
-    assert taken is not None and taken[1] == [b"b"]
-    assert primary.idle == 1, "protection ends with the call"
+def test_a_request_does_not_give_up_its_beginning_for_its_end() -> None:
+    primary, use = tier(2), Use()
+    entries, _ = primary.allocate([(b"x", 32), (b"y", 64)], Writer.GPU, use, must=False)
+    primary.finish_writes(entries, good=True)
+    assert primary.allocate([(b"z", 96)], Writer.GPU, use, must=False) == ([], [])
+    assert primary.allocate([(b"w", 16)], Writer.GPU, use, must=False)[1] == [b"y"]
 
 
 def test_a_failed_write_frees_its_slot() -> None:
     primary = tier(1)
-    taken = primary.allocate([(b"a", 0)], Writer.TIER)
-    assert taken is not None and primary.promoting == 1
-    primary.finish_writes((taken[0][0],), good=False)
+    (entry,) = take(primary, b"a", writer=Writer.TIER)
+    assert primary.promoting == 1
+    primary.finish_writes((entry,), good=False)
     assert primary.get(b"a") is None
     assert (primary.free, primary.idle, primary.promoting) == (1, 0, 0)
 
@@ -89,18 +92,18 @@ def test_a_forgotten_page_keeps_its_slot_until_its_transfer_ends() -> None:
     primary.begin_reads((entry,), gpu=True)
     primary.begin_reads((entry,), gpu=False)
     assert primary.reset() == [entry]
-    assert primary.allocate([(b"b", 0)], Writer.GPU) is None
+    assert not take(primary, b"b")
     primary.end_gpu(entry)
-    assert primary.allocate([(b"b", 0)], Writer.GPU) is None, "a tier still reads it"
+    assert not take(primary, b"b"), "a tier still reads it"
     primary.end_reads((entry,), gpu=False)
-    assert primary.allocate([(b"b", 0)], Writer.GPU) is not None
+    assert take(primary, b"b")
 
 
 KEYS = [bytes([n]) for n in range(8)]
 
 
 @dataclass
-class Use:
+class Held:
     """What the model knows of one entry: its transfers under way."""
 
     entry: Entry
@@ -120,12 +123,13 @@ class PrimaryMachine(RuleBasedStateMachine):
 
     @initialize(slots=st.integers(1, 5))
     def start(self, slots: int) -> None:
-        self.primary = PrimaryTier(slots, policy_class(self.policy)(slots))
+        self.primary = PrimaryTier(slots, policy_class(self.policy)(slots, {}))
         self.slots = slots
-        self.known: dict[bytes, Use] = {}
-        self.orphans: list[Use] = []
+        self.known: dict[bytes, Held] = {}
+        self.orphans: list[Held] = []
+        self.requests = [Use() for _ in range(3)]
 
-    def uses(self) -> list[Use]:
+    def uses(self) -> list[Held]:
         return [*self.known.values(), *self.orphans]
 
     def drop_idle_orphans(self) -> None:
@@ -134,22 +138,20 @@ class PrimaryMachine(RuleBasedStateMachine):
     @rule(
         keys=st.lists(st.sampled_from(KEYS), unique=True, max_size=4),
         writer=st.sampled_from(Writer),
-        protected=st.sets(st.sampled_from(KEYS), max_size=4),
+        request=st.integers(0, 2),
+        must=st.booleans(),
     )
-    def allocate(self, keys: list[bytes], writer: Writer, protected: set[bytes]) -> None:
-        new = [key for key in keys if key not in self.known]
-        evictable = {
-            key for key, use in self.known.items() if not use.busy and key not in protected
-        }
+    def allocate(self, keys: list[bytes], writer: Writer, request: int, must: bool) -> None:
+        new = sorted(key for key in keys if key not in self.known)
+        evictable = {key for key, use in self.known.items() if not use.busy}
         free = self.slots - len(self.uses())
-        taken = self.primary.allocate(
-            [(key, 10 * key[0]) for key in new], writer, protected=protected
+        use = self.requests[request]
+        entries, evicted = self.primary.allocate(
+            [(key, 10 * key[0]) for key in new], writer, use, must=must
         )
-        if len(new) > free + len(evictable):
-            assert taken is None
-            return
-        assert taken is not None
-        entries, evicted = taken
+        most = min(len(new), free + len(evictable))
+        assert len(entries) == most if must else len(entries) <= most
+        new = new[: len(entries)]
         assert [entry.key for entry in entries] == new
         assert [entry.end_token for entry in entries] == [10 * key[0] for key in new]
         assert all(entry.writer is writer for entry in entries)
@@ -158,7 +160,7 @@ class PrimaryMachine(RuleBasedStateMachine):
         for key in evicted:
             assert not self.known.pop(key).entry.attached
         for entry in entries:
-            self.known[entry.key] = Use(entry, writer)
+            self.known[entry.key] = Held(entry, writer)
 
     @precondition(lambda self: any(use.writer for use in self.uses()))
     @rule(data=st.data(), good=st.booleans())
@@ -202,9 +204,14 @@ class PrimaryMachine(RuleBasedStateMachine):
         use.tier -= 1
         self.drop_idle_orphans()
 
-    @rule(keys=st.lists(st.sampled_from(KEYS), max_size=4))
-    def touch(self, keys: list[bytes]) -> None:
-        self.primary.touch(keys)
+    @rule(keys=st.lists(st.sampled_from(KEYS), min_size=1, max_size=4), request=st.integers(0, 2))
+    def ask(self, keys: list[bytes], request: int) -> None:
+        self.primary.ask({key: 10 * key[0] for key in keys}, self.requests[request])
+
+    @rule(request=st.integers(0, 2))
+    def end_request(self, request: int) -> None:
+        self.primary.ended(self.requests[request])
+        self.requests[request] = Use()
 
     @rule()
     def reset(self) -> None:
@@ -260,9 +267,8 @@ class PrimaryMachine(RuleBasedStateMachine):
             if use.writer is Writer.TIER:
                 self.primary.finish_writes((use.entry,), good=False)
         assert self.primary.free == self.slots and self.primary.promoting == 0
-        taken = self.primary.allocate([(b"new%d" % n, 0) for n in range(self.slots)], Writer.GPU)
-        assert taken is not None
-        assert sorted(entry.slot for entry in taken[0]) == list(range(self.slots))
+        entries = take(self.primary, *(b"new%d" % n for n in range(self.slots)))
+        assert sorted(entry.slot for entry in entries) == list(range(self.slots))
 
 
 class LRUPrimaryMachine(PrimaryMachine):
