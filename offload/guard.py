@@ -47,6 +47,7 @@ class GuardedTier(SecondaryTier):
         self._mistakes: Counter[str] = Counter()
         # keys of the jobs that the tier accepted and has not ended
         self._open: dict[int, list[bytes]] = {}
+        self._loading: set[int] = set()  # those of them that are loads
         self._refused: list[JobResult] = []
         self._trusted = True
         self.locality = tier.locality
@@ -67,7 +68,8 @@ class GuardedTier(SecondaryTier):
         self._submit("submit_store", self._tier.submit_store, job)
 
     def submit_load(self, job: Job) -> None:
-        self._submit("submit_load", self._tier.submit_load, job)
+        if self._submit("submit_load", self._tier.submit_load, job):
+            self._loading.add(job.job_id)
 
     def get_finished(self) -> Sequence[JobResult]:
         refused, self._refused = self._refused, []
@@ -76,6 +78,12 @@ class GuardedTier(SecondaryTier):
         if done:
             refused += [ended for result in done if (ended := self._end(result)) is not None]
         return refused
+
+    def get_arrived(self) -> Mapping[int, Collection[bytes]]:
+        nothing: dict[int, list[bytes]] = {}
+        told = self._call("get_arrived", nothing, lambda: _lists(self._tier.get_arrived()))
+        taken = {job_id: self._take(job_id, keys) for job_id, keys in told.items()}
+        return {job_id: keys for job_id, keys in taken.items() if keys}
 
     def submit_reject(self, job: Job, *, distrust: bool) -> bool:
         self._open[job.job_id] = [page.key for page in job.pages]
@@ -125,13 +133,28 @@ class GuardedTier(SecondaryTier):
         _add(total, TierStats(failures=dict(self._mistakes)))
         return total
 
-    def _submit(self, method: str, submit: Callable[[Job], None], job: Job) -> None:
+    def _submit(self, method: str, submit: Callable[[Job], None], job: Job) -> bool:
+        """Whether the tier accepted the job."""
         keys = [page.key for page in job.pages]
         try:
             submit(job)
-            self._open[job.job_id] = keys
         except Exception:
             self._refused.append(JobResult(job.job_id, dict.fromkeys(keys, self._raised(method))))
+            return False
+        self._open[job.job_id] = keys
+        return True
+
+    def _take(self, job_id: int, keys: Collection[bytes]) -> Collection[bytes]:
+        """Of the keys said to have arrived, those that the job still waited for."""
+        waiting = self._open[job_id] if job_id in self._loading else []
+        told = set(keys)
+        fresh = told.intersection(waiting)
+        if strange := told - fresh:
+            text = "tier %s said that %r arrived, which no load of it waits for"
+            self._count("unknown-arrival", text, strange.pop())
+        if fresh:  # the result may say nothing else of them
+            self._open[job_id] = [key for key in waiting if key not in fresh]
+        return fresh
 
     def _end(self, result: object) -> JobResult | None:
         """The job's end as the manager may see it; None if the result ends no job."""
@@ -142,6 +165,7 @@ class GuardedTier(SecondaryTier):
         ):
             self._count("unknown-result", "tier %s reported %r, which ends no job", result)
             return None
+        self._loading.discard(result.job_id)
         try:
             right = _put_right(result, keys)
             if right == result:
@@ -211,11 +235,18 @@ def _short(cause: object) -> str:
     return (cause if isinstance(cause, str) else str(cause))[:_LONGEST_CAUSE]
 
 
-def _keys(removed: Iterable[bytes]) -> list[bytes]:
-    keys = list(removed)
+def _keys(given: Iterable[bytes]) -> list[bytes]:
+    keys = list(given)
     if not all(isinstance(key, bytes) for key in keys):
-        raise TypeError("removed keys must be bytes")
+        raise TypeError("keys must be bytes")
     return keys
+
+
+def _lists(arrived: Mapping[int, Collection[bytes]]) -> dict[int, list[bytes]]:
+    lists = {job_id: _keys(keys) for job_id, keys in arrived.items()}
+    if not all(type(job_id) is int for job_id in lists):
+        raise TypeError("jobs are numbers")
+    return lists
 
 
 def _add(total: TierStats, stats: TierStats) -> None:

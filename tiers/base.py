@@ -315,6 +315,16 @@ class SecondaryTier(ABC):
         After a job's result was returned, the tier touches its views no more.
         """
 
+    def get_arrived(self) -> Mapping[int, Collection[bytes]]:
+        """Pages of loads still under way that arrived since the last call: keys by job id.
+
+        Asked after each `get_finished`. The pages are verified, the tier touches their views no
+        more, and the job's result says nothing else of them; they are used at once, before the
+        job ends. A tier that cannot tell says nothing, which is the default: then its pages are
+        used when their job ends, and the manager sees to it that jobs are short.
+        """
+        return {}
+
     def submit_reject(self, job: Job, *, distrust: bool) -> bool:
         """Never serve the job's page again: an audit found that it is not what the model computes.
 

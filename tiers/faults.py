@@ -42,6 +42,9 @@ class TierWrapper(SecondaryTier):
     def get_finished(self) -> Sequence[JobResult]:
         return self.inner.get_finished()
 
+    def get_arrived(self) -> Mapping[int, Collection[bytes]]:
+        return self.inner.get_arrived()
+
     def submit_reject(self, job: Job, *, distrust: bool) -> bool:
         return self.inner.submit_reject(job, distrust=distrust)
 
@@ -177,6 +180,10 @@ class SlowTier(TierWrapper):
         self._poll += 1
         self._start(all_held=False)
         return self.inner.get_finished()
+
+    def get_arrived(self) -> Mapping[int, Collection[bytes]]:
+        """Nothing while hanging."""
+        return {} if self._hanging else self.inner.get_arrived()
 
     def drain(self, timeout_s: float) -> bool:
         """Start all that is held and drain the inner tier; False while hanging."""

@@ -337,6 +337,35 @@ class TierContract:
         assert tier.drain(60.0)
         assert bytes(slots.view(0)) == bytes(len(data))
 
+    def test_what_arrives_before_its_job_ends_is_whole(self, make_tier: MakeTier) -> None:
+        tier = make_tier(CONTEXT)
+        size = CONTEXT.layouts[1].nbytes
+        data = {make_key(n, group=1): make_data(n, size) for n in range(60)}
+        store(tier, data)
+        missing = make_key(99, group=1)
+        keys = [*data]
+        keys.insert(30, missing)
+        slots = Slots.make(len(keys), size)
+        tier.submit_load(make_job(7, keys, slots, CONTEXT))
+        early: set[bytes] = set()
+        results: list[JobResult] = []
+        deadline = time.monotonic() + 60.0
+        while not results:
+            assert time.monotonic() < deadline, "the job did not end"
+            tier.on_step_end()
+            results += tier.get_finished()
+            for job_id, arrived in tier.get_arrived().items():
+                assert job_id == 7 and not results, "the job has ended"
+                assert not early.intersection(arrived), "a page arrives once"
+                for key in arrived:
+                    assert bytes(slots.view(keys.index(key))) == data[key]
+                early.update(arrived)
+            time.sleep(0.0005)
+        (result,) = results
+        assert set(result.failed) == {missing} and missing not in early
+        assert all(bytes(slots.view(keys.index(key))) == data[key] for key in data)
+        assert not tier.get_arrived()
+
     def test_a_rejected_page_is_not_served(self, make_tier: MakeTier, medium: Medium) -> None:
         tier = make_tier(CONTEXT)
         size = CONTEXT.layouts[0].nbytes

@@ -6,7 +6,7 @@ Loads and stores have a link each, and a link moves one byte after the other.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -75,6 +75,10 @@ class ThrottledTier(TierWrapper):
         finished = [result for result in self._ended if self._started[result.job_id][1] <= now]
         self._ended = [result for result in self._ended if self._started[result.job_id][1] > now]
         return [self._with_time(result) for result in finished]
+
+    def get_arrived(self) -> Mapping[int, Collection[bytes]]:
+        """Nothing: a job comes through the link as a whole."""
+        return {}
 
     def drain(self, timeout_s: float) -> bool:
         """See `SecondaryTier.drain`."""

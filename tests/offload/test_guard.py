@@ -57,6 +57,9 @@ class Broken(SecondaryTier):
     def get_finished(self) -> Sequence[JobResult]:
         return self.act()
 
+    def get_arrived(self) -> Mapping[int, Collection[bytes]]:
+        return self.act()
+
     def touch(self, keys: Collection[bytes], request: RequestView) -> None:
         self.act()
 
@@ -102,6 +105,7 @@ def call_all(tier: SecondaryTier) -> list[Any]:
             tier.submit_reject(job(3, KEY), distrust=True),
             tier.how_to_trust(),
             tier.get_finished(),
+            tier.get_arrived(),
             tier.touch([KEY], REQUEST),
             tier.on_new_request(REQUEST),
             tier.on_request_finished(REQUEST),
@@ -130,9 +134,9 @@ def test_a_tier_that_raises_in_every_method(caplog: pytest.LogCaptureFixture) ->
         JobResult(2, {KEY: "raised-in-submit_load"}),
     ]
     trust = "Restart the engine to use it again."
-    first = [Lookup.MISS, None, None, False, trust, refused, *[None] * 4, [], False, False]
-    assert answers[:13] == first
-    assert answers[14:27] == first
+    first = [Lookup.MISS, None, None, False, trust, refused, {}, *[None] * 4, [], False, False]
+    assert answers[:14] == first
+    assert answers[15:29] == first
     assert guard.stats().failures == {f"raised-in-{name}": 2 for name in METHODS} | {
         "raised-in-stats": 3
     }
@@ -150,8 +154,9 @@ def test_a_tier_that_answers_nonsense(garbage: Any) -> None:
     answers = call_all(GuardedTier("odd", Broken(lambda: garbage)))
     assert answers[0] is not Lookup.HIT and answers[0] is not Lookup.RETRY
     assert answers[3] is False
-    assert answers[5] == [] and isinstance(answers[11], bool) and isinstance(answers[12], bool)
-    assert isinstance(answers[13], TierStats)
+    assert answers[5] == [] and answers[6] == {}
+    assert isinstance(answers[12], bool) and isinstance(answers[13], bool)
+    assert isinstance(answers[14], TierStats)
 
 
 def test_a_generator_that_raises_late() -> None:
@@ -281,6 +286,47 @@ def test_a_result_whose_job_cannot_be_looked_up() -> None:
     guard = GuardedTier("odd", Broken(lambda: odd))
     guard.submit_store(job(5, KEY))
     assert guard.get_finished() == []
+
+
+@pytest.mark.parametrize(
+    ("told", "taken", "mistakes"),
+    [
+        ({5: [KEY]}, {5: {KEY}}, 0),
+        ({5: (key for key in (KEY, OTHER))}, {5: {KEY, OTHER}}, 0),
+        ({5: [KEY, KEY]}, {5: {KEY}}, 0),
+        ({5: [KEY, b"strange"]}, {5: {KEY}}, 1),
+        ({5: [b"strange"]}, {}, 1),
+        ({4: [KEY]}, {}, 1),  # a store
+        ({7: [KEY], 5: [OTHER]}, {5: {OTHER}}, 1),  # no job
+        ({"5": [KEY]}, {}, 1),
+        ({5: ["key"]}, {}, 1),
+        ({5: KEY}, {}, 1),
+        ([5, KEY], {}, 1),
+        ({5: []}, {}, 0),
+    ],
+)
+def test_only_pages_of_loads_under_way_arrive(told: Any, taken: Any, mistakes: int) -> None:
+    tier = Broken(lambda: told)
+    guard = GuardedTier("early", tier)
+    guard.submit_store(job(4, KEY))
+    guard.submit_load(job(5, KEY, OTHER))
+    assert {job_id: set(keys) for job_id, keys in guard.get_arrived().items()} == taken
+    tier.act = TierStats
+    assert sum(guard.stats().failures.values()) == mistakes
+
+
+def test_a_page_arrives_once_and_for_good() -> None:
+    """The manager may have given it to a request."""
+    tier = Broken(lambda: {5: [KEY]})
+    guard = GuardedTier("early", tier)
+    guard.submit_load(job(5, KEY, OTHER))
+    assert guard.get_arrived() == {5: {KEY}} and guard.get_arrived() == {}
+    tier.act = lambda: [JobResult(5, {KEY: "checksum", OTHER: "missing"})]
+    assert guard.get_finished() == [JobResult(5, {OTHER: "missing"})]
+    tier.act = lambda: {5: [OTHER]}
+    assert guard.get_arrived() == {}, "the job has ended"
+    tier.act = TierStats
+    assert guard.stats().failures == {"unknown-arrival": 2, "wrong-result": 1}
 
 
 def test_a_refused_job_ends_once() -> None:

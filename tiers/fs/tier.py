@@ -116,6 +116,7 @@ class FsTier(SecondaryTier):
         self._index = Index()
         self._jobs: dict[int, _OpenJob] = {}
         self._finished: list[JobResult] = []
+        self._arrived: dict[int, list[bytes]] = {}  # of loads under way, since they were told
         self._removed: deque[bytes] = deque(maxlen=_MAX_REMOVED)
         self._lookups = self._hits = 0
         self._counters: Counter[str] = Counter()
@@ -126,6 +127,8 @@ class FsTier(SecondaryTier):
         # together.
         self._access = first_access()
         self._promised: dict[bytes, None] = {}  # in this step
+        # The loads of a request are one access, in however many jobs they come; 0: none yet
+        self._loads: dict[str, int] = {}
         self.roots: list[Root] = []
         try:
             for config in configs:
@@ -198,14 +201,24 @@ class FsTier(SecondaryTier):
         finished, self._finished = self._finished, []
         return finished
 
+    def get_arrived(self) -> Mapping[int, Collection[bytes]]:
+        """The pages of the tasks that ended, as `get_finished` saw it."""
+        arrived, self._arrived = self._arrived, {}
+        return arrived
+
     def touch(self, keys: Collection[bytes], request: RequestView) -> None:
         """Keep the keys in the index of known pages, and their files on the disk."""
         if known := self._index.touch(keys):
             self._note(Kind.USE, known)
 
+    def on_new_request(self, request: RequestView) -> None:
+        """Its loads will be one access."""
+        self._loads[request.req_id] = 0
+
     def on_request_finished(self, request: RequestView) -> None:
-        """Forget the negative answers given to the request."""
+        """Forget the negative answers given to the request, and its access."""
         self._index.forget_request(request.req_id)
+        self._loads.pop(request.req_id, None)
 
     def on_step_end(self) -> None:
         """Ask the disk for the keys that were looked up in this step, and spare those found."""
@@ -335,6 +348,8 @@ class FsTier(SecondaryTier):
                 good.append(page)
         self._finish_if_over(job.job_id, opened)
         access = self._next_access()
+        if kind is Kind.LOAD and (first := self._loads.get(job.request.req_id)) is not None:
+            access = self._loads[job.request.req_id] = first or access
         for root, pages in self._by_root(good):
             root.processes.submit(self._tasks(kind, pages, job.job_id, access))
 
@@ -370,7 +385,7 @@ class FsTier(SecondaryTier):
     def _collect_from(self, processes: IoProcesses) -> None:
         now = time.monotonic()
         for ended in processes.collect():
-            pairs = zip(ended.task.pages, ended.outcomes, strict=True)
+            pairs = list(zip(ended.task.pages, ended.outcomes, strict=True))
             if ended.task.kind is Kind.CHECK:
                 for page, outcome in pairs:
                     self._index.answer(page.key, outcome.moved, now)
@@ -380,6 +395,9 @@ class FsTier(SecondaryTier):
                 self._count(job, page.key, outcome)
             job.start, job.end = min(job.start, ended.start), max(job.end, ended.end)
             job.pending -= len(ended.outcomes)
+            good = [page.key for page, outcome in pairs if outcome.cause is None]
+            if job.kind is Kind.LOAD and good:
+                self._arrived.setdefault(ended.task.job_id, []).extend(good)
             self._finish_if_over(ended.task.job_id, job)
         if not processes.trusted:
             self._doubted = False  # from now on the operator's word counts
@@ -393,6 +411,7 @@ class FsTier(SecondaryTier):
     def _finish_if_over(self, job_id: int, job: _OpenJob) -> None:
         if job.pending == 0:
             del self._jobs[job_id]
+            self._arrived.pop(job_id, None)
             seconds = max(0.0, job.end - job.start)
             self._finished.append(JobResult(job_id, job.failed, job.nbytes, seconds))
 

@@ -1,0 +1,87 @@
+"""A load's pages are used as they arrive, and its jobs are one access."""
+
+from collections.abc import Callable, Iterable
+
+import pytest
+
+from kvstrata.tiers.base import Job, JobResult, RequestView
+from kvstrata.tiers.fs import tier as tier_module
+from kvstrata.tiers.fs.messages import Kind
+from kvstrata.tiers.fs.processes import Ended, Task
+from kvstrata.tiers.fs.tier import FsTier
+from kvstrata.tiers.testing import CONTEXT, Slots, make_data, make_job, make_key, store
+from tests.tiers.fs.waiting import wait_until
+
+OpenTier = Callable[..., FsTier]
+SIZE = CONTEXT.layouts[2].nbytes
+KEYS = [make_key(n, group=2) for n in range(5)]
+
+
+def test_pages_arrive_one_task_after_the_other(
+    open_tier: OpenTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tier_module, "_TASK_BYTES", 1)  # a task for each page
+    tier = open_tier()
+    missing = KEYS[3]
+    store(tier, {key: make_data(n, SIZE) for n, key in enumerate(KEYS) if key != missing})
+    processes = tier.roots[0].processes
+    collect = processes.collect
+    came: list[Ended] = []
+    order = iter(sorted(KEYS))
+
+    def one_by_one() -> list[Ended]:
+        """Once all have ended, in prefix order."""
+        came.extend(collect())
+        if len(came) < len(KEYS) or (key := next(order, None)) is None:
+            return []
+        return [ended for ended in came if ended.task.pages[0].key == key]
+
+    monkeypatch.setattr(processes, "collect", one_by_one)
+    slots = Slots.make(len(KEYS), SIZE)
+    tier.submit_load(make_job(7, KEYS, slots, CONTEXT))
+    told: list[bytes] = []
+
+    def ends() -> bool:
+        results.extend(tier.get_finished())
+        for job_id, keys in tier.get_arrived().items():
+            assert job_id == 7 and len(list(keys)) == 1
+            told.extend(keys)
+        return bool(results)
+
+    results: list[JobResult] = []
+    wait_until(ends)
+    assert told == KEYS[:3], "the last one ended the job"
+    assert results[0].failed == {missing: "missing"}
+    assert bytes(slots.view(4)) == make_data(4, SIZE)
+
+
+def test_the_loads_of_a_request_are_one_access(
+    open_tier: OpenTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that of what one request read the deepest pages are evicted first."""
+    tier = open_tier()
+    submit, accesses = tier.roots[0].processes.submit, []
+
+    def watched(tasks: Iterable[Task]) -> None:
+        tasks = list(tasks)
+        accesses.extend(task.access for task in tasks if task.kind is Kind.LOAD)
+        submit(tasks)
+
+    monkeypatch.setattr(tier.roots[0].processes, "submit", watched)
+    one, two = RequestView("one"), RequestView("two")
+    slots = Slots.make(1, SIZE)
+
+    def load_for(request: RequestView) -> int:
+        tier.submit_load(Job(len(accesses), (slots.page(KEYS[0], 0),), request))
+        return accesses[-1]
+
+    tier.on_new_request(one)
+    tier.on_new_request(two)
+    first, other = load_for(one), load_for(two)
+    assert other > first and load_for(one) == first and load_for(two) == other
+    tier.on_request_finished(one)
+    tier.on_new_request(one)  # the id is used again
+    again = load_for(one)
+    assert again > other and load_for(one) == again
+    stranger = RequestView("stranger")
+    assert load_for(stranger) != load_for(stranger)
