@@ -17,6 +17,25 @@ _STEPS = 128
 LEAST_STEPS = 20
 
 
+@dataclass(slots=True)
+class Timing:
+    """Pages that a tier was asked for together, of which the last to arrive tells what it costs.
+
+    `ahead` is the bytes loaded until then, those queued before them included. `sound`: none failed
+    for a cause of the tier's.
+    """
+
+    started: float  # seconds
+    ahead: int
+    pages: int  # that are still to come
+    sound: bool = True
+
+    def drop(self, nbytes: int) -> None:
+        """One page of so many bytes, the last but for others dropped, will not be asked for."""
+        self.pages -= 1
+        self.ahead -= nbytes
+
+
 class TransferCost:
     """Seconds a tier takes for a number of bytes, those queued before them included.
 

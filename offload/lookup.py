@@ -13,6 +13,7 @@ from kvstrata.offload.promotion import Promotions
 from kvstrata.offload.request import RequestState
 from kvstrata.offload.tier_jobs import TierJobs
 from kvstrata.offload.tier_link import TierLink
+from kvstrata.offload.waits import Waits
 from kvstrata.tiers.base import Lookup
 
 logger = logging.getLogger("kvstrata.manager")
@@ -38,6 +39,7 @@ class TierLookup:
         config: for the deadline of look-ups.
         jobs: the tiers.
         promotions: what a hit starts.
+        waits: how long requests wait.
         clock: seconds, monotonic.
         report: the manager's.
     """
@@ -47,12 +49,14 @@ class TierLookup:
         config: OffloadConfig,
         jobs: TierJobs,
         promotions: Promotions,
+        waits: Waits,
         clock: Callable[[], float],
         report: Report,
     ) -> None:
         self._deadline_s = config.lookup_deadline_s
         self._jobs = jobs
         self._promotions = promotions
+        self._waits = waits
         self._clock = clock
         self._counters = report.counters
         self._awaiting: list[RequestState] = []  # requests with a RETRY in this step
@@ -91,7 +95,7 @@ class TierLookup:
                     return Answer.RETRY
                 reserved = self._promotions.reserve(link, key, end_token, state)
                 return Answer.PENDING if reserved else Answer.MISS
-        if retry:
+        if retry and self._waits.goes_on(state, end_token):
             state.awaits = True
             self._awaiting.append(state)
             return Answer.RETRY

@@ -33,6 +33,7 @@ from kvstrata.offload.promotion import Promotions
 from kvstrata.offload.request import RequestState
 from kvstrata.offload.tier_jobs import STOP_TIMEOUT_S, TierJobs
 from kvstrata.offload.tier_link import NamedTier, TierLink
+from kvstrata.offload.waits import Waits
 from kvstrata.offload.wishes import WishReader
 from kvstrata.tiers.base import PageLayout, RequestView
 
@@ -106,6 +107,7 @@ class TieringManager:
         self._speed = PrefillSpeed()
         self._payoff = Payoff(config.load_or_recompute, self._speed)
         self._jobs = TierJobs(open_tiers, view, layouts, config.promotion_deadline_s, clock)
+        self._waits = Waits(config.promotion_deadline_s, clock)
         self._promotions = Promotions(
             config,
             self.primary,
@@ -115,10 +117,13 @@ class TieringManager:
             layouts,
             self._ask,
             self._held,
+            self._waits,
             clock,
             self._report,
         )
-        self._lookup = TierLookup(config, self._jobs, self._promotions, clock, self._report)
+        self._lookup = TierLookup(
+            config, self._jobs, self._promotions, self._waits, clock, self._report
+        )
         self._cascades = Cascades(self.primary, self._jobs, self._held, self._report)
         self.audits = Audits(
             Schedule(config.audit_fraction if comparer is not None else 0.0, clock),
@@ -195,15 +200,29 @@ class TieringManager:
             return self._lookup.ask(key, end_token, self._state(request))
         writer = entry.writer
         if writer is None:
+            if self._waits.cuts and self._waits.is_cut(self._state(request), end_token):
+                return _MISS
             self._kept.keep(entry, request.req_id)
             self.counters["primary_hits"] += 1
             if self._promotions.unsent:
                 self._promotions.reached(request.req_id, end_token)
             return _HIT
-        if writer is _GPU or self._promotions.may_wait(entry, self._state(request)):
+        state = self._state(request)
+        may_wait = self._waits.for_gpu if writer is _GPU else self._promotions.may_wait
+        if may_wait(entry, end_token, state):
             return _PENDING
-        self.counters["promotion_timeouts"] += 1
+        self.counters["store_timeouts" if writer is _GPU else "promotion_timeouts"] += 1
         return _MISS
+
+    @property
+    def answers_alike(self) -> bool:
+        """Whether a request that waits in this step is told PENDING of all that `comes`."""
+        return not (self.audits.intervenes or self._waits.cuts)
+
+    def comes(self, key: bytes) -> bool:
+        """Whether the page is on its way, and in time as of the end of the last step."""
+        entry = self.primary.get(key)
+        return entry is not None and entry.writer is not None and not entry.late
 
     def source(self, key: bytes, request: RequestView) -> str | None:
         """The name of the tier the page was promoted from for this request, if it was."""
@@ -365,6 +384,7 @@ class TieringManager:
         self._step += 1
         self._payoff.end_step()
         self._promotions.send()
+        self._waits.end_step()
         self._cascades.probe()
         self._kept.end_step()
         self._pins.expire()
@@ -375,7 +395,7 @@ class TieringManager:
 
     def has_pending_work(self) -> bool:
         """Whether steps are needed although no request runs. Hung jobs do not count."""
-        return bool(self._promotions.unsent or self.audits.comparing) or self._jobs.any_in_time()
+        return self._promotions.waiting or self.audits.comparing or self._jobs.any_in_time()
 
     def take_events(self) -> Iterable[Event]:
         """What came and went since the last call."""
@@ -528,3 +548,6 @@ class TieringManager:
                 self._promotions.end(job, result, state, self._newest)
             else:
                 self._cascades.end(job, result)
+        for job, entries in self._jobs.arrivals():
+            self.counters[f"promoted_pages:{job.link.name}"] += len(entries)
+            self._promotions.arrive(job, entries)

@@ -70,13 +70,13 @@ class Payoff:
         if self._per_token is None:
             return len(parts)
         best, most_spared = 0, 0.0
-        ahead: dict[TierLink, int] = {}
+        own: dict[TierLink, int] = {}
         waits: dict[TierLink, float] = {}  # tiers load at the same time
         compute = 0.0
         for count, part in enumerate(parts, 1):
             link = part.link
-            ahead[link] = ahead.get(link, link.loads.nbytes) + part.nbytes
-            waits[link] = link.loads.cost.seconds(ahead[link])
+            own[link] = own.get(link, 0) + part.nbytes
+            waits[link] = link.loads.cost.seconds(link.ahead(state.view.req_id, own[link]))
             compute += part.tokens * self._per_token
             spared = compute - max(waits.values())
             if spared >= most_spared and (in_order or count == len(parts)):

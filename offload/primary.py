@@ -33,7 +33,8 @@ class Entry:
     None once the page is ready. `gpu_reads` and `tier_reads` count the transfers out of
     the slot. `attached`: the key still leads here. `offered` has a bit for each secondary tier
     that need not be given the page: it has it or is getting it. `cascades`: how many are
-    getting it. `source`: name of the tier that it was promoted from.
+    getting it. `source`: name of the tier that it was promoted from. `awaited_since`: when a
+    request first waited for the GPU to fill it. `late`: nobody waits any more until it is ready.
     """
 
     key: bytes
@@ -46,6 +47,8 @@ class Entry:
     offered: int = 0
     cascades: int = 0
     source: str | None = None
+    awaited_since: float | None = None
+    late: bool = False
 
     @property
     def ready(self) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NamedTuple
 
 from kvstrata.offload.config import OffloadConfig
+from kvstrata.offload.costs import Timing
 from kvstrata.offload.events import Report
 from kvstrata.offload.kept import KeptPages
 from kvstrata.offload.payoff import Part, Payoff
@@ -15,6 +17,7 @@ from kvstrata.offload.primary import Entry, PrimaryTier, Writer
 from kvstrata.offload.request import RequestState
 from kvstrata.offload.tier_jobs import Running, TierJobs
 from kvstrata.offload.tier_link import TierLink
+from kvstrata.offload.waits import Waits
 from kvstrata.tiers.base import JobResult, PageLayout, key_group
 
 # Largest share of the promotions' room that one of several tiers may hold: what one tier never
@@ -23,6 +26,12 @@ MOST_OF_ONE_TIER = 0.75
 # Promotions start only while less than this share of the primary tier is held by promotions
 # (those that hang too), cascades and pins: there must be room for the GPU's pages.
 MOST_HELD = 0.9
+# Pages that a request reserves in one step, at some 8 us each on the scheduler's thread. The rest
+# of its prefix is reserved in the next steps, while it waits for these.
+MOST_IN_A_STEP = 4096
+# Of the deadline. A request that has not asked for so long (it runs, without what is missing, or
+# is gone, or vLLM has no room for it now) keeps no pages in a tier's queue.
+ABANDONED_SHARE = 1 / 10
 
 
 @dataclass(slots=True)
@@ -30,19 +39,32 @@ class Batch:
     """What was reserved for a request in this step, in the order of look-up.
 
     `reach` is the furthest end, in tokens, of a page that was found in the primary tier behind
-    reserved ones, and is of use only with them.
+    reserved ones, and is of use only with them. `rooms`: how many pages more each tier can be
+    expected to deliver before the request's time is over.
     """
 
     state: RequestState
     pages: list[tuple[TierLink, Entry]] = field(default_factory=list)
     reach: int = 0
+    rooms: dict[TierLink, float] = field(default_factory=dict)
+
+
+class Started(NamedTuple):
+    """Since when a page is on its way, from where, and for which request."""
+
+    link: TierLink
+    time: float  # seconds
+    req_id: str
 
 
 class Promotions:
-    """Reserves slots during a step, in prefix order, and sends them off as batches at its end.
+    """Reserves slots during a step, in prefix order, and sends them off from its end on.
+
+    What was reserved goes to its tier in short jobs of which few are under way at a time (see
+    `Pace`). So what a request no longer waits for is mostly not begun, and gives its slots back.
 
     Args:
-        config: for the promotions' share and their deadline.
+        config: for the promotions' share.
         primary: where the pages go.
         kept: holds what arrived until it is loaded.
         jobs: the tiers' jobs.
@@ -50,6 +72,7 @@ class Promotions:
         layouts: page layout by group.
         asked: told of the pages that a request asks for.
         held: slots held by promotions, cascades and pins.
+        waits: how long requests wait.
         clock: seconds, monotonic.
         report: the manager's.
     """
@@ -64,10 +87,12 @@ class Promotions:
         layouts: Mapping[int, PageLayout],
         asked: Callable[[Mapping[bytes, int], RequestState], None],
         held: Callable[[], int],
+        waits: Waits,
         clock: Callable[[], float],
         report: Report,
     ) -> None:
-        self._deadline_s = config.promotion_deadline_s
+        self._waits = waits
+        self._deadline_s = waits.deadline_s
         self._fraction = config.promotion_fraction
         self._asked = asked
         self._held = held
@@ -76,11 +101,12 @@ class Promotions:
         self._jobs = jobs
         self._payoff = payoff
         self._layouts = layouts
+        self._several_groups = len(layouts) > 1
         self._clock = clock
         self._report = report
         self.unsent: dict[str, Batch] = {}  # by request; empty at the end of each step
-        self._step = 0
-        self._started: dict[Entry, tuple[TierLink, float]] = {}  # those in time, oldest first
+        # Those in time, oldest first: from their reservation, and anew from their submission
+        self._started: dict[Entry, Started] = {}
 
     def __len__(self) -> int:
         return len(self._started)
@@ -92,25 +118,36 @@ class Promotions:
         layout = self._layouts[key_group(key)]
         return self._payoff.may_pay(Part(link, layout.nbytes, layout.tokens), state)
 
-    def may_wait(self, entry: Entry, state: RequestState) -> bool:
+    @property
+    def waiting(self) -> bool:
+        """Whether something was reserved that a tier was not given yet."""
+        return bool(self.unsent) or any(link.queue for link in self._jobs.links)
+
+    def may_wait(self, entry: Entry, end_token: int, state: RequestState) -> bool:
         """Whether the request may wait, or wait on, for a page under promotion."""
         started = self._started.get(entry)
-        if started is None or self._clock() - started[1] >= self._deadline_s:
+        if started is None or self._clock() - started.time >= self._deadline_s:
             return False
-        return self._may_go_on(state)
+        if self._waits.is_first(state):
+            state.needs = started.req_id
+        return self._waits.goes_on(state, end_token)
 
     def reserve(self, link: TierLink, key: bytes, end_token: int, state: RequestState) -> bool:
         """Take a slot for the page; False if there is no room for it now, or no time."""
-        if not self._may_go_on(state):
+        if self._waits.is_first(state):
+            state.needs = state.view.req_id
+        if not self._waits.goes_on(state, end_token):
             self._report.counters["promotion_timeouts"] += 1
             return False
+        batch = self.unsent.get(state.view.req_id) or Batch(state)
         slots = self._primary.slots
         of_one = most = max(1, int(slots * self._fraction))
         if len(self._jobs.links) > 1:
             of_one = max(1, int(most * MOST_OF_ONE_TIER))
         has_room = link.promoting < of_one and len(self._started) < most
+        has_room = has_room and self._held() < math.ceil(slots * max(MOST_HELD, self._fraction))
         entries: list[Entry] = []
-        if has_room and self._held() < math.ceil(slots * max(MOST_HELD, self._fraction)):
+        if has_room and self._has_time(link, batch):
             self._asked({key: end_token}, state)
             page = (key, end_token)
             entries, evicted = self._primary.allocate([page], Writer.TIER, state.use, must=True)
@@ -123,11 +160,12 @@ class Promotions:
         entry.offered = ~(link.bit - 1)
         entry.source = link.name
         link.promoting += 1
-        self._started[entry] = link, self._clock()
+        self._started[entry] = Started(link, state.waited_at, state.view.req_id)
         state.sources[key] = link.name
-        batch = self.unsent.get(state.view.req_id)
-        if batch is None:
-            batch = self.unsent[state.view.req_id] = Batch(state)
+        group = key[-4:]
+        if group not in state.groups:
+            state.groups |= {group}
+        self.unsent[state.view.req_id] = batch
         batch.pages.append((link, entry))
         return True
 
@@ -138,25 +176,24 @@ class Promotions:
             batch.reach = end_token
 
     def send(self) -> None:
-        """A step ended: send off what was reserved in it, one job for each request and tier."""
-        self._step += 1
+        """A step ended: queue what was reserved in it, and give the tiers as much as they need."""
         self._give_up_overdue()
         unsent, self.unsent = self.unsent, {}
         for batch in unsent.values():
-            state, pages = batch.state, batch.pages
-            worth = self._worth(batch) if self._payoff.weighs else len(pages)
-            for link, entry in pages[worth:]:
-                state.unworthy.add((link.index, entry.key))
-                self._cancel(entry, state)
-            jobs: dict[TierLink, list[Entry]] = {}
-            for link, entry in pages[:worth]:
-                jobs.setdefault(link, []).append(entry)
-            for link, entries in jobs.items():
-                if link.breaker.closed:
-                    self._jobs.submit(link, entries, state.view, promotion=True)
-                else:  # it opened in this step
-                    for entry in entries:
-                        self._cancel(entry, state)
+            self._enqueue(batch)
+        for link in self._jobs.links:
+            if link.queue or link.loads.pages:
+                self._submit(link)
+
+    def arrive(self, job: Running, entries: Sequence[Entry]) -> None:
+        """Pages of a job have arrived."""
+        for entry in entries:
+            self._forget(entry)
+        self._primary.finish_writes(entries, good=True)
+        arrived = [entry for entry in entries if entry.attached]
+        self._kept.arrived(arrived)
+        job.link.recent.extend(arrived[:1])
+        self._report.came([entry.key for entry in arrived])
 
     def end(self, job: Running, result: JobResult, state: RequestState | None, newest: int) -> None:
         """A job ended.
@@ -167,24 +204,15 @@ class Promotions:
             state: of the request it was for, if that still lives.
             newest: number of the newest request.
         """
-        link = job.link
-        good = [entry for entry in job.entries.values() if entry.key not in result.failed]
-        started = self._started
-        for entry in job.entries.values():
-            if started.pop(entry, None) is not None:
-                link.promoting -= 1
-        self._primary.finish_writes(good, good=True)
-        arrived = [entry for entry in good if entry.attached]
-        self._kept.arrived(arrived)
-        link.recent.extend(arrived[:1])
-        self._report.came([entry.key for entry in arrived])
+        self.arrive(job, [e for e in job.entries.values() if e.key not in result.failed])
         if result.failed:
             bad = [entry for entry in job.entries.values() if entry.key in result.failed]
-            self._primary.finish_writes(bad, good=False)
             for entry in bad:
-                link.lose(entry.key, newest)
+                self._forget(entry)
+                job.link.lose(entry.key, newest)
                 if state is not None:
                     state.sources.pop(entry.key, None)
+            self._primary.finish_writes(bad, good=False)
 
     def clear(self) -> None:
         """Forget what was not sent off, and wait no more for the rest."""
@@ -192,30 +220,92 @@ class Promotions:
             for _, entry in batch.pages:
                 self._cancel(entry, batch.state)
         self.unsent.clear()
+        for link in self._jobs.links:
+            self._drop(link.queue.drop(lambda state: True))
         for entry in list(self._started):
             self._forget(entry)
 
-    def _may_go_on(self, state: RequestState) -> bool:
-        """Whether the request's time for waiting, in steps without a gap, is not over."""
+    def _has_time(self, link: TierLink, batch: Batch) -> bool:
+        """Whether one page more can arrive while its request waits, and be reserved in this step.
+
+        Not asked of the first page under way at a tier: it shows how long loads take now. Nor
+        where pages are of several groups: vLLM looks them up group by group, and the last must
+        not get nothing.
+        """
+        if self._several_groups:
+            return True
+        if len(batch.pages) >= MOST_IN_A_STEP:
+            return False
+        room = batch.rooms.get(link)
+        if room is None:
+            own = link.queue.pages(batch.state.view.req_id)
+            sharing = len(link.queue) + (not own)
+            loads = link.pace.within(self._waits.left(batch.state)) - link.loads.pages
+            room = loads / sharing - own
+        batch.rooms[link] = room - 1.0
+        return room >= 1.0 or not link.promoting
+
+    def _enqueue(self, batch: Batch) -> None:
+        """Queue what of a batch is worth loading."""
+        state, pages = batch.state, batch.pages
+        worth = self._worth(batch) if self._payoff.weighs else len(pages)
+        for link, entry in pages[worth:]:
+            state.unworthy.add((link.index, entry.key))
+            self._cancel(entry, state)
+        loads: dict[TierLink, list[Entry]] = {}
+        for link, entry in pages[:worth]:
+            loads.setdefault(link, []).append(entry)
+        for link, entries in loads.items():
+            sizes = self._jobs.sizes(entries)
+            ahead = link.ahead(state.view.req_id, sum(sizes))
+            link.queue.add(state, entries, sizes, Timing(self._clock(), ahead, len(entries)))
+
+    def _submit(self, link: TierLink) -> None:
+        """Give a tier the next jobs."""
         now = self._clock()
-        if state.waited_in < self._step - 1:
-            state.waits_since = now
-        state.waited_in = self._step
-        return now - state.waits_since < self._deadline_s
+        if not link.breaker.closed or link.trust.lost:
+            self._drop(link.queue.drop(lambda state: True))
+        else:
+            self._drop(link.queue.drop(lambda state: self._is_gone(state, now)))
+        if self._waits.cuts:
+            self._drop(link.queue.drop_pages(self._is_cut))
+        loads, pace = link.loads, link.pace
+        pace.look(now, loads.pages)
+        while link.queue and loads.pages < pace.ahead:
+            state, entries, timing = link.queue.take(pace.job)
+            for entry in entries:
+                if (started := self._started.pop(entry, None)) is not None:
+                    self._started[entry] = started._replace(time=now)
+            self._jobs.submit(link, entries, state.view, promotion=True, timing=timing)
+        pace.limited = bool(link.queue)
+
+    def _is_gone(self, state: RequestState, now: float) -> bool:
+        """Whether the request has ended, or asked for no page that it waits for of late."""
+        return state.finished or now - state.waited_at >= ABANDONED_SHARE * self._deadline_s
+
+    def _is_cut(self, state: RequestState, entry: Entry) -> bool:
+        return state.cut is not None and entry.end_token >= state.cut
+
+    def _drop(self, dropped: Sequence[tuple[RequestState, Entry]]) -> None:
+        for state, entry in dropped:
+            self._cancel(entry, state)
 
     def _give_up_overdue(self) -> None:
         """What is past its deadline is no longer counted on, and does not hold up the others."""
-        now = self._clock()
+        now, some = self._clock(), False
         while self._started:
-            entry, (_, started) = next(iter(self._started.items()))
-            if now - started < self._deadline_s:
+            entry, started = next(iter(self._started.items()))
+            if now - started.time < self._deadline_s:
                 break
             self._forget(entry)
+            entry.late = some = True
+        for link in self._jobs.links if some else ():
+            self._drop(link.queue.drop_pages(lambda state, entry: entry.late))
 
     def _forget(self, entry: Entry) -> None:
         started = self._started.pop(entry, None)
         if started is not None:
-            started[0].promoting -= 1
+            started.link.promoting -= 1
 
     def _cancel(self, entry: Entry, state: RequestState) -> None:
         self._forget(entry)

@@ -10,7 +10,7 @@ from kvstrata.offload.wishes import NO_WISHES, Wishes
 from kvstrata.tiers.base import RequestView
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class RequestState:
     """What is remembered of a request until it ends."""
 
@@ -25,8 +25,12 @@ class RequestState:
     # tier index -> pages to load although it does not seem worth it; usually none
     trying: dict[int, int] = field(default_factory=dict)
     sources: dict[bytes, str] = field(default_factory=dict)  # promoted key -> tier name
-    waits_since: float = 0.0  # since when it waits for promotions, step by step
+    waits_since: float = 0.0  # since when it waits for pages, step by step
     waited_in: int = -2  # the last step in which it did
+    waited_at: float = 0.0  # when it last did
+    groups: frozenset[bytes] = frozenset()  # of the pages reserved in this wait, as in their keys
+    needs: str = ""  # for which request the first page that it waits for was reserved
+    cut: int | None = None  # end token from which on it waits for no page any more; see `Waits`
     awaits: bool = False  # some look-up of this step was answered RETRY
     progress: Progress | None = None  # of its prefill
     # End token of the first page that was answered MISS when it was looked up last: from there on

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvstrata.offload.breaker import Kind
+from kvstrata.offload.costs import Timing
 from kvstrata.offload.primary import Entry
-from kvstrata.offload.tier_link import NamedTier, TierLink
+from kvstrata.offload.tier_link import NamedTier, TierLink, Traffic
 from kvstrata.tiers.base import PAGE_CAUSES, Job, JobResult, Page, PageLayout, RequestView
 
 logger = logging.getLogger("kvstrata.manager")
@@ -25,19 +26,31 @@ STORE_PATIENCE_S = 60.0
 class Running:
     """A job under way at a tier: a promotion into the primary tier, or a cascade out of it.
 
-    `ahead` is the bytes under way in its direction at its submission, its own included.
+    `entries` and `nbytes` are what has not arrived yet. `due`: when it is overdue (anew).
     """
 
     link: TierLink
-    entries: Mapping[bytes, Entry]
+    entries: dict[bytes, Entry]
     promotion: bool
     started: float
     request: RequestView
-    ahead: int
     nbytes: int
+    due: float
+    timing: Timing
     probe: bool = False
     on_end: Callable[[Running, JobResult], None] | None = None  # who takes the result
+    arrived: int = 0  # pages, before its end
     overdue: int = 0  # how often its time has passed
+
+    @property
+    def traffic(self) -> Traffic:
+        """Where it counts."""
+        return self.link.traffic(promotion=self.promotion)
+
+    @property
+    def kind(self) -> Kind:
+        """What a failure counts as."""
+        return Kind.LOAD if self.promotion else Kind.STORE
 
 
 class TierJobs:
@@ -47,7 +60,7 @@ class TierJobs:
         open_tiers: makes the secondary tiers.
         view: (slot, bytes) -> the beginning of the slot.
         layouts: page layout by group.
-        promotion_deadline_s: a promotion that takes longer counts as a failure of the tier.
+        promotion_deadline_s: a tier whose promotions make no progress for longer fails.
         clock: seconds, monotonic.
     """
 
@@ -72,6 +85,9 @@ class TierJobs:
         self._running: dict[int, Running] = {}  # oldest first
         self._next_job = 0
         self._left_behind: list[TierLink] = []  # did not stop in time; may still end jobs
+        # (tier, kind, request) that failed since `results` was called last: the jobs of one
+        # prefix that fail together are one failure
+        self._blamed: set[tuple[TierLink, Kind, str]] = set()
         self.links: tuple[TierLink, ...] = ()
         self._open()
 
@@ -85,11 +101,15 @@ class TierJobs:
         request: RequestView,
         *,
         promotion: bool,
+        timing: Timing | None = None,
         probe: bool = False,
         on_end: Callable[[Running, JobResult], None] | None = None,
     ) -> None:
-        """Start one job; its result comes from `results`, or to `on_end`."""
-        job = self._open_job(link, entries, request, promotion, probe, on_end)
+        """Start one job; its result comes from `results`, or to `on_end`.
+
+        `timing`: of the pages it was asked for with, if there are others.
+        """
+        job = self._open_job(link, entries, request, promotion, timing, probe, on_end)
         if promotion:
             link.tier.submit_load(job)
         else:
@@ -105,7 +125,7 @@ class TierJobs:
         on_end: Callable[[Running, JobResult], None],
     ) -> bool:
         """Let a tier put a page aside; see `SecondaryTier.submit_reject`. Whether it can."""
-        job = self._open_job(link, [entry], request, False, False, on_end)
+        job = self._open_job(link, [entry], request, False, None, False, on_end)
         if link.tier.submit_reject(job, distrust=distrust):
             return True
         self._close_job(job.job_id)
@@ -117,6 +137,7 @@ class TierJobs:
         entries: Sequence[Entry],
         request: RequestView,
         promotion: bool,
+        timing: Timing | None,
         probe: bool,
         on_end: Callable[[Running, JobResult], None] | None,
     ) -> Job:
@@ -127,14 +148,16 @@ class TierJobs:
         traffic = link.traffic(promotion=promotion)
         traffic.pages += len(pages)
         traffic.nbytes += nbytes
+        now = self._clock()
         self._running[job_id] = Running(
             link,
             {entry.key: entry for entry in entries},
             promotion,
-            self._clock(),
+            now,
             request,
-            traffic.nbytes,
             nbytes,
+            now + self._patience(promotion),
+            timing or Timing(now, traffic.nbytes, len(pages)),
             probe,
             on_end,
         )
@@ -142,10 +165,16 @@ class TierJobs:
 
     def _close_job(self, job_id: int) -> Running:
         job = self._running.pop(job_id)
-        traffic = job.link.traffic(promotion=job.promotion)
-        traffic.pages -= len(job.entries)
-        traffic.nbytes -= job.nbytes
+        self._leave(job, len(job.entries), job.nbytes)
         return job
+
+    def _leave(self, job: Running, pages: int, nbytes: int) -> None:
+        """So much of a job is no longer under way."""
+        job.traffic.pages -= pages
+        job.traffic.nbytes -= nbytes
+        if job.promotion:
+            job.link.pace.moved(pages)
+        job.timing.pages -= pages
 
     def sizes(self, entries: Sequence[Entry]) -> list[int]:
         """Bytes of each page."""
@@ -156,6 +185,7 @@ class TierJobs:
 
     def results(self) -> Iterator[tuple[Running, JobResult]]:
         """The jobs that ended since the last call."""
+        self._blamed.clear()
         if not self._running:
             return
         for link in (*self.links, *self._left_behind):
@@ -169,6 +199,23 @@ class TierJobs:
         if self._left_behind:
             busy = {job.link for job in self._running.values()}
             self._left_behind = [link for link in self._left_behind if link in busy]
+
+    def arrivals(self) -> Iterator[tuple[Running, list[Entry]]]:
+        """Pages of promotions under way that arrived since the last call; after `results`."""
+        if not self._running:
+            return
+        for link in (*self.links, *self._left_behind):
+            for job_id, keys in link.tier.get_arrived().items():
+                job = self._running[job_id]
+                if job.on_end is not None:
+                    continue  # an audit's one page: its end will say so
+                entries = [job.entries.pop(key) for key in keys]
+                nbytes = sum(self.sizes(entries))
+                job.arrived += len(entries)
+                job.nbytes -= nbytes
+                self._leave(job, len(entries), nbytes)
+                job.traffic.progress = self._clock()
+                yield job, entries
         self._look_for_overdue()
 
     def any_in_time(self) -> bool:
@@ -194,7 +241,8 @@ class TierJobs:
 
     def _open(self) -> None:
         self.links = tuple(
-            TierLink(named, index, self._clock) for index, named in enumerate(self._open_tiers())
+            TierLink(named, index, self._promotion_deadline_s, self._clock)
+            for index, named in enumerate(self._open_tiers())
         )
 
     def _bounded(self, verb: str, call: Callable[[TierLink, float], bool]) -> list[TierLink]:
@@ -207,21 +255,36 @@ class TierJobs:
                 late.append(link)
         return late
 
+    def _patience(self, promotion: bool) -> float:
+        return self._promotion_deadline_s if promotion else STORE_PATIENCE_S
+
     def _look_for_overdue(self) -> None:
+        """A job is overdue when its tier has made no progress in its direction for too long."""
         now = self._clock()
         for job in self._running.values():
-            patience = self._promotion_deadline_s if job.promotion else STORE_PATIENCE_S
-            if now - job.started >= patience * (job.overdue + 1):
+            if now < job.due:
+                continue
+            patience = self._patience(job.promotion)
+            job.due = max(job.due, job.traffic.progress + patience)
+            if now >= job.due:
                 job.overdue += 1  # again and again: a single job that never ends counts too
-                job.link.breaker.failed(Kind.LOAD if job.promotion else Kind.STORE)
+                job.due += patience
+                self._blame(job)
                 self._note_overdue(job, now - job.started)
+
+    def _blame(self, job: Running) -> None:
+        failure = job.link, job.kind, job.request.req_id
+        if failure not in self._blamed:
+            self._blamed.add(failure)
+            job.link.breaker.failed(job.kind)
 
     def _note_overdue(self, job: Running, seconds: float) -> None:
         link = job.link
         if not link.overdue_jobs:
             logger.warning(
-                "tier %s: a %s of %d pages has not ended within %.3g s; its slots stay taken until "
-                "it does (logged once; counted from now on as overdue_jobs)",
+                "tier %s: a %s of %d pages has not ended within %.3g s, and none of the others "
+                "made progress; its slots stay taken until it ends (logged once; counted from now "
+                "on as overdue_jobs)",
                 link.name,
                 "load" if job.promotion else "store",
                 len(job.entries),
@@ -231,20 +294,22 @@ class TierJobs:
 
     def _judge(self, job: Running, result: JobResult) -> None:
         """What the job says of the tier's health, and what it cost."""
-        kind = Kind.LOAD if job.promotion else Kind.STORE
         sick = [cause for cause in result.failed.values() if cause not in PAGE_CAUSES]
-        if len(sick) == len(job.entries):
+        if len(sick) == len(job.entries) and not job.arrived:
             if not job.overdue:  # else counted already
-                job.link.breaker.failed(kind)
+                self._blame(job)
+            job.timing.sound = False
             return
+        job.traffic.progress = self._clock()
         if job.probe:  # also if it only found the disk full: loads may be well
             job.link.breaker.probe_succeeded()
-        if len(result.failed) == len(job.entries):
+        if len(result.failed) == len(job.entries) and not job.arrived:
+            job.timing.sound = False
             return  # says nothing of the medium
         if not job.overdue:
-            job.link.breaker.succeeded(kind)
-        cost = job.link.traffic(promotion=job.promotion).cost
-        cost.add(job.ahead, self._clock() - job.started)
+            job.link.breaker.succeeded(job.kind)
+        if job.timing.sound and not job.timing.pages:
+            job.traffic.cost.add(job.timing.ahead, self._clock() - job.timing.started)
 
     def _pages(self, entries: Sequence[Entry]) -> tuple[Page, ...]:
         view, groups = self._view, self._groups

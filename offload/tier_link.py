@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +10,9 @@ from dataclasses import dataclass
 from kvstrata.offload.audit.trust import Trust
 from kvstrata.offload.breaker import CircuitBreaker
 from kvstrata.offload.costs import TransferCost
+from kvstrata.offload.load_queue import LoadQueue
 from kvstrata.offload.offers import Offers
+from kvstrata.offload.pace import Pace
 from kvstrata.offload.primary import Entry
 from kvstrata.tiers.base import SecondaryTier
 
@@ -38,6 +41,7 @@ class Traffic:
         self.pages = 0
         self.nbytes = 0
         self.cost = TransferCost()
+        self.progress = -math.inf  # when a job last ended, or a page arrived
 
 
 class TierLink:
@@ -46,10 +50,13 @@ class TierLink:
     Args:
         named: the tier.
         index: its place in the order of look-up.
+        deadline_s: `promotion_deadline_s`.
         clock: seconds, monotonic.
     """
 
-    def __init__(self, named: NamedTier, index: int, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, named: NamedTier, index: int, deadline_s: float, clock: Callable[[], float]
+    ) -> None:
         self.named = named
         self.name = named.name
         self.tier = named.tier
@@ -60,6 +67,8 @@ class TierLink:
         self.asked = Offers(named.store_threshold, named.max_tracker_size)
         self.loads = Traffic()
         self.stores = Traffic()
+        self.queue = LoadQueue()
+        self.pace = Pace(deadline_s, clock())
         self.promoting = 0  # slots of the primary tier reserved for it, in time
         # Keys that did not arrive -> number of the newest request then: those that waited for
         # the page ask elsewhere, later ones may try again
@@ -74,6 +83,10 @@ class TierLink:
         self.lost[key] = number
         if len(self.lost) > MAX_LOST:
             self.lost.popitem(last=False)
+
+    def ahead(self, req_id: str, nbytes: int) -> int:
+        """Bytes that it loads until so many more of a request have arrived."""
+        return self.loads.nbytes + self.queue.ahead(req_id, nbytes)
 
     def traffic(self, *, promotion: bool) -> Traffic:
         """Loads for a promotion, else stores."""

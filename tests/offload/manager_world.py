@@ -1,6 +1,6 @@
 """A manager without an engine: pages in plain memory, a clock that stands still."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvstrata.offload.audit.comparer import Compared, Comparer, Task
@@ -50,6 +50,7 @@ class World:
     audited: bool = False
     ready: int | None = None  # slots that can be used by now; None: all
     epoch: int = 0  # of what the GPU computes
+    layouts: Mapping[int, PageLayout] = field(default_factory=lambda: LAYOUTS)
 
     def __post_init__(self) -> None:
         self.memory = [bytearray(b"\xee" * PAGE) for _ in range(self.slots)]
@@ -59,7 +60,7 @@ class World:
         self.manager = TieringManager(
             self.config,
             self.slots,
-            LAYOUTS,
+            self.layouts,
             lambda slot, nbytes: memoryview(self.memory[slot])[:nbytes],
             lambda slot: slot not in self.incomplete,
             self._open,

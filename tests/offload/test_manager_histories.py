@@ -5,7 +5,7 @@ the GPU write and read the slots when they end, as late as they can.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from kvstrata.offload import pace, promotion
 from kvstrata.offload.audit import audits
 from kvstrata.offload.config import OffloadConfig
 from kvstrata.offload.guard import GuardedTier
@@ -20,7 +21,8 @@ from kvstrata.offload.lookup import Answer
 from kvstrata.offload.manager import StorePlan
 from kvstrata.offload.primary import Entry
 from kvstrata.offload.tier_link import TierLink
-from kvstrata.tiers.base import RequestView, SecondaryTier
+from kvstrata.tiers.base import Job, JobResult, RequestView, SecondaryTier
+from kvstrata.tiers.faults import TierWrapper
 from kvstrata.tiers.memory import MemoryTier
 from kvstrata.tiers.testing import FaultyTier, SlowTier
 from tests.offload.manager_world import CONTEXT, LAYOUTS, PAGE, World, chunk, content
@@ -30,11 +32,50 @@ PRIVATE = 2  # the prefix of which all requests want nothing in a secondary tier
 ALL_KEYS = [chunk(prefix, index)[0] for prefix in range(2) for index in range(CHUNKS)]
 
 
+class Telling(TierWrapper):
+    """Ends jobs one poll later than it could, and tells of half of their pages before that."""
+
+    def __init__(self, inner: SecondaryTier) -> None:
+        super().__init__(inner)
+        self._loads: dict[int, list[bytes]] = {}
+        self._ended: list[JobResult] = []
+        self._stopped = False
+
+    def submit_load(self, job: Job) -> None:
+        self._loads[job.job_id] = [page.key for page in job.pages]
+        super().submit_load(job)
+
+    def get_finished(self) -> Sequence[JobResult]:
+        ended, self._ended = self._ended, list(super().get_finished())
+        if self._stopped:
+            ended, self._ended = ended + self._ended, []
+        for result in ended:
+            self._loads.pop(result.job_id, None)
+        return ended
+
+    def get_arrived(self) -> Mapping[int, Collection[bytes]]:
+        """Of those that end with the next poll."""
+        arrived = {}
+        for result in self._ended:
+            keys = self._loads.get(result.job_id, [])
+            good = [key for key in keys if key not in result.failed]
+            if taken := good[: (len(good) + 1) // 2]:
+                arrived[result.job_id] = taken
+                self._loads[result.job_id] = [key for key in keys if key not in taken]
+        return arrived
+
+    def shutdown(self, timeout_s: float) -> bool:
+        self._stopped = super().shutdown(timeout_s)
+        return self._stopped
+
+
 @dataclass
 class Request:
     view: RequestView
     prefix: int
     waiting: bool = True  # its look-up is not over
+    since: float | None = None  # of its first look-up, while it is looked up in every step
+    looked_up: int = -2  # in which step
     to: frozenset[str] | None = None  # the tiers that its pages may go to
     late: list[bytes] = field(default_factory=list)  # what it will load some steps after
     epoch: int = 0  # of those
@@ -71,6 +112,9 @@ class ManagerMachine(RuleBasedStateMachine):
         recompute=st.booleans(),
         weights_fixed=st.booleans(),
         audited=st.booleans(),
+        tells=st.booleans(),
+        in_a_step=st.sampled_from([1, 2, 4096]),
+        first=st.sampled_from([(1, 1), (1, 2), (2, 5), (8, 128)]),
     )
     def start(
         self,
@@ -85,8 +129,14 @@ class ManagerMachine(RuleBasedStateMachine):
         recompute: bool,
         weights_fixed: bool,
         audited: bool,
+        tells: bool,
+        in_a_step: int,
+        first: tuple[int, int],
     ) -> None:
         audits._LEAST_FREE = 1
+        promotion.MOST_IN_A_STEP = in_a_step
+        pace.FIRST_PAGES, pace.FIRST_AHEAD = first
+        self.tells = tells
         self.polls = tiers
         stocked = [chunk(prefix, index)[0] for prefix in range(2) for index in range(stock)]
         self.stocked = set(stocked)
@@ -141,7 +191,7 @@ class ManagerMachine(RuleBasedStateMachine):
             faulty = FaultyTier(memory, self.fault)
             slow = SlowTier(faulty, polls=polls)
             self.slow.append(slow)
-            made.append(GuardedTier("tier", slow))
+            made.append(GuardedTier("tier", Telling(slow) if self.tells else slow))
         return made
 
     def new_request(
@@ -237,7 +287,13 @@ class ManagerMachine(RuleBasedStateMachine):
                 assert entry is not None
                 self.check(Transfer(request, [item[0]], [entry.slot]), self.epoch)
             deferred |= answer is not Answer.HIT
+        if request.looked_up < self.manager._step - 1 or request.since is None:
+            request.since = self.world.now
+        request.looked_up = self.manager._step
         if deferred:
+            waited = self.world.now - request.since
+            if not self.world.audited:  # a probe takes a step more, however long that is
+                assert waited < self.manager._waits.deadline_s, "it waits too long"
             return
         request.waiting = False
         if hits and self.number % 4 == 2:
@@ -483,7 +539,9 @@ class ManagerMachine(RuleBasedStateMachine):
             assert (link.promoting, link.loads.pages, link.stores.pages) == (0, 0, 0)
             assert (link.loads.nbytes, link.stores.nbytes) == (0, 0)
         assert not manager._requests and not manager._promotions.unsent and not manager._jobs
-        assert not manager._promotions and not manager._kept
+        assert not manager._promotions and not manager._kept and not manager._waits.cuts
+        for link in manager.links:
+            assert not link.queue and link.queue.ahead("any", 0) == 0
         assert not self.audits._under_way and not self.audits._open and not self.audits._comparing
         if not self.silent:
             assert manager.counters["audit_different"] == 0

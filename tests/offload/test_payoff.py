@@ -30,7 +30,7 @@ def teach(link: TierLink, latency: float, per_byte: float) -> None:
 
 
 def tier_link(latency: float | None = None, per_byte: float = 0.0, index: int = 0) -> TierLink:
-    made = TierLink(NamedTier(f"tier{index}", MemoryTier({}, CONTEXT)), index, lambda: 0.0)
+    made = TierLink(NamedTier(f"tier{index}", MemoryTier({}, CONTEXT)), index, 10.0, lambda: 0.0)
     if latency is not None:
         teach(made, latency, per_byte)
     return made

@@ -41,11 +41,10 @@ def test_no_slots(slots: int) -> None:
 def test_slots_that_come_later() -> None:
     primary = tier(2)
     fill(primary, b"a", b"b")
-    assert primary.allocate([(b"x", 0), (b"y", 0), (b"z", 0)], Writer.GPU) is None
     primary.add_slots(3)
     assert (primary.slots, primary.free) == (5, 3)
-    taken = primary.allocate([(b"x", 0), (b"y", 0), (b"z", 0)], Writer.GPU)
-    assert taken is not None and taken[1] == []
+    pages = [(b"x", 32), (b"y", 64), (b"z", 96)]
+    assert primary.allocate(pages, Writer.GPU, Use(), must=False)[1] == []
     assert {entry.slot for entry in primary} == {0, 1, 2, 3, 4}
 
 
