@@ -84,6 +84,9 @@ class KVStrataManager(OffloadingManager):
         self._info = info
         self._stats = StatsReader()
         self._next_stats = 0.0
+        # The request that was last told to wait in this step. vLLM goes on to ask for all of its
+        # prefix, step by step, and a million tokens may be 65,536 chunks.
+        self._waiting: ReqContext | None = None
         self._ticket = 0
         # (last ticket before a reset, entries that transfers up to it may still touch)
         self._held: list[tuple[int, list[Entry]]] = []
@@ -91,6 +94,8 @@ class KVStrataManager(OffloadingManager):
     # -- look-up and load ---------------------------------------------------------
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
+        if req_context is self._waiting and self._manager.comes(key):
+            return _VLLM_PENDING
         end = req_context.get_offload_key_position(key) or 0
         view = req_context.get_state(RequestView) or self._view(req_context)
         answer = self._manager.lookup(key, end, view)
@@ -98,7 +103,10 @@ class KVStrataManager(OffloadingManager):
             return _VLLM_HIT
         if answer is _MISS:
             return _VLLM_MISS
-        return _VLLM_PENDING if answer is _PENDING else _VLLM_RETRY
+        if answer is _PENDING:
+            self._waiting = req_context if self._manager.answers_alike else None
+            return _VLLM_PENDING
+        return _VLLM_RETRY
 
     def get_load_source(self, key: OffloadKey, req_context: ReqContext) -> CacheHitSource:
         name = self._manager.source(key, self._view(req_context))
@@ -152,6 +160,7 @@ class KVStrataManager(OffloadingManager):
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
         self._release_held()
+        self._waiting = None
         self._manager.on_step_end()
         if not self._events:
             self._manager.take_events()  # nobody may ask for them, and they must not pile up
@@ -175,6 +184,7 @@ class KVStrataManager(OffloadingManager):
             )
 
     def reset_cache(self) -> None:
+        self._waiting = None
         held = self._manager.reset()
         if held:
             self._held.append((self._ticket, held))

@@ -198,6 +198,40 @@ def test_load_tier_filter(
     assert adapter.manager.lookup(KEYS[0], request) is found
 
 
+def test_a_request_that_waits_is_answered_from_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for the first page of a step; and only what is on its way, and in time."""
+    adapter = Adapter(tmp_path)
+    lookup, asked = adapter.inner.lookup, []
+
+    def watched(key: bytes, end_token: int, request: Any) -> Any:
+        asked.append((request.req_id, KEYS.index(OffloadKey(key))))
+        return lookup(key, end_token, request)
+
+    monkeypatch.setattr(adapter.inner, "lookup", watched)
+    writer, reader, other = context("writer"), context("reader"), context("other")
+    first = adapter.store(KEYS[:1], writer)
+    second = adapter.store(KEYS[1:3], writer)
+    assert first is not None and second is not None
+
+    def ask(request: ReqContext) -> str:
+        found = [adapter.manager.lookup(key, request).name for key in KEYS]
+        return "".join({"HIT": "h", "HIT_PENDING": "p", "MISS": "-"}[name] for name in found)
+
+    assert ask(reader) == "ppp-" and asked == [("reader", 0), ("reader", 3)]
+    assert ask(other) == "ppp-" and asked[2:] == [("other", 0), ("other", 3)]
+    adapter.manager.on_schedule_end(STEP)
+    adapter.complete(KEYS[1:3], second, writer)
+    asked.clear()
+    assert ask(reader) == "phh-" and asked == [("reader", n) for n in range(4)]
+    adapter.manager.on_schedule_end(STEP)
+    adapter.world.now = 10.0
+    assert ask(reader) == "-hh-"
+    adapter.inner.reset()
+    assert ask(reader) == "----"
+
+
 class OddMedium(MemoryTier):
     medium = "Disk"
 
