@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import repeat
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -72,8 +72,9 @@ class LoadQueue:
         if waiting is None:
             waiting = self._waiting[state.view.req_id] = Waiting(state)
         loads = waiting.loads
-        loads.extend([Load(e, size, timing) for e, size in zip(entries, sizes, strict=True)])
-        if any(one.entry.end_token > two.entry.end_token for one, two in pairwise(loads)):
+        behind = not loads or loads[-1].entry.end_token <= entries[0].end_token
+        loads.extend(map(Load, entries, sizes, repeat(timing)))
+        if not behind or len(state.groups) > 1:
             waiting.loads = deque(sorted(loads, key=_END_TOKEN))
         self._grow(waiting, sum(sizes))
 

@@ -108,6 +108,7 @@ class TieringManager:
         self._payoff = Payoff(config.load_or_recompute, self._speed)
         self._jobs = TierJobs(open_tiers, view, layouts, config.promotion_deadline_s, clock)
         self._waits = Waits(config.promotion_deadline_s, clock)
+        self._cuts = self._waits.cuts  # asked for every hit
         self._promotions = Promotions(
             config,
             self.primary,
@@ -200,7 +201,7 @@ class TieringManager:
             return self._lookup.ask(key, end_token, self._state(request))
         writer = entry.writer
         if writer is None:
-            if self._waits.cuts and self._waits.is_cut(self._state(request), end_token):
+            if self._cuts and self._waits.is_cut(self._state(request), end_token):
                 return _MISS
             self._kept.keep(entry, request.req_id)
             self.counters["primary_hits"] += 1

@@ -275,7 +275,7 @@ class Promotions:
             state, entries, timing = link.queue.take(pace.job)
             for entry in entries:
                 if (started := self._started.pop(entry, None)) is not None:
-                    self._started[entry] = started._replace(time=now)
+                    self._started[entry] = Started(link, now, started.req_id)
             self._jobs.submit(link, entries, state.view, promotion=True, timing=timing)
         pace.limited = bool(link.queue)
 

@@ -71,5 +71,5 @@ class Waits:
     def end_step(self) -> None:
         """A step ended."""
         if self.cuts:
-            self.cuts = [state for state in self.cuts if state.waited_in == self._step]
+            self.cuts[:] = [state for state in self.cuts if state.waited_in == self._step]
         self._step += 1

@@ -54,6 +54,7 @@ def test_a_turn_serves_the_pages_that_another_request_reserved() -> None:
 def test_pages_are_in_prefix_order_whenever_they_were_reserved() -> None:
     queue = LoadQueue()
     state = request("a")
+    state.groups = frozenset({b"0", b"1"})
     late = add(queue, state, [7, 8])
     early = add(queue, state, [4, 5])
     add(queue, state, [4, 8], group=1)
