@@ -43,6 +43,10 @@ _GPU = Writer.GPU
 _END_TOKEN = attrgetter("end_token")
 
 
+def _place(entry: Entry) -> tuple[int, bytes]:
+    return entry.end_token, entry.key[-4:]
+
+
 class StorePlan(NamedTuple):
     """Where the GPU's pages go: `slots[i]` for `keys[i]`; `evicted` made room."""
 
@@ -334,7 +338,7 @@ class TieringManager:
     def complete_store(self, keys: Collection[bytes], request: RequestView) -> None:
         """The GPU's pages of one plan have arrived: make them loadable, and cascade."""
         keys = self.audits.computed(keys, request.req_id, self._valid)
-        stored = sorted(self.primary.find(keys), key=_END_TOKEN)
+        stored = sorted(self.primary.find(keys), key=_place if self._several_groups else _END_TOKEN)
         valid = self._valid
         if bad := [entry for entry in stored if not valid(entry.slot)]:
             stored = [entry for entry in stored if entry not in bad]
@@ -373,7 +377,6 @@ class TieringManager:
         here = self.primary.find(pages)
         self._ask({entry.key: entry.end_token for entry in here}, state)
         self.primary.ended(state.use)
-        self._touch_tiers(state.use.in_order(), request)
         self._kept.drop(request.req_id)
         self.audits.end(state)
         self._forget_if_over(state)
@@ -476,6 +479,7 @@ class TieringManager:
     def _forget_if_over(self, state: RequestState) -> None:
         if state.finished and state.open_stores <= 0:
             self._requests.pop(state.view.req_id, None)
+            self._touch_tiers(state.use.in_order(), state.view)
             for link in self._jobs.links:
                 link.tier.on_request_finished(state.view)
 
@@ -511,6 +515,8 @@ class TieringManager:
 
     def _touch_tiers(self, keys: Collection[bytes], request: RequestView) -> None:
         """Tell the tiers that the pages, in prefix order, were used."""
+        if not keys:
+            return
         for link in self._jobs.links:
             if link.breaker.closed:
                 link.tier.touch(keys, request)

@@ -348,7 +348,10 @@ class SecondaryTier(ABC):
         return "Restart the engine to use it again."
 
     def touch(self, keys: Collection[bytes], request: RequestView) -> None:
-        """The pages were used elsewhere (for example in the primary tier)."""
+        """A request that ended used these pages, in prefix order, perhaps in the primary tier.
+
+        Without its beginning the end of a prefix is worth nothing: it is to be evicted first.
+        """
 
     def on_new_request(self, request: RequestView) -> None:
         """A request arrived."""

@@ -79,8 +79,8 @@ class MemoryTier(SecondaryTier):
         return finished
 
     def touch(self, keys: Collection[bytes], request: RequestView) -> None:
-        """Make the pages the most recently used."""
-        for key in keys:
+        """Make the pages the most recently used, the first one most."""
+        for key in reversed(list(keys)):
             if key in self._pages:
                 self._pages.move_to_end(key)
 

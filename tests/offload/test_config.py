@@ -26,7 +26,7 @@ def parse(**extra: Any) -> OffloadConfig:
 def test_defaults() -> None:
     assert parse() == OffloadConfig(
         cpu_bytes=2**30,
-        eviction_policy="lru",
+        eviction_policy="auto",
         store_threshold=0,
         max_tracker_size=64_000,
         tiers=(),

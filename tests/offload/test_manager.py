@@ -110,7 +110,7 @@ def test_groups_cascade_with_their_index() -> None:
     items = [chunk(0, 0, group=1), chunk(0, 1, group=0), chunk(0, 0, group=0)]
     world.store(items, world.request())
     pages = [(page.group, page.end_token) for page in tier.jobs[0][1].pages]
-    assert pages == [(0, TOKENS), (0, 2 * TOKENS), (1, TOKENS)]
+    assert pages == [(0, TOKENS), (1, TOKENS), (0, 2 * TOKENS)]
 
 
 def test_present_pages_are_not_stored_again_nor_evicted_for_the_rest() -> None:
@@ -119,8 +119,28 @@ def test_present_pages_are_not_stored_again_nor_evicted_for_the_rest() -> None:
     world.store(ITEMS[:2], request)
     assert world.manager.prepare_store(ITEMS[:2], request) == ([], [], [])
     world.step(2)
-    plan = world.manager.prepare_store(ITEMS[1:3], request)
+    plan = world.manager.prepare_store(ITEMS[1:3], world.request("another"))
     assert plan is not None and plan.keys == KEYS[2:3] and plan.evicted == KEYS[:1]
+
+
+def test_a_request_does_not_push_out_its_own_beginning() -> None:
+    world = World([], slots=2)
+    request = world.request()
+    world.store(ITEMS[:2], request)
+    world.step(2)
+    assert world.manager.prepare_store(ITEMS[2:4], request) == ([], [], [])
+    assert world.manager.counters["stores_declined"] == 2
+    assert world.manager.prepare_store(ITEMS[4:5], request) == ([], [], []), "nothing behind it"
+
+
+def test_the_beginning_is_stored_where_not_all_finds_room() -> None:
+    world = World([], slots=4)
+    first = world.manager.prepare_store([chunk(1, 0), chunk(1, 1)], world.request("first"))
+    assert first is not None  # under way: its slots cannot be had
+    request = world.request()
+    plan = world.manager.prepare_store(ITEMS[:4], request)
+    assert plan is not None and plan.keys == KEYS[:2]
+    assert world.manager.prepare_store([chunk(2, 0)], world.request("later")) is None
 
 
 def test_no_room() -> None:
@@ -206,14 +226,14 @@ def test_the_end_of_a_prefix_is_evicted_first() -> None:
 
 def test_the_end_of_a_loaded_prefix_is_evicted_first() -> None:
     world = World([], slots=5)
+    world.store(ITEMS[:4], world.request("first"))
+    world.store([chunk(1, 0)], world.request("second"))
     request = world.request()
-    world.store(ITEMS[:4], request)
-    world.store([chunk(1, 0)], request)
     assert all(world.lookup(item, request) is HIT for item in ITEMS[:4])
     world.manager.prepare_load(KEYS[:4], request)
     world.manager.complete_load(set(KEYS[:4]))
     world.step(3)
-    plan = world.manager.prepare_store([chunk(2, 0), chunk(2, 1)], request)
+    plan = world.manager.prepare_store([chunk(2, 0), chunk(2, 1)], world.request("last"))
     assert plan is not None and plan.evicted == [chunk(1, 0)[0], KEYS[3]]
 
 
@@ -226,27 +246,30 @@ def test_store_threshold(threshold: int, stored_at: int) -> None:
         assert plan.keys == (KEYS[:2] if offer == stored_at else [])
 
 
-def test_an_offer_that_finds_no_room_is_not_counted() -> None:
-    """vLLM repeats it in the next step, for the same request."""
+def test_an_offer_counts_once_for_each_request() -> None:
+    """vLLM repeats it: when there was no room, after a preemption, and after a reset."""
     world = World([], slots=1, config=config(store_threshold=2))
-    request = world.request()
-    assert world.manager.prepare_store(ITEMS[:1], request) == ([], [], [])
-    first = world.manager.prepare_store(ITEMS[:1], request)
-    assert first is not None and first.keys == KEYS[:1]
-    assert world.manager.prepare_store(ITEMS[1:2], request) == ([], [], [])
-    assert world.manager.prepare_store([*ITEMS[1:3]], request) is None
-    world.manager.complete_store(first.keys, request)
-    again = world.manager.prepare_store(ITEMS[2:3], request)
-    assert again is not None and again.keys == [], "its first offer that counts"
+    one, two = world.request("one"), world.request("two")
+    for _ in range(3):
+        assert world.manager.prepare_store(ITEMS[:1], one) == ([], [], [])
+    world.manager.reset()
+    assert world.manager.prepare_store(ITEMS[:1], one) == ([], [], [])
+    first = world.manager.prepare_store(ITEMS[:1], two)
+    assert first is not None and first.keys == KEYS[:1], "a reset keeps the counts"
+    assert world.manager.prepare_store(ITEMS[1:2], one) == ([], [], [])
+    for _ in range(3):
+        assert world.manager.prepare_store([*ITEMS[1:3]], two) is None
+    world.manager.complete_store(first.keys, two)
+    assert world.manager.prepare_store(ITEMS[2:3], two) == ([], [], []), "its first offer"
 
 
 def test_max_tracker_size_forgets_the_oldest() -> None:
     world = World([], config=config(store_threshold=2, max_tracker_size=2))
-    request = world.request()
+    one, two = world.request("one"), world.request("two")
     for item in ITEMS[:3]:
-        world.manager.prepare_store([item], request)
+        world.manager.prepare_store([item], one)
     assert len(world.manager._offers) == 2
-    plans = [world.manager.prepare_store([item], request) for item in (ITEMS[2], ITEMS[0])]
+    plans = [world.manager.prepare_store([item], two) for item in (ITEMS[2], ITEMS[0])]
     assert [plan and plan.keys for plan in plans] == [[KEYS[2]], []]
 
 
@@ -531,9 +554,10 @@ def test_slots_are_used_as_they_become_ready() -> None:
     world.manager.complete_store(plan.keys, request)
     assert world.manager.not_ready == 6
     world.ready = 5
-    plan = world.manager.prepare_store(ITEMS[2:6], request)
+    another = world.request("another")
+    plan = world.manager.prepare_store(ITEMS[2:6], another)
     assert plan is not None and plan.evicted == [ITEMS[1][0]]
-    world.manager.complete_store(plan.keys, request)
+    world.manager.complete_store(plan.keys, another)
     assert world.manager.not_ready == 3
     world.ready = 8
     world.step()
@@ -683,14 +707,26 @@ def test_load_of_a_page_that_is_not_ready() -> None:
     assert world.manager.primary.idle == 2, "nothing is held by a load that was refused"
 
 
-def test_loaded_pages_are_touched_everywhere() -> None:
+def test_the_pages_of_a_request_are_touched_everywhere_when_it_ends() -> None:
+    """In prefix order: those it loaded, those it stored, and those found in GPU memory."""
+    tier = Recorder()
+    world = World([tier])
+    world.store(ITEMS[:3], world.request("earlier"))
+    request = world.request()
+    world.store(ITEMS[3:5], request)
+    assert world.lookup(ITEMS[2], request) is HIT
+    world.manager.prepare_load(KEYS[2:3], request)
+    world.manager.on_request_finished(request, dict(ITEMS[:5]))
+    assert [told for hook, told in tier.hooks if hook == "touch"] == [KEYS[:5]]
+
+
+def test_vllm_may_tell_of_a_use_itself() -> None:
     tier = Recorder()
     world = World([tier])
     request = world.request()
     world.store(ITEMS[:2], request)
-    world.manager.prepare_load(KEYS[:2], request)
-    world.manager.touch(KEYS[2:3], request)
-    assert [told for hook, told in tier.hooks if hook == "touch"] == [KEYS[:2], KEYS[2:3]]
+    world.manager.touch(KEYS[1:3], request)
+    assert [told for hook, told in tier.hooks if hook == "touch"] == [KEYS[1:3]]
 
 
 # -- requests ---------------------------------------------------------------------
@@ -705,7 +741,8 @@ def test_tiers_hear_of_the_end_when_nothing_more_will_be_submitted() -> None:
     world.manager.on_request_finished(request)
     assert tier.hooks == [("new", "r")]
     world.manager.complete_store(plan.keys, request)
-    assert tier.hooks == [("new", "r"), ("finished", "r")] and len(tier.jobs) == 1
+    assert tier.hooks == [("new", "r"), ("touch", KEYS[:1]), ("finished", "r")]
+    assert len(tier.jobs) == 1
     assert_nothing_is_left(world.manager)
 
 

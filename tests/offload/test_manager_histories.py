@@ -5,10 +5,11 @@ the GPU write and read the slots when they end, as late as they can.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -95,6 +96,20 @@ def meant(wishes: dict[str, object]) -> frozenset[str] | None:
     if wishes.get("persist") is False or wishes.get("tiers") == []:
         return frozenset()
     return frozenset({"tier0"}) if wishes.get("tiers") == ["tier0"] else None
+
+
+@pytest.fixture(autouse=True, scope="module")
+def sizes() -> Iterator[None]:
+    """Put back what the histories choose."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in (
+            (audits, "_LEAST_FREE"),
+            (promotion, "MOST_IN_A_STEP"),
+            (pace, "FIRST_PAGES"),
+            (pace, "FIRST_AHEAD"),
+        ):
+            patch.setattr(module, name, getattr(module, name))
+        yield
 
 
 class ManagerMachine(RuleBasedStateMachine):

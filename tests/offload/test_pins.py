@@ -1,6 +1,7 @@
 """Pages that requests asked to keep."""
 
 from kvstrata.offload.eviction import LRU
+from kvstrata.offload.line import Use
 from kvstrata.offload.pins import Pins
 from kvstrata.offload.primary import Entry, PrimaryTier, Writer
 
@@ -13,13 +14,12 @@ class Clock:
 
 
 def make(slots: int, share: float) -> tuple[PrimaryTier, Pins, Clock, list[Entry]]:
-    primary = PrimaryTier(slots, LRU(slots))
+    primary = PrimaryTier(slots, LRU(slots, {}))
     clock = Clock()
-    taken = primary.allocate([(bytes([n]) * 8, n) for n in range(slots)], Writer.GPU)
-    assert taken is not None
-    for entry in taken[0]:
-        primary.finish_writes((entry,), good=True)
-    return primary, Pins(primary, share, clock), clock, taken[0]
+    pages = [(bytes([n]) * 8, n) for n in range(slots)]
+    entries, _ = primary.allocate(pages, Writer.GPU, Use(), must=False)
+    primary.finish_writes(entries, good=True)
+    return primary, Pins(primary, share, clock), clock, entries
 
 
 def test_pinned_pages_stay_until_their_time() -> None:

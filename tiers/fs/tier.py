@@ -127,8 +127,9 @@ class FsTier(SecondaryTier):
         # together.
         self._access = first_access()
         self._promised: dict[bytes, None] = {}  # in this step
-        # The loads of a request are one access, in however many jobs they come; 0: none yet
-        self._loads: dict[str, int] = {}
+        # The loads and stores of a request are one access, in however many jobs they come: the
+        # deepest pages go first. 0: none yet
+        self._accesses: dict[str, int] = {}
         self.roots: list[Root] = []
         try:
             for config in configs:
@@ -212,13 +213,13 @@ class FsTier(SecondaryTier):
             self._note(Kind.USE, known)
 
     def on_new_request(self, request: RequestView) -> None:
-        """Its loads will be one access."""
-        self._loads[request.req_id] = 0
+        """Its loads and stores will be one access."""
+        self._accesses[request.req_id] = 0
 
     def on_request_finished(self, request: RequestView) -> None:
         """Forget the negative answers given to the request, and its access."""
         self._index.forget_request(request.req_id)
-        self._loads.pop(request.req_id, None)
+        self._accesses.pop(request.req_id, None)
 
     def on_step_end(self) -> None:
         """Ask the disk for the keys that were looked up in this step, and spare those found."""
@@ -348,8 +349,8 @@ class FsTier(SecondaryTier):
                 good.append(page)
         self._finish_if_over(job.job_id, opened)
         access = self._next_access()
-        if kind is Kind.LOAD and (first := self._loads.get(job.request.req_id)) is not None:
-            access = self._loads[job.request.req_id] = first or access
+        if (first := self._accesses.get(job.request.req_id)) is not None:
+            access = self._accesses[job.request.req_id] = first or access
         for root, pages in self._by_root(good):
             root.processes.submit(self._tasks(kind, pages, job.job_id, access))
 
