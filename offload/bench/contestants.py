@@ -51,6 +51,7 @@ def _ours(slots: int, tier: bool, policy: str, groups: int) -> Any:
             for group in range(groups)
         },
         "weights_watch": None,
+        "windows": {},
         "lora": False,
     }
     engine = SimpleNamespace(engine_id=f"benchmark-{os.getpid()}")

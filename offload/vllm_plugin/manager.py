@@ -156,7 +156,10 @@ class KVStrataManager(OffloadingManager):
         return RequestOffloadingContext()
 
     def on_request_finished(self, req_context: ReqContext) -> None:
-        self._manager.on_request_finished(self._view(req_context))
+        # With it the pages that vLLM had in GPU memory and asked nothing about. There is no public
+        # way to all of a request's keys.
+        pages = getattr(req_context, "_offload_key_positions", {})
+        self._manager.on_request_finished(self._view(req_context), pages)
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
         self._release_held()
@@ -313,6 +316,7 @@ def open_manager(
             }
         ),
         weights_fixed=fixed,
+        windows={int(group): tokens for group, tokens in fields["windows"].items()},
         weights_changed=WeightWatch(watch).changed if watch and entries else None,
         ready=region.progress.usable,
     )

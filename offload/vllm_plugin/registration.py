@@ -44,6 +44,7 @@ from kvstrata.offload.vllm_plugin.pages import (
 )
 from kvstrata.offload.vllm_plugin.updates import check_weights_fixed, weights_fixed
 from kvstrata.offload.vllm_plugin.weights import WeightNames, name_weights
+from kvstrata.offload.vllm_plugin.windows import windows_of
 from kvstrata.offload.vllm_plugin.worker import KVStrataWorker
 from kvstrata.tiers.base import layouts_to_json
 
@@ -226,6 +227,7 @@ def _create_region(
             ]
             for group in shapes
         },
+        "windows": windows_of(config, vllm_config),
         "lora": vllm_config.lora_config is not None,
         "namespace": None,
         "weights_watch": None,

@@ -257,6 +257,7 @@ def test_a_tier_with_words_that_vllm_does_not_have_is_refused_at_start(
         "weights_fixed": True,
         "lora": False,
         "elements": {},
+        "windows": {},
     }
     engine = SimpleNamespace(engine_id=f"odd-words-{os.getpid()}")
     region = create_region(engine.engine_id, fields, text_bytes=1000)
