@@ -102,7 +102,8 @@ class TieringManager:
         self.counters: Counter[str] = self._report.counters
         self._slots = slots
         self._ready = ready or (lambda: slots)
-        policy = policy_class(config.eviction_policy)(slots, windows or {})
+        self.windows = windows or {}
+        policy = policy_class(config.eviction_policy)(slots, self.windows)
         self.primary = PrimaryTier(self._ready(), policy)
         self._several_groups = len(layouts) > 1
         self._kept = KeptPages(self.primary)

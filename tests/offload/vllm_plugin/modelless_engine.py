@@ -48,7 +48,7 @@ from vllm.v1.worker.utils import allocate_kv_cache
 
 from kvstrata.kernels.pipeline import CpuPipeline, Finished, Pipeline, open_pipeline
 from kvstrata.offload.manager import TieringManager
-from kvstrata.offload.vllm_plugin import caches, model_runner, registration
+from kvstrata.offload.vllm_plugin import caches, model_runner, registration, windows
 from kvstrata.offload.vllm_plugin.register import register
 from kvstrata.tiers.base import layouts_from_json
 from tests.engine.driver import connector
@@ -249,8 +249,8 @@ class ModellessEngine:
         monkeypatch.setattr(registration, "get_world_group", lambda: world)
         monkeypatch.setattr(registration.dist, "all_gather_object", gather)
         monkeypatch.setattr(registration, "get_current_vllm_config", lambda: mine.rank.config)
-        monkeypatch.setattr(caches, "get_layers_from_vllm_config", modules)
-        monkeypatch.setattr(model_runner, "get_layers_from_vllm_config", modules)
+        for reader in (caches, model_runner, windows):
+            monkeypatch.setattr(reader, "get_layers_from_vllm_config", modules)
         errors: list[Exception] = []
 
         def one(rank: Rank) -> None:
