@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 
 from kvstrata.offload.eviction import EvictionPolicy
-from kvstrata.offload.line import Line, Use
+from kvstrata.offload.line import Line, Pages, Use
 
 
 class ARC(EvictionPolicy):
@@ -19,19 +19,18 @@ class ARC(EvictionPolicy):
     def __init__(self, capacity: int, windows: Mapping[int, int]) -> None:
         self._capacity = capacity
         self._windows = windows
-        self._target = 0.0  # p of the paper: wanted size of T1, in keys
-        self._t1, self._t2 = Line(windows), Line(windows)
         self._b1: OrderedDict[bytes, None] = OrderedDict()
         self._b2: OrderedDict[bytes, None] = OrderedDict()
+        self._target = 0.0  # p of the paper: wanted size of T1, in keys
+        self._pages = Pages(windows)
+        self._t1, self._t2 = Line(self._pages), Line(self._pages)
 
     def ask(self, pages: Mapping[bytes, int], use: Use) -> None:
         # From the end, as they would have come: what is adapted to last counts most.
         for key in reversed(list(pages)):
-            line = self._line(key)
-            if line is not None:
-                end_token, _, pinned = line.remove(key)
+            if key in self._pages:
                 use.reused.add(key)
-                self._t2.add(key, end_token, use, pinned=pinned)
+                self._pages.move(key, self._t2, use)
             elif key in self._b1:
                 step = max(1.0, len(self._b2) / len(self._b1))
                 self._target = min(self._target + step, float(self._capacity))
@@ -40,16 +39,19 @@ class ARC(EvictionPolicy):
                 self._target = max(self._target - step, 0.0)
 
     def evict(self, key: bytes, end_token: int, use: Use, *, must: bool) -> bytes | None:
-        size = len(self._t1)
+        size = self._t1.size
         from_t1 = size > self._target or (key in self._b2 and 0 < size == self._target)
         lines = [(self._t1, self._b1), (self._t2, self._b2)]
         for line, ghosts in lines if from_t1 else reversed(lines):
             oldest = line.oldest()
-            if oldest is None or (oldest.use is use and oldest.end_token < end_token and not must):
+            if oldest is None:
                 continue
-            line.remove(oldest.key)
-            ghosts[oldest.key] = None
-            return oldest.key
+            victim, reach, of = oldest
+            if of is use and reach < end_token and not must:
+                continue  # its beginning is worth more than its end
+            self._pages.remove(victim)
+            ghosts[victim] = None
+            return victim
         return None
 
     def insert(self, key: bytes, end_token: int, use: Use) -> None:
@@ -58,37 +60,35 @@ class ARC(EvictionPolicy):
             if key in ghosts:
                 del ghosts[key]
                 again = True
-        (self._t2 if again else self._t1).add(key, end_token, use, pinned=True)
+        self._pages.add(key, end_token, self._t2 if again else self._t1, use)
         self._trim_ghosts()
 
     def pin(self, key: bytes) -> None:
-        (self._t1 if key in self._t1 else self._t2).pin(key)
+        self._pages.pin(key)
 
     def unpin(self, key: bytes) -> None:
-        (self._t1 if key in self._t1 else self._t2).unpin(key)
+        self._pages.unpin(key)
 
     def remove(self, key: bytes) -> None:
-        (self._t1 if key in self._t1 else self._t2).remove(key)
+        self._pages.remove(key)
 
     def ended(self, use: Use) -> None:
         pass  # what is learnt was learnt when it asked
 
     def idle(self) -> int:
-        return sum(len(line) - line.pinned for line in (self._t1, self._t2))
+        return self._pages.idle
 
     def clear(self) -> None:
         self._target = 0.0
-        self._t1, self._t2 = Line(self._windows), Line(self._windows)
+        self._pages = Pages(self._windows)
+        self._t1, self._t2 = Line(self._pages), Line(self._pages)
         self._b1.clear()
         self._b2.clear()
 
-    def _line(self, key: bytes) -> Line | None:
-        return self._t1 if key in self._t1 else self._t2 if key in self._t2 else None
-
     def _trim_ghosts(self) -> None:
-        while self._b1 and len(self._t1) + len(self._b1) > self._capacity:
+        while self._b1 and self._t1.size + len(self._b1) > self._capacity:
             self._b1.popitem(last=False)
-        total = len(self._t1) + len(self._t2) + len(self._b1) + len(self._b2)
+        total = len(self._pages) + len(self._b1) + len(self._b2)
         while self._b2 and total > 2 * self._capacity:
             self._b2.popitem(last=False)
             total -= 1

@@ -13,10 +13,9 @@ from kvstrata.tiers.base import key_group
 # Shares of the window that are tried. A small one keeps what it has: for cycles, scans, popular
 # documents. The whole is LRU. On long traces of conversations something between is best.
 SHARES = (0.05, 0.6, 1.0)
-# Shadows have so many keys at least; larger tiers are sampled. Errors of a few thousand keys are a
-# percent or two (Waldspurger et al., "Cache modeling and optimization using miniature simulations",
-# USENIX ATC 2017).
-SHADOW_KEYS = 2048
+# Shadows have so many keys at least; larger tiers are sampled, as miniature simulations do
+# (Waldspurger et al., "Cache modeling and optimization using miniature simulations", ATC 2017).
+SHADOW_KEYS = 256
 # What was found counts half after requests for so many times the tier.
 HALF_LIFE = 8
 # Another share must have found so many times as much: moving between equals costs hits.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
-from kvstrata.offload.line import Line, Use
+from kvstrata.offload.line import Line, Pages, Use
 
 
 class EvictionPolicy(ABC):
@@ -74,39 +74,42 @@ class LRU(EvictionPolicy):
 
     def __init__(self, capacity: int, windows: Mapping[int, int]) -> None:
         self._windows = windows
-        self._line = Line(windows)
+        self.clear()
 
     def ask(self, pages: Mapping[bytes, int], use: Use) -> None:
         for key in pages:
-            if key in self._line:
-                end_token, _, pinned = self._line.remove(key)
+            if key in self._pages:
                 use.reused.add(key)
-                self._line.add(key, end_token, use, pinned=pinned)
+                self._pages.move(key, self._line, use)
 
     def evict(self, key: bytes, end_token: int, use: Use, *, must: bool) -> bytes | None:
         oldest = self._line.oldest()
-        if oldest is None or (oldest.use is use and oldest.end_token < end_token and not must):
+        if oldest is None:
+            return None
+        victim, reach, of = oldest
+        if of is use and reach < end_token and not must:
             return None  # its beginning is worth more than its end
-        self._line.remove(oldest.key)
-        return oldest.key
+        self._pages.remove(victim)
+        return victim
 
     def insert(self, key: bytes, end_token: int, use: Use) -> None:
-        self._line.add(key, end_token, use, pinned=True)
+        self._pages.add(key, end_token, self._line, use)
 
     def pin(self, key: bytes) -> None:
-        self._line.pin(key)
+        self._pages.pin(key)
 
     def unpin(self, key: bytes) -> None:
-        self._line.unpin(key)
+        self._pages.unpin(key)
 
     def remove(self, key: bytes) -> None:
-        self._line.remove(key)
+        self._pages.remove(key)
 
     def ended(self, use: Use) -> None:
         pass  # nothing is learnt from it
 
     def idle(self) -> int:
-        return len(self._line) - self._line.pinned
+        return self._pages.idle
 
     def clear(self) -> None:
-        self._line = Line(self._windows)
+        self._pages = Pages(self._windows)
+        self._line = Line(self._pages)

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
 
 from kvstrata.tiers.base import key_group
 
@@ -51,21 +50,18 @@ class Use:
         self.stamp = next(_stamps)
 
 
-class Oldest(NamedTuple):
-    """The page that a line would give up next."""
-
-    key: bytes
-    end_token: int
-    use: Use
+# A page that would leave next: its key, its end token and its use.
+Oldest = tuple[bytes, int, Use]
 
 
 class _Part:
     """Pages of one use in a line: end token by key. `heap` has the idle ones, once it is needed,
     and others that were idle; `queued`: the line's queue has this part."""
 
-    __slots__ = ("heap", "idle", "pinned", "queued", "use")
+    __slots__ = ("heap", "idle", "line", "pinned", "queued", "use")
 
-    def __init__(self, use: Use) -> None:
+    def __init__(self, line: Line, use: Use) -> None:
+        self.line = line
         self.use = use
         self.idle: dict[bytes, int] = {}
         self.pinned: dict[bytes, int] = {}
@@ -73,20 +69,20 @@ class _Part:
         self.queued = False
 
 
-class Line:
-    """Pages in the order in which they leave. Pinned ones keep their place and are passed over.
+class Pages:
+    """The resident pages of a policy: each is in one of its lines, and idle or pinned.
 
     Args:
         windows: by group, how many tokens before the end of a hit are needed; all, if not given.
-            Pages before them, that only this request stored, leave before its others.
+            Pages before them, that only one request stored, leave before its others.
     """
 
     def __init__(self, windows: Mapping[int, int]) -> None:
         self._windows = windows
         self._home: dict[bytes, _Part] = {}
-        self._parts: dict[Use, _Part] = {}
-        self._queue: list[tuple[int, _Part]] = []  # a heap; an entry's stamp may be outdated
-        self.pinned = 0  # how many
+        # Called for every key, so not a method
+        self.part: Callable[[bytes], _Part | None] = self._home.get
+        self._pinned = 0
 
     def __len__(self) -> int:
         return len(self._home)
@@ -94,83 +90,124 @@ class Line:
     def __contains__(self, key: bytes) -> bool:
         return key in self._home
 
-    def add(self, key: bytes, end_token: int, use: Use, *, pinned: bool) -> None:
-        """A page comes in, as part of a use."""
-        part = self._parts.get(use)
-        if part is None:
-            part = self._parts[use] = _Part(use)
-        self._home[key] = part
-        if pinned:
-            self.pinned += 1
-            part.pinned[key] = end_token
-        else:
-            self._idle(part, key, end_token)
-
-    def remove(self, key: bytes) -> tuple[int, Use, bool]:
-        """A page goes out: its end token, its use, and whether it is pinned."""
-        part = self._home.pop(key)
-        end_token = part.idle.pop(key, None)
-        pinned = end_token is None
-        if end_token is None:
-            end_token = part.pinned.pop(key)
-            self.pinned -= 1
-        if not (part.idle or part.pinned or part.queued):
-            del self._parts[part.use]
-        return end_token, part.use, pinned
+    @property
+    def idle(self) -> int:
+        """How many are not pinned."""
+        return len(self._home) - self._pinned
 
     def pin(self, key: bytes) -> None:
-        """An idle page must not leave."""
+        """An idle page must not leave; it keeps its place."""
         part = self._home[key]
         part.pinned[key] = part.idle.pop(key)
-        self.pinned += 1
+        self._pinned += 1
 
     def unpin(self, key: bytes) -> None:
         """A pinned page may leave again."""
         part = self._home[key]
-        self.pinned -= 1
-        self._idle(part, key, part.pinned.pop(key))
+        self._pinned -= 1
+        self._make_idle(part, key, part.pinned.pop(key))
+
+    def add(self, key: bytes, end_token: int, line: Line, use: Use) -> None:
+        """A page comes in, pinned."""
+        part = self._home[key] = line.part(use)
+        line.size += 1
+        part.pinned[key] = end_token
+        self._pinned += 1
+
+    def move(self, key: bytes, line: Line, use: Use) -> None:
+        """A page becomes part of another use, perhaps in another line."""
+        old = self._home[key]
+        part = self._home[key] = line.part(use)
+        old.line.size -= 1
+        line.size += 1
+        end_token = old.pinned.pop(key, None)
+        if end_token is not None:
+            part.pinned[key] = end_token
+        else:
+            self._make_idle(part, key, old.idle.pop(key))
+        if not (old.queued or old.idle or old.pinned):
+            old.line.forget(old.use)
+
+    def remove(self, key: bytes) -> int:
+        """A page goes out; its end token."""
+        part = self._home.pop(key)
+        part.line.size -= 1
+        end_token = part.idle.pop(key, None)
+        if end_token is None:
+            end_token = part.pinned.pop(key)
+            self._pinned -= 1
+        if not (part.queued or part.idle or part.pinned):
+            part.line.forget(part.use)
+        return end_token
+
+    def _make_idle(self, part: _Part, key: bytes, end_token: int) -> None:
+        part.idle[key] = end_token
+        if part.heap is not None:
+            heapq.heappush(part.heap, (self.place(part.use, key, end_token), key))
+        if not part.queued:
+            part.queued = True
+            part.line.queue(part)
+
+    def place(self, use: Use, key: bytes, end_token: int) -> int:
+        """Where a page stands among those of its use: smaller ones leave first."""
+        if self._windows and key not in use.reused:
+            window = self._windows.get(key_group(key))
+            if window is not None and end_token + window <= use.reach:
+                return -end_token - _BEYOND
+        return -end_token
+
+
+class Line:
+    """Pages in the order in which they leave. Pinned ones keep their place and are passed over.
+
+    Attributes:
+        size: how many pages are in it.
+    """
+
+    def __init__(self, pages: Pages) -> None:
+        self._pages = pages
+        self._parts: dict[Use, _Part] = {}
+        self._queue: list[tuple[int, _Part]] = []  # a heap; an entry's stamp may be outdated
+        self.size = 0
 
     def oldest(self) -> Oldest | None:
         """The page that leaves next; None if all are pinned."""
         queue = self._queue
         while queue:
             stamp, part = queue[0]
-            use = part.use
-            if not part.idle:
+            idle, use = part.idle, part.use
+            if not idle:
                 heapq.heappop(queue)
                 part.queued = False
                 if not part.pinned:
-                    del self._parts[use]
-            elif stamp != use.stamp:
+                    self.forget(use)
+                continue
+            if stamp != use.stamp:
                 heapq.heapreplace(queue, (use.stamp, part))
-            else:
-                return Oldest(*self._last(part), use)
+                continue
+            heap = part.heap
+            if heap is None or len(heap) > 2 * len(idle) + 64:
+                place = self._pages.place
+                heap = [(place(use, key, end_token), key) for key, end_token in idle.items()]
+                heapq.heapify(heap)
+                part.heap = heap
+            while heap[0][1] not in idle:
+                heapq.heappop(heap)
+            key = heap[0][1]
+            return key, idle[key], use
         return None
 
-    def _idle(self, part: _Part, key: bytes, end_token: int) -> None:
-        part.idle[key] = end_token
-        if part.heap is not None:
-            heapq.heappush(part.heap, (self._place(part.use, key, end_token), key))
-        if not part.queued:
-            part.queued = True
-            heapq.heappush(self._queue, (part.use.stamp, part))
+    def part(self, use: Use) -> _Part:
+        """The pages of a use."""
+        part = self._parts.get(use)
+        if part is None:
+            part = self._parts[use] = _Part(self, use)
+        return part
 
-    def _last(self, part: _Part) -> tuple[bytes, int]:
-        """The idle page of a part that leaves first."""
-        idle, heap = part.idle, part.heap
-        if heap is None or len(heap) > 2 * len(idle) + 64:
-            heap = [(self._place(part.use, key, end), key) for key, end in idle.items()]
-            heapq.heapify(heap)
-            part.heap = heap
-        while heap[0][1] not in idle:
-            heapq.heappop(heap)
-        key = heap[0][1]
-        return key, idle[key]
+    def queue(self, part: _Part) -> None:
+        """A part has idle pages again."""
+        heapq.heappush(self._queue, (part.use.stamp, part))
 
-    def _place(self, use: Use, key: bytes, end_token: int) -> int:
-        """Smaller ones leave first."""
-        if self._windows and key not in use.reused:
-            window = self._windows.get(key_group(key))
-            if window is not None and end_token + window <= use.reach:
-                return -end_token - _BEYOND
-        return -end_token
+    def forget(self, use: Use) -> None:
+        """A use has no page here any more."""
+        del self._parts[use]

@@ -375,8 +375,9 @@ class TieringManager:
         """
         state = self._state(request)
         state.finished = True
-        here = self.primary.find(pages)
-        self._ask({entry.key: entry.end_token for entry in here}, state)
+        seen = state.use.seen
+        if more := self.primary.find(key for key in pages if key not in seen):
+            self._ask({entry.key: entry.end_token for entry in more}, state)
         self.primary.ended(state.use)
         self._kept.drop(request.req_id)
         self.audits.end(state)
@@ -480,7 +481,8 @@ class TieringManager:
     def _forget_if_over(self, state: RequestState) -> None:
         if state.finished and state.open_stores <= 0:
             self._requests.pop(state.view.req_id, None)
-            self._touch_tiers(state.use.in_order(), state.view)
+            if self._jobs.links:
+                self._touch_tiers(state.use.in_order(), state.view)
             for link in self._jobs.links:
                 link.tier.on_request_finished(state.view)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from kvstrata.offload.eviction import EvictionPolicy
 from kvstrata.offload.frequency import ONE, Frequency
-from kvstrata.offload.line import Line, Oldest, Use
+from kvstrata.offload.line import Line, Oldest, Pages, Use
 
 
 class Windowed(EvictionPolicy):
@@ -35,10 +35,11 @@ class Windowed(EvictionPolicy):
         self.capacity = capacity
         self._windows = windows
         self._frequency = frequency
-        self._share = share
-        self._most_in_window = int(share * capacity)
-        self._window, self._main, self._passing = (Line(windows) for _ in range(3))
+        self._pages = Pages(windows)
+        self._window, self._main, self._passing = (Line(self._pages) for _ in range(3))
         self._next: dict[bytes, Line] = {}  # where a page goes for which one was evicted
+        self._share = share
+        self._size(share)
 
     @property
     def share(self) -> float:
@@ -49,98 +50,84 @@ class Windowed(EvictionPolicy):
     def share(self, share: float) -> None:
         smaller = share < self._share
         self._share = share
-        self._most_in_window = int(share * self.capacity)
-        if smaller and len(self._window) > len(self._main):
+        self._size(share)
+        if smaller and self._window.size > self._main.size:
             # What is held is kept: nothing has to move, and the oldest are the first to leave.
             self._window, self._main = self._main, self._window
 
     def __len__(self) -> int:
-        return len(self._window) + len(self._main) + len(self._passing)
+        return len(self._pages)
 
     def __contains__(self, key: bytes) -> bool:
-        return self._line(key) is not None
+        return key in self._pages
 
     def ask(self, pages: Mapping[bytes, int], use: Use) -> None:
+        part_of = self._pages.part
         for key in pages:
-            line = self._line(key)
-            if line is None:
+            part = part_of(key)
+            if part is None:
                 continue
-            end_token, _, pinned = line.remove(key)
             use.reused.add(key)
+            line = part.line
             if line is self._passing or self._share >= 1.0:
                 line = self._window
             elif line is self._window:
                 line = self._main
-                if len(self._main) >= self._most_in_main:
+                if self._main.size >= self._most_in_main:
                     self._demote()
-            line.add(key, end_token, use, pinned=pinned)
+            self._pages.move(key, line, use)
 
     def evict(self, key: bytes, end_token: int, use: Use, *, must: bool) -> bytes | None:
-        main = _others(self._main, end_token, use)
-        if main is not None and self._share < 1.0 and self._beats(key, main.key):
-            return self._take(key, main, self._main, self._main)
+        main = _others(self._main, end_token, use) if self._main.size else None
+        if main is not None and self._share < 1.0 and self._beats(key, main[0]):
+            return self._take(key, main, self._main)
+        if main is not None and self._window.size < self._most_in_window:
+            return self._take(key, main, self._window)
         window = _others(self._window, end_token, use)
-        if main is not None and len(self._window) < self._most_in_window:
-            return self._take(key, main, self._main, self._window)
-        while window is not None and main is not None and self._beats(window.key, main.key):
-            self._window.remove(window.key)
-            self._main.add(window.key, window.end_token, window.use, pinned=False)
-            if len(self._main) > self._most_in_main:
-                return self._take(key, main, self._main, self._window)
+        while window is not None and main is not None and self._beats(window[0], main[0]):
+            self._pages.move(window[0], self._main, window[2])
+            if self._main.size > self._most_in_main:
+                return self._take(key, main, self._window)
             window = _others(self._window, end_token, use)
         if window is not None:
-            return self._take(key, window, self._window, self._window)
+            return self._take(key, window, self._window)
         passing = self._passing.oldest()
         if passing is not None:
-            return self._take(key, passing, self._passing, self._passing)
+            return self._take(key, passing, self._passing)
         if not must:
             return None
-        for line in (self._main, self._window):
-            oldest = line.oldest()
-            if oldest is not None:
-                return self._take(key, oldest, line, self._passing)
-        return None
+        last = self._main.oldest() or self._window.oldest()
+        return None if last is None else self._take(key, last, self._passing)
 
     def insert(self, key: bytes, end_token: int, use: Use) -> None:
         line = self._next.pop(key, None)
         if line is None:  # there was room
-            line = self._main if len(self._main) < self._most_in_main else self._window
-        line.add(key, end_token, use, pinned=True)
+            line = self._main if self._main.size < self._most_in_main else self._window
+        self._pages.add(key, end_token, line, use)
 
     def pin(self, key: bytes) -> None:
-        self._home(key).pin(key)
+        self._pages.pin(key)
 
     def unpin(self, key: bytes) -> None:
-        self._home(key).unpin(key)
+        self._pages.unpin(key)
 
     def remove(self, key: bytes) -> None:
-        self._home(key).remove(key)
+        self._pages.remove(key)
 
     def ended(self, use: Use) -> None:
         pass
 
     def idle(self) -> int:
-        return sum(len(line) - line.pinned for line in (self._window, self._main, self._passing))
+        return self._pages.idle
 
     def clear(self) -> None:
-        self._window, self._main, self._passing = (Line(self._windows) for _ in range(3))
+        self._pages = Pages(self._windows)
+        self._window, self._main, self._passing = (Line(self._pages) for _ in range(3))
         self._next.clear()
 
-    @property
-    def _most_in_main(self) -> int:
-        return self.capacity - self._most_in_window
-
-    def _line(self, key: bytes) -> Line | None:
-        if key in self._window:
-            return self._window
-        if key in self._main:
-            return self._main
-        return self._passing if key in self._passing else None
-
-    def _home(self, key: bytes) -> Line:
-        if key in self._window:
-            return self._window
-        return self._main if key in self._main else self._passing
+    def _size(self, share: float) -> None:
+        self._most_in_window = int(share * self.capacity)
+        self._most_in_main = self.capacity - self._most_in_window
 
     def _beats(self, key: bytes, held: bytes) -> bool:
         """Whether a key was asked for more often than one that is held, before it was this time."""
@@ -150,18 +137,18 @@ class Windowed(EvictionPolicy):
         """The main part's oldest page goes back to the window, where it is old."""
         oldest = self._main.oldest()
         if oldest is not None:
-            self._main.remove(oldest.key)
-            self._window.add(oldest.key, oldest.end_token, oldest.use, pinned=False)
+            self._pages.move(oldest[0], self._window, oldest[2])
 
-    def _take(self, key: bytes, page: Oldest, line: Line, into: Line) -> bytes:
-        line.remove(page.key)
-        self._next = {key: into}
-        return page.key
+    def _take(self, key: bytes, victim: Oldest, into: Line) -> bytes:
+        self._pages.remove(victim[0])
+        if into is not self._window or self._most_in_main:
+            self._next = {key: into}
+        return victim[0]
 
 
 def _others(line: Line, end_token: int, use: Use) -> Oldest | None:
     """The oldest page of a line, but none that comes before the new one in its own prefix."""
     oldest = line.oldest()
-    if oldest is None or (oldest.use is use and oldest.end_token < end_token):
+    if oldest is None or (oldest[2] is use and oldest[1] < end_token):
         return None
     return oldest

@@ -277,11 +277,11 @@ class ARCMachine(PolicyMachine):
     def lists_are_bounded(self) -> None:
         """The paper's invariants, figure 3: |L1| <= c and |L1| + |L2| <= 2c."""
         if isinstance(getattr(self, "policy", None), ARC):
-            one = len(self.policy._t1) + len(self.policy._b1)
-            two = len(self.policy._t2) + len(self.policy._b2)
+            one = self.policy._t1.size + len(self.policy._b1)
+            two = self.policy._t2.size + len(self.policy._b2)
             assert one <= self.capacity
             assert one + two <= 2 * self.capacity
-            assert len(self.policy._t1) + len(self.policy._t2) == len(self.resident())
+            assert self.policy._t1.size + self.policy._t2.size == len(self.resident())
 
 
 class AutoMachine(PolicyMachine):

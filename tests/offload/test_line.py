@@ -3,66 +3,74 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstrata.offload.line import Line, Use
+from kvstrata.offload.line import Line, Pages, Use
 
 
-def drain(line: Line) -> list[bytes]:
-    """All idle pages in the order in which they leave."""
-    gone = []
-    while (oldest := line.oldest()) is not None:
-        line.remove(oldest.key)
-        gone.append(oldest.key)
-    return gone
+class Queue(Pages):
+    """One line, and its pages."""
+
+    def __init__(self, windows: dict[int, int]) -> None:
+        super().__init__(windows)
+        self.only = Line(self)
+
+    def drain(self) -> list[bytes]:
+        """All idle pages in the order in which they leave."""
+        gone = []
+        while (oldest := self.only.oldest()) is not None:
+            self.remove(oldest[0])
+            gone.append(oldest[0])
+        return gone
 
 
 def key(prompt: int, chunk: int, group: int = 0) -> bytes:
     return bytes([prompt, chunk]) + group.to_bytes(4, "big")
 
 
-def fill(line: Line, use: Use, *keys: bytes) -> None:
+def fill(line: Queue, use: Use, *keys: bytes) -> None:
     for one in keys:
-        line.add(one, 32 * (one[1] + 1), use, pinned=False)
+        line.add(one, 32 * (one[1] + 1), line.only, use)
+        line.unpin(one)
 
 
 def test_the_earliest_request_leaves_first_and_from_its_end() -> None:
-    line, first, second = Line({}), Use(), Use()
+    line, first, second = Queue({}), Use(), Use()
     fill(line, second, key(2, 0), key(2, 1))
     fill(line, first, key(1, 0), key(1, 1))
-    assert drain(line) == [key(1, 1), key(1, 0), key(2, 1), key(2, 0)]
+    assert line.drain() == [key(1, 1), key(1, 0), key(2, 1), key(2, 0)]
 
 
 def test_a_request_that_goes_on_is_the_latest() -> None:
-    line, first, second = Line({}), Use(), Use()
+    line, first, second = Queue({}), Use(), Use()
     fill(line, first, key(1, 0))
     fill(line, second, key(2, 0))
     first.renew()
-    assert drain(line) == [key(2, 0), key(1, 0)]
+    assert line.drain() == [key(2, 0), key(1, 0)]
 
 
 def test_of_several_groups_the_furthest_page_leaves_first() -> None:
-    line, use = Line({}), Use()
+    line, use = Queue({}), Use()
     fill(line, use, *(key(1, chunk, group) for group in (0, 1) for chunk in range(3)))
-    assert [one[1] for one in drain(line)] == [2, 2, 1, 1, 0, 0]
+    assert [one[1] for one in line.drain()] == [2, 2, 1, 1, 0, 0]
 
 
 def test_a_pinned_page_is_passed_over_and_keeps_its_place() -> None:
-    line, first, second = Line({}), Use(), Use()
+    line, first, second = Queue({}), Use(), Use()
     fill(line, first, key(1, 0), key(1, 1), key(1, 2))
     fill(line, second, key(2, 0))
     line.pin(key(1, 1))
-    assert drain(line) == [key(1, 2), key(1, 0), key(2, 0)]
+    assert line.drain() == [key(1, 2), key(1, 0), key(2, 0)]
     fill(line, second, key(2, 0))
     line.unpin(key(1, 1))
-    assert drain(line) == [key(1, 1), key(2, 0)]
+    assert line.drain() == [key(1, 1), key(2, 0)]
 
 
 def test_pages_before_a_window_leave_first_unless_they_were_reused() -> None:
     """A sliding window of two chunks in group 1: a hit at the end needs chunks 2 and 3 of it."""
-    line, use = Line({1: 64}), Use()
+    line, use = Queue({1: 64}), Use()
     use.see({key(1, chunk, group): 32 * (chunk + 1) for group in (0, 1) for chunk in range(4)})
     use.reused.add(key(1, 0, 1))
     fill(line, use, *use.seen)
-    gone = drain(line)
+    gone = line.drain()
     assert gone[0] == key(1, 1, 1)
     assert {one for one in gone[-2:]} == {key(1, 0, 0), key(1, 0, 1)}
 
@@ -82,7 +90,7 @@ PAGES = [key(prompt, chunk) for prompt in range(2) for chunk in range(4)]
     )
 )
 def test_any_history_against_a_sorted_list(steps: list[tuple]) -> None:
-    line, uses = Line({}), [Use() for _ in range(4)]
+    line, uses = Queue({}), [Use() for _ in range(4)]
     home: dict[bytes, Use] = {}
     pinned: set[bytes] = set()
 
@@ -93,12 +101,12 @@ def test_any_history_against_a_sorted_list(steps: list[tuple]) -> None:
     for step in steps:
         match step:
             case ("move", one, number):
-                held = False
                 if one in home:
-                    end_token, use, held = line.remove(one)
-                    assert (end_token, use, held) == (32 * (one[1] + 1), home[one], one in pinned)
+                    line.move(one, line.only, uses[number])
+                else:
+                    line.add(one, 32 * (one[1] + 1), line.only, uses[number])
+                    pinned.add(one)
                 home[one] = uses[number]
-                line.add(one, 32 * (one[1] + 1), uses[number], pinned=held)
             case ("pin", one) if one in home and one not in pinned:
                 line.pin(one)
                 pinned.add(one)
@@ -106,22 +114,23 @@ def test_any_history_against_a_sorted_list(steps: list[tuple]) -> None:
                 line.unpin(one)
                 pinned.remove(one)
             case ("remove", one) if one in home:
-                line.remove(one)
+                assert line.remove(one) == 32 * (one[1] + 1)
                 del home[one]
                 pinned.discard(one)
             case ("renew", number):
                 uses[number].renew()
             case ("evict",):
-                wanted, oldest = order(), line.oldest()
-                # Two pages of one use and one position leave in any order; there are none here.
-                found = [] if oldest is None else [(home[oldest.key].stamp, oldest.key[1])]
-                assert found == [(home[one].stamp, one[1]) for one in wanted[:1]]
+                wanted, oldest = order(), line.only.oldest()
+                # Pages of one use and one position leave in any order.
+                found = [] if oldest is None else [(oldest[2], oldest[1])]
+                assert found == [(home[one], 32 * (one[1] + 1)) for one in wanted[:1]]
                 if oldest is not None:
-                    line.remove(oldest.key)
-                    del home[oldest.key]
-        assert len(line) == len(home) and line.pinned == len(pinned)
+                    line.remove(oldest[0])
+                    del home[oldest[0]]
+        assert len(line) == line.only.size == len(home)
+        assert line.idle == len(home) - len(pinned)
     for one in sorted(pinned):
         line.unpin(one)
     pinned.clear()
     places = [(home[one].stamp, -one[1]) for one in order()]
-    assert [(home[one].stamp, -one[1]) for one in drain(line)] == places
+    assert [(home[one].stamp, -one[1]) for one in line.drain()] == places
