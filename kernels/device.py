@@ -6,13 +6,14 @@ the streams and events allow.
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, suppress
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
-from kvstrata.kernels.driver import Driver, drivers
+from kvstrata.kernels.driver import Driver, drivers, host_addresses_work
 
 Stream = Any
 Event = Any
@@ -37,20 +38,27 @@ class Pieces(NamedTuple):
 class Device(Protocol):
     """Streams run what is queued on them in order; events order streams among each other."""
 
+    def current(self) -> AbstractContextManager[object]:
+        """Inside, launches and copies go to this device. All calls of `launch` and `copy` are."""
+
     def stream(self, *, urgent: bool) -> Stream:
-        """A new stream; urgent ones are served before others."""
+        """A new stream; kernels of urgent ones start before those of others."""
 
     def compute_stream(self) -> Stream:
         """The stream on which the model runs."""
 
-    def event(self) -> Event:
-        """A new event. Waiting for one that was never recorded does nothing."""
+    def event(self, *, timed: bool = False) -> Event:
+        """A new event. Waiting for one that was never recorded does nothing.
 
-    def run(self, stream: Stream, action: Callable[[], None]) -> None:
-        """Queue what `action` does."""
+        timed: `seconds` will be asked.
+        """
+
+    def launch(self, stream: Stream, kernel: Callable[..., None], *tensors: torch.Tensor) -> None:
+        """Queue a prepared copy (`pack.Prepared`) of these pages, rows and block ids."""
 
     def copy(self, stream: Stream, pieces: Pieces, *, to_host: bool) -> None:
-        """Queue copies between device and pinned host memory.
+        """Queue copies between device and host memory. Those to the device may read the host's
+        side at any time from now on.
 
         Raises RuntimeError when the driver refuses.
         """
@@ -71,7 +79,7 @@ class Device(Protocol):
         """Return when all queued work has happened, on every stream."""
 
     def seconds(self, start: Event, end: Event) -> float:
-        """Time between two events that have happened."""
+        """Time between two timed events that have happened."""
 
     def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """Device memory [numel]."""
@@ -80,10 +88,14 @@ class Device(Protocol):
         """Host memory [numel] that the device copies from without the host's help."""
 
     def pin(self, region: torch.Tensor) -> None:
-        """Make host memory [slots, slot bytes] what `allocate_pinned` gives, for kernels too.
+        """Make host memory [slots, slot bytes] what `allocate_pinned` gives, for kernels too where
+        `reaches_host`.
 
         Raises RuntimeError when the driver refuses; what was pinned before stays so.
         """
+
+    def reaches_host(self) -> bool:
+        """Whether kernels reach pinned memory by the addresses that the host uses."""
 
     def unpin(self) -> None:
         """Undo all `pin`. Callable twice."""
@@ -126,12 +138,17 @@ class CudaDevice:
         for driver in drivers():
             try:
                 with cuda.device(self._device):
-                    driver.copy(to, source, np.array([host.nbytes]), stream.cuda_stream)
+                    nbytes = np.array([host.nbytes])
+                    driver.copy(to, source, nbytes, stream.cuda_stream, to_host=False)
                 stream.synchronize()
                 return driver
             except RuntimeError as error:
                 refusals.append(f"{driver.name}: {error}")
         raise RuntimeError("; ".join(refusals))
+
+    def current(self) -> AbstractContextManager[object]:
+        context: AbstractContextManager[object] = cuda.device(self._device)
+        return context
 
     def stream(self, *, urgent: bool) -> Stream:
         return cuda.Stream(self._device, priority=-1 if urgent else 0)
@@ -139,17 +156,15 @@ class CudaDevice:
     def compute_stream(self) -> Stream:
         return cuda.current_stream(self._device)
 
-    def event(self) -> Event:
-        return cuda.Event(enable_timing=True)
+    def event(self, *, timed: bool = False) -> Event:
+        return cuda.Event(enable_timing=timed)
 
-    def run(self, stream: Stream, action: Callable[[], None]) -> None:
-        with cuda.stream(stream):
-            action()
+    def launch(self, stream: Stream, kernel: Callable[..., None], *tensors: torch.Tensor) -> None:
+        kernel(*tensors, stream.cuda_stream)
 
     def copy(self, stream: Stream, pieces: Pieces, *, to_host: bool) -> None:
         ends = (pieces.host, pieces.device) if to_host else (pieces.device, pieces.host)
-        with cuda.device(self._device):
-            self.driver.copy(*ends, pieces.sizes, stream.cuda_stream)
+        self.driver.copy(*ends, pieces.sizes, stream.cuda_stream, to_host=to_host)
 
     def record(self, event: Event, stream: Stream) -> None:
         event.record(stream)
@@ -186,11 +201,20 @@ class CudaDevice:
                 error = int(cuda.cudart().cudaHostRegister(run.data_ptr(), run.nbytes, flags))
                 if error:
                     self._unpin(before)
+                    self._forget_error()
                     raise RuntimeError(
                         f"CUDA could not pin the CPU pages (error {error} for {run.nbytes} of "
-                        f"{region.nbytes} bytes): use a smaller cpu_bytes_to_use"
+                        f"{region.nbytes} bytes)"
                     )
                 self._pinned.append(run.data_ptr())
+
+    def reaches_host(self) -> bool:
+        return host_addresses_work(self._device.index or 0)
+
+    def _forget_error(self) -> None:
+        """CUDA's last error stays until somebody asks, and torch asks after its next launch."""
+        with suppress(RuntimeError):
+            torch.ones(1, device=self._device)
 
     def unpin(self) -> None:
         self._unpin(0)

@@ -8,6 +8,7 @@ between, but where a lane's ring of block ids is full.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from kvstrata.kernels.batches import Batch, Part
 from kvstrata.kernels.device import Device, Event
 from kvstrata.kernels.lanes import Lane
 from kvstrata.kernels.moves import Mover
-from kvstrata.kernels.pack import Copy
+from kvstrata.kernels.pack import Prepare
 from kvstrata.kernels.pipeline import (
     Finished,
     Groups,
@@ -30,36 +31,40 @@ from kvstrata.kernels.plan import split
 from kvstrata.kernels.transport import FEW_BYTES, FEW_PAGES, Transport, Trial
 from kvstrata.kernels.trials import Trials
 
-# Large enough for a DMA to reach its speed (about 150 us on PCIe 5), small enough for three lanes
-# to go unnoticed in GPU memory. Larger shards are split.
-STAGING_BYTES = 8 << 20
+logger = logging.getLogger("kvstrata.kernels")
+
+# Bytes of a staging slot. The first is large enough for a DMA to reach its speed (about 150 us on
+# PCIe 5) and small enough for three lanes to go unnoticed in GPU memory; larger shards are split.
+# The second, with which the host has half as much to queue, is taken where it is faster in a trial.
+STAGING_SIZES = (8 << 20, 16 << 20)
 # One is filled, one is moved, and one evens out the difference.
 STAGING_SLOTS = 3
 MAX_BATCH = 256  # pages: keeps the arrays of one batch small
 # A ring holds the ids of so many times all blocks: what can be under way, and as much again.
 RING_ROUNDS = 2
 
+_REMEDY = "use a smaller cpu_bytes_to_use, or a higher limit of locked memory (ulimit -l)"
+
 
 @dataclass
 class _Job:
-    """`released`: the blocks are the model's again. `nbytes`: moved by this worker."""
+    """`released`: the blocks are the model's again. `start` and `end` are timed. `nbytes`: moved
+    by this worker."""
 
     submitted: Event
-    start: Event
     released: Event
+    start: Event
     end: Event
     nbytes: int = 0
-
-    def events(self) -> tuple[Event, ...]:
-        return (self.submitted, self.start, self.released, self.end)
 
 
 class GpuPipeline:
     """See the module and `Pipeline`.
 
     groups: this worker's segments by group, with caches on the device.
-    region: uint8 [slots, slot bytes] in CPU memory; what is pinned stays so until `shutdown`.
-    device, copy: what runs it; all kernels are compiled before the constructor returns.
+    region: uint8 [slots, slot bytes] in CPU memory; what is pinned stays so until `shutdown`. Where
+        the driver refuses that, pages move all the same, slower, with one warning.
+    device, prepare: what runs it; all kernels are compiled before the constructor returns.
     transport: of everything; None compares all with the oracle, times those that may pay, and takes
         the best for each segment.
     scratch: slots that no other worker uses now, for these trials; all, unless given. They and the
@@ -74,7 +79,7 @@ class GpuPipeline:
         groups: Groups,
         region: torch.Tensor,
         device: Device,
-        copy: Copy,
+        prepare: Prepare,
         transport: Transport | None = None,
         scratch: range | None = None,
         ready: int | None = None,
@@ -84,31 +89,37 @@ class GpuPipeline:
         self._region = region
         self._device = device
         self._jobs: dict[int, _Job] = {}
-        self._spare_events: list[Event] = []
+        self._spare_events: dict[bool, list[Event]] = {False: [], True: []}  # timed ones
         self._parts = {
-            group: [[Part(part) for part in split(s, STAGING_BYTES)] for s in segments]
+            group: [
+                [Part(part, region, prepare, MAX_BATCH) for part in split(s, STAGING_SIZES[0])]
+                for s in segments
+            ]
             for group, segments in groups.items()
         }
         segments = [
             pair for group in groups for pair in zip(groups[group], self._parts[group], strict=True)
         ]
         parts = [part for _, some in segments for part in some]
-        self._mover = Mover(region, device, copy, parts, MAX_BATCH)
-        slot_bytes = max([STAGING_BYTES, *(part.pitch for part in parts)])
+        self._mover = Mover(region, device, parts, MAX_BATCH)
+        least = max(part.pitch for part in parts)
+        tried = STAGING_SIZES if transport is None else STAGING_SIZES[:1]
+        sizes = sorted({max(least, size) for size in tried})
         longest = max(1 + part.segment.blocks_per_chunk for part in parts) * MAX_BATCH
         blocks = sum(segment.num_blocks for segment, _ in segments)
         numbers = max(longest, RING_ROUNDS * 2 * blocks)
-        self._store, self._load, self._expedited = (
-            Lane(device, STAGING_SLOTS, slot_bytes, numbers, urgent=urgent)
-            for urgent in (False, False, True)
-        )
+        lanes = self._store, self._load, self._expedited = [
+            Lane(device, STAGING_SLOTS, sizes[-1], numbers) for _ in range(3)
+        ]
+        self._pinning = True  # until the driver refuses once
         self.pin(range(len(region) if ready is None else ready))
         self._await_buffers()
-        lanes = (self._store, self._load)
         slots = range(len(region)) if scratch is None else scratch
         trials = Trials(segments, self._mover, device, lanes, region, slots, transport)
         try:
-            trials.run(MAX_BATCH)
+            with device.current():
+                reached = self._pinning and device.reaches_host()
+                trials.run(MAX_BATCH, sizes, kernels_reach_region=reached)
         except BaseException:
             device.unpin()
             raise
@@ -130,7 +141,7 @@ class GpuPipeline:
             gathered = self._event()
             device.record(gathered, lane.kernels)
             device.hold(lane.dma, gathered)
-            self._spare_events.append(gathered)
+            self._reuse(gathered)
             if direct:
                 device.record(job.released, lane.dma)
             device.record(job.end, lane.dma)
@@ -156,7 +167,8 @@ class GpuPipeline:
             if self._device.reached(job.end):
                 seconds = self._device.seconds(job.start, job.end)
                 done.append(Finished(job_id, job.nbytes, seconds))
-                self._spare_events += job.events()
+                self._reuse(job.submitted, job.released)
+                self._reuse(job.start, job.end, timed=True)
                 del self._jobs[job_id]
         return done
 
@@ -175,18 +187,27 @@ class GpuPipeline:
 
     def describe(self) -> str:
         """See `Pipeline`."""
-        return "; ".join(
-            f"{some[0].segment.names[0]} and alike: {way} "
-            f"{choice.few} up to {FEW_PAGES} pages and {FEW_BYTES >> 20} MiB, else {choice.many}"
-            f"{_brackets(self._times.get((some[0].segment.names[0], way), []))}"
-            for of in self._parts.values()
-            for some in of
-            for way, choice in (("store", some[0].store), ("load", some[0].load))
-        )
+        slots = f"staging slots of {self._store.slot_bytes / (1 << 20):g} MiB"
+        return "; ".join([slots, *self._choices()])
 
     def pin(self, slots: range) -> None:
-        """See `Pipeline`."""
-        self._device.pin(self._region[slots.start : slots.stop])
+        """See `Pipeline`. Once the driver refuses, these slots and later ones stay pageable; it is
+        an error only where pages move by zero-copy already, which needs pinned ones."""
+        if not self._pinning:
+            return
+        try:
+            self._device.pin(self._region[slots.start : slots.stop])
+        except RuntimeError as error:
+            if self._zero_copies():
+                raise RuntimeError(f"{error}, and zero-copy needs that: {_REMEDY}") from error
+            self._pinning = False
+            logger.warning(
+                "kvstrata: %s; pages move unpinned from slot %d on, which is slower and makes the "
+                "model's thread wait: %s",
+                error,
+                slots.start,
+                _REMEDY,
+            )
 
     def shutdown(self) -> None:
         """See `Pipeline`."""
@@ -199,16 +220,42 @@ class GpuPipeline:
         if job_id in self._jobs:
             raise ValueError(f"job {job_id} is still under way")
         check_work(self._groups, self._region, work)
-        job = self._jobs[job_id] = _Job(*(self._event() for _ in range(4)))
+        events = [self._event(timed=timed) for timed in (False, False, True, True)]
+        job = self._jobs[job_id] = _Job(*events)
         self._device.record(job.submitted, self._device.compute_stream())
         try:
-            yield job
+            with self._device.current():
+                yield job
         except BaseException:
             del self._jobs[job_id]  # its events are not used again: some are not recorded
             raise
 
-    def _event(self) -> Event:
-        return self._spare_events.pop() if self._spare_events else self._device.event()
+    def _event(self, *, timed: bool = False) -> Event:
+        spare = self._spare_events[timed]
+        return spare.pop() if spare else self._device.event(timed=timed)
+
+    def _reuse(self, *events: Event, timed: bool = False) -> None:
+        self._spare_events[timed] += events
+
+    def _zero_copies(self) -> bool:
+        """Whether zero-copy is chosen for anything."""
+        return any(
+            Transport.ZERO_COPY in part.choice(store=store)
+            for of in self._parts.values()
+            for some in of
+            for part in some
+            for store in (True, False)
+        )
+
+    def _choices(self) -> Iterator[str]:
+        return (
+            f"{some[0].segment.names[0]} and alike: {way} "
+            f"{choice.few} up to {FEW_PAGES} pages and {FEW_BYTES >> 20} MiB, else {choice.many}"
+            f"{_brackets(self._times.get((some[0].segment.names[0], way), []))}"
+            for of in self._parts.values()
+            for some in of
+            for way, choice in (("store", some[0].store), ("load", some[0].load))
+        )
 
     def _batches(
         self, work: Sequence[GroupWork], lane: Lane, *, store: bool
@@ -222,7 +269,7 @@ class GpuPipeline:
         written = self._event()
         self._device.record(written, self._device.compute_stream())
         self._device.synchronize(written)
-        self._spare_events.append(written)
+        self._reuse(written)
 
 
 def _brackets(trials: Sequence[Trial]) -> str:

@@ -1,28 +1,38 @@
 """What a GPU pipeline moves pages through: streams, staging slots and the ring for block ids.
 
 A lane is a pair of streams, one for kernels and one for DMA, and staging slots in device memory
-between them, so that the kernel of one batch runs during the DMA of another. Every buffer is made
-with the lane, none later.
+between them, so that the kernel of one batch runs during the DMA of another.
 """
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from kvstrata.kernels.device import Device, Event
+from kvstrata.kernels.batches import STAGED_ALIGNMENT
+from kvstrata.kernels.device import Device, Event, Pieces
 
 
 @dataclass
 class StagingSlot:
-    """Device memory for one batch, uint8. `filled` and `free` say when it may be read and
-    written."""
+    """Device memory for one batch, uint8, at `address`. `filled` and `free` say when it may be
+    read and written."""
 
     memory: torch.Tensor
+    address: int
     filled: Event
     free: Event
+    _views: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def pages(self, pitch: int) -> torch.Tensor:
+        """As many pages as fit, uint8 [n, pitch]."""
+        view = self._views.get(pitch)
+        if view is None:
+            count = len(self.memory) // pitch
+            view = self._views[pitch] = self.memory[: count * pitch].view(count, pitch)
+        return view
 
 
 @dataclass
@@ -47,6 +57,7 @@ class MetadataRing:
         self._host = device.allocate_pinned(capacity, torch.int64)
         self._there = device.allocate(capacity, torch.int64)
         self._numbers = self._host.numpy()
+        self._ends = self._there.data_ptr(), self._host.data_ptr()
         self._sent: deque[_Sent] = deque()  # oldest first
         self._spare: list[Event] = []
         self._head = 0
@@ -66,16 +77,14 @@ class MetadataRing:
         self._reclaim(lambda sent: sent.start < stop and sent.stop > start)
         self._head = stop
         self._numbers[start:stop] = numbers
-        host, there = self._host[start:stop], self._there[start:stop]
-
-        def send() -> None:
-            there.copy_(host, non_blocking=True)
-
-        self._device.run(self._stream, send)
+        size = self._numbers.itemsize
+        there, host = (np.array([end + start * size]) for end in self._ends)
+        upload = Pieces(there, host, np.array([numbers.nbytes]))
+        self._device.copy(self._stream, upload, to_host=False)
         event = self._spare.pop() if self._spare else self._device.event()
         self._device.record(event, self._stream)
         self._sent.append(_Sent(start, stop, event))
-        return there
+        return self._there[start:stop]
 
     def _reclaim(self, wanted: Callable[[_Sent], bool]) -> None:
         while self._sent and wanted(self._sent[0]):
@@ -85,20 +94,29 @@ class MetadataRing:
 
 
 class Lane:
-    """Two streams and the memory between them."""
+    """Two streams and the memory between them.
 
-    def __init__(
-        self, device: Device, slots: int, slot_bytes: int, numbers: int, *, urgent: bool
-    ) -> None:
+    slot_bytes: how much of a staging slot is used; at most what was made.
+    """
+
+    def __init__(self, device: Device, slots: int, slot_bytes: int, numbers: int) -> None:
         """slots, slot_bytes: of staging. numbers: capacity of the ring."""
-        self.kernels = device.stream(urgent=urgent)
-        self.dma = device.stream(urgent=urgent)
-        memory = device.allocate(slots * slot_bytes, torch.uint8).view(slots, slot_bytes)
-        self._staging = deque(
-            StagingSlot(part, device.event(), device.event()) for part in memory.unbind()
-        )
+        self._device, self._slots = device, slots
+        # Kernels run for some 30 us. Behind the model's in a queue they would hold the link up;
+        # a DMA needs no multiprocessor, and so no precedence.
+        self.kernels = device.stream(urgent=True)
+        self.dma = device.stream(urgent=False)
         self.ring = MetadataRing(device, self.kernels, numbers)
-        self.slot_bytes = slot_bytes
+        self.stage(slot_bytes)
+
+    def stage(self, slot_bytes: int) -> None:
+        """Make staging slots, in place of any that were there and that nobody uses."""
+        self.slot_bytes = slot_bytes + (-slot_bytes) % STAGED_ALIGNMENT
+        memory = self._device.allocate(self._slots * self.slot_bytes, torch.uint8)
+        self._staging = deque(
+            StagingSlot(part, part.data_ptr(), self._device.event(), self._device.event())
+            for part in memory.view(self._slots, self.slot_bytes).unbind()
+        )
 
     def next_slot(self) -> StagingSlot:
         """The slot that was used longest ago."""

@@ -7,12 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from kvstrata.kernels.batches import Batch, Part
+from kvstrata.kernels.batches import Batch, Pages, Part
 from kvstrata.kernels.device import Device, Event, Pieces, Stream
-from kvstrata.kernels.lanes import Lane
-from kvstrata.kernels.pack import Copy
+from kvstrata.kernels.lanes import Lane, StagingSlot
 from kvstrata.kernels.pipeline import elected
-from kvstrata.kernels.plan import RowLayout
 from kvstrata.kernels.transport import Transport
 
 
@@ -27,16 +25,15 @@ class Mover:
         self,
         region: torch.Tensor,
         device: Device,
-        copy: Copy,
         parts: list[Part],
         most_pages: int,
     ) -> None:
         self._region = region
         self._device = device
-        self._copy = copy
         self._most_pages = most_pages
-        self._rows = device.allocate(most_pages, torch.int64)
-        self._rows.copy_(torch.arange(most_pages))
+        rows = device.allocate(most_pages, torch.int64)
+        rows.copy_(torch.arange(most_pages))
+        self._rows = [rows[:count] for count in range(most_pages + 1)]
         self._zeros = device.allocate(max(p.fragments.most_bytes for p in parts), torch.uint8)
         self._zeros.zero_()
 
@@ -66,15 +63,14 @@ class Mover:
     ) -> Iterator[tuple[Batch, Transport]]:
         count = len(pages)
         there = lane.ring.put(np.concatenate((pages, ids.ravel())))
-        there_pages, there_ids = there[:count], there[count:].view(ids.shape)
+        every = Pages(pages, ids, there[:count], there[count:].view(ids.shape))
         nbytes = count * sum(part.shard_bytes for part in parts)
         for part in parts:
             transport = part.choice(store=store).of(count, nbytes)
             step = part.pages(transport, lane.slot_bytes, count)
+            shards = part.shards(pages)
             for i in range(0, count, step):
-                some = slice(i, i + step)
-                batch = Batch(part, pages[some], ids[some], there_pages[some], there_ids[some])
-                yield batch, transport
+                yield Batch(part, every, i, min(step, count - i), shards), transport
 
     def _store(self, lane: Lane, batch: Batch, transport: Transport, submitted: Event) -> None:
         device = self._device
@@ -85,12 +81,11 @@ class Mover:
             self.zero_copy(lane.kernels, batch, unpack=False)
         else:
             slot = lane.next_slot()
-            pages = self.staged_pages(slot.memory, batch)
             device.hold(lane.kernels, slot.free)
-            self.pack(lane.kernels, batch, pages, unpack=False)
+            self.pack(lane.kernels, batch, slot, unpack=False)
             device.record(slot.filled, lane.kernels)
             device.hold(lane.dma, slot.filled)
-            device.copy(lane.dma, self._shards(batch, pages), to_host=True)
+            device.copy(lane.dma, self._shards(batch, slot), to_host=True)
             device.record(slot.free, lane.dma)
 
     def _load(self, lane: Lane, batch: Batch, transport: Transport) -> None:
@@ -102,56 +97,35 @@ class Mover:
             self.zero_copy(lane.kernels, batch, unpack=True)
         else:
             slot = lane.next_slot()
-            pages = self.staged_pages(slot.memory, batch)
             device.hold(lane.dma, slot.free)
-            device.copy(lane.dma, self._shards(batch, pages), to_host=False)
+            device.copy(lane.dma, self._shards(batch, slot), to_host=False)
             device.record(slot.filled, lane.dma)
             device.hold(lane.kernels, slot.filled)
-            self.pack(lane.kernels, batch, pages, unpack=True)
+            self.pack(lane.kernels, batch, slot, unpack=True)
             device.record(slot.free, lane.kernels)
 
-    def staged_pages(self, memory: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Staging as uint8 [pages, pitch]."""
-        count, pitch = len(batch.slots), batch.part.pitch
-        return memory[: count * pitch].view(count, pitch)
-
-    def pack(self, stream: Stream, batch: Batch, pages: torch.Tensor, *, unpack: bool) -> None:
+    def pack(self, stream: Stream, batch: Batch, slot: StagingSlot, *, unpack: bool) -> None:
         """Queue the kernel between the blocks and staged pages."""
-        segment, rows = batch.part.segment, self._rows[: len(pages)]
-        layout = segment.packed(0)
-
-        def launch() -> None:
-            self._copy(segment, layout, pages, rows, batch.there_ids, unpack=unpack)
-
-        self._device.run(stream, launch)
+        part = batch.part
+        pages, ids = slot.pages(part.pitch), batch.pages.there_ids[batch.of]
+        self._device.launch(stream, part.staged[unpack], pages, self._rows[batch.count], ids)
 
     def zero_copy(self, stream: Stream, batch: Batch, *, unpack: bool) -> None:
         """Queue the kernel between the blocks and the region."""
-        segment = batch.part.segment
-        # rows that begin at the part: its offset is no constant of the kernel
-        offset, head_pitch = segment.in_page
-        pages, layout = self._region[:, offset:], RowLayout(0, head_pitch)
-
-        def launch() -> None:
-            self._copy(segment, layout, pages, batch.there_slots, batch.there_ids, unpack=unpack)
-
-        self._device.run(stream, launch)
-
-    def _pages_at(self, batch: Batch) -> np.ndarray:
-        """Addresses of the pages, int64 [n]."""
-        addresses: np.ndarray = self._region.data_ptr() + batch.slots * self._region.stride(0)
-        return addresses
+        part, pages, of = batch.part, batch.pages, batch.of
+        slots, ids = pages.there_slots[of], pages.there_ids[of]
+        self._device.launch(stream, part.zero_copy[unpack], part.in_region, slots, ids)
 
     def _fragments(self, batch: Batch, *, store: bool) -> Pieces:
+        """The pieces that are contiguous on both sides."""
         zeros = self._zeros.data_ptr() if store else None
-        return batch.part.fragments.pieces(self._pages_at(batch), batch.block_ids, zeros)
+        slots, ids = batch.pages.slots[batch.of], batch.pages.block_ids[batch.of]
+        at = self._region.data_ptr() + slots * self._region.stride(0)
+        return batch.part.fragments.pieces(at, ids, zeros)
 
-    def _shards(self, batch: Batch, pages: torch.Tensor) -> Pieces:
-        """One run per staged page, or one per page and head where pipeline parallelism, or a
-        shard that was split, gives some layers of each head."""
-        shard = batch.part.segment.shard
-        runs = np.arange(shard.count)
-        host = self._pages_at(batch)[:, None] + shard.offset + runs * shard.pitch
-        staged = pages.data_ptr() + np.arange(len(pages)) * pages.stride(0)
-        device = staged[:, None] + runs * shard.length
-        return Pieces(device.ravel(), host.ravel(), np.full(host.size, shard.length))
+    def _shards(self, batch: Batch, slot: StagingSlot) -> Pieces:
+        """The runs of the part in each page, there and in staging."""
+        part, runs = batch.part, batch.part.runs
+        count = batch.count * runs
+        host = batch.shards[batch.first * runs :][:count]
+        return Pieces(part.staged_at[:count] + slot.address, host, part.sizes[:count])

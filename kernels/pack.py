@@ -1,7 +1,8 @@
 """Copies between KV cache blocks and pages: the Triton kernel, its launcher and its torch oracle.
 
 All copies take the same arguments and move the same bytes. The one for CPUs is in `pack_cpu.py`,
-so triton is needed only where a GPU is.
+so triton is needed only where a GPU is. Who makes the same copy again and again prepares it once
+(`Prepare`) and is left with a launch.
 
     segment: the plan; the caches are `segment.sets[...].views`.
     layout: where the worker's part of the segment lies in a row of `pages`.
@@ -14,7 +15,7 @@ so triton is needed only where a GPU is.
 Ids and rows are not looked at here: the caller has checked that they exist.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import gcd
 from typing import Any, Protocol
 
@@ -42,6 +43,33 @@ class Copy(Protocol):
         *,
         unpack: bool,
     ) -> None: ...
+
+
+class Prepared(Protocol):
+    """A copy of which only these arguments are open. They are not looked at.
+
+    stream: handle of the stream to launch on, of the current device; None for the current stream.
+    """
+
+    def __call__(
+        self,
+        pages: torch.Tensor,
+        rows: torch.Tensor,
+        block_ids: torch.Tensor,
+        stream: int | None = None,
+    ) -> None: ...
+
+
+class Prepare(Protocol):
+    """Settles all that is the same in every copy of one part in one direction.
+
+    pitch: bytes from one row of pages to the next.
+    alignment: bytes; divides the address of the first row.
+    """
+
+    def __call__(
+        self, segment: Segment, layout: RowLayout, pitch: int, alignment: int, *, unpack: bool
+    ) -> Prepared: ...
 
 
 # Launch configuration: reasoned from the figures named here, not yet measured on hardware.
@@ -320,27 +348,93 @@ def copy_triton(
         return
     if not (rows.is_contiguous() and block_ids.is_contiguous()):
         raise ValueError("rows and block_ids must be contiguous")
-    alignment = _word_bytes(segment, layout, pages)
-    dtype = {1: torch.uint8, 2: torch.int16}.get(alignment, torch.int32)
+    pitch, alignment = pages.stride(0), gcd(16, pages.data_ptr())
+    prepare_triton(segment, layout, pitch, alignment, unpack=unpack)(pages, rows, block_ids)
+
+
+def prepare_triton(
+    segment: Segment, layout: RowLayout, pitch: int, alignment: int, *, unpack: bool
+) -> Prepared:
+    """The same, prepared: kernels are compiled here, for the current device.
+
+    Triton's own launcher takes some 60 us of the host's time to find the kernel for its arguments;
+    the kernel itself, which its `warmup` returns, is launched in a few.
+    """
+    alignment = gcd(segment.word_bytes, alignment, pitch, *layout)
+    words = {1: torch.uint8, 2: torch.int16}.get(alignment, torch.int32)
+    pitch_words = pitch // words.itemsize
+    launches = []
     for layers in segment.sets:
         constants = kernel_constants(segment, layers, layout, alignment, unpack=unpack)
-        words = constants["HEADS"] * constants["ROWS"] * constants["PARTS"] * constants["PART"]
-        extent, step = constants["EXTENT"], constants["STEP"]
-        tiles = words // extent * -(-extent // step)
-        jobs = tiles * len(layers.positions) * block_ids.numel() * layers.kernel_blocks
-        if jobs > 2**31 - MAX_PROGRAMS:  # the loop's counter passes `jobs` by a stride at most
-            raise ValueError(f"{rows.numel()} pages are too many for one launch")
-        _copy_kernel[(min(MAX_PROGRAMS, jobs),)](
-            layers.table,
-            pages.view(dtype),
-            rows,
-            block_ids,
-            jobs,
-            pages.stride(0) // dtype.itemsize,
-            **constants,
-            num_warps=NUM_WARPS,
-            num_stages=NUM_STAGES,
-        )
+        options = {"num_warps": NUM_WARPS, "num_stages": NUM_STAGES}
+        types = (torch.int64, words, torch.int64, torch.int64, 1, pitch_words)
+        kernel = _copy_kernel.warmup(*types, grid=(1,), **constants, **options)
+        if kernel is None:  # Triton's interpreter compiles nothing
+            kernel = _Interpreted(words, options)
+        in_order = [constants[name] for name in _copy_kernel.arg_names[len(types) :]]
+        launches.append((kernel, layers.table, _jobs(layers, constants), in_order))
+
+    def copy(
+        pages: torch.Tensor,
+        rows: torch.Tensor,
+        block_ids: torch.Tensor,
+        stream: int | None = None,
+    ) -> None:
+        count = rows.shape[0]
+        for kernel, table, jobs_per_page, others in launches:
+            jobs = jobs_per_page * count
+            if jobs > 2**31 - MAX_PROGRAMS:  # the loop's counter passes `jobs` by a stride at most
+                raise ValueError(f"{count} pages are too many for one launch")
+            grid = (min(MAX_PROGRAMS, jobs), 1, 1)
+            open_arguments = (table, pages, rows, block_ids, jobs, pitch_words)
+            kernel[grid](*open_arguments, *others, stream=stream)
+
+    return copy
+
+
+def _jobs(layers: LayerSet, constants: dict[str, Any]) -> int:
+    """Tiles of one page."""
+    words = constants["HEADS"] * constants["ROWS"] * constants["PARTS"] * constants["PART"]
+    extent, step = constants["EXTENT"], constants["STEP"]
+    tiles: int = words // extent * -(-extent // step)
+    return tiles * len(layers.positions) * int(constants["BLOCKS"]) * layers.kernel_blocks
+
+
+class _Interpreted:
+    """The kernel in Triton's interpreter, launched as a compiled one is."""
+
+    def __init__(self, words: torch.dtype, options: dict[str, int]) -> None:
+        self._words, self._options = words, options
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+        def launch(
+            table: torch.Tensor, pages: torch.Tensor, *others: Any, stream: int | None
+        ) -> None:
+            size = self._words.itemsize
+            length = (len(pages) - 1) * pages.stride(0) + pages.shape[1]
+            flat = pages.as_strided((length // size * size,), (1,)).view(self._words)
+            _copy_kernel[grid](table, flat, *others, **self._options)
+
+        return launch
+
+
+def prepare_plainly(copy: Copy) -> Prepare:
+    """Preparing for a copy where there is nothing to prepare."""
+
+    def prepare(
+        segment: Segment, layout: RowLayout, pitch: int, alignment: int, *, unpack: bool
+    ) -> Prepared:
+        def prepared(
+            pages: torch.Tensor,
+            rows: torch.Tensor,
+            block_ids: torch.Tensor,
+            stream: int | None = None,
+        ) -> None:
+            copy(segment, layout, pages, rows, block_ids, unpack=unpack)
+
+        return prepared
+
+    return prepare
 
 
 def copy_for(device: torch.device) -> Copy:

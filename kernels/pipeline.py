@@ -68,7 +68,7 @@ class Pipeline(Protocol):
     def pin(self, slots: range) -> None:
         """Make slots usable that were not ready before. From any thread.
 
-        Raises RuntimeError when the device refuses.
+        Raises RuntimeError when they cannot be.
         """
 
     def shutdown(self) -> None:
@@ -229,7 +229,7 @@ def open_pipeline(
         raise ValueError(f"KV caches on {sorted(map(str, devices))} are not supported")
     from kvstrata.kernels.device import CudaDevice
     from kvstrata.kernels.gpu import GpuPipeline
-    from kvstrata.kernels.pack import copy_triton
+    from kvstrata.kernels.pack import prepare_triton
 
     (device,) = devices
-    return GpuPipeline(groups, region, CudaDevice(device), copy_triton, transport, slots, ready)
+    return GpuPipeline(groups, region, CudaDevice(device), prepare_triton, transport, slots, ready)

@@ -108,6 +108,16 @@ def choose(
     return Choice(*(_preferred(medians, ways) for medians in best)), trials
 
 
+def fastest(seconds: Callable[[int], float], sizes: Sequence[int]) -> int:
+    """The first of these sizes with which something takes no longer than with the others (5 %)."""
+    times: dict[int, list[float]] = {size: [] for size in sizes}
+    for _ in range(_ROUNDS):
+        for size in sizes:
+            times[size].append(seconds(size))
+    medians = {size: median(times[size]) for size in sizes}
+    return next(size for size in sizes if medians[size] <= min(medians.values()) * _EQUAL)
+
+
 def _preferred(medians: dict[Transport, float], ways: Sequence[Transport]) -> Transport:
     """The fastest of these ways, or one that is as fast and preferred."""
     limit = min(medians[way] for way in ways) * _EQUAL

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
 import torch
 
-from kvstrata.kernels.batches import Batch, Part
+from kvstrata.kernels.batches import Batch, Pages, Part
 from kvstrata.kernels.compare import Comparison, Scratch
 from kvstrata.kernels.device import Device, Pieces
 from kvstrata.kernels.lanes import Lane
 from kvstrata.kernels.moves import Mover
 from kvstrata.kernels.plan import Segment
-from kvstrata.kernels.transport import TRIAL_BYTES, Choice, Transport, Trial, choose
+from kvstrata.kernels.transport import TRIAL_BYTES, Choice, Transport, Trial, choose, fastest
 
 logger = logging.getLogger("kvstrata.kernels")
 
@@ -33,7 +34,7 @@ class Trials:
     as they were after each call, also after a failure.
 
     segments: of this worker, with the parts that each is moved in.
-    lanes: of stores and of loads. slots: of the region, one at least.
+    lanes: of stores, of loads, and others. slots: of the region, one at least.
     transport: the only one there is to be; None for all.
     """
 
@@ -42,7 +43,7 @@ class Trials:
         segments: Sequence[tuple[Segment, list[Part]]],
         mover: Mover,
         device: Device,
-        lanes: tuple[Lane, Lane],
+        lanes: Sequence[Lane],
         region: torch.Tensor,
         slots: range,
         transport: Transport | None,
@@ -50,7 +51,7 @@ class Trials:
         self._segments = segments
         self._mover = mover
         self._device = device
-        self._store, self._load = lanes
+        self._lanes = lanes
         self._region = region
         self._slots = slots
         self._forced = transport is not None
@@ -58,15 +59,28 @@ class Trials:
         self._submitted, self._done = device.event(), device.event()
         self.times: dict[tuple[str, str], list[Trial]] = {}
 
-    def run(self, most_pages: int) -> None:
-        """Choose the transports of every part. most_pages: of one batch.
+    def run(
+        self, most_pages: int, slot_sizes: Sequence[int], *, kernels_reach_region: bool
+    ) -> None:
+        """Choose the transports of every part and the size of the lanes' staging slots.
 
+        most_pages: of one batch. slot_sizes: bytes, ascending; the lanes have slots of the last.
+        kernels_reach_region: whether zero-copy is possible.
         Raises TransportError where bytes are moved wrong and there is no other way.
         """
+        if not kernels_reach_region and Transport.ZERO_COPY in self._ways:
+            if self._forced:
+                raise TransportError(
+                    "transport zero-copy needs pinned CPU pages and a GPU that uses the host's "
+                    'addresses; remove "transport" from the configuration'
+                )
+            self._ways.remove(Transport.ZERO_COPY)
         for segment, parts in self._segments:
             with self._scratch(segment, np.empty(0, np.int64), self._slots[:2]).kept():
                 self._launch(parts)
         self._compare()
+        if len(slot_sizes) > 1:
+            self._size_slots(slot_sizes, most_pages)
         for segment, parts in self._segments:
             self._choose(segment, parts, most_pages)
 
@@ -77,30 +91,33 @@ class Trials:
     # -- warm-up --------------------------------------------------------------------
 
     def _launch(self, parts: Sequence[Part]) -> None:
-        """Launch every kernel once, on blocks that are all missing, and copy a byte once."""
-        lane, device, mover = self._store, self._device, self._mover
-        first = np.array(self._slots[:1])
-        for part in parts:
-            ids = np.full((1, part.segment.blocks_per_chunk), -1)
-            there = lane.ring.put(np.concatenate((first, ids.ravel())))
-            batch = Batch(part, first, ids, there[:1], there[1:].view(1, -1))
-            pages = mover.staged_pages(lane.next_slot().memory, batch)
-            for unpack in (False, True):
-                if Transport.STAGED in self._ways:
-                    mover.pack(lane.kernels, batch, pages, unpack=unpack)
-                if Transport.ZERO_COPY in self._ways:
-                    try:
-                        mover.zero_copy(lane.kernels, batch, unpack=unpack)
-                    except (RuntimeError, ValueError) as error:  # Triton's: no address for it
-                        if self._forced:
-                            raise
-                        self._leave_out(Transport.ZERO_COPY, error)
-        device.drain()
-        staged = lane.next_slot().memory.data_ptr()
-        host = self._region[self._slots[0]].data_ptr() + parts[0].segment.in_page.offset
-        piece = Pieces(np.array([staged]), np.array([host]), np.ones(1, np.int64))
-        for to_host in (False, True):
-            device.copy(lane.dma, piece, to_host=to_host)
+        """In every lane, launch every kernel once, on blocks that are all missing, and copy a byte
+        once."""
+        for lane in self._lanes:
+            for part in parts:
+                self._launch_part(lane, part)
+            self._device.drain()
+            staged = lane.next_slot().address
+            host = self._region[self._slots[0]].data_ptr() + parts[0].segment.in_page.offset
+            piece = Pieces(np.array([staged]), np.array([host]), np.ones(1, np.int64))
+            for to_host in (False, True):
+                self._device.copy(lane.dma, piece, to_host=to_host)
+
+    def _launch_part(self, lane: Lane, part: Part) -> None:
+        first, ids = np.array(self._slots[:1]), np.full((1, part.segment.blocks_per_chunk), -1)
+        there = lane.ring.put(np.concatenate((first, ids.ravel())))
+        pages = Pages(first, ids, there[:1], there[1:].view(1, -1))
+        batch = Batch(part, pages, 0, 1, part.shards(first))
+        for unpack in (False, True):
+            if Transport.STAGED in self._ways:
+                self._mover.pack(lane.kernels, batch, lane.next_slot(), unpack=unpack)
+            if Transport.ZERO_COPY in self._ways:
+                try:
+                    self._mover.zero_copy(lane.kernels, batch, unpack=unpack)
+                except (RuntimeError, ValueError) as error:  # Triton's: no address for it
+                    if self._forced:
+                        raise
+                    self._leave_out(Transport.ZERO_COPY, error)
 
     # -- comparison -----------------------------------------------------------------
 
@@ -147,6 +164,40 @@ class Trials:
                 _choose_all(parts, Choice(*self._ways * 2), store=store)
             return
         first = parts[0]
+        ways = [way for way in self._ways if first.may_pay(way)]
+        with self._timed_slots(segment, first, most_pages) as slots:
+            for store in (True, False):  # stores first: loads bring back what they stored
+
+                def seconds(way: Transport, count: int, store: bool = store) -> float:
+                    return self._seconds(first, way, store, slots[:count])
+
+                choice, times = choose(seconds, ways, len(slots), first.shard_bytes)
+                _choose_all(parts, choice, store=store)
+                self.times[segment.names[0], "store" if store else "load"] = times
+
+    def _size_slots(self, sizes: Sequence[int], most_pages: int) -> None:
+        """Have staging slots of the size with which the largest segment's pages are there soonest:
+        of the smaller one, unless the other is faster."""
+        segment, parts = max(self._segments, key=lambda one: one[0].shard_bytes)
+        with self._timed_slots(segment, parts[0], most_pages) as slots:
+
+            def seconds(size: int) -> float:
+                for lane in self._lanes:
+                    lane.slot_bytes = size
+                return sum(
+                    self._seconds(parts[0], Transport.STAGED, store, slots)
+                    for store in (True, False)
+                )
+
+            best = sizes[0]
+            if len(slots) * parts[0].pitch > best:  # else one slot takes them all
+                best = fastest(seconds, sizes)
+        for lane in self._lanes:
+            lane.stage(best)
+
+    @contextmanager
+    def _timed_slots(self, segment: Segment, part: Part, most_pages: int) -> Iterator[list[int]]:
+        """Slots for many pages of a part; they and the first blocks are put back afterwards."""
         slots = [slot for slot in self._slots if slot % segment.replicas == segment.replica]
         slots = slots or list(self._slots)
         page_bytes = segment.page_offset + segment.heads * segment.head_bytes
@@ -154,18 +205,10 @@ class Trials:
         most = min(
             most_pages, len(slots), segment.num_blocks // width, max(1, _KEPT_BYTES // page_bytes)
         )
-        pages = max(1, min(most, TRIAL_BYTES // first.shard_bytes))
+        pages = max(1, min(most, TRIAL_BYTES // part.shard_bytes))
         blocks = np.arange(min(pages * width, segment.num_blocks))
-        ways = [way for way in self._ways if first.may_pay(way)]
         with self._scratch(segment, blocks, slots[:pages]).kept():
-            for store in (True, False):  # stores first: loads bring back what they stored
-
-                def seconds(way: Transport, count: int, store: bool = store) -> float:
-                    return self._seconds(first, way, store, slots[:count])
-
-                choice, times = choose(seconds, ways, most, first.shard_bytes)
-                _choose_all(parts, choice, store=store)
-                self.times[segment.names[0], "store" if store else "load"] = times
+            yield slots[:pages]
 
     def _seconds(self, part: Part, way: Transport, store: bool, slots: list[int]) -> float:
         """How long it takes to move the first blocks to these slots, or back."""
@@ -180,7 +223,7 @@ class Trials:
         self, parts: list[Part], way: Transport, store: bool, slots: np.ndarray, ids: np.ndarray
     ) -> None:
         """Move pages as a job does, and wait until they are there."""
-        device, lane = self._device, self._store if store else self._load
+        device, lane = self._device, self._lanes[0 if store else 1]
         _choose_all(parts, Choice(way, way), store=store)
         device.record(self._submitted, device.compute_stream())
         device.hold(lane.kernels, self._submitted)

@@ -17,7 +17,7 @@ from kvstrata.kernels.bench.cases import INDEXED, OURS, PER_FRAGMENT, STAGED, ST
 from kvstrata.kernels.bench.scene import Contestant, Scene, shard_of
 from kvstrata.kernels.device import CudaDevice, cuda
 from kvstrata.kernels.gpu import GpuPipeline
-from kvstrata.kernels.pack import copy_triton
+from kvstrata.kernels.pack import prepare_triton
 from kvstrata.kernels.pipeline import GroupWork, Pipeline
 from kvstrata.kernels.plan import Segment
 from kvstrata.kernels.transport import Transport
@@ -210,7 +210,7 @@ def contestants(scene: Scene) -> list[Contestant]:
     """All of them, ours first, stock where it is installed."""
     device = PinnedBefore(scene.device)
     found: list[Contestant] = [
-        Piped(name, GpuPipeline(scene.groups, scene.region, device, copy_triton, transport))
+        Piped(name, GpuPipeline(scene.groups, scene.region, device, prepare_triton, transport))
         for name, transport in _TRANSPORTS.items()
     ]
     found.append(Indexed(scene))

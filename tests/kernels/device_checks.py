@@ -16,7 +16,7 @@ from simulated_device import SimulatedDevice
 
 from kvstrata.kernels.device import CudaDevice, Device
 from kvstrata.kernels.gpu import GpuPipeline
-from kvstrata.kernels.pack import Copy, copy_torch, copy_triton
+from kvstrata.kernels.pack import Prepare, copy_torch, prepare_plainly, prepare_triton
 from kvstrata.kernels.pipeline import Groups, GroupWork
 from kvstrata.kernels.plan import Segment
 from kvstrata.kernels.transport import Transport
@@ -29,17 +29,17 @@ LONG = 5_000_000  # clock cycles, about 3 ms
 
 @dataclass(frozen=True)
 class Machine:
-    """A device, where its memory is, and the copy that it runs."""
+    """A device, where its memory is, and the kernels that it runs."""
 
     device: Device
     memory: torch.device
-    copy: Copy
+    prepare: Prepare
 
     @contextmanager
     def open(
         self, groups: Groups, region: torch.Tensor, transport: Transport | None
     ) -> Iterator[GpuPipeline]:
-        pipeline = GpuPipeline(groups, region, self.device, self.copy, transport)
+        pipeline = GpuPipeline(groups, region, self.device, self.prepare, transport)
         try:
             yield pipeline
         finally:
@@ -48,10 +48,11 @@ class Machine:
     def compute(self, action: Callable[[], object]) -> None:
         """Queue what the model does."""
 
-        def run() -> None:
-            action()
-
-        self.device.run(self.device.compute_stream(), run)
+        if isinstance(self.device, SimulatedDevice):
+            self.device.compute.queue.append(action)
+        else:
+            with torch.cuda.stream(self.device.compute_stream()):
+                action()
 
     def compute_long(self) -> None:
         """The model is busy for a while; a simulated device is slow at will."""
@@ -68,11 +69,11 @@ class Machine:
 
 
 def real() -> Machine:
-    return Machine(CudaDevice(DEVICE), DEVICE, copy_triton)
+    return Machine(CudaDevice(DEVICE), DEVICE, prepare_triton)
 
 
 def simulated(seed: int = 0) -> Machine:
-    return Machine(SimulatedDevice(Random(seed)), CPU, copy_torch)
+    return Machine(SimulatedDevice(Random(seed)), CPU, prepare_plainly(copy_torch))
 
 
 def fill(*tensors: torch.Tensor, seed: int) -> None:

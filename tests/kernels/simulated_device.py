@@ -3,6 +3,7 @@
 import ctypes
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from random import Random
 
@@ -12,7 +13,8 @@ from kvstrata.kernels.device import Pieces
 
 
 class SimEvent:
-    def __init__(self) -> None:
+    def __init__(self, timed: bool) -> None:
+        self.timed = timed
         self.recorded = 0  # how often
         self.happened: set[int] = set()  # which of these; a later one may be the first
         self.time = 0
@@ -41,6 +43,9 @@ class SimulatedDevice:
         self.sealed = False  # set when nothing may be allocated any more
         self.pinned: list[torch.Tensor] = []
 
+    def current(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
     def stream(self, *, urgent: bool) -> SimStream:
         self.streams.append(SimStream(self.random.choice([1, 10])))
         return self.streams[-1]
@@ -48,11 +53,13 @@ class SimulatedDevice:
     def compute_stream(self) -> SimStream:
         return self.compute
 
-    def event(self) -> SimEvent:
-        return SimEvent()
+    def event(self, *, timed: bool = False) -> SimEvent:
+        return SimEvent(timed)
 
-    def run(self, stream: SimStream, action: Callable[[], None]) -> None:
-        stream.queue.append(action)
+    def launch(
+        self, stream: SimStream, kernel: Callable[..., None], *tensors: torch.Tensor
+    ) -> None:
+        stream.queue.append(partial(kernel, *tensors))
 
     def copy(self, stream: SimStream, pieces: Pieces, *, to_host: bool) -> None:
         each = list(zip(*(column.tolist() for column in pieces), strict=True))
@@ -87,6 +94,7 @@ class SimulatedDevice:
 
     def seconds(self, start: SimEvent, end: SimEvent) -> float:
         assert start.happened and end.happened, "timed before it happened"
+        assert start.timed and end.timed
         return float(end.time - start.time)
 
     def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
@@ -98,6 +106,9 @@ class SimulatedDevice:
 
     def pin(self, region: torch.Tensor) -> None:
         self.pinned.append(region)
+
+    def reaches_host(self) -> bool:
+        return True
 
     def unpin(self) -> None:
         self.pinned.clear()

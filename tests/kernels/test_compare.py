@@ -18,7 +18,7 @@ from kvstrata.kernels import compare, gpu, pipeline, transport
 from kvstrata.kernels.compare import Comparison
 from kvstrata.kernels.geometry import GeometryError
 from kvstrata.kernels.gpu import GpuPipeline
-from kvstrata.kernels.pack import copy_torch
+from kvstrata.kernels.pack import copy_torch, prepare_plainly
 from kvstrata.kernels.pack_cpu import copy_cpu
 from kvstrata.kernels.pipeline import CpuPipeline, GroupWork, open_pipeline
 from kvstrata.kernels.transport import Transport
@@ -131,7 +131,7 @@ def open_faulty(
         do(segment, layout, pages, rows, ids, unpack=unpack)
 
     device = device or SimulatedDevice(Random(1))
-    return GpuPipeline({0: world.rank.segments}, world.region, device, copy, way)
+    return GpuPipeline({0: world.rank.segments}, world.region, device, prepare_plainly(copy), way)
 
 
 @pytest.mark.parametrize("world", WORLDS, ids=str)
@@ -221,7 +221,7 @@ def test_a_driver_that_moves_pieces_wrong_costs_direct_copies(
     here = World("LBHNC")
     device = WrongCopies(fault, to_host)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu, "STAGING_BYTES", MODEL.page_bytes)
+        patch.setattr(gpu, "STAGING_SIZES", (MODEL.page_bytes,))
         patch.setattr("kvstrata.kernels.batches.LEAST_RUN", 1)
         found = open_faulty(here, None, device=device)
     device.drain()
@@ -240,10 +240,10 @@ def test_a_part_of_a_shard_that_is_wrong_is_seen() -> None:
             pages[rows, layout.offset] ^= 1
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu, "STAGING_BYTES", MODEL.page_bytes // 2)
+        patch.setattr(gpu, "STAGING_SIZES", (MODEL.page_bytes // 2,))
         with pytest.raises(TransportError, match="staged storing"):
             device = SimulatedDevice(Random(0))
-            GpuPipeline({0: here.rank.segments}, here.region, device, copy)
+            GpuPipeline({0: here.rank.segments}, here.region, device, prepare_plainly(copy))
     here.check_untouched()
 
 
@@ -257,7 +257,9 @@ def test_workers_use_slots_of_their_own() -> None:
         copy_torch(segment, layout, pages, rows, ids, unpack=unpack)
 
     device = SimulatedDevice(Random(0))
-    GpuPipeline({0: here.rank.segments}, here.region, device, copy, None, range(4, 7))
+    GpuPipeline(
+        {0: here.rank.segments}, here.region, device, prepare_plainly(copy), None, range(4, 7)
+    )
     assert used and used <= {4, 5, 6}
 
 

@@ -25,7 +25,7 @@ ANY = pytest.mark.parametrize("transport", [None, *Transport])
 
 @pytest.fixture(autouse=True)
 def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "STAGING_BYTES", 2 * MODEL.page_bytes)
+    monkeypatch.setattr(gpu, "STAGING_SIZES", (2 * MODEL.page_bytes, 4 * MODEL.page_bytes))
     monkeypatch.setattr(gpu, "MAX_BATCH", 2)
     monkeypatch.setattr(gpu, "RING_ROUNDS", 0)
 

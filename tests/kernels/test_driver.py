@@ -59,8 +59,8 @@ class Memory:
         for start, size in zip(starts, self.sizes, strict=True):
             self.wanted[1000 + start : 1000 + start + size] = self.bytes[start : start + size]
 
-    def move(self, copy: Copy) -> None:
-        copy(self.targets, self.sources, self.sizes, STREAM)
+    def move(self, copy: Copy, *, to_host: bool = True) -> None:
+        copy(self.targets, self.sources, self.sizes, STREAM, to_host=to_host)
 
 
 def test_one_call_copies_a_batch() -> None:
@@ -86,21 +86,22 @@ def test_one_call_copies_a_batch() -> None:
 
     callback = BATCH(batch)
     copy = _batched(as_loaded(callback))
-    for _ in range(2):
+    for to_host in (True, False):
         memory = Memory()
-        memory.move(copy)
+        memory.move(copy, to_host=to_host)
         assert (memory.bytes == memory.wanted).all()
     none = np.empty(0, dtype=np.int64)
-    copy(none, none, none, STREAM)
-    assert calls == 2 * [
+    copy(none, none, none, STREAM, to_host=True)
+    assert calls == [
         {
             "count": 4,
-            "order": 1,  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
+            "order": order,
             "hints": (0, 0),
             "flags": 1,  # CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE
             "attributes from": [0],
             "stream": STREAM,
         }
+        for order in (1, 3)  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM, of device memory; _ANY
     ], "an empty batch is no call"
 
 

@@ -28,10 +28,12 @@ from kvstrata.kernels import compare, gpu, trials
 from kvstrata.kernels import device as device_module
 from kvstrata.kernels.device import CudaDevice
 from kvstrata.kernels.gpu import GpuPipeline
-from kvstrata.kernels.pack import copy_torch
+from kvstrata.kernels.pack import copy_torch, prepare_plainly
 from kvstrata.kernels.pipeline import CpuPipeline, GroupWork
 from kvstrata.kernels.transport import Choice, Transport
+from kvstrata.kernels.trials import TransportError
 
+PLAIN = prepare_plainly(copy_torch)
 BLOCKS, SLOTS = 12, 10
 MODEL = Model(layers=3, heads=2, tokens=1, dim=2, size=1, blocks_per_chunk=2)
 WORLDS = {
@@ -46,7 +48,7 @@ WORLDS = {
 def small_buffers():
     """One or two pages per staging slot, and few id slots: every buffer is reused all the time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu, "STAGING_BYTES", 96)
+        patch.setattr(gpu, "STAGING_SIZES", (96, 192))
         patch.setattr(gpu, "MAX_BATCH", 2)
         patch.setattr(gpu, "STAGING_SLOTS", 1)
         patch.setattr(gpu, "RING_ROUNDS", 0)
@@ -76,15 +78,14 @@ class AnyOrder(RuleBasedStateMachine):
         transport: Transport | None,
     ) -> None:
         # the fixture puts them back
-        gpu.MAX_BATCH, gpu.STAGING_BYTES, gpu.STAGING_SLOTS = batch, staging, slots
+        gpu.MAX_BATCH, gpu.STAGING_SLOTS = batch, slots
+        gpu.STAGING_SIZES = (staging, 2 * staging)
         self.random = Random(seed)
         self.device = SimulatedDevice(self.random)
         # transports are chosen by this clock: by the real one, a seed would not repeat its history
         trials.time = SimpleNamespace(perf_counter=lambda: self.device.clock)
         self.real, self.model = (Side(MODEL, BLOCKS, SLOTS, **WORLDS[world]) for _ in range(2))
-        self.staged = GpuPipeline(
-            self.real.groups, self.real.region, self.device, copy_torch, transport
-        )
+        self.staged = GpuPipeline(self.real.groups, self.real.region, self.device, PLAIN, transport)
         self.device.sealed = True
         assert not any(stream.queue for stream in self.device.streams), "kernels not warm yet"
         region = self.real.region
@@ -118,7 +119,7 @@ class AnyOrder(RuleBasedStateMachine):
                     assert torch.equal(real[block], old), "overwritten under the running model"
                     real[block] = new
 
-                self.device.run(self.device.compute, run)
+                self.device.compute.queue.append(run)
 
     @rule(
         group=st.integers(0, 1),
@@ -211,7 +212,7 @@ TestAnyOrder.settings = settings(
 
 def test_a_job_id_under_way_is_refused() -> None:
     side = Side(MODEL, BLOCKS, SLOTS)
-    pipeline = GpuPipeline(side.groups, side.region, SimulatedDevice(Random(0)), copy_torch)
+    pipeline = GpuPipeline(side.groups, side.region, SimulatedDevice(Random(0)), PLAIN)
     work = [GroupWork(0, np.array([1]), np.array([[1, 2]]))]
     pipeline.submit_store(7, work)
     with pytest.raises(ValueError, match="job 7"):
@@ -221,10 +222,17 @@ def test_a_job_id_under_way_is_refused() -> None:
 @pytest.mark.parametrize("transport", list(Transport))
 def test_everything_is_used_once_before_the_first_job(transport: Transport) -> None:
     side, device = Side(MODEL, BLOCKS, SLOTS), SimulatedDevice(Random(0))
-    copied, copy = [], device.copy
-    device.copy = lambda *a, to_host: copied.append(to_host) or copy(*a, to_host=to_host)  # type: ignore[method-assign]
-    GpuPipeline(side.groups, side.region, device, copy_torch, transport)
-    assert set(copied) == {False, True}
+    made, stream, launched, copied = [], device.stream, set(), set()
+    launch, copy = device.launch, device.copy
+    device.stream = lambda *, urgent: made.append((stream(urgent=urgent), urgent)) or made[-1][0]  # type: ignore[method-assign]
+    device.launch = lambda on, *a: launched.add(on) or launch(on, *a)  # type: ignore[method-assign]
+    device.copy = lambda on, *a, to_host: copied.add((on, to_host)) or copy(on, *a, to_host=to_host)  # type: ignore[method-assign]
+    GpuPipeline(side.groups, side.region, device, PLAIN, transport)
+    assert [urgent for _, urgent in made] == [True, False] * 3, "kernels before the model's"
+    kernels, dma = made[::2], made[1::2]
+    assert {(on, to_host) for on, _ in dma for to_host in (False, True)} <= copied
+    if transport is not Transport.DIRECT:
+        assert {on for on, _ in kernels} <= launched
 
 
 def test_the_trials_of_one_direction_leave_the_other_as_chosen(
@@ -240,8 +248,9 @@ def test_the_trials_of_one_direction_leave_the_other_as_chosen(
 
     monkeypatch.setattr(trials, "choose", choose)
     side = Side(MODEL, BLOCKS, SLOTS)
-    pipeline = GpuPipeline(side.groups, side.region, SimulatedDevice(Random(0)), copy_torch)
-    lines = pipeline.describe().split("; ")
+    pipeline = GpuPipeline(side.groups, side.region, SimulatedDevice(Random(0)), PLAIN)
+    slots, *lines = pipeline.describe().split("; ")
+    assert slots.startswith("staging slots of ")
     assert lines and all("staged up to" in line and "else direct" in line for line in lines[::2])
     assert all("zero-copy up to" in line and "else zero-copy" in line for line in lines[1::2])
 
@@ -249,7 +258,7 @@ def test_the_trials_of_one_direction_leave_the_other_as_chosen(
 @pytest.mark.parametrize("submit", ["submit_store", "submit_load"])
 def test_a_job_that_was_refused_is_none(submit: str) -> None:
     side, device = Side(MODEL, BLOCKS, SLOTS), SimulatedDevice(Random(0))
-    pipeline = GpuPipeline(side.groups, side.region, device, copy_torch, Transport.STAGED)
+    pipeline = GpuPipeline(side.groups, side.region, device, PLAIN, Transport.STAGED)
     work = [GroupWork(0, np.array([1]), np.array([[1, 2]]))]
     copy = device.copy
 
@@ -282,15 +291,17 @@ def test_zero_copy_is_left_out_where_kernels_cannot_reach_the_region(
     class AtOnce(SimulatedDevice):
         """Launches, as a real device does, when it is told to."""
 
-        def run(self, stream, action):
+        def launch(self, stream, kernel, *tensors):
             self.drain()
-            action()
+            kernel(*tensors)
 
-    pipeline = GpuPipeline(side.groups, side.region, AtOnce(Random(0)), copy)
+    pipeline = GpuPipeline(side.groups, side.region, AtOnce(Random(0)), prepare_plainly(copy))
     assert "zero-copy is left out: cpu tensor?" in caplog.text
     assert "zero-copy" not in pipeline.describe()
     with pytest.raises(ValueError, match="cpu tensor"):
-        GpuPipeline(side.groups, side.region, AtOnce(Random(0)), copy, Transport.ZERO_COPY)
+        GpuPipeline(
+            side.groups, side.region, AtOnce(Random(0)), prepare_plainly(copy), Transport.ZERO_COPY
+        )
 
 
 class FakeRuntime:
@@ -341,12 +352,15 @@ def test_a_refused_pin_leaves_what_was_pinned_before(monkeypatch: pytest.MonkeyP
     runtime = FakeRuntime(limit=3)
     monkeypatch.setattr(device_module, "cuda", FakeCuda(runtime))
     monkeypatch.setattr(device_module, "_MAX_PINNED_RUN", 100)
+    asked = []
+    monkeypatch.setattr(CudaDevice, "_forget_error", lambda self: asked.append(self))
     region = torch.zeros(5, 100, dtype=torch.uint8)
     cuda_device = CudaDevice(torch.device("cuda", 0))
     cuda_device.pin(region[:1])
-    with pytest.raises(RuntimeError, match="cpu_bytes_to_use"):
+    with pytest.raises(RuntimeError, match="could not pin"):
         cuda_device.pin(region[1:])
     assert runtime.pinned == {region.data_ptr(): 100}
+    assert asked == [cuda_device], "CUDA's last error is left"
     cuda_device.unpin()
     assert runtime.pinned == {}
 
@@ -355,9 +369,7 @@ def test_a_refused_pin_leaves_what_was_pinned_before(monkeypatch: pytest.MonkeyP
 def test_slots_are_pinned_as_they_become_ready(transport: Transport) -> None:
     """At start those that are ready, from the first on: kernels get its address, and no other."""
     side, device = Side(MODEL, BLOCKS, SLOTS), SimulatedDevice(Random(0))
-    pipeline = GpuPipeline(
-        side.groups, side.region, device, copy_torch, transport, range(1, 2), ready=2
-    )
+    pipeline = GpuPipeline(side.groups, side.region, device, PLAIN, transport, range(1, 2), ready=2)
     start, slot = side.region.data_ptr(), side.region.stride(0)
     assert device.is_pinned(start, 2 * slot) and not device.is_pinned(start + 2 * slot, 1)
     pipeline.pin(range(2, 3))
@@ -367,3 +379,111 @@ def test_slots_are_pinned_as_they_become_ready(transport: Transport) -> None:
     assert not device.is_pinned(start + 3 * slot, 1)
     pipeline.shutdown()
     assert not device.pinned
+
+
+class Unpinned(SimulatedDevice):
+    """Refuses to pin more than so many times."""
+
+    limit = 0
+
+    def pin(self, region: torch.Tensor) -> None:
+        if len(self.pinned) >= self.limit:
+            raise RuntimeError("not so much")
+        super().pin(region)
+
+
+class Unreachable(SimulatedDevice):
+    def reaches_host(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("kind", [Unpinned, Unreachable])
+def test_without_the_host_s_addresses_there_is_no_zero_copy(
+    kind: type[SimulatedDevice], caplog: pytest.LogCaptureFixture
+) -> None:
+    side = Side(MODEL, BLOCKS, SLOTS)
+
+    def copy(segment, layout, pages, rows, block_ids, *, unpack):
+        assert pages.untyped_storage().data_ptr() != side.region.data_ptr()
+        copy_torch(segment, layout, pages, rows, block_ids, unpack=unpack)
+
+    device = kind(Random(0))
+    pipeline = GpuPipeline(side.groups, side.region, device, prepare_plainly(copy), ready=2)
+    assert "zero-copy" not in pipeline.describe()
+    pipeline.pin(range(2, SLOTS))
+    warnings = [record.getMessage() for record in caplog.records]
+    if kind is Unpinned:
+        (warning,) = warnings
+        assert "not so much; pages move unpinned from slot 0 on" in warning
+        assert "cpu_bytes_to_use" in warning
+    else:
+        assert warnings == []
+    pipeline.submit_store(1, [GroupWork(0, np.array([1]), np.array([[1, 2]]))])
+    pipeline.wait({1})
+    with pytest.raises(TransportError, match='remove "transport"'):
+        GpuPipeline(side.groups, side.region, device, PLAIN, Transport.ZERO_COPY)
+
+
+@pytest.mark.parametrize("transport", Transport)
+def test_slots_that_cannot_be_pinned_while_serving_are_pageable_but_for_zero_copy(
+    transport: Transport, caplog: pytest.LogCaptureFixture
+) -> None:
+    side, device = Side(MODEL, BLOCKS, SLOTS), Unpinned(Random(0))
+    device.limit = 1
+    pipeline = GpuPipeline(side.groups, side.region, device, PLAIN, transport, range(2), ready=2)
+    later = [range(2, 3), range(3, SLOTS)]
+    if transport is Transport.ZERO_COPY:  # kernels would reach for them: the caller leaves them out
+        for slots in later:
+            with pytest.raises(RuntimeError, match=r"zero-copy .* cpu_bytes_to_use"):
+                pipeline.pin(slots)
+        assert caplog.records == []
+    else:
+        for slots in later:
+            pipeline.pin(slots)
+            device.limit = 9  # it is not asked again
+        (record,) = caplog.records
+        assert "pages move unpinned from slot 2 on" in record.getMessage()
+        pipeline.submit_store(1, [GroupWork(0, np.array([1, 2, 3]), np.arange(6).reshape(3, 2))])
+        pipeline.wait({1})
+        assert [job.job_id for job in pipeline.finished()] == [1]
+    start, slot = side.region.data_ptr(), side.region.stride(0)
+    assert device.is_pinned(start, 2 * slot) and not device.is_pinned(start + 2 * slot, 1)
+    pipeline.shutdown()
+    assert not device.pinned
+
+
+def test_only_what_is_read_is_timed() -> None:
+    side, device = Side(MODEL, BLOCKS, SLOTS), SimulatedDevice(Random(0))
+    made, event = [], device.event
+    device.event = lambda *, timed=False: made.append(timed) or event(timed=timed)  # type: ignore[method-assign]
+    pipeline = GpuPipeline(side.groups, side.region, device, PLAIN)
+    for job in range(20):
+        work = [GroupWork(0, np.array([1]), np.array([[1, 2]]))]
+        (pipeline.submit_load if job % 2 else pipeline.submit_store)(job, work)
+        pipeline.wait({job})
+        assert len(pipeline.finished()) == 1
+    assert made.count(True) == 2, "start and end of a job, used again"
+
+
+@pytest.mark.parametrize("best", [0, 1])
+def test_larger_staging_slots_are_taken_where_they_are_faster(
+    best: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def fastest(seconds, sizes):
+        tried.extend(size for size in sizes if seconds(size) >= 0)
+        return sizes[best]
+
+    monkeypatch.setattr(trials, "fastest", fastest)
+    monkeypatch.setattr(gpu, "STAGING_SIZES", (1 << 10, 1 << 19))
+    model = Model(layers=2, heads=2, tokens=8, dim=8, size=1, blocks_per_chunk=1)
+    monkeypatch.setattr(gpu, "MAX_BATCH", 20)
+    side = Side(model, 40, 20)
+    pipeline = GpuPipeline(side.groups, side.region, SimulatedDevice(Random(0)), PLAIN)
+    assert tried == [1 << 10, 1 << 19]
+    assert pipeline.describe().startswith(f"staging slots of {('0.000', '0.5 MiB')[best]}")
+    forced = GpuPipeline(
+        side.groups, side.region, SimulatedDevice(Random(0)), PLAIN, Transport.STAGED
+    )
+    assert forced.describe().startswith("staging slots of 0.000")

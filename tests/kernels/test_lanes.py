@@ -45,7 +45,7 @@ def test_every_number_arrives_and_only_a_full_ring_waits(
             del under_way[number]
 
         under_way[number] = place
-        device.run(stream, look)
+        stream.queue.append(look)
         for _ in range(steps):
             device.step()
     while device.step():
@@ -61,7 +61,7 @@ def test_what_is_left_of_the_last_round_is_not_written_over() -> None:
     seen = []
     for number, size in enumerate((8, 1, 3, 8)):
         there = ring.put(np.full(size, number))
-        device.run(stream, lambda there=there: seen.append(there.tolist()))
+        stream.queue.append(lambda there=there: seen.append(there.tolist()))
     while device.step():
         pass
     assert seen == [[0] * 8, [1], [2] * 3, [3] * 8]
@@ -72,7 +72,7 @@ def test_events_are_used_again() -> None:
     device = SimulatedDevice(Random(0))
     made = []
     new = device.event
-    device.event = lambda: made.append(new()) or made[-1]  # type: ignore[method-assign]
+    device.event = lambda **_: made.append(new()) or made[-1]  # type: ignore[method-assign]
     ring = MetadataRing(device, device.stream(urgent=False), 10_000)
     for _ in range(100):
         ring.put(np.arange(2))

@@ -22,6 +22,7 @@ from kvstrata.kernels.transport import (
     Fragments,
     Transport,
     choose,
+    fastest,
 )
 
 CPU = torch.device("cpu")
@@ -187,6 +188,15 @@ def test_a_transport_that_fails_is_left_out(last: int, caplog: pytest.LogCapture
     assert [t.transport for t in trials if t.pages == last] == [STAGED]
     with pytest.raises(RuntimeError, match="refused"):
         choose(seconds, [DIRECT], 256, 1000)
+
+
+def test_a_larger_size_must_be_faster() -> None:
+    def fastest_of(times: dict[int, float]) -> int:
+        return fastest(times.__getitem__, sorted(times))
+
+    assert fastest_of({8: 1.0, 16: 0.96}) == 8
+    assert fastest_of({8: 1.0, 16: 0.9}) == 16
+    assert fastest_of({8: 1.0, 16: 1.1}) == 8
 
 
 def test_trials_are_bounded_and_disturbances_are_ignored() -> None:

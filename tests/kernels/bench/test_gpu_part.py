@@ -19,7 +19,7 @@ from kvstrata.kernels.bench.cases import BESIDE, OPERATIONS, SHARE, SLOWDOWN, SP
 from kvstrata.kernels.bench.contestants import gather, scatter
 from kvstrata.kernels.bench.scene import Contestant, Scene, WrongBytes, region_bytes
 from kvstrata.kernels.models import LAYOUTS, Group, Model
-from kvstrata.kernels.pack import copy_torch
+from kvstrata.kernels.pack import copy_torch, prepare_plainly
 from kvstrata.kernels.pipeline import CpuPipeline
 
 CPU = torch.device("cpu")
@@ -33,8 +33,8 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     for module in (contestants, neighbours):
         monkeypatch.setattr(module, "cuda", simulated_cuda)
-    monkeypatch.setattr(gpu, "STAGING_BYTES", 4096)
-    monkeypatch.setattr(contestants, "copy_triton", copy_torch)
+    monkeypatch.setattr(gpu, "STAGING_SIZES", (4096, 8192))
+    monkeypatch.setattr(contestants, "prepare_triton", prepare_plainly(copy_torch))
     monkeypatch.setattr(contestants, "PinnedBefore", lambda _: SimulatedDevice(Random(0)))
     monkeypatch.setattr(neighbours, "_SIZE", 8)
     monkeypatch.setattr(neighbours, "_ROWS", 8)

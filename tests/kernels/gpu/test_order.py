@@ -13,7 +13,7 @@ from device_checks import (
     new_region,
     real,
 )
-from kernel_worlds import DEVICE, Model, Rank, some_blocks
+from kernel_worlds import DEVICE, FULL_SIZE, Model, Rank, some_blocks
 from traffic import Traffic
 
 from kvstrata.kernels import gpu
@@ -25,9 +25,9 @@ pytestmark = pytest.mark.gpu
 ANY = pytest.mark.parametrize("transport", [None, *Transport])
 # the default stream has rules of its own in CUDA
 STREAMS = pytest.mark.parametrize("own_stream", [False, True])
-MODEL = Model(layers=16, heads=8, tokens=16, dim=128, size=1, chunks=16, blocks_per_chunk=2)
+LAYERS, JOBS = (16, 10_000) if FULL_SIZE else (2, 300)
+MODEL = Model(LAYERS, heads=8, tokens=16, dim=128, size=1, chunks=16, blocks_per_chunk=2)
 SMALL = Model(layers=4, heads=2, tokens=4, dim=16, size=2, blocks_per_chunk=2)  # 4 KiB pages
-JOBS = 10_000
 VERY_LONG = 2_000_000_000  # clock cycles, about a second
 
 
@@ -60,7 +60,7 @@ def test_blocks_are_written_after_they_were_read(
 @ANY
 def test_ten_thousand_jobs(transport: Transport | None) -> None:
     """Nobody waits for one of them before all are submitted: the blocks and slots suffice."""
-    traffic = Traffic(real(), SMALL, blocks=60_000, slots=40_000)
+    traffic = Traffic(real(), SMALL, blocks=6 * JOBS, slots=4 * JOBS)
     traffic.run(JOBS, transport)
 
 
@@ -74,7 +74,7 @@ def test_staging_and_ring_hold_next_to_nothing(
     monkeypatch.setattr(gpu, "RING_ROUNDS", 0)
     monkeypatch.setattr(gpu, "MAX_BATCH", 2)
     for staging in (SMALL.page_bytes, SMALL.page_bytes // SMALL.layers // SMALL.heads):
-        monkeypatch.setattr(gpu, "STAGING_BYTES", staging)
+        monkeypatch.setattr(gpu, "STAGING_SIZES", (staging,))
         traffic = Traffic(real(), SMALL, blocks=600, slots=300, seed=staging)
         traffic.run(JOBS // 10, transport)
 

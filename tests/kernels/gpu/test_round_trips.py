@@ -5,20 +5,21 @@ import ctypes
 import pytest
 import torch
 from device_checks import ALL, Machine, check_round_trip, real
-from kernel_worlds import DEVICE, Model
+from kernel_worlds import DEVICE, FULL_SIZE, Model
 
 from kvstrata.kernels import device as device_module
 from kvstrata.kernels.device import CudaDevice
 from kvstrata.kernels.driver import Driver, _one_by_one, drivers
-from kvstrata.kernels.pack import copy_triton
+from kvstrata.kernels.pack import prepare_triton
 from kvstrata.kernels.transport import Transport
 
 pytestmark = pytest.mark.gpu
 TRANSPORTS = pytest.mark.parametrize("transport", Transport)
 # Llama-3-8B in pages of 4 blocks, 8 MiB: 256 MiB of pages, and caches of twice that
-LLAMA = Model(layers=32, heads=8, tokens=16, dim=128, size=2, chunks=32, blocks_per_chunk=4)
-LATENT = Model(layers=61, heads=1, tokens=64, dim=288, size=2, chunks=32, blocks_per_chunk=1)
-ODD = Model(layers=3, heads=3, tokens=8, dim=33, size=1, chunks=2000, blocks_per_chunk=3)
+CHUNKS, LAYERS = (32, 32) if FULL_SIZE else (5, 2)
+LLAMA = Model(LAYERS, heads=8, tokens=16, dim=128, size=2, chunks=CHUNKS, blocks_per_chunk=4)
+LATENT = Model(layers=61, heads=1, tokens=64, dim=288, size=2, chunks=CHUNKS, blocks_per_chunk=1)
+ODD = Model(3, heads=3, tokens=8, dim=33, size=1, chunks=CHUNKS**2 * 2, blocks_per_chunk=3)
 GIB = 1 << 30
 
 
@@ -62,7 +63,7 @@ def test_both_copy_functions(name: str, transport: Transport) -> None:
         pytest.skip(f"this driver has no {name}")
     device = CudaDevice(DEVICE)
     device.driver = driver
-    machine = Machine(device, DEVICE, copy_triton)
+    machine = Machine(device, DEVICE, prepare_triton)
     check_round_trip(machine, LLAMA, "BLHNC", transport, blocks=256)
 
 
