@@ -22,7 +22,8 @@ _HIP_DEFAULT = 4  # hipMemcpyDefault: the addresses tell the direction
 class Copy(Protocol):
     """Queues copies of pieces.
 
-    to, source: addresses, contiguous int64 [n]. sizes: bytes, likewise. stream: a handle.
+    to, source: addresses, int64 [n], contiguous and writable. sizes: bytes, likewise. stream: a
+        handle.
     to_host: the sources are device memory, which is read in the stream's order. Sources in host
         memory may be read at any time until the copy is done.
     Returns at once; raises RuntimeError when the driver refuses.

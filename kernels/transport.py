@@ -179,7 +179,7 @@ class Fragments:
             here = ~missing
             return Pieces(cache[here], host[here], sizes[here])
         cache = np.where(missing, zeros, cache)
-        return Pieces(cache.ravel(), host.ravel(), np.ascontiguousarray(sizes).ravel())
+        return Pieces(cache.ravel(), host.ravel(), sizes.flatten())
 
 
 def _pieces(

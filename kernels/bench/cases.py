@@ -17,6 +17,7 @@ CEILING = "ceiling"  # cudaMemcpyAsync of one large pinned buffer
 BASELINES = (PER_FRAGMENT, ZERO_COPY, INDEXED, STOCK)
 
 SPEED, SHARE, SUBMIT = "speed", "of the ceiling", "CPU submit"
+HOST = "host time without the driver"
 SLOWDOWN, BESIDE = "slowdown", "moved beside it"
 LARGE_BYTES = 64 << 20  # the batches that the targets speak of
 

@@ -251,7 +251,7 @@ def test_other_contents(copy: Copy, kind: str) -> None:
         shapes = [c.shape(2) for c in made[0]]
         assert segment_shapes(shapes, 2)[0].shape == (2, 2 * 2 * 3 * 4 * 6 * 2)
     page = torch.cat([w.contiguous().view(torch.uint8).flatten() for w in wanted])
-    pages = torch.zeros(1, page.numel(), dtype=torch.uint8)
+    pages = zeros(1, page.numel())
     segments = []
     for rank, caches in enumerate(made):
         first = rank * caches[0].view.shape[1]

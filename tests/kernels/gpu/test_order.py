@@ -15,6 +15,7 @@ from device_checks import (
 )
 from kernel_worlds import DEVICE, FULL_SIZE, Model, Rank, some_blocks
 from traffic import Traffic
+from triton import knobs
 
 from kvstrata.kernels import gpu
 from kvstrata.kernels.gpu import GpuPipeline
@@ -115,3 +116,27 @@ def test_submit_neither_allocates_nor_waits(transport: Transport) -> None:
         assert sorted(job.job_id for job in done) == [0, 1, 2]
         assert all(job.seconds > 0 for job in done)
         pipeline.shutdown()
+
+
+@ANY
+def test_nothing_is_compiled_after_the_start(
+    transport: Transport | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is moved: few pages and many, missing blocks, in every lane."""
+    compiled: list[object] = []
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **of: compiled.append(of))
+    # a geometry of its own, so that no other test has its kernels
+    world = replace(SMALL, tokens=6, dim=11 + 2 * len(transport or ""), chunks=12)
+    rank = Rank(world, "LBHNC", blocks=40, device=DEVICE)
+    ids = some_blocks(world, 40, device=CPU).numpy()
+    region = new_region(world, world.chunks)
+    with real().open({0: rank.segments}, region, transport) as pipeline:
+        assert transport is Transport.DIRECT or compiled, "the hook is called"
+        compiled.clear()
+        for job, pages in enumerate((1, 2, 3, 5, 12)):
+            work = [GroupWork(0, np.arange(pages), np.where(ids == 3, -1, ids)[:pages])]
+            pipeline.submit_store(3 * job, work)
+            pipeline.submit_load(3 * job + 1, work)
+            pipeline.submit_load(3 * job + 2, work, expedited=True)
+        pipeline.wait(range(15))
+    assert compiled == []

@@ -1,0 +1,132 @@
+"""What one staging slot costs the host, with everything but the driver's own calls.
+
+No GPU is needed: kernels are compiled for one that is not there (`absent_gpu`), launches end before
+the driver, streams and events do nothing, and copies call a C function that does nothing. The main
+program runs this as a process of its own: `python -m kvstrata.kernels.bench.host` writes a line of
+JSON for each result.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import product
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from kvstrata.kernels.batches import Part
+from kvstrata.kernels.bench.absent_gpu import HANDLE, AbsentGpu
+from kvstrata.kernels.bench.cases import HOST, LARGE_BYTES, LOAD, OURS, STORE, Case, Result
+from kvstrata.kernels.device import CudaDevice, Event, Stream
+from kvstrata.kernels.driver import Driver, _batched
+from kvstrata.kernels.gpu import MAX_BATCH, STAGING_SIZES, STAGING_SLOTS
+from kvstrata.kernels.lanes import Lane
+from kvstrata.kernels.models import MODELS, Model, rank_caches
+from kvstrata.kernels.moves import Mover
+from kvstrata.kernels.pack import prepare_triton
+
+MOVED_BYTES = LARGE_BYTES  # in a round
+_ROUNDS = 300
+_MODELS = MODELS[:2]  # pages of four to a slot, and of 25
+
+
+class Idle(CudaDevice):
+    """A device whose driver does nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        # compares its first two arguments, the addresses of two arrays, and says 0: not equal
+        self.driver = Driver("nothing", _batched(ctypes.CDLL(None).pthread_equal))
+        self._stream = SimpleNamespace(cuda_stream=HANDLE)
+
+    def stream(self, *, urgent: bool) -> Stream:
+        return self._stream
+
+    def event(self, *, timed: bool = False) -> Event:
+        return None
+
+    def record(self, event: Event, stream: Stream) -> None:
+        pass
+
+    def hold(self, stream: Stream, event: Event) -> None:
+        pass
+
+    def reached(self, event: Event) -> bool:
+        return True
+
+    def synchronize(self, event: Event) -> None:
+        pass
+
+    def allocate_pinned(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(numel, dtype=dtype)
+
+
+def measure(rounds: int = _ROUNDS) -> Iterator[Result]:
+    """Microseconds per slot, medians, for each model's first group.
+
+    Triton must not be interpreted, and `absent_gpu` be installed.
+    """
+    for model, layout in product(_MODELS, ("LBHNC", "LBNHC")):
+        move, blocks, nbytes = _mover(model, layout)
+        for operation in (STORE, LOAD):
+            slots = move(store=operation == STORE)  # the first compiles
+            times = []
+            for _ in range(rounds):
+                start = time.thread_time()
+                move(store=operation == STORE)
+                times.append(time.thread_time() - start)
+            case = Case(model.name, layout, operation, 1, blocks, nbytes)
+            taken = 1e6 * statistics.median(times) / slots
+            yield Result(case, OURS, HOST, taken, "us per slot")
+
+
+def _mover(model: Model, layout: str) -> tuple[Callable[..., int], int, int]:
+    """What queues full slots and tells how many these were; the blocks and bytes in them."""
+    group = model.groups[0]
+    pages = MOVED_BYTES // (group.token_bytes * group.block_tokens // model.tp)
+    # on the CPU: the driver is what would look where memory is
+    (segment,) = rank_caches(
+        group, layout, num_blocks=pages, blocks_per_chunk=1, tp=model.tp, device="cpu"
+    )
+    region = torch.empty(pages, segment.heads * segment.head_bytes, dtype=torch.uint8)
+    part = Part(segment, region, prepare_triton, MAX_BATCH)
+    device = Idle()
+    mover = Mover(region, device, [part], MAX_BATCH)
+    lane = Lane(device, STAGING_SLOTS, STAGING_SIZES[0], 4 * MAX_BATCH)
+    slots, ids = np.arange(pages), np.arange(pages).reshape(-1, 1)
+
+    def move(*, store: bool) -> int:
+        count = 0
+        for batch, way in mover.batches([part], slots, ids, lane, store=store):
+            mover.start(lane, batch, way, None, store=store)
+            count += 1
+        return count
+
+    return move, pages, pages * part.shard_bytes
+
+
+def measured() -> Iterator[Result]:
+    """The same, in a process of its own.
+
+    Raises CalledProcessError when that fails; what it said is on stderr.
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", __spec__.name]
+    run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    for line in run.stdout.splitlines():
+        case, *result = json.loads(line)
+        yield Result(Case(*case), *result)
+
+
+if __name__ == "__main__":
+    AbsentGpu().install()
+    for result in measure():
+        print(json.dumps(result))
