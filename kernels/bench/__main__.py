@@ -2,21 +2,21 @@
 
 On a GPU, all move the same blocks between the same caches and the same pinned pages, in turns.
 The CPU path is measured everywhere. Without a GPU, what its transfers would cost is computed by
-a model, which is kept apart from all measurements.
+a model, which is kept apart from all measurements. Needs torch, numpy and Triton only, so that it
+runs on a machine with a GPU as it is.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
-from rich.console import Console
 
-from kvstrata.kernels.bench import ceiling, cost_model, cpu
+from kvstrata.kernels.bench import ceiling, cost_model, cpu, host
 from kvstrata.kernels.bench.cases import Case, Result
 from kvstrata.kernels.bench.figures import append_csv, machine
 from kvstrata.kernels.bench.report import plot, print_table
@@ -30,6 +30,7 @@ BLOCKS = [1, 8, 64, 512]
 PER_CHUNK = [1, 4, 16]
 PICTURES = [".png", ".svg", ".pdf"]
 _CPU_ROUNDS = 5  # for each one of a GPU: they take milliseconds, and CPUs are noisy
+_HOST_ROUNDS = 100  # likewise
 
 
 def measure_cpu(repeat: int, round_bytes: int) -> Iterator[Result]:
@@ -84,37 +85,17 @@ def measure_gpu(
     pinning.unpin()
 
 
-def main(
-    csv: Annotated[Path | None, typer.Option(help="Append what was measured to this file.")] = None,
-    picture: Annotated[
-        Path | None, typer.Option("--plot", help="Draw it into this file; needs matplotlib.")
-    ] = None,
-    repeat: Annotated[int, typer.Option(min=1, help="Rounds of each case.")] = 3,
-    model: Annotated[
-        list[str] | None, typer.Option(help="Models by name; all of the table by default.")
-    ] = None,
-    layout: Annotated[list[str], typer.Option(help="Layouts.")] = MEASURED_LAYOUTS,
-    blocks: Annotated[list[int], typer.Option(min=1, help="Blocks moved at once.")] = BLOCKS,
-    per_chunk: Annotated[list[int], typer.Option(min=1, help="Blocks per chunk.")] = PER_CHUNK,
-    cpu_mib: Annotated[int, typer.Option(min=8, help="MiB of a round of the CPU path.")] = 128,
-) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure how fast pages move, against the link and against other ways to move them."""
-    models = [m for m in MODELS if model is None or m.name in model]
-    for name in {*(model or ())} - {m.name for m in MODELS}:
-        raise typer.BadParameter(f"{name} is none of {', '.join(m.name for m in MODELS)}")
-    for name in {*layout} - {*LAYOUTS}:
-        raise typer.BadParameter(f"{name} is none of {', '.join(LAYOUTS)}")
-    if max(blocks) < max(per_chunk):
-        raise typer.BadParameter(f"{max(blocks)} blocks make no chunk of {max(per_chunk)}")
-    for path in filter(None, (csv, picture)):
-        if not path.parent.is_dir():
-            raise typer.BadParameter(f"{path}: there is no directory {path.parent}")
-    if picture and picture.suffix not in PICTURES:
-        raise typer.BadParameter(f"{picture}: end the name with one of {', '.join(PICTURES)}")
-    print("measuring the CPU path", file=sys.stderr)
-    results = list(
-        measure_cpu(_CPU_ROUNDS * repeat, cpu_mib << 20)
-    )  # forks, so before CUDA has threads
+    wanted = _wanted(arguments)
+    models, layouts, per_chunks = wanted.model, wanted.layout, wanted.per_chunk
+    results: list[Result] = []
+    if wanted.part in (None, 1):  # the same for all models
+        print("measuring the CPU path", file=sys.stderr)
+        # forks, so before CUDA has threads
+        results += measure_cpu(_CPU_ROUNDS * wanted.repeat, wanted.cpu_mib << 20)
+        print("measuring the host's part of a GPU's work", file=sys.stderr)
+        results += host.measured(_HOST_ROUNDS * wanted.repeat)
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
     predictions = []
     if cuda.is_available():
@@ -123,17 +104,60 @@ def main(
         if not has_stock():
             print("stock vLLM's copy functions are not installed: measuring without them")
         device = torch.device("cuda", cuda.current_device())
-        results += measure_gpu(models, layout, per_chunk, blocks, repeat, device)
+        results += measure_gpu(models, layouts, per_chunks, wanted.blocks, wanted.repeat, device)
     else:
         print("no GPU here: measuring the CPU path; for GPUs a model, which measures nothing")
-        predictions = list(cost_model.predict(models, layout, per_chunk))
-    print_table(results, predictions, Console(width=None if sys.stdout.isatty() else 240))
-    if csv:
-        append_csv(csv, [result.figure for result in results])
-    if picture:
-        plot(results, predictions, picture)
+        predictions = list(cost_model.predict(models, layouts, per_chunks))
+    print_table(results, predictions)
+    if wanted.csv:
+        append_csv(wanted.csv, [result.figure for result in results])
+    if wanted.plot:
+        plot(results, predictions, wanted.plot)
     print(summary(results))
 
 
+def _wanted(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """What the command line asks for. The standard library's parser: see the module."""
+    parser = argparse.ArgumentParser(prog="kvstrata.kernels.bench", description=main.__doc__)
+    names = [model.name for model in MODELS]
+    option = parser.add_argument
+    option("--csv", type=Path, help="append what was measured to this file")
+    option("--plot", type=Path, help="draw it into this file, if matplotlib is there")
+    option("--repeat", type=_at_least(1), default=3, help="rounds of each case")
+    option("--model", choices=names, action="append", help="by name, one or more; all by default")
+    option("--part", type=int, choices=range(1, len(MODELS) + 1), help="one model, by number")
+    option("--layout", choices=LAYOUTS, action="append", help="one or more")
+    option("--blocks", type=_at_least(1), action="append", help="moved at once; one or more")
+    option("--per-chunk", type=_at_least(1), action="append", help="blocks of a chunk; one or more")
+    option("--cpu-mib", type=_at_least(8), default=128, help="MiB of a round of the CPU path")
+    wanted = parser.parse_args(arguments)
+    chosen = [model for model in MODELS if wanted.model is None or model.name in wanted.model]
+    wanted.model = chosen[wanted.part - 1 : wanted.part] if wanted.part else chosen
+    wanted.layout = wanted.layout or MEASURED_LAYOUTS
+    wanted.blocks = wanted.blocks or BLOCKS
+    wanted.per_chunk = wanted.per_chunk or PER_CHUNK
+    if max(wanted.blocks) < max(wanted.per_chunk):
+        parser.error(f"{max(wanted.blocks)} blocks make no chunk of {max(wanted.per_chunk)}")
+    for path in filter(None, (wanted.csv, wanted.plot)):
+        if not path.parent.is_dir():
+            parser.error(f"{path}: there is no directory {path.parent}")
+    if wanted.plot and wanted.plot.suffix not in PICTURES:
+        parser.error(f"{wanted.plot}: end the name with one of {', '.join(PICTURES)}")
+    if wanted.plot and importlib.util.find_spec("matplotlib") is None:
+        print("matplotlib is not installed: drawing nothing", file=sys.stderr)
+        wanted.plot = None
+    return wanted
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+        return value
+
+    return number
+
+
 if __name__ == "__main__":
-    typer.run(main)
+    main()

@@ -1,7 +1,8 @@
 """Who is measured: the pipeline with each of its transports, torch's own copies, stock vLLM.
 
 A per-fragment batch is the pipeline's direct transport: one descriptor of `cuMemcpyBatchAsync` for
-each contiguous piece, which is how stock vLLM moves its blocks.
+each contiguous piece, which is how stock vLLM stores its blocks and loads large ones; small ones it
+loads by a kernel (`fragment_kernel`).
 """
 
 from __future__ import annotations
@@ -13,9 +14,18 @@ from typing import Any
 
 import torch
 
-from kvstrata.kernels.bench.cases import INDEXED, OURS, PER_FRAGMENT, STAGED, STOCK, ZERO_COPY
+from kvstrata.kernels.bench import fragment_kernel
+from kvstrata.kernels.bench.cases import (
+    AS_STOCK,
+    INDEXED,
+    OURS,
+    PER_FRAGMENT,
+    STAGED,
+    STOCK,
+    ZERO_COPY,
+)
 from kvstrata.kernels.bench.scene import Contestant, Scene, shard_of
-from kvstrata.kernels.device import CudaDevice, cuda
+from kvstrata.kernels.device import CudaDevice, Pieces, cuda
 from kvstrata.kernels.gpu import GpuPipeline
 from kvstrata.kernels.pack import prepare_triton
 from kvstrata.kernels.pipeline import GroupWork, Pipeline
@@ -167,35 +177,27 @@ def _layers(
     ]
 
 
-class Stock:
-    """The functions by which vLLM's CPU offloading copies, given the fragments of our pages."""
+class _Fragmented:
+    """Who copies each fragment of the pages by itself, in a stream for each direction."""
 
-    name, per_fragment = STOCK, True
+    per_fragment = True
 
     def __init__(self, scene: Scene) -> None:
-        from vllm.v1.kv_offload.cpu import gpu_worker
-
-        worker: Any = gpu_worker
-        sizes = [
-            [SimpleNamespace(page_size_bytes=fragments.most_bytes) for fragments in some]
-            for some in scene.fragments.values()
-        ]
-        self._copy = {store: worker._select_swap_blocks_fn(sizes, store) for store in (False, True)}
         self._scene, self._streams = scene, _Streams(scene.device)
 
     def submit(self, stores: Sequence[GroupWork], loads: Sequence[GroupWork]) -> None:
         """See `Contestant`."""
         region = self._scene.region
         for store, works in ((True, stores), (False, loads)):
-            with cuda.stream(self._streams.get(store=store)):
+            stream = self._streams.get(store=store)
+            with cuda.stream(stream):
                 for number, slots, ids in works:
                     pages = region.data_ptr() + slots * region.stride(0)
                     for fragments in self._scene.fragments[number]:
-                        device, host, sizes = map(
-                            torch.from_numpy, fragments.pieces(pages, ids, None)
-                        )
-                        ends = (device, host) if store else (host, device)
-                        self._copy[store](*ends, sizes, is_src_access_order_any=not store)
+                        self._copy(fragments.pieces(pages, ids, None), stream, store=store)
+
+    def _copy(self, pieces: Pieces, stream: Any, *, store: bool) -> None:
+        raise NotImplementedError
 
     def wait(self) -> None:
         """See `Contestant`."""
@@ -206,6 +208,44 @@ class Stock:
         self.wait()
 
 
+class AsStock(_Fragmented):
+    """What stock vLLM does with these fragments, where none is installed."""
+
+    name = AS_STOCK
+
+    def __init__(self, scene: Scene) -> None:
+        super().__init__(scene)
+        self._device = PinnedBefore(scene.device)
+
+    def _copy(self, pieces: Pieces, stream: Any, *, store: bool) -> None:
+        if not store and fragment_kernel.takes(pieces):
+            fragment_kernel.load(pieces, self._scene.device)
+        else:
+            self._device.copy(stream, pieces, to_host=store)
+
+
+class Stock(_Fragmented):
+    """The functions by which vLLM's CPU offloading copies, given the fragments of our pages."""
+
+    name = STOCK
+
+    def __init__(self, scene: Scene) -> None:
+        super().__init__(scene)
+        from vllm.v1.kv_offload.cpu import gpu_worker
+
+        worker: Any = gpu_worker
+        sizes = [
+            [SimpleNamespace(page_size_bytes=fragments.most_bytes) for fragments in some]
+            for some in scene.fragments.values()
+        ]
+        self._move = {store: worker._select_swap_blocks_fn(sizes, store) for store in (False, True)}
+
+    def _copy(self, pieces: Pieces, stream: Any, *, store: bool) -> None:
+        device, host, sizes = map(torch.from_numpy, pieces)
+        ends = (device, host) if store else (host, device)
+        self._move[store](*ends, sizes, is_src_access_order_any=not store)
+
+
 def contestants(scene: Scene) -> list[Contestant]:
     """All of them, ours first, stock where it is installed."""
     device = PinnedBefore(scene.device)
@@ -213,7 +253,7 @@ def contestants(scene: Scene) -> list[Contestant]:
         Piped(name, GpuPipeline(scene.groups, scene.region, device, prepare_triton, transport))
         for name, transport in _TRANSPORTS.items()
     ]
-    found.append(Indexed(scene))
+    found += [Indexed(scene), AsStock(scene)]
     if has_stock():
         found.append(Stock(scene))
     return found

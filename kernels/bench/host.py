@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -34,7 +33,7 @@ from kvstrata.kernels.moves import Mover
 from kvstrata.kernels.pack import prepare_triton
 
 MOVED_BYTES = LARGE_BYTES  # in a round
-_ROUNDS = 300
+_LAYOUT = "LBHNC"  # what the host does is the same in every one
 _MODELS = MODELS[:2]  # pages of four to a slot, and of 25
 
 
@@ -69,13 +68,13 @@ class Idle(CudaDevice):
         return torch.zeros(numel, dtype=dtype)
 
 
-def measure(rounds: int = _ROUNDS) -> Iterator[Result]:
-    """Microseconds per slot, medians, for each model's first group.
+def measure(rounds: int) -> Iterator[Result]:
+    """Microseconds of CPU time per slot, medians, for each model's first group.
 
     Triton must not be interpreted, and `absent_gpu` be installed.
     """
-    for model, layout in product(_MODELS, ("LBHNC", "LBNHC")):
-        move, blocks, nbytes = _mover(model, layout)
+    for model in _MODELS:
+        move, blocks, nbytes = _mover(model)
         for operation in (STORE, LOAD):
             slots = move(store=operation == STORE)  # the first compiles
             times = []
@@ -83,18 +82,18 @@ def measure(rounds: int = _ROUNDS) -> Iterator[Result]:
                 start = time.thread_time()
                 move(store=operation == STORE)
                 times.append(time.thread_time() - start)
-            case = Case(model.name, layout, operation, 1, blocks, nbytes)
+            case = Case(model.name, _LAYOUT, operation, 1, blocks, nbytes)
             taken = 1e6 * statistics.median(times) / slots
             yield Result(case, OURS, HOST, taken, "us per slot")
 
 
-def _mover(model: Model, layout: str) -> tuple[Callable[..., int], int, int]:
+def _mover(model: Model) -> tuple[Callable[..., int], int, int]:
     """What queues full slots and tells how many these were; the blocks and bytes in them."""
     group = model.groups[0]
     pages = MOVED_BYTES // (group.token_bytes * group.block_tokens // model.tp)
     # on the CPU: the driver is what would look where memory is
     (segment,) = rank_caches(
-        group, layout, num_blocks=pages, blocks_per_chunk=1, tp=model.tp, device="cpu"
+        group, _LAYOUT, num_blocks=pages, blocks_per_chunk=1, tp=model.tp, device="cpu"
     )
     region = torch.empty(pages, segment.heads * segment.head_bytes, dtype=torch.uint8)
     part = Part(segment, region, prepare_triton, MAX_BATCH)
@@ -113,13 +112,13 @@ def _mover(model: Model, layout: str) -> tuple[Callable[..., int], int, int]:
     return move, pages, pages * part.shard_bytes
 
 
-def measured() -> Iterator[Result]:
+def measured(rounds: int) -> Iterator[Result]:
     """The same, in a process of its own.
 
     Raises CalledProcessError when that fails; what it said is on stderr.
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", __spec__.name]
+    command = [sys.executable, "-m", __name__, str(rounds)]
     run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     for line in run.stdout.splitlines():
         case, *result = json.loads(line)
@@ -128,5 +127,5 @@ def measured() -> Iterator[Result]:
 
 if __name__ == "__main__":
     AbsentGpu().install()
-    for result in measure():
+    for result in measure(int(sys.argv[1])):
         print(json.dumps(result))

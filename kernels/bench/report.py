@@ -8,9 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from kvstrata.kernels.bench import cpu
 from kvstrata.kernels.bench.cases import (
     BASELINES,
@@ -23,35 +20,36 @@ from kvstrata.kernels.bench.cases import (
     STAGED,
     Result,
 )
-from kvstrata.kernels.bench.cost_model import Prediction, speed
+from kvstrata.kernels.bench.cost_model import SPEEDS, Prediction
 
 _COLOURS = dict(zip((OURS, STAGED, *BASELINES), (f"C{i}" for i in range(10)), strict=False))
 
 
-def print_table(
-    results: Sequence[Result], predictions: Sequence[Prediction], console: Console
-) -> None:
+def print_table(results: Sequence[Result], predictions: Sequence[Prediction]) -> None:
     """A line per case and metric, a column per contestant; what a model says has its own.
 
     A speed is followed by its share of the ceiling.
     """
     values = {(str(r.case), r.metric, r.contestant): r for r in results}
     names = list(dict.fromkeys(r.contestant for r in results))
-    table = Table(box=None)
-    table.add_column("case")
-    table.add_column("metric", no_wrap=True)
-    for heading in (*names, *(["model"] if predictions else [])):
-        table.add_column(heading, justify="right", no_wrap=True)
+    rows = [["case", "metric", *names, *(["model"] if predictions else [])]]
     lines = dict.fromkeys((str(r.case), r.metric, r.unit) for r in results if r.metric != SHARE)
     for case, metric, unit in lines:
         cells = [
             _cell(values.get((case, metric, name)), values.get((case, SHARE, name)))
             for name in names
         ]
-        table.add_row(case, f"{metric} {unit}", *cells)
+        rows.append([case, f"{metric} {unit}", *cells, *([""] if predictions else [])])
     for case, metric, value, unit in predictions:
-        table.add_row(case, f"{metric} {unit}", *[""] * len(names), f"{value:.2f}")
-    console.print(table)
+        rows.append([case, f"{metric} {unit}", *[""] * len(names), f"{value:.2f}"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        words, numbers = (
+            zip(row[:2], widths[:2], strict=True),
+            zip(row[2:], widths[2:], strict=True),
+        )
+        cells = [f"{w:<{width}}" for w, width in words] + [f"{n:>{width}}" for n, width in numbers]
+        print("  ".join(cells).rstrip())
 
 
 def _cell(result: Result | None, share: Result | None) -> str:
@@ -118,7 +116,9 @@ def _plot_cpu(panel: Any, speeds: Sequence[Result]) -> None:
 
 def _plot_model(panel: Any) -> None:
     sizes = [1 << power for power in range(9, 23)]
-    panel.plot(sizes, [speed(size) for size in sizes], ":", color="grey", label="per-fragment copy")
+    for (name, speed), style in zip(SPEEDS.items(), ("-", "--", ":"), strict=True):
+        speeds = [speed(size) for size in sizes]
+        panel.plot(sizes, speeds, style, color="grey", label=f"per fragment: {name}")
     _sizes(panel)
     panel.set_title("GPU, a model and no measurement")
     panel.legend(fontsize="small")

@@ -10,6 +10,7 @@ from kvstrata.kernels.bench.cases import (
     BASELINES,
     BESIDE,
     BOTH,
+    HOST,
     LARGE_BYTES,
     LOAD,
     OURS,
@@ -93,6 +94,7 @@ TARGETS = (
     Target(
         "GEMM beside a transfer", OURS, SLOWDOWN, lambda c: c.operation == GEMM, 1.03, at_most=True
     ),
+    Target("host time of a staging slot, us", OURS, HOST, lambda c: True, 20.0, at_most=True),
     Target("CPU path, of one memcpy", cpu.OURS, cpu.RATIO, lambda c: True, 0.8),
 )
 

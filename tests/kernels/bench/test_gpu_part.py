@@ -7,6 +7,7 @@ from random import Random
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import simulated_cuda
 import torch
@@ -14,10 +15,18 @@ from simulated_device import SimulatedDevice
 
 import kvstrata.kernels.bench.__main__ as command
 from kvstrata.kernels import gpu
-from kvstrata.kernels.bench import cases, ceiling, contestants, neighbours, transfers
+from kvstrata.kernels.bench import (
+    cases,
+    ceiling,
+    contestants,
+    fragment_kernel,
+    neighbours,
+    transfers,
+)
 from kvstrata.kernels.bench.cases import BESIDE, OPERATIONS, SHARE, SLOWDOWN, SPEED, SUBMIT
 from kvstrata.kernels.bench.contestants import gather, scatter
 from kvstrata.kernels.bench.scene import Contestant, Scene, WrongBytes, region_bytes
+from kvstrata.kernels.device import Pieces
 from kvstrata.kernels.models import LAYOUTS, Group, Model
 from kvstrata.kernels.pack import copy_torch, prepare_plainly
 from kvstrata.kernels.pipeline import CpuPipeline
@@ -25,6 +34,21 @@ from kvstrata.kernels.pipeline import CpuPipeline
 CPU = torch.device("cpu")
 TINY = Model("tiny TP2", "", 2, (Group(3, 4, 8, block_tokens=2), Group(2, 4, 8, block_tokens=2)))
 BLOCKS = 12
+
+
+def move(pieces: Pieces, *, to_host: bool) -> None:
+    for device, host, nbytes in zip(*(column.tolist() for column in pieces), strict=True):
+        ctypes.memmove(*((host, device) if to_host else (device, host)), nbytes)
+
+
+class Device(SimulatedDevice):
+    """Streams of simulated_cuda are done at once here too."""
+
+    def copy(self, stream: Any, pieces: Pieces, *, to_host: bool) -> None:
+        if isinstance(stream, simulated_cuda.Stream):
+            move(pieces, to_host=to_host)
+        else:
+            super().copy(stream, pieces, to_host=to_host)
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +59,8 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "cuda", simulated_cuda)
     monkeypatch.setattr(gpu, "STAGING_SIZES", (4096, 8192))
     monkeypatch.setattr(contestants, "prepare_triton", prepare_plainly(copy_torch))
-    monkeypatch.setattr(contestants, "PinnedBefore", lambda _: SimulatedDevice(Random(0)))
+    monkeypatch.setattr(contestants, "PinnedBefore", lambda _: Device(Random(0)))
+    monkeypatch.setattr(fragment_kernel, "load", lambda pieces, _: move(pieces, to_host=False))
     monkeypatch.setattr(neighbours, "_SIZE", 8)
     monkeypatch.setattr(neighbours, "_ROWS", 8)
     monkeypatch.setattr(neighbours, "_COLUMNS", 8)
@@ -85,12 +110,41 @@ def test_all_contestants_move_the_right_bytes(layout: str, stock: list[tuple[boo
     scene = a_scene(layout)
     found = contestants.contestants(scene)
     names = [contestant.name for contestant in found]
-    assert names == [cases.OURS, cases.STAGED, *cases.BASELINES]
+    assert sorted(names) == sorted([cases.OURS, cases.STAGED, *cases.BASELINES])
     for contestant in found:
         for pages in (1, 4):
             scene.verify(contestant, pages)
         contestant.close()
     assert {store for store, _ in stock} == {False, True}
+
+
+LOAD_BY_KERNEL = fragment_kernel.load  # before it is replaced
+
+
+@pytest.mark.parametrize("size", [8, 40, 8192, 8200, 24 << 10])
+def test_stock_s_kernel_loads_pieces_of_every_size_that_it_takes(size: int) -> None:
+    sizes = np.array([size, 8, size] * 6)
+    host, there = torch.randint(256, (2, sizes.sum() + 64), dtype=torch.uint8)
+    starts = np.cumsum(sizes) - sizes
+    wanted = there.clone()
+    wanted[: sizes.sum()] = host[: sizes.sum()]
+    wanted[size : size + 8] = there[size : size + 8]  # but for one that is left out
+    kept = np.arange(len(sizes)) != 1
+    at = there.data_ptr() + starts, host.data_ptr() + starts, sizes
+    pieces = Pieces(*(column[kept] for column in at))
+    assert fragment_kernel.takes(pieces)
+    LOAD_BY_KERNEL(pieces, CPU)
+    assert torch.equal(there, wanted)
+
+
+def test_stock_s_kernel_takes_many_small_pieces_of_whole_words() -> None:
+    def takes(size: int, count: int, at: int = 0) -> bool:
+        one = np.full(count, size)
+        return bool(fragment_kernel.takes(Pieces(one * 0 + at, one * 0, one)))
+
+    assert takes(8, 16) and takes((28 << 10) - 8, 16)
+    assert not takes(28 << 10, 16) and not takes(8, 15)
+    assert not takes(12, 16) and not takes(8, 16, at=4)
 
 
 class Wrong:
@@ -164,7 +218,8 @@ def test_tiny_fragments_are_moved_in_part_by_who_pays_for_each(
     monkeypatch.setattr(transfers, "MOST_FRAGMENTS", 2 * scene.fragments_per_page)
     found = contestants.contestants(scene)
     moved = {c.name: len(transfers._works(scene, c, 4)["both"][1][0].slots) for c in found}
-    assert moved == {name: 2 if name == cases.PER_FRAGMENT else 4 for name in moved}
+    each = (cases.PER_FRAGMENT, cases.AS_STOCK)
+    assert moved == {name: 2 if name in each else 4 for name in moved}
 
 
 def test_every_case_has_its_figures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +242,7 @@ def test_every_case_has_its_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len({result[:3] for result in results}) == len(results)
     # nothing moves while the simulated device is not asked for
     assert all(result.value > 0 for result in results if result.metric != BESIDE)
-    names = {cases.OURS, cases.STAGED, cases.PER_FRAGMENT, cases.ZERO_COPY, cases.INDEXED}
+    names = {cases.OURS, cases.STAGED, *cases.BASELINES} - {cases.STOCK}
     for metric in (SPEED, SHARE, SUBMIT):
         mine = [r for r in results if r.metric == metric and r.contestant != cases.CEILING]
         # 1 and 12 blocks as single ones, 12 as chunks of 4; in two layouts
