@@ -26,6 +26,9 @@ PYTHON = $(shell for p in python3 python3.13 python3.12 python3.11; do \
 # Tests differ in length: whoever is done takes over tests of the others.
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist worksteal
 
+# cuda.h, which a test holds the driver's functions against: 12 MB
+HEADERS := $(VENV)/cuda-headers/12.8 $(VENV)/cuda-headers/13.0
+
 STAMP := $(VENV)/.installed-$(EXTRA)
 # An environment that was made for the other extra is built anew: both own the package `vllm`.
 OTHER_STAMP := $(filter-out $(STAMP),$(wildcard $(VENV)/.installed-*))
@@ -33,7 +36,7 @@ OTHER_STAMP := $(filter-out $(STAMP),$(wildcard $(VENV)/.installed-*))
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(STAMP) ## install everything into .venv (CUDA where an NVIDIA driver is present, else CPU)
+install: $(STAMP) $(HEADERS) ## install everything into .venv (CUDA where an NVIDIA driver is present, else CPU)
 
 $(STAMP): pyproject.toml
 	@[ -n "$(PYTHON)" ] || { echo "error: no Python 3.11, 3.12 or 3.13 on the PATH;" \
@@ -52,6 +55,12 @@ ifeq ($(EXTRA),cpu)
 	$(BIN)/pip uninstall --yes torchvision torchaudio torchcodec
 endif
 	touch $@
+
+$(VENV)/cuda-headers/12.8: CUDA_RUNTIME := nvidia-cuda-runtime-cu12==12.8.*
+$(VENV)/cuda-headers/13.0: CUDA_RUNTIME := nvidia-cuda-runtime==13.0.*
+$(HEADERS): | $(STAMP)
+	$(BIN)/pip install --quiet --no-deps --target $@ '$(CUDA_RUNTIME)' || { rm -rf $@; \
+		echo "no cuda.h of $(@F): its test is skipped"; }
 
 lint: install ## ruff: rules and format
 	$(BIN)/ruff check
@@ -95,17 +104,34 @@ test-vllms: $(OTHER_VLLMS:%=.venv-vllm-%/.done) ## what depends on vLLM, with ea
 			$(PLUGIN_TESTS) $(SHORT_ENGINE_TEST) || exit 1; \
 	done
 
-# Where torch, Triton, pytest and hypothesis are, `make test-gpu PYTHON=python3` installs nothing:
-# the links that the type checkers follow make the package importable.
+# Where torch, Triton, pytest and hypothesis are, `make test-gpu PYTHON=python3` installs nothing,
+# and `make bench-kernels PYTHON=python3` needs torch and Triton alone: the links that the type
+# checkers follow make the package importable.
+STAND_IN :=
+GPU_PATH := PYTHONPATH=$(CURDIR)/.typing$(if $(STAND_IN),:$(CURDIR)/tests/kernels)
 ifeq ($(origin PYTHON),command line)
-GPU_PYTHON := PYTHONPATH=$(CURDIR)/.typing $(PYTHON)
+GPU_PYTHON := $(GPU_PATH) $(PYTHON)
 else
-GPU_PYTHON := $(BIN)/python
-test-gpu: install
+GPU_PYTHON := $(if $(STAND_IN),$(GPU_PATH)) $(BIN)/python
+test-gpu bench-kernels: install
 endif
-test-gpu: ## the kernels' tests on the GPU; no vLLM needed (make test-gpu PYTHON=python3: no .venv)
+
+# Cut so that each part ends in less than eight minutes; the sanitizer, the slowest, comes last.
+GPU_PARTS := 1 2 3 4 5 6
+GPU_TESTS_1 := $(wildcard tests/kernels/test_*.py) tests/kernels/bench
+GPU_TESTS_2 := $(addprefix tests/kernels/gpu/test_,devices.py round_trips.py)
+GPU_TESTS_3 := tests/kernels/gpu/test_sizes.py
+GPU_TESTS_4 := tests/kernels/gpu/test_order.py
+GPU_TESTS_5 := tests/kernels/gpu/test_sanitizer.py::test_memory
+GPU_TESTS_6 := tests/kernels/gpu/test_sanitizer.py::test_races
+PART :=
+test-gpu: ## the kernels' tests on the GPU; no vLLM needed (PYTHON=python3, PART=1..6, STAND_IN=1)
+ifeq ($(STAND_IN),)
 	$(GPU_PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("no CUDA device")'
-	$(GPU_PYTHON) -m pytest tests/kernels
+endif
+	$(if $(filter-out $(GPU_PARTS),$(PART)),$(error PART is one of $(GPU_PARTS)))
+	$(GPU_PYTHON) -m pytest $(if $(STAND_IN),-p stand_in) \
+		$(foreach part,$(or $(PART),$(GPU_PARTS)),$(GPU_TESTS_$(part)))
 
 # beside a CUDA build of vLLM there are no kernels for a CPU
 test: lint types test-unit test-engine $(if $(filter cpu,$(EXTRA)),test-vllms) ## everything CI runs
@@ -131,10 +157,10 @@ bench-fs: install ## the filesystem tier against stock vLLM's and the device (BE
 	$(BIN)/python -m kvstrata.tiers.fs.bench --root $(BENCH_DIR) \
 		--csv $(BENCH_DIR)/fs.csv --plot $(BENCH_DIR)/fs.png
 
-bench-kernels: install ## pages between GPU (or CPU) caches and CPU memory, against the link (BENCH_DIR=...)
+bench-kernels: ## pages between GPU (or CPU) caches and CPU memory, against the link (PYTHON, PART=1..5)
 	mkdir -p $(BENCH_DIR)
-	$(BIN)/python -m kvstrata.kernels.bench \
-		--csv $(BENCH_DIR)/kernels.csv --plot $(BENCH_DIR)/kernels.png
+	$(GPU_PYTHON) -m kvstrata.kernels.bench $(if $(PART),--part $(PART)) \
+		--csv $(BENCH_DIR)/kernels.csv --plot $(BENCH_DIR)/kernels$(PART).png
 
 bench-manager: install ## the scheduler's time in the manager, against stock vLLM's (BENCH_DIR=...)
 	mkdir -p $(BENCH_DIR)

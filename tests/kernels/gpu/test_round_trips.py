@@ -3,7 +3,6 @@
 import ctypes
 
 import pytest
-import torch
 from device_checks import ALL, Machine, check_round_trip, real
 from kernel_worlds import DEVICE, FULL_SIZE, Model
 
@@ -18,32 +17,12 @@ TRANSPORTS = pytest.mark.parametrize("transport", Transport)
 # Llama-3-8B in pages of 4 blocks, 8 MiB: 256 MiB of pages, and caches of twice that
 CHUNKS, LAYERS = (32, 32) if FULL_SIZE else (5, 2)
 LLAMA = Model(LAYERS, heads=8, tokens=16, dim=128, size=2, chunks=CHUNKS, blocks_per_chunk=4)
-LATENT = Model(layers=61, heads=1, tokens=64, dim=288, size=2, chunks=CHUNKS, blocks_per_chunk=1)
-ODD = Model(3, heads=3, tokens=8, dim=33, size=1, chunks=CHUNKS**2 * 2, blocks_per_chunk=3)
-GIB = 1 << 30
 
 
 @TRANSPORTS
 @pytest.mark.parametrize("layout", ALL)
 def test_every_layout(transport: Transport, layout: str) -> None:
     check_round_trip(real(), LLAMA, layout, transport, blocks=256)
-
-
-@TRANSPORTS
-@pytest.mark.parametrize("expedited", [False, True])
-def test_eight_ranks(transport: Transport, expedited: bool) -> None:
-    check_round_trip(real(), LLAMA, "LBNHC", transport, blocks=256, tp=8, expedited=expedited)
-
-
-@TRANSPORTS
-def test_latent_rows(transport: Transport) -> None:
-    check_round_trip(real(), LATENT, "BLNHC", transport, blocks=64, other="LBHNC", other_tp=1)
-
-
-@TRANSPORTS
-@pytest.mark.parametrize("shift", [0, 1])
-def test_odd_sizes_and_addresses(transport: Transport, shift: int) -> None:
-    check_round_trip(real(), ODD, "LBNHC", transport, blocks=12_000, shift=shift)
 
 
 def test_a_region_of_several_registrations(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,20 +44,3 @@ def test_both_copy_functions(name: str, transport: Transport) -> None:
     device.driver = driver
     machine = Machine(device, DEVICE, prepare_triton)
     check_round_trip(machine, LLAMA, "BLHNC", transport, blocks=256)
-
-
-@TRANSPORTS
-@pytest.mark.parametrize("layout", ["LHBNC", "split-outer"])
-@pytest.mark.parametrize("shift", [0, 1])
-def test_caches_of_more_than_2_to_the_31(transport: Transport, layout: str, shift: int) -> None:
-    """Distances in a layer pass 2^31 bytes; with shift 1, when words are bytes, 2^31 words."""
-    model = Model(layers=1, heads=2, tokens=16, dim=128, size=1, chunks=8, blocks_per_chunk=4)
-    blocks = 6 * GIB // (2 * 16 * 256)
-    torch.cuda.empty_cache()
-    if torch.cuda.mem_get_info(DEVICE)[0] < 24 * GIB:
-        pytest.skip("needs 24 GiB of GPU memory")
-    ends = torch.cat((torch.arange(16), torch.arange(blocks - 16, blocks))).flip(0)
-    ids = ends.view(model.chunks, model.blocks_per_chunk).contiguous()
-    world = {"blocks": blocks, "ids": ids, "shift": shift}
-    check_round_trip(real(), model, layout, transport, **world, other="LHBNC", other_tp=1)
-    torch.cuda.empty_cache()
