@@ -2,8 +2,8 @@
 
 Writes one JSON line per distinct kernel: the geometries that use it, direction, alignment in bytes,
 assembly, and what the target's tools say of it.
-Must run without TRITON_INTERPRET. Arguments: the target's backend, arch and warp size, the numbers
-of blocks per chunk, and the file to write.
+Must run without TRITON_INTERPRET. Arguments: the target's backend, arch and warp size, the layouts
+joined by commas, the numbers of blocks per chunk, and the file to write.
 """
 
 import json
@@ -50,17 +50,17 @@ def table_name(model: models.Model, layout: str, blocks_per_chunk: int) -> str:
     return f"{model.name}, {layout}, {blocks_per_chunk} blocks per chunk"
 
 
-def names(chunks: Sequence[int]) -> set[str]:
-    """Every geometry's name, the table's with so many blocks per chunk."""
-    return {*ODD, *(table_name(*one) for one in product(models.MODELS, models.LAYOUTS, chunks))}
+def names(layouts: Sequence[str], chunks: Sequence[int]) -> set[str]:
+    """Every geometry's name, the table's in these layouts with so many blocks per chunk."""
+    return {*ODD, *(table_name(*one) for one in product(models.MODELS, layouts, chunks))}
 
 
-def segments(chunks: Sequence[int]) -> Iterator[tuple[str, Segment]]:
+def segments(layouts: Sequence[str], chunks: Sequence[int]) -> Iterator[tuple[str, Segment]]:
     """Every geometry, by name."""
     for name, rank in ODD.items():
         (segment,) = rank.segments
         yield name, segment
-    for model, layout, blocks_per_chunk in product(models.MODELS, models.LAYOUTS, chunks):
+    for model, layout, blocks_per_chunk in product(models.MODELS, layouts, chunks):
         for group in model.groups:
             (segment,) = models.rank_caches(
                 group, layout, num_blocks=2, blocks_per_chunk=blocks_per_chunk, tp=model.tp
@@ -68,10 +68,12 @@ def segments(chunks: Sequence[int]) -> Iterator[tuple[str, Segment]]:
             yield table_name(model, layout, blocks_per_chunk), segment
 
 
-def distinct_kernels(chunks: Sequence[int]) -> list[tuple[list[str], dict[str, Any]]]:
+def distinct_kernels(
+    layouts: Sequence[str], chunks: Sequence[int]
+) -> list[tuple[list[str], dict[str, Any]]]:
     """(names of the geometries, compile-time arguments), each set of arguments once."""
     found: dict[tuple[tuple[str, Any], ...], list[str]] = {}
-    for name, segment in segments(chunks):
+    for name, segment in segments(layouts, chunks):
         for unpack in (False, True):
             constants = pack.kernel_constants(
                 segment, segment.sets[0], segment.packed(0), segment.word_bytes, unpack=unpack
@@ -145,11 +147,13 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def main() -> None:
-    backend, arch, warp, *chunks, output = sys.argv[1:]
+    backend, arch, warp, layouts, *chunks, output = sys.argv[1:]
     target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp))
     results = []
     cubins = []
-    for geometries, constants in distinct_kernels([int(count) for count in chunks]):
+    for geometries, constants in distinct_kernels(
+        layouts.split(","), [int(count) for count in chunks]
+    ):
         kernel = compile_kernel(constants, target)
         result = {
             "geometries": geometries,

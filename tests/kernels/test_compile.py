@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 from compile_kernels import ODD, names
 
+from kvstrata.kernels.models import LAYOUTS
+
 SCRIPT = Path(__file__).parent / "compile_kernels.py"
 TARGETS = {
     "sm_80": ("cuda", "80", "32"),
@@ -25,6 +27,7 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", "64"),
 }
 CHUNKS = ("1", "4", "16")  # blocks per chunk
+USUAL = ("LBHNC", "LBNHC")  # layouts that vLLM takes where nothing forces another
 # bytes that the planner proved -> how data is read and written
 PTX = {16: ".v4.b32", 8: ".v2.b32", 1: ".b8"}
 SASS = {16: "E.128", 8: "E.64", 1: "E.U8"}
@@ -39,7 +42,8 @@ Kernel = dict[str, Any]
 def outputs(
     tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
 ) -> Iterator[dict[str, subprocess.Popen]]:
-    """A running compiler per target, all at once; all chunk sizes on one, or on each with --long.
+    """A running compiler per target, all at once; every layout on one, or on each with --long, as
+    are all chunk sizes.
 
     The number of blocks per chunk only changes how far apart the same accesses are.
     """
@@ -50,7 +54,8 @@ def outputs(
         name: subprocess.Popen(
             [
                 *(sys.executable, SCRIPT, *arguments),
-                *(CHUNKS if every or name == "sm_90" else CHUNKS[1:2]),
+                ",".join(LAYOUTS if every or name == "sm_90" else USUAL),
+                *(CHUNKS if every else CHUNKS[1:2]),
                 tmp_path_factory.mktemp(name) / "kernels",
             ],
             env=environment,
@@ -70,9 +75,10 @@ def compiled(process: subprocess.Popen) -> list[Kernel]:
     assert process.returncode == 0, errors[-3000:]
     lines = Path(process.args[-1]).read_text().splitlines()
     kernels = [json.loads(line) for line in lines]
-    chunks = [int(argument) for argument in process.args[5:-1]]
+    layouts, *chunks = process.args[5:-1]
     there = {(name, k["unpack"]) for k in kernels for name in k["geometries"]}
-    assert there == set(product(names(chunks), (False, True)))
+    wanted = names(layouts.split(","), [int(count) for count in chunks])
+    assert there == set(product(wanted, (False, True)))
     assert {k["alignment"] for k in kernels} == set(PTX)
     for kernel in kernels:
         if any(name not in ODD for name in kernel["geometries"]):

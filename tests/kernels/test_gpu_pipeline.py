@@ -206,7 +206,7 @@ TestAnyOrder = AnyOrder.TestCase
 # Not shrunk: that takes minutes, since any other order may fail or not.
 PHASES = [Phase.explicit, Phase.reuse, Phase.generate]
 TestAnyOrder.settings = settings(
-    max_examples=200, stateful_step_count=25, deadline=None, phases=PHASES
+    max_examples=100, stateful_step_count=25, deadline=None, phases=PHASES
 )
 
 
