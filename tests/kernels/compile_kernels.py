@@ -3,7 +3,7 @@
 Writes one JSON line per distinct kernel: the geometries that use it, direction, alignment in bytes,
 assembly, and what the target's tools say of it.
 Must run without TRITON_INTERPRET. Arguments: the target's backend, arch and warp size, the layouts
-joined by commas, the numbers of blocks per chunk, and the file to write.
+of real models joined by commas, the numbers of blocks per chunk, and the file to write.
 """
 
 import json
@@ -151,9 +151,8 @@ def main() -> None:
     target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp))
     results = []
     cubins = []
-    for geometries, constants in distinct_kernels(
-        layouts.split(","), [int(count) for count in chunks]
-    ):
+    kinds = [layout for layout in layouts.split(",") if layout], [int(count) for count in chunks]
+    for geometries, constants in distinct_kernels(*kinds):
         kernel = compile_kernel(constants, target)
         result = {
             "geometries": geometries,

@@ -66,6 +66,8 @@ def test_every_topology_and_layout_reads_the_pages_of_every_other(
 
     other_ids = some_blocks(model, seed=1)
     for i, other_tp in enumerate((1, 2, 4)):
+        if copy is copy_triton and other_tp != tp:
+            continue  # interpreted it takes long, and every layout is another one's reader
         other = ALL[(ALL.index(layout) + tp + i) % len(ALL)]
         assert other != layout
         for r in range(other_tp):
@@ -75,10 +77,10 @@ def test_every_topology_and_layout_reads_the_pages_of_every_other(
 
 
 SHAPES = {
-    "1-byte elements, head size 7": Model(heads=2, dim=7, size=1),
-    "2-byte elements, head size 20": Model(heads=2, dim=20, size=2),
-    "4-byte elements, head size 33": Model(heads=2, dim=33, size=4),
-    "16-byte words": Model(heads=2, tokens=4, dim=32, size=2),
+    "1-byte elements, head size 7": Model(layers=1, heads=2, dim=7, size=1),
+    "2-byte elements, head size 20": Model(layers=1, heads=2, dim=20, size=2),
+    "4-byte elements, head size 33": Model(layers=1, heads=2, dim=33, size=4),
+    "16-byte words": Model(layers=1, heads=2, tokens=4, dim=32, size=2),
 }
 
 

@@ -8,7 +8,7 @@ from kernel_worlds import DEVICE, Model, Rank, some_blocks
 
 from kvstrata.kernels import pack
 
-MODEL = Model(layers=2, heads=4, size=4)
+MODEL = Model(layers=1, heads=4, size=4)
 # what is cut -> model, layout, words that are cut, words of a tile
 CASES = {
     "nothing": (replace(MODEL, heads=3, tokens=1, dim=2), "LBHNC", 12, 12),
