@@ -29,7 +29,8 @@ class ARC(EvictionPolicy):
         # From the end, as they would have come: what is adapted to last counts most.
         for key in reversed(list(pages)):
             if key in self._pages:
-                use.reused.add(key)
+                if self._windows:
+                    use.reused.add(key)
                 self._pages.move(key, self._t2, use)
             elif key in self._b1:
                 step = max(1.0, len(self._b2) / len(self._b1))

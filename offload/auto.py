@@ -41,21 +41,28 @@ class Auto(Windowed):
         self._found = [0.0] * len(SHARES)
 
     def ask(self, pages: Mapping[bytes, int], use: Use) -> None:
-        self._frequency.count(pages)
+        self._frequency.count(pages, use)
         super().ask(pages, use)
 
     def ended(self, use: Use) -> None:
+        self._learn(use)
+        # As long as it has pages here; the others' counts are of no more use.
+        use.counts = {key: count for key, count in use.counts.items() if key in self._pages}
+
+    def _learn(self, use: Use) -> None:
+        """Let the shadows play the request, and choose the share."""
         mask = self._mask
         sample = [page for page in use.seen.items() if not hash(page[0]) & mask]
         if not sample:
             return
         sample.sort(key=itemgetter(1))
         pages = dict(sample)
+        counts = {key: use.counts.get(key, 0) for key in pages}
         # Of a sliding window only the last pages are needed: they do not tell how far a hit goes.
         whole = [key for key in pages if key_group(key) not in self._windows] or list(pages)
         fade = 0.5 ** (len(sample) / self._half_life)
         found = [
-            fade * before + play(shadow, pages, whole)
+            fade * before + play(shadow, pages, whole, counts)
             for before, shadow in zip(self._found, self._shadows, strict=True)
         ]
         self._found = found
@@ -69,12 +76,17 @@ class Auto(Windowed):
             shadow.clear()
 
 
-def play(shadow: Windowed, pages: Mapping[bytes, int], whole: Sequence[bytes]) -> int:
+def play(
+    shadow: Windowed,
+    pages: Mapping[bytes, int],
+    whole: Sequence[bytes],
+    counts: dict[bytes, int],
+) -> int:
     """Let a request use pages, in prefix order; how many of `whole` it found before one missed."""
     use = Use()
+    use.counts, use.reach = counts, max(pages.values())
     hits = next((at for at, key in enumerate(whole) if key not in shadow), len(whole))
     new = {key: end_token for key, end_token in pages.items() if key not in shadow}
-    use.see(pages)
     shadow.ask(pages, use)
     for key, end_token in new.items():
         if len(shadow) >= shadow.capacity and shadow.evict(key, end_token, use, must=False) is None:

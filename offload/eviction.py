@@ -79,7 +79,8 @@ class LRU(EvictionPolicy):
     def ask(self, pages: Mapping[bytes, int], use: Use) -> None:
         for key in pages:
             if key in self._pages:
-                use.reused.add(key)
+                if self._windows:
+                    use.reused.add(key)
                 self._pages.move(key, self._line, use)
 
     def evict(self, key: bytes, end_token: int, use: Use, *, must: bool) -> bytes | None:

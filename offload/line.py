@@ -24,17 +24,21 @@ class Use:
     Attributes:
         stamp: when it went on last; later uses have larger stamps.
         seen: end token by key of the pages it asked for, each counted once, in that order.
-        reused: those that were there before.
+        reused: those that were there before, where some groups need windows alone.
         reach: the furthest end token.
+        counts: how often its pages were asked for, see `Frequency`; the least of them, `least`, up
+            to the end token `counted`.
     """
 
-    __slots__ = ("reach", "reused", "seen", "stamp")
+    __slots__ = ("counted", "counts", "least", "reach", "reused", "seen", "stamp")
 
     def __init__(self) -> None:
         self.renew()
         self.seen: dict[bytes, int] = {}
         self.reused: set[bytes] = set()
-        self.reach = 0
+        self.reach = self.counted = 0
+        self.least = 255
+        self.counts: dict[bytes, int] = {}
 
     def see(self, pages: Mapping[bytes, int]) -> None:
         """The request asks for pages; their end tokens."""

@@ -67,7 +67,8 @@ class Windowed(EvictionPolicy):
             part = part_of(key)
             if part is None:
                 continue
-            use.reused.add(key)
+            if self._windows:
+                use.reused.add(key)
             line = part.line
             if line is self._passing or self._share >= 1.0:
                 line = self._window
@@ -79,12 +80,12 @@ class Windowed(EvictionPolicy):
 
     def evict(self, key: bytes, end_token: int, use: Use, *, must: bool) -> bytes | None:
         main = _others(self._main, end_token, use) if self._main.size else None
-        if main is not None and self._share < 1.0 and self._beats(key, main[0]):
+        if main is not None and self._share < 1.0 and self._beats(key, use, main):
             return self._take(key, main, self._main)
         if main is not None and self._window.size < self._most_in_window:
             return self._take(key, main, self._window)
         window = _others(self._window, end_token, use)
-        while window is not None and main is not None and self._beats(window[0], main[0]):
+        while window is not None and main is not None and self._beats(window[0], window[2], main):
             self._pages.move(window[0], self._main, window[2])
             if self._main.size > self._most_in_main:
                 return self._take(key, main, self._window)
@@ -129,9 +130,9 @@ class Windowed(EvictionPolicy):
         self._most_in_window = int(share * self.capacity)
         self._most_in_main = self.capacity - self._most_in_window
 
-    def _beats(self, key: bytes, held: bytes) -> bool:
+    def _beats(self, key: bytes, use: Use, held: Oldest) -> bool:
         """Whether a key was asked for more often than one that is held, before it was this time."""
-        return self._frequency.of(key) > self._frequency.of(held) + ONE
+        return self._frequency.of(key, use) > self._frequency.of(held[0], held[2]) + ONE
 
     def _demote(self) -> None:
         """The main part's oldest page goes back to the window, where it is old."""
