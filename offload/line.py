@@ -15,6 +15,8 @@ from kvstrata.tiers.base import key_group
 
 # Added to the position of pages that leave before all others of a use: no prompt is that long.
 _BEYOND = 1 << 48
+# A line looks for parts that have become empty when it has twice as many as last time, and some.
+_LEAST_PARTS = 64
 _stamps = itertools.count(1)
 
 
@@ -24,7 +26,7 @@ class Use:
     Attributes:
         stamp: when it went on last; later uses have larger stamps.
         seen: end token by key of the pages it asked for, each counted once, in that order.
-        reused: those that were there before, where some groups need windows alone.
+        reused: those that were there before, and still are its own.
         reach: the furthest end token.
         counts: how often its pages were asked for, see `Frequency`; the least of them, `least`, up
             to the end token `counted`.
@@ -48,6 +50,10 @@ class Use:
     def in_order(self) -> list[bytes]:
         """The pages from the beginning of the prefix to its end."""
         return sorted(self.seen, key=self.seen.__getitem__)
+
+    def over(self) -> None:
+        """The request is over, and its last pages may stay for long: forget what it asked for."""
+        self.seen = {}
 
     def renew(self) -> None:
         """The request goes on: its pages are the latest of all."""
@@ -121,6 +127,8 @@ class Pages:
     def move(self, key: bytes, line: Line, use: Use) -> None:
         """A page becomes part of another use, perhaps in another line."""
         old = self._home[key]
+        if old.use is not use:
+            old.use.reused.discard(key)
         part = self._home[key] = line.part(use)
         old.line.size -= 1
         line.size += 1
@@ -135,6 +143,7 @@ class Pages:
     def remove(self, key: bytes) -> int:
         """A page goes out; its end token."""
         part = self._home.pop(key)
+        part.use.reused.discard(key)
         part.line.size -= 1
         end_token = part.idle.pop(key, None)
         if end_token is None:
@@ -172,6 +181,7 @@ class Line:
         self._pages = pages
         self._parts: dict[Use, _Part] = {}
         self._queue: list[tuple[int, _Part]] = []  # a heap; an entry's stamp may be outdated
+        self._sweep_at = _LEAST_PARTS
         self.size = 0
 
     def oldest(self) -> Oldest | None:
@@ -205,6 +215,8 @@ class Line:
         """The pages of a use."""
         part = self._parts.get(use)
         if part is None:
+            if len(self._parts) >= self._sweep_at:
+                self._sweep()
             part = self._parts[use] = _Part(self, use)
         return part
 
@@ -215,3 +227,14 @@ class Line:
     def forget(self, use: Use) -> None:
         """A use has no page here any more."""
         del self._parts[use]
+
+    def _sweep(self) -> None:
+        """Forget queued parts that have lost their pages: while there is room, nobody asks for the
+        oldest page, and comes across them."""
+        for _, part in self._queue:
+            part.queued = bool(part.idle)
+            if not (part.idle or part.pinned):
+                self.forget(part.use)
+        self._queue = [entry for entry in self._queue if entry[1].queued]
+        heapq.heapify(self._queue)
+        self._sweep_at = 2 * len(self._parts) + _LEAST_PARTS

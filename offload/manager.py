@@ -483,7 +483,7 @@ class TieringManager:
             self._requests.pop(state.view.req_id, None)
             if self._jobs.links:
                 self._touch_tiers(state.use.in_order(), state.view)
-            state.use.seen.clear()  # its pages keep the rest of it
+            state.use.over()
             for link in self._jobs.links:
                 link.tier.on_request_finished(state.view)
 

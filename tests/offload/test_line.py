@@ -1,5 +1,7 @@
 """The order of pages: by request, from the end, and pinned ones keep their place."""
 
+import gc
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -134,3 +136,24 @@ def test_any_history_against_a_sorted_list(steps: list[tuple]) -> None:
     pinned.clear()
     places = [(home[one].stamp, -one[1]) for one in order()]
     assert [(home[one].stamp, -one[1]) for one in line.drain()] == places
+
+
+def test_requests_that_lost_their_pages_are_forgotten_though_nothing_ever_leaves() -> None:
+    line, pages = Queue({}), [key(1, chunk) for chunk in range(8)]
+    fill(line, Use(), *pages)
+    for _ in range(1000):
+        use = Use()
+        for one in pages:
+            use.reused.add(one)
+            line.move(one, line.only, use)
+    assert sum(isinstance(each, Use) for each in gc.get_objects()) < 200
+    assert line.drain() == pages[::-1]
+
+
+def test_what_was_reused_is_known_only_of_a_requests_own_pages() -> None:
+    line, first, second = Queue({}), Use(), Use()
+    fill(line, first, key(1, 0), key(1, 1), key(1, 2))
+    first.reused.update({key(1, 0), key(1, 1), key(1, 2)})
+    line.move(key(1, 0), line.only, second)
+    line.remove(key(1, 1))
+    assert first.reused == {key(1, 2)}

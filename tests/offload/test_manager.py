@@ -969,3 +969,12 @@ def test_results_of_unguarded_strangers_are_errors() -> None:
         world.store(ITEMS[:1], world.request())
         world.step()
     World([GuardedTier("stranger", Stranger())]).step()
+
+
+def test_of_a_request_that_is_over_only_the_furthest_end_is_remembered() -> None:
+    world = World([], slots=8)
+    request = world.request()
+    world.store([chunk(1, index) for index in range(4)], request)
+    use = world.manager._state(request).use
+    world.manager.on_request_finished(request)
+    assert (use.seen, use.reach) == ({}, 4 * TOKENS)
