@@ -74,7 +74,7 @@ class ARC(EvictionPolicy):
         self._pages.remove(key)
 
     def ended(self, use: Use) -> None:
-        pass  # what is learnt was learnt when it asked
+        self._pages.gather(use)
 
     def idle(self) -> int:
         return self._pages.idle

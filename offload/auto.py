@@ -45,6 +45,7 @@ class Auto(Windowed):
         super().ask(pages, use)
 
     def ended(self, use: Use) -> None:
+        super().ended(use)
         self._learn(use)
         # As long as it has pages here; the others' counts are of no more use.
         use.counts = {key: count for key, count in use.counts.items() if key in self._pages}

@@ -106,7 +106,7 @@ class LRU(EvictionPolicy):
         self._pages.remove(key)
 
     def ended(self, use: Use) -> None:
-        pass  # nothing is learnt from it
+        self._pages.gather(use)
 
     def idle(self) -> int:
         return self._pages.idle

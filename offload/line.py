@@ -140,6 +140,14 @@ class Pages:
         if not (old.queued or old.idle or old.pinned):
             old.line.forget(old.use)
 
+    def gather(self, use: Use) -> None:
+        """A request ended: its pages that others asked for since are its own again."""
+        for key in use.seen:
+            part = self._home.get(key)
+            if part is not None and part.use is not use:
+                self.move(key, part.line, use)
+                use.reused.add(key)
+
     def remove(self, key: bytes) -> int:
         """A page goes out; its end token."""
         part = self._home.pop(key)

@@ -116,7 +116,7 @@ class Windowed(EvictionPolicy):
         self._pages.remove(key)
 
     def ended(self, use: Use) -> None:
-        pass
+        self._pages.gather(use)
 
     def idle(self) -> int:
         return self._pages.idle

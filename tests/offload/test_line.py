@@ -157,3 +157,14 @@ def test_what_was_reused_is_known_only_of_a_requests_own_pages() -> None:
     line.move(key(1, 0), line.only, second)
     line.remove(key(1, 1))
     assert first.reused == {key(1, 2)}
+
+
+def test_the_pages_of_a_request_that_ends_are_its_own_again() -> None:
+    line, first, second = Queue({}), Use(), Use()
+    first.see({key(1, chunk): 32 * (chunk + 1) for chunk in range(3)})
+    fill(line, first, *first.seen)
+    line.move(key(1, 0), line.only, second)
+    first.renew()
+    line.gather(first)
+    assert line.drain() == [key(1, 2), key(1, 1), key(1, 0)]
+    assert first.seen.keys() == {key(1, 0), key(1, 1), key(1, 2)}
