@@ -47,9 +47,9 @@ class ARC(EvictionPolicy):
             oldest = line.oldest()
             if oldest is None:
                 continue
-            victim, reach, of = oldest
-            if of is use and reach < end_token and not must:
+            if not must and self._pages.needs(use, end_token, oldest):
                 continue  # its beginning is worth more than its end
+            victim = oldest[0]
             self._pages.remove(victim)
             ghosts[victim] = None
             return victim

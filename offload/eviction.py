@@ -87,11 +87,10 @@ class LRU(EvictionPolicy):
         oldest = self._line.oldest()
         if oldest is None:
             return None
-        victim, reach, of = oldest
-        if of is use and reach < end_token and not must:
+        if not must and self._pages.needs(use, end_token, oldest):
             return None  # its beginning is worth more than its end
-        self._pages.remove(victim)
-        return victim
+        self._pages.remove(oldest[0])
+        return oldest[0]
 
     def insert(self, key: bytes, end_token: int, use: Use) -> None:
         self._pages.add(key, end_token, self._line, use)

@@ -66,9 +66,10 @@ Oldest = tuple[bytes, int, Use]
 
 class _Part:
     """Pages of one use in a line: end token by key. `heap` has the idle ones, once it is needed,
-    and others that were idle; `queued`: the line's queue has this part."""
+    and others that were idle, in their places when the use reached `reach`; `queued`: the line's
+    queue has this part."""
 
-    __slots__ = ("heap", "idle", "line", "pinned", "queued", "use")
+    __slots__ = ("heap", "idle", "line", "pinned", "queued", "reach", "use")
 
     def __init__(self, line: Line, use: Use) -> None:
         self.line = line
@@ -76,6 +77,7 @@ class _Part:
         self.idle: dict[bytes, int] = {}
         self.pinned: dict[bytes, int] = {}
         self.heap: list[tuple[int, bytes]] | None = None
+        self.reach = 0
         self.queued = False
 
 
@@ -89,6 +91,8 @@ class Pages:
 
     def __init__(self, windows: Mapping[int, int]) -> None:
         self._windows = windows
+        # How far a use goes on until pages have to be looked for that its windows have left behind
+        self.stride = min(windows.values(), default=_BEYOND)
         self._home: dict[bytes, _Part] = {}
         # Called for every key, so not a method
         self.part: Callable[[bytes], _Part | None] = self._home.get
@@ -169,6 +173,11 @@ class Pages:
             part.queued = True
             part.line.queue(part)
 
+    def needs(self, use: Use, end_token: int, oldest: Oldest) -> bool:
+        """Whether a page would be of no use without the one that leaves next, of its own prefix."""
+        key, before, of = oldest
+        return of is use and before < end_token and self.place(use, key, before) > -_BEYOND
+
     def place(self, use: Use, key: bytes, end_token: int) -> int:
         """Where a page stands among those of its use: smaller ones leave first."""
         if self._windows and key not in use.reused:
@@ -208,11 +217,12 @@ class Line:
                 heapq.heapreplace(queue, (use.stamp, part))
                 continue
             heap = part.heap
-            if heap is None or len(heap) > 2 * len(idle) + 64:
+            behind = use.reach - part.reach >= self._pages.stride
+            if heap is None or behind or len(heap) > 2 * len(idle) + 64:
                 place = self._pages.place
                 heap = [(place(use, key, end_token), key) for key, end_token in idle.items()]
                 heapq.heapify(heap)
-                part.heap = heap
+                part.heap, part.reach = heap, use.reach
             while heap[0][1] not in idle:
                 heapq.heappop(heap)
             key = heap[0][1]

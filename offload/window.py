@@ -79,17 +79,17 @@ class Windowed(EvictionPolicy):
             self._pages.move(key, line, use)
 
     def evict(self, key: bytes, end_token: int, use: Use, *, must: bool) -> bytes | None:
-        main = _others(self._main, end_token, use) if self._main.size else None
+        main = self._others(self._main, end_token, use) if self._main.size else None
         if main is not None and self._share < 1.0 and self._beats(key, use, main):
             return self._take(key, main, self._main)
         if main is not None and self._window.size < self._most_in_window:
             return self._take(key, main, self._window)
-        window = _others(self._window, end_token, use)
+        window = self._others(self._window, end_token, use)
         while window is not None and main is not None and self._beats(window[0], window[2], main):
             self._pages.move(window[0], self._main, window[2])
             if self._main.size > self._most_in_main:
                 return self._take(key, main, self._window)
-            window = _others(self._window, end_token, use)
+            window = self._others(self._window, end_token, use)
         if window is not None:
             return self._take(key, window, self._window)
         passing = self._passing.oldest()
@@ -146,10 +146,9 @@ class Windowed(EvictionPolicy):
             self._next = {key: into}
         return victim[0]
 
-
-def _others(line: Line, end_token: int, use: Use) -> Oldest | None:
-    """The oldest page of a line, but none that comes before the new one in its own prefix."""
-    oldest = line.oldest()
-    if oldest is None or (oldest[2] is use and oldest[1] < end_token):
-        return None
-    return oldest
+    def _others(self, line: Line, end_token: int, use: Use) -> Oldest | None:
+        """The oldest page of a line, but none that the new one needs in its own prefix."""
+        oldest = line.oldest()
+        if oldest is None or self._pages.needs(use, end_token, oldest):
+            return None
+        return oldest

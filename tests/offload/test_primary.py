@@ -281,3 +281,23 @@ class ARCPrimaryMachine(PrimaryMachine):
 TestLRUPrimary = LRUPrimaryMachine.TestCase
 TestARCPrimary = ARCPrimaryMachine.TestCase
 TestLRUPrimary.settings = TestARCPrimary.settings = settings.default
+
+
+@pytest.mark.parametrize("name", ["lru", "arc", "auto"])
+def test_a_prefix_takes_the_place_of_what_its_own_window_left_behind(name: str) -> None:
+    """Thirty chunks of two groups, one of which looks back three chunks; thirty-six slots."""
+    primary = PrimaryTier(36, policy_class(name)(36, {1: 3 * 32}))
+    use = Use()
+    for first in range(0, 30, 3):
+        pages = {
+            bytes([1, at]) + group.to_bytes(4, "big"): 32 * (at + 1)
+            for at in range(first, first + 3)
+            for group in (0, 1)
+        }
+        primary.ask(pages, use)
+        entries, _ = primary.allocate(pages.items(), Writer.GPU, use, must=False)
+        assert len(entries) == len(pages)
+        primary.finish_writes(entries, good=True)
+    here = {entry.key[1:] for entry in primary}
+    assert here >= {bytes([at, 0, 0, 0, 0]) for at in range(30)}
+    assert here >= {bytes([at, 0, 0, 0, 1]) for at in range(27, 30)}
