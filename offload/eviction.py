@@ -15,7 +15,8 @@ class EvictionPolicy(ABC):
     """Resident keys in the order of eviction; every key is either idle or pinned.
 
     A key belongs to the request, the `Use`, that asked for it last. A policy of your own is named
-    by `eviction_policy` as "package.module:Class".
+    by `eviction_policy` as "package.module:Class". It runs on the scheduler's thread: it must not
+    raise, and must be quick. What a use asked for (`seen`) is there until `ended` returns.
     """
 
     @abstractmethod

@@ -40,6 +40,8 @@ from kvstrata.tiers.base import PageLayout, RequestView
 # Members bound once: in Python 3.11 each `Answer.HIT` is a call.
 _HIT, _MISS, _PENDING = Answer.HIT, Answer.MISS, Answer.PENDING
 _GPU = Writer.GPU
+# So often in a row a request's stores wait for others' transfers: a step or two end them.
+MOST_PUT_OFF = 2
 _END_TOKEN = attrgetter("end_token")
 
 
@@ -260,6 +262,7 @@ class TieringManager:
                     raise KeyError(f"page {key.hex()} is not ready to be loaded")
             entries.append(entry)
         state = self._state(request)
+        state.waits = False
         self.primary.begin_reads(entries, gpu=True)
         self._kept.loads(name)
         self._ask({entry.key: entry.end_token for entry in entries}, state)
@@ -311,6 +314,7 @@ class TieringManager:
             state.progress = self._speed.advance(
                 state.progress, self._step, self._clock(), max(ends.values())
             )
+        state.waits = False
         self._ask(ends, state)
         get = self.primary.get
         present = [key for key in ends if get(key) is not None]
@@ -502,8 +506,13 @@ class TieringManager:
         """Slots for the first of the wanted pages, and what was evicted; None: no room now."""
         if self._several_groups:
             wanted.sort(key=ends.__getitem__)
-        if state.stored_until is not None:  # without what comes before them they are worth nothing
-            wanted = [key for key in wanted if ends[key] < state.stored_until]
+        if state.stored_until is not None:
+            if wanted and ends[wanted[0]] <= state.stored_until:
+                state.stored_until = None
+            else:  # without what comes before them they are worth nothing
+                return [], []
+        if self._is_put_off(len(wanted), state):
+            return None
         entries, evicted = self.primary.allocate(
             [(key, ends[key]) for key in wanted],
             Writer.GPU,
@@ -516,6 +525,18 @@ class TieringManager:
             state.stored_until = ends[wanted[len(entries)]]
             self.counters["stores_declined"] += len(wanted) - len(entries)
         return entries, evicted
+
+    def _is_put_off(self, pages: int, state: RequestState) -> bool:
+        """Whether vLLM shall offer so many pages again in its next step, with those of that step:
+        transfers to and from the GPU hold the slots, and end soon."""
+        primary = self.primary
+        missing = pages - primary.free - primary.idle
+        soon = primary.slots - primary.free - primary.idle - self._held()
+        if not 0 < missing <= soon or state.put_off >= MOST_PUT_OFF:
+            state.put_off = 0
+            return False
+        state.put_off += 1
+        return True
 
     def _touch_tiers(self, keys: Collection[bytes], request: RequestView) -> None:
         """Tell the tiers that the pages, in prefix order, were used."""

@@ -25,7 +25,8 @@ class RequestState:
     # tier index -> pages to load although it does not seem worth it; usually none
     trying: dict[int, int] = field(default_factory=dict)
     sources: dict[bytes, str] = field(default_factory=dict)  # promoted key -> tier name
-    waits_since: float = 0.0  # since when it waits for pages, step by step
+    waits: bool = False  # for pages, until it loads or computes
+    waits_since: float = 0.0  # since when
     waited_in: int = -2  # the last step in which it did
     waited_at: float = 0.0  # when it last did
     groups: frozenset[bytes] = frozenset()  # of the pages reserved in this wait, as in their keys
@@ -41,6 +42,7 @@ class RequestState:
     use: Use = field(default_factory=Use)  # of the primary tier
     # End token of its first page that found no slot: those behind it are not stored either
     stored_until: int | None = None
+    put_off: int = 0  # how often its stores were, in a row
     finished: bool = False
 
     def missed(self, end_token: int, step: int) -> None:

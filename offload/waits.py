@@ -38,16 +38,18 @@ class Waits:
     def goes_on(self, state: RequestState, end_token: int) -> bool:
         """Whether the request may wait (on) for a page that ends there.
 
-        It may wait for so long in all, in successive steps.
+        It may wait for so long in all, until it loads or computes; vLLM need not ask in each step.
         """
         now = self._clock()
-        if state.waited_in < self._step - 1:
-            state.waits_since, state.cut, state.groups = now, None, frozenset()
+        if not state.waits:
+            state.waits, state.waits_since = True, now
+            state.cut, state.groups = None, frozenset()
         state.waited_in, state.waited_at = self._step, now
         waited = now - state.waits_since
         if len(state.groups) > 1 and waited >= SEVERAL_GROUPS * self.deadline_s:
             if state.cut is None:
                 state.cut = end_token
+            if state not in self.cuts:
                 self.cuts.append(state)
             if end_token >= state.cut:
                 return False

@@ -381,9 +381,8 @@ def test_a_tier_that_can_only_be_read_is_used_again(cause: str) -> None:
 def test_results_that_were_only_taken_late_are_no_failures() -> None:
     """A step may take longer than the deadline."""
     world = World([Recorder(*ITEMS)], slots=16)
-    request = world.request()
-    for item in ITEMS[:4]:
-        assert world.lookup(item, request) is PENDING
+    for number, item in enumerate(ITEMS[:4]):
+        assert world.lookup(item, world.request(str(number))) is PENDING
         world.step()
         world.now += 20.0
         world.step()

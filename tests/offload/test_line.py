@@ -146,7 +146,7 @@ def test_requests_that_lost_their_pages_are_forgotten_though_nothing_ever_leaves
         for one in pages:
             use.reused.add(one)
             line.move(one, line.only, use)
-    assert sum(isinstance(each, Use) for each in gc.get_objects()) < 200
+    assert sum(type(each) is Use for each in gc.get_objects()) < 200
     assert line.drain() == pages[::-1]
 
 

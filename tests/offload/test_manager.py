@@ -138,9 +138,16 @@ def test_the_beginning_is_stored_where_not_all_finds_room() -> None:
     first = world.manager.prepare_store([chunk(1, 0), chunk(1, 1)], world.request("first"))
     assert first is not None  # under way: its slots cannot be had
     request = world.request()
+    # The transfer may end soon: vLLM is to ask again, twice.
+    assert [world.manager.prepare_store(ITEMS[:4], request) for _ in range(2)] == [None, None]
     plan = world.manager.prepare_store(ITEMS[:4], request)
     assert plan is not None and plan.keys == KEYS[:2]
     assert world.manager.prepare_store([chunk(2, 0)], world.request("later")) is None
+    world.manager.complete_store(first.keys, RequestView("first"))
+    world.manager.complete_store(plan.keys, request)
+    assert world.manager.prepare_store(ITEMS[4:5], request) == ([], [], []), "it would be of no use"
+    plan = world.manager.prepare_store(ITEMS[2:5], request)
+    assert plan is not None and plan.keys == KEYS[2:4], "vLLM offers all again"
 
 
 def test_no_room() -> None:
@@ -455,8 +462,10 @@ def test_a_request_waits_no_longer_than_the_deadline_in_all() -> None:
     assert world.now == 10.0
     assert answers[:2] == [HIT, HIT] and MISS in answers, "what arrived is used"
     world.step(3)
+    assert PENDING not in [world.lookup(item, request) for item in ITEMS], "not asked in between"
+    world.manager.prepare_load(KEYS[:2], request)
     again = [world.lookup(item, request) for item in ITEMS]
-    assert PENDING in again, "a new wait, after a while without one"
+    assert PENDING in again, "a new wait, after it went on"
 
 
 def test_a_failed_page_is_tried_at_the_next_tier() -> None:
