@@ -35,7 +35,7 @@ from kvstrata.offload.tier_jobs import STOP_TIMEOUT_S, TierJobs
 from kvstrata.offload.tier_link import NamedTier, TierLink
 from kvstrata.offload.waits import Waits
 from kvstrata.offload.wishes import WishReader
-from kvstrata.tiers.base import PageLayout, RequestView
+from kvstrata.tiers.base import PageLayout, RequestView, key_group
 
 # Members bound once: in Python 3.11 each `Answer.HIT` is a call.
 _HIT, _MISS, _PENDING = Answer.HIT, Answer.MISS, Answer.PENDING
@@ -380,7 +380,10 @@ class TieringManager:
         state = self._state(request)
         state.finished = True
         seen = state.use.seen
-        if more := self.primary.find(key for key in pages if key not in seen):
+        more = self.primary.find(key for key in pages if key not in seen)
+        if self.windows:  # of those groups it used some only, and asked for them
+            more = [entry for entry in more if key_group(entry.key) not in self.windows]
+        if more:
             self._ask({entry.key: entry.end_token for entry in more}, state)
         self.primary.ended(state.use)
         self._kept.drop(request.req_id)

@@ -136,6 +136,8 @@ class Player:
         while "HIT_PENDING" in {found.name for found in answers}:  # it is put off at first
             self._end_step()
             answers = [lookup(key, request) for key in keys]
+        if "MISS" in {found.name for found in answers[:-1]}:
+            raise WrongAnswer(f"{operation}: not all look-ups said {answer}")
         return False
 
     def _finish(self, request: Any, total: str) -> None:
