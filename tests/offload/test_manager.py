@@ -987,3 +987,37 @@ def test_of_a_request_that_is_over_only_the_furthest_end_is_remembered() -> None
     use = world.manager._state(request).use
     world.manager.on_request_finished(request)
     assert (use.seen, use.reach) == ({}, 4 * TOKENS)
+
+
+# -- what is left of a prefix -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("groups", "step", "again", "usable"),
+    [
+        (1, 16, False, 12),
+        (1, 4, False, 12),
+        (1, 16, True, 12),
+        (1, 4, True, 12),
+        (2, 16, False, 14),
+    ],
+)
+def test_the_end_of_a_prefix_leaves_first_whatever_its_steps(
+    groups: int, step: int, again: bool, usable: int
+) -> None:
+    """Of 16 chunks, when four more pages are stored: from the GPU in one step or several, of one
+    group or two, and found in GPU memory again."""
+    world = World([], slots=16 * groups)
+    rounds = [("first", step), ("again", 16)] if again else [("first", step)]
+    for name, size in rounds:
+        request = world.request(name)
+        for start in range(0, 16, size):
+            places = range(start, start + size)
+            world.store([chunk(1, at, group) for group in range(groups) for at in places], request)
+        world.manager.on_request_finished(request)
+    world.step(3)
+    plan = world.manager.prepare_store([chunk(2, at) for at in range(4)], world.request("other"))
+    assert plan is not None and len(plan.keys) == 4
+    gone = set(plan.evicted)
+    left = next(at for at in range(16) if any(chunk(1, at, g)[0] in gone for g in range(groups)))
+    assert left == usable
