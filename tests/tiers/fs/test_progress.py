@@ -1,4 +1,4 @@
-"""A load's pages are used as they arrive, and its jobs are one access."""
+"""A load's pages are used as they arrive, and a request's jobs are one access."""
 
 from collections.abc import Callable, Iterable
 
@@ -55,33 +55,51 @@ def test_pages_arrive_one_task_after_the_other(
     assert bytes(slots.view(4)) == make_data(4, SIZE)
 
 
-def test_the_loads_of_a_request_are_one_access(
-    open_tier: OpenTier, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", [Kind.LOAD, Kind.STORE])
+def test_the_jobs_of_a_request_are_one_access(
+    kind: Kind, open_tier: OpenTier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that of what one request read the deepest pages are evicted first."""
+    """So that of what one request read and wrote the deepest pages are evicted first."""
     tier = open_tier()
+    submit_job = tier.submit_load if kind is Kind.LOAD else tier.submit_store
     submit, accesses = tier.roots[0].processes.submit, []
 
     def watched(tasks: Iterable[Task]) -> None:
         tasks = list(tasks)
-        accesses.extend(task.access for task in tasks if task.kind is Kind.LOAD)
+        accesses.extend(task.access for task in tasks if task.kind is kind)
         submit(tasks)
 
     monkeypatch.setattr(tier.roots[0].processes, "submit", watched)
     one, two = RequestView("one"), RequestView("two")
     slots = Slots.make(1, SIZE)
 
-    def load_for(request: RequestView) -> int:
-        tier.submit_load(Job(len(accesses), (slots.page(KEYS[0], 0),), request))
+    def move_for(request: RequestView) -> int:
+        submit_job(Job(len(accesses), (slots.page(KEYS[0], 0),), request))
         return accesses[-1]
 
     tier.on_new_request(one)
     tier.on_new_request(two)
-    first, other = load_for(one), load_for(two)
-    assert other > first and load_for(one) == first and load_for(two) == other
+    first, other = move_for(one), move_for(two)
+    assert other > first and move_for(one) == first and move_for(two) == other
     tier.on_request_finished(one)
     tier.on_new_request(one)  # the id is used again
-    again = load_for(one)
-    assert again > other and load_for(one) == again
+    again = move_for(one)
+    assert again > other and move_for(one) == again
     stranger = RequestView("stranger")
-    assert load_for(stranger) != load_for(stranger)
+    assert move_for(stranger) != move_for(stranger)
+
+
+def test_loads_and_stores_of_a_request_are_the_same_access(
+    open_tier: OpenTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier, accesses = open_tier(), []
+    monkeypatch.setattr(
+        tier.roots[0].processes,
+        "submit",
+        lambda tasks: accesses.extend(task.access for task in tasks),
+    )
+    request, slots = RequestView("one"), Slots.make(2, SIZE)
+    tier.on_new_request(request)
+    tier.submit_load(Job(0, (slots.page(KEYS[0], 0),), request))
+    tier.submit_store(Job(1, (slots.page(KEYS[1], 1),), request))
+    assert len(accesses) == 2 and len(set(accesses)) == 1
