@@ -123,7 +123,6 @@ class TieringManager:
             self._jobs,
             self._payoff,
             layouts,
-            self._ask,
             self._held,
             self._waits,
             clock,
@@ -323,12 +322,14 @@ class TieringManager:
             new = [key for key in new if key not in self.audits.findings.refused]
         wanted = self._offers.wanted(new)
         self.counters["stores_skipped"] += len(new) - len(wanted)
-        taken = self._take(wanted, ends, state)
+        here = [entry for entry in self.primary.find(present) if entry.ready]
+        self.primary.begin_reads(here, gpu=False)  # they stay
+        taken = self._take(wanted, ends, state, len(here))
+        self.primary.end_reads(here, gpu=False)
         if taken is None:
             self.counters["store_no_room"] += 1
             return None
-        if present:  # vLLM found them in GPU memory
-            here = [entry for entry in self.primary.find(present) if entry.ready]
+        if here:  # vLLM found them in GPU memory
             self._asked_again(here, state)
         entries, evicted = taken
         self._report.left(evicted)
@@ -498,15 +499,24 @@ class TieringManager:
         """A request asks for pages, perhaps once more; their end tokens by key."""
         use = state.use
         use.renew()
-        if pages := {key: end for key, end in ends.items() if key not in use.seen}:
+        pages = {key: end for key, end in ends.items() if key not in use.seen}
+        if pages:
             self.primary.ask(pages, use)
+        if state.coming:
+            came = {key: end for key, end in ends.items() if key in state.coming}
+            state.coming -= came.keys()
+            pages |= came
+        if pages:
             self._offers.count(pages)
             self._cascades.asked(pages)
 
     def _take(
-        self, wanted: list[bytes], ends: Mapping[bytes, int], state: RequestState
+        self, wanted: list[bytes], ends: Mapping[bytes, int], state: RequestState, staying: int
     ) -> tuple[list[Entry], list[bytes]] | None:
-        """Slots for the first of the wanted pages, and what was evicted; None: no room now."""
+        """Slots for the first of the wanted pages, and what was evicted; None: no room now.
+
+        `staying`: so many pages that are here are held meanwhile.
+        """
         if self._several_groups:
             wanted.sort(key=ends.__getitem__)
         if state.stored_until is not None:
@@ -514,7 +524,7 @@ class TieringManager:
                 state.stored_until = None
             else:  # without what comes before them they are worth nothing
                 return [], []
-        if self._is_put_off(len(wanted), state):
+        if self._is_put_off(len(wanted), staying, state):
             return None
         entries, evicted = self.primary.allocate(
             [(key, ends[key]) for key in wanted],
@@ -529,12 +539,12 @@ class TieringManager:
             self.counters["stores_declined"] += len(wanted) - len(entries)
         return entries, evicted
 
-    def _is_put_off(self, pages: int, state: RequestState) -> bool:
+    def _is_put_off(self, pages: int, staying: int, state: RequestState) -> bool:
         """Whether vLLM shall offer so many pages again in its next step, with those of that step:
         transfers to and from the GPU hold the slots, and end soon."""
         primary = self.primary
         missing = pages - primary.free - primary.idle
-        soon = primary.slots - primary.free - primary.idle - self._held()
+        soon = primary.slots - primary.free - primary.idle - self._held() - staying
         if not 0 < missing <= soon or state.put_off >= MOST_PUT_OFF:
             state.put_off = 0
             return False

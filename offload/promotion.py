@@ -70,7 +70,6 @@ class Promotions:
         jobs: the tiers' jobs.
         payoff: tells whether loading is worth it.
         layouts: page layout by group.
-        asked: told of the pages that a request asks for.
         held: slots held by promotions, cascades and pins.
         waits: how long requests wait.
         clock: seconds, monotonic.
@@ -85,7 +84,6 @@ class Promotions:
         jobs: TierJobs,
         payoff: Payoff,
         layouts: Mapping[int, PageLayout],
-        asked: Callable[[Mapping[bytes, int], RequestState], None],
         held: Callable[[], int],
         waits: Waits,
         clock: Callable[[], float],
@@ -94,7 +92,6 @@ class Promotions:
         self._waits = waits
         self._deadline_s = waits.deadline_s
         self._fraction = config.promotion_fraction
-        self._asked = asked
         self._held = held
         self._primary = primary
         self._kept = kept
@@ -148,7 +145,9 @@ class Promotions:
         has_room = has_room and self._held() < math.ceil(slots * max(MOST_HELD, self._fraction))
         entries: list[Entry] = []
         if has_room and self._has_time(link, batch):
-            self._asked({key: end_token}, state)
+            if key not in state.use.seen:
+                self._primary.ask({key: end_token}, state.use)
+                state.coming.add(key)
             page = (key, end_token)
             entries, evicted = self._primary.allocate([page], Writer.TIER, state.use, must=True)
         if not entries:

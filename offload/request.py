@@ -40,6 +40,7 @@ class RequestState:
     missed_in: int = -1  # the step in which it was
     open_stores: int = 0
     use: Use = field(default_factory=Use)  # of the primary tier
+    coming: set[bytes] = field(default_factory=set)  # pages promoted for it and not loaded yet
     # End token of its first page that found no slot: those behind it are not stored either
     stored_until: int | None = None
     put_off: int = 0  # how often its stores were, in a row
