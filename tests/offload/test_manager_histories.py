@@ -417,11 +417,11 @@ class ManagerMachine(RuleBasedStateMachine):
         self, request: Request, items: Sequence[tuple[bytes, int]]
     ) -> StorePlan | None:
         # Before the call: pages that are there already may be given to tiers in it.
-        before = self.asked.copy(), [set(allowed) for allowed in self.allowed]
+        before = [set(allowed) for allowed in self.allowed]
         self.wanted(request, [key for key, _ in items])
         plan = self.manager.prepare_store(items, request.view)
         if plan is None:
-            self.asked, self.allowed = before
+            self.allowed = before  # the offer counts all the same
         return plan
 
     # -- the GPU ------------------------------------------------------------------
