@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 
-from kvstrata.offload.eviction import EvictionPolicy
+from kvstrata.offload.eviction import Ordered
 from kvstrata.offload.line import Line, Pages, Use
 
 
-class ARC(EvictionPolicy):
+class ARC(Ordered):
     """Adaptive replacement cache (Megiddo and Modha, FAST 2003, figure 4).
 
     T1 holds keys used once, T2 keys used again, B1 and B2 the keys lately evicted from each; a miss
@@ -63,21 +63,6 @@ class ARC(EvictionPolicy):
                 again = True
         self._pages.add(key, end_token, self._t2 if again else self._t1, use)
         self._trim_ghosts()
-
-    def pin(self, key: bytes) -> None:
-        self._pages.pin(key)
-
-    def unpin(self, key: bytes) -> None:
-        self._pages.unpin(key)
-
-    def remove(self, key: bytes) -> None:
-        self._pages.remove(key)
-
-    def ended(self, use: Use) -> None:
-        self._pages.gather(use)
-
-    def idle(self) -> int:
-        return self._pages.idle
 
     def clear(self) -> None:
         self._target = 0.0

@@ -70,7 +70,28 @@ class EvictionPolicy(ABC):
         """Forget everything."""
 
 
-class LRU(EvictionPolicy):
+class Ordered(EvictionPolicy):
+    """What the policies have in common whose pages are in lines."""
+
+    _pages: Pages
+
+    def pin(self, key: bytes) -> None:
+        self._pages.pin(key)
+
+    def unpin(self, key: bytes) -> None:
+        self._pages.unpin(key)
+
+    def remove(self, key: bytes) -> None:
+        self._pages.remove(key)
+
+    def ended(self, use: Use) -> None:
+        self._pages.gather(use)
+
+    def idle(self) -> int:
+        return self._pages.idle
+
+
+class LRU(Ordered):
     """Least recently used first."""
 
     def __init__(self, capacity: int, windows: Mapping[int, int]) -> None:
@@ -95,21 +116,6 @@ class LRU(EvictionPolicy):
 
     def insert(self, key: bytes, end_token: int, use: Use) -> None:
         self._pages.add(key, end_token, self._line, use)
-
-    def pin(self, key: bytes) -> None:
-        self._pages.pin(key)
-
-    def unpin(self, key: bytes) -> None:
-        self._pages.unpin(key)
-
-    def remove(self, key: bytes) -> None:
-        self._pages.remove(key)
-
-    def ended(self, use: Use) -> None:
-        self._pages.gather(use)
-
-    def idle(self) -> int:
-        return self._pages.idle
 
     def clear(self) -> None:
         self._pages = Pages(self._windows)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from kvstrata.offload.eviction import EvictionPolicy
+from kvstrata.offload.eviction import Ordered
 from kvstrata.offload.frequency import ONE, Frequency
 from kvstrata.offload.line import Line, Oldest, Pages, Use
 
 
-class Windowed(EvictionPolicy):
+class Windowed(Ordered):
     """W-TinyLFU (Einziger, Friedman and Manes, ACM Transactions on Storage 13.4, 2017), where a new
     page need not be stored at all.
 
@@ -105,21 +105,6 @@ class Windowed(EvictionPolicy):
         if line is None:  # there was room
             line = self._main if self._main.size < self._most_in_main else self._window
         self._pages.add(key, end_token, line, use)
-
-    def pin(self, key: bytes) -> None:
-        self._pages.pin(key)
-
-    def unpin(self, key: bytes) -> None:
-        self._pages.unpin(key)
-
-    def remove(self, key: bytes) -> None:
-        self._pages.remove(key)
-
-    def ended(self, use: Use) -> None:
-        self._pages.gather(use)
-
-    def idle(self) -> int:
-        return self._pages.idle
 
     def clear(self) -> None:
         self._pages = Pages(self._windows)
