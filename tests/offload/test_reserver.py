@@ -2,8 +2,7 @@
 
 import logging
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,16 +11,9 @@ from kvstrata.offload import progress as progress_module
 from kvstrata.offload import reserver as reserver_module
 from kvstrata.offload.region import Region, RegionError, create_region, open_region
 from kvstrata.offload.reserver import Reserver
+from tests.waiting import PATIENCE_S, wait_until
 
 SLOTS, SLOT_BYTES = 24, 4096
-PATIENCE_S = 60.0  # only a fault meets it
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < end, "it does not come about"
-        time.sleep(0.001)
 
 
 class Workers:
@@ -84,11 +76,11 @@ def test_all_slots_become_usable(workers: Workers, caplog: pytest.LogCaptureFixt
     progress = workers.progress
     workers.start()
     assert progress.usable() == 4
-    until(lambda: progress.reserved(11))  # before the scheduler is there
+    wait_until(lambda: progress.reserved(11))  # before the scheduler is there
     assert workers.pinned == [[], []]
     progress.serve()
-    until(lambda: progress.usable() == SLOTS)
-    until(lambda: "24 of 24 slots of the CPU tier can be used" in caplog.text)
+    wait_until(lambda: progress.usable() == SLOTS)
+    wait_until(lambda: "24 of 24 slots of the CPU tier can be used" in caplog.text)
     ranges = [progress.slots_of(index) for index in range(12)]
     assert sorted(workers.reserved, key=lambda some: some.start) == ranges
     assert workers.pinned == [ranges[2:]] * 2, "the first round is the pipeline's"
@@ -117,17 +109,17 @@ def test_several_threads_end_in_any_order(
     monkeypatch.setattr(Region, "reserve", staticmethod(slow))
     workers.reservers[0].start(lambda slots: None)
     others = [workers.progress.slots_of(index) for index in range(4, 12, 2)]
-    until(lambda: all(slots in workers.reserved for slots in others))
+    wait_until(lambda: all(slots in workers.reserved for slots in others))
     assert not any(workers.progress.reserved(index) for index in range(2, 12, 2))
     held.set()
-    until(lambda: workers.progress.reserved(10))
+    wait_until(lambda: workers.progress.reserved(10))
 
 
 def test_a_shortage_leaves_the_rest_out(workers: Workers, caplog: pytest.LogCaptureFixture) -> None:
     workers.short = workers.progress.slots_of(7)
     workers.progress.serve()
     workers.start()
-    until(lambda: "14 of 24 slots of the CPU tier can be used" in caplog.text)
+    wait_until(lambda: "14 of 24 slots of the CPU tier can be used" in caplog.text)
     assert workers.progress.usable() == 14
     [warning] = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert "worker 1" in warning and "cpu_bytes_to_use" in warning
@@ -147,7 +139,7 @@ def test_a_device_that_refuses_leaves_the_rest_out(
     workers.refused = workers.progress.slots_of(5)
     workers.progress.serve()
     workers.start()
-    until(lambda: "10 of 24 slots of the CPU tier can be used" in caplog.text)
+    wait_until(lambda: "10 of 24 slots of the CPU tier can be used" in caplog.text)
     [warning] = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert "worker 1: could not pin" in warning
 
@@ -157,10 +149,10 @@ def test_a_shutdown_waits_for_what_is_under_way_and_no_more(workers: Workers) ->
         reserver.reserve_first()
     workers.gate = threading.Event()
     workers.reservers[0].start(lambda slots: None)
-    until(lambda: workers.waiting > 0)
+    wait_until(lambda: workers.waiting > 0)
     stopping = threading.Thread(target=workers.reservers[0].stop)
     stopping.start()
-    until(workers.reservers[0]._stop.is_set)
+    wait_until(workers.reservers[0]._stop.is_set)
     workers.gate.set()
     stopping.join(PATIENCE_S)
     assert not stopping.is_alive()

@@ -2,8 +2,7 @@
 
 import logging
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,8 +16,8 @@ from kvstrata.offload.vllm_plugin.registration import RegistrationError  # noqa:
 from tests.engine.driver import region_files  # noqa: E402
 from tests.offload.vllm_plugin.modelless_engine import ModellessEngine  # noqa: E402
 from tests.offload.vllm_plugin.test_models import Start, full, text  # noqa: E402
+from tests.waiting import PATIENCE_S, wait_until  # noqa: E402
 
-PATIENCE_S = 60.0  # only a fault meets it
 SLOT_BYTES = 4096
 MANY = "9MiB"  # over a thousand slots beside the header
 FIRST = 64  # of them, of each worker
@@ -58,13 +57,6 @@ def open_engine(start: Start, tp: int) -> ModellessEngine:
     return engine
 
 
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < end, "it does not come about"
-        time.sleep(0.001)
-
-
 @pytest.mark.parametrize("tp", [1, 2])
 def test_the_first_requests_do_not_wait(memory: Memory, start: Start, tp: int) -> None:
     engine = open_engine(start, tp)
@@ -74,7 +66,7 @@ def test_the_first_requests_do_not_wait(memory: Memory, start: Start, tp: int) -
     assert not memory.more.is_set() and engine.manager.not_ready > 0
     memory.more.set()
     left = engine.manager._ready
-    until(lambda: left() == engine.manager.primary.slots + engine.manager.not_ready)
+    wait_until(lambda: left() == engine.manager.primary.slots + engine.manager.not_ready)
     engine.reset()
     assert engine.run(text(1)) >= 288
     assert engine.manager.not_ready == 0
@@ -119,7 +111,7 @@ def test_an_engine_goes_on_with_what_it_has(
     ready = engine.manager.primary.slots
     memory.short = True
     memory.more.set()
-    until(lambda: "lower cpu_bytes_to_use" in caplog.text)
+    wait_until(lambda: "lower cpu_bytes_to_use" in caplog.text)
     assert engine.run(text(1)) == 0
     engine.reset()
     assert engine.run(text(1)) >= 288

@@ -27,7 +27,7 @@ from kvstrata.tiers.fs.temporary import (
 )
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key, store
-from tests.tiers.fs.waiting import wait_until
+from tests.waiting import wait_until
 
 SIZE = CONTEXT.layouts[0].nbytes
 KEYS = [make_key(n) for n in range(64)]

@@ -29,7 +29,7 @@ from kvstrata.tiers.testing import (
     settle,
     store,
 )
-from tests.tiers.fs.waiting import wait_until
+from tests.waiting import wait_until
 
 OpenTier = Callable[..., FsTier]
 SIZE = CONTEXT.layouts[2].nbytes

@@ -10,7 +10,7 @@ from kvstrata.tiers.fs.messages import Kind
 from kvstrata.tiers.fs.processes import Ended, Task
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.testing import CONTEXT, Slots, make_data, make_job, make_key, store
-from tests.tiers.fs.waiting import wait_until
+from tests.waiting import wait_until
 
 OpenTier = Callable[..., FsTier]
 SIZE = CONTEXT.layouts[2].nbytes

@@ -26,7 +26,7 @@ from kvstrata.tiers.testing import (
     store,
 )
 from tests.tiers.fs.conftest import Faults
-from tests.tiers.fs.waiting import wait_until
+from tests.waiting import wait_until
 
 OpenTier = Callable[..., FsTier]
 KEY, OTHER = make_key(1), make_key(2)

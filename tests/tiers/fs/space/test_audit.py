@@ -18,7 +18,7 @@ from tests.conftest import FillRoot
 from tests.tiers.fs.space.conftest import OpenServer
 from tests.tiers.fs.space.harness import rest
 from tests.tiers.fs.space.test_servers import start
-from tests.tiers.fs.waiting import wait_until
+from tests.waiting import wait_until
 
 PAGES = {make_key(n): make_data(n, CONTEXT.layouts[0].nbytes) for n in range(8)}
 

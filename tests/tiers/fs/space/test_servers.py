@@ -23,7 +23,7 @@ from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key, store
 from tests.tiers.fs.space.conftest import OpenServer
 from tests.tiers.fs.space.harness import disk_usage, rest
-from tests.tiers.fs.waiting import wait_until
+from tests.waiting import wait_until
 
 REPOSITORY = Path(__file__).parents[4]
 SIZE = CONTEXT.layouts[2].nbytes
