@@ -62,6 +62,7 @@ class ARC(Ordered):
                 del ghosts[key]
                 again = True
         self._pages.add(key, end_token, self._t2 if again else self._t1, use)
+        self._pages.pinned.add(key)
         self._trim_ghosts()
 
     def clear(self) -> None:

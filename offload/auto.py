@@ -13,7 +13,7 @@ from kvstrata.tiers.base import key_group
 # Shares of the window that are tried. A small one keeps what it has: for cycles, scans, popular
 # documents. The whole is LRU. On long traces of conversations something between is best.
 SHARES = (0.05, 0.6, 1.0)
-# Shadows have so many keys at least; larger tiers are sampled, as miniature simulations do
+# Shadows have so many keys at most; larger tiers are sampled, as miniature simulations do
 # (Waldspurger et al., "Cache modeling and optimization using miniature simulations", ATC 2017).
 SHADOW_KEYS = 256
 # What was found counts half after requests for so many times the tier.
@@ -33,7 +33,7 @@ class Auto(Windowed):
         super().__init__(capacity, windows, SHARES[-1], Frequency(capacity))
         sampled = capacity
         self._mask = 0  # a key is sampled if its hash has none of these bits
-        while sampled >= 2 * SHADOW_KEYS:
+        while sampled > SHADOW_KEYS:
             sampled //= 2
             self._mask = 2 * self._mask + 1
         self._half_life = HALF_LIFE * sampled
@@ -45,10 +45,8 @@ class Auto(Windowed):
         super().ask(pages, use)
 
     def ended(self, use: Use) -> None:
-        super().ended(use)
         self._learn(use)
-        # As long as it has pages here; the others' counts are of no more use.
-        use.counts = {key: count for key, count in use.counts.items() if key in self._pages}
+        super().ended(use)
 
     def _learn(self, use: Use) -> None:
         """Let the shadows play the request, and choose the share."""
@@ -86,12 +84,14 @@ def play(
     """Let a request use pages, in prefix order; how many of `whole` it found before one missed."""
     use = Use()
     use.counts, use.reach = counts, max(pages.values())
-    hits = next((at for at, key in enumerate(whole) if key not in shadow), len(whole))
-    new = {key: end_token for key, end_token in pages.items() if key not in shadow}
+    held = shadow.part
+    new = [page for page in pages.items() if held(page[0]) is None]
+    hits = len(whole)
+    if new:
+        hits = next((at for at, key in enumerate(whole) if held(key) is None), hits)
     shadow.ask(pages, use)
-    for key, end_token in new.items():
+    for key, end_token in new:
         if len(shadow) >= shadow.capacity and shadow.evict(key, end_token, use, must=False) is None:
             break
-        shadow.insert(key, end_token, use)
-        shadow.unpin(key)
+        shadow.bring(key, end_token, use)
     return hits

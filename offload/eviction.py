@@ -76,7 +76,7 @@ class Ordered(EvictionPolicy):
     _pages: Pages
 
     def pin(self, key: bytes) -> None:
-        self._pages.pin(key)
+        self._pages.pinned.add(key)
 
     def unpin(self, key: bytes) -> None:
         self._pages.unpin(key)
@@ -116,6 +116,7 @@ class LRU(Ordered):
 
     def insert(self, key: bytes, end_token: int, use: Use) -> None:
         self._pages.add(key, end_token, self._line, use)
+        self._pages.pinned.add(key)
 
     def clear(self) -> None:
         self._pages = Pages(self._windows)

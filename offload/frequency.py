@@ -1,4 +1,4 @@
-"""How often keys were asked for of late: a table of counters, two of them for each key."""
+"""How often keys were asked for of late: a table of counters."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import numpy as np
 
 from kvstrata.offload.line import Use
 
-# Two counters for each key that can be counted before all are halved, and three times as many
-# spare, so that most keys have one to themselves. On a published trace of conversations this
-# decides as a counter for each key does, and half as many decide worse.
+# Six for each key that can be counted before all are halved, so that most keys have one to
+# themselves. On a published trace of conversations this decides as a counter for each key does, and
+# half as many decide worse.
 _COUNTERS_PER_KEY = 64
 _LEAST_COUNTERS = 1 << 12
 # All are halved after so many counts per resident key: the sample of TinyLFU (Einziger, Friedman
@@ -18,7 +18,6 @@ _LEAST_COUNTERS = 1 << 12
 _COUNTS_PER_KEY = 10
 ONE = 16  # a count, so that what is halved four times is still told from nothing
 _MOST = 255
-_SHIFT = 29  # to the second counter of a key
 
 
 class Frequency:
@@ -45,19 +44,15 @@ class Frequency:
         table, mask, counts = self._table, self._mask, use.counts
         least, last = use.least, use.counted
         for key, end_token in pages.items():
-            number = hash(key)
-            at, other = number & mask, (number >> _SHIFT) & mask
-            one, two = table[at], table[other]
-            before = one if one < two else two
+            at = hash(key) & mask
             if end_token <= last:  # of another group, from its beginning
                 least = _MOST
             last = end_token
+            before = table[at]
             if before + ONE < least:
                 least = before + ONE
-            if one < least:
+            if before < least:
                 table[at] = least
-            if two < least:
-                table[other] = least
             counts[key] = least
         use.least, use.counted = least, last
         self._until_halving -= len(pages)
@@ -68,7 +63,4 @@ class Frequency:
 
     def of(self, key: bytes, use: Use) -> int:
         """How often a page that the use asked for was asked for, in units of 1 / ONE."""
-        number, table, mask = hash(key), self._table, self._mask
-        return min(
-            use.counts.get(key, _MOST), table[number & mask], table[(number >> _SHIFT) & mask]
-        )
+        return min(use.counts.get(key, _MOST), self._table[hash(key) & self._mask])

@@ -48,7 +48,7 @@ class KeptPages:
         if entry in self._not_again:
             del self._not_again[entry]
         else:
-            self._primary.begin_reads((entry,), gpu=False)
+            self._primary.hold(entry)
 
     def arrived(self, entries: Iterable[Entry]) -> None:
         """Hold ready pages for this step and the next."""

@@ -65,38 +65,44 @@ Oldest = tuple[bytes, int, Use]
 
 
 class _Part:
-    """Pages of one use in a line: end token by key. `heap` has the idle ones, once it is needed,
-    and others that were idle, in their places when the use reached `reach`; `queued`: the line's
-    queue has this part."""
+    """Pages of one use in a line: end token by key. `passed` were pinned when they were to leave,
+    and are so still. `heap` has the others, once it is needed, and some that were among them, in
+    their places when the use reached `reach`; `queued`: the line's queue has this part."""
 
-    __slots__ = ("heap", "idle", "line", "pinned", "queued", "reach", "use")
+    __slots__ = ("heap", "line", "passed", "queued", "reach", "use", "waiting")
 
     def __init__(self, line: Line, use: Use) -> None:
         self.line = line
         self.use = use
-        self.idle: dict[bytes, int] = {}
-        self.pinned: dict[bytes, int] = {}
+        self.waiting: dict[bytes, int] = {}
+        self.passed: dict[bytes, int] = {}
         self.heap: list[tuple[int, bytes]] | None = None
         self.reach = 0
         self.queued = False
 
 
 class Pages:
-    """The resident pages of a policy: each is in one of its lines, and idle or pinned.
+    """The resident pages of a policy, each in one of its lines.
 
     Args:
         windows: by group, how many tokens before the end of a hit are needed; all, if not given.
             Pages before them, that only one request stored, leave before its others.
+
+    Attributes:
+        pinned: pages that must not leave. They keep their places, and are looked for only when they
+            would be the next: most are not pinned for so long.
+        part: key -> the pages that it is one of; None: it is not resident.
     """
 
     def __init__(self, windows: Mapping[int, int]) -> None:
         self._windows = windows
         # How far a use goes on until pages have to be looked for that its windows have left behind
         self.stride = min(windows.values(), default=_BEYOND)
+        self.pinned: set[bytes] = set()
         self._home: dict[bytes, _Part] = {}
         # Called for every key, so not a method
         self.part: Callable[[bytes], _Part | None] = self._home.get
-        self._pinned = 0
+        self._passed = 0
 
     def __len__(self) -> int:
         return len(self._home)
@@ -107,26 +113,23 @@ class Pages:
     @property
     def idle(self) -> int:
         """How many are not pinned."""
-        return len(self._home) - self._pinned
-
-    def pin(self, key: bytes) -> None:
-        """An idle page must not leave; it keeps its place."""
-        part = self._home[key]
-        part.pinned[key] = part.idle.pop(key)
-        self._pinned += 1
+        return len(self._home) - len(self.pinned)
 
     def unpin(self, key: bytes) -> None:
         """A pinned page may leave again."""
-        part = self._home[key]
-        self._pinned -= 1
-        self._make_idle(part, key, part.pinned.pop(key))
+        self.pinned.remove(key)
+        if self._passed:
+            part = self._home[key]
+            end_token = part.passed.pop(key, None)
+            if end_token is not None:
+                self._passed -= 1
+                self._wait(part, key, end_token)
 
     def add(self, key: bytes, end_token: int, line: Line, use: Use) -> None:
-        """A page comes in, pinned."""
+        """A page comes in."""
         part = self._home[key] = line.part(use)
         line.size += 1
-        part.pinned[key] = end_token
-        self._pinned += 1
+        self._wait(part, key, end_token)
 
     def move(self, key: bytes, line: Line, use: Use) -> None:
         """A page becomes part of another use, perhaps in another line."""
@@ -136,37 +139,51 @@ class Pages:
         part = self._home[key] = line.part(use)
         old.line.size -= 1
         line.size += 1
-        end_token = old.pinned.pop(key, None)
-        if end_token is not None:
-            part.pinned[key] = end_token
-        else:
-            self._make_idle(part, key, old.idle.pop(key))
-        if not (old.queued or old.idle or old.pinned):
-            old.line.forget(old.use)
+        end_token = self._out_of(old, key)
+        part.waiting[key] = end_token
+        if part.heap is not None or not part.queued:
+            self._wait(part, key, end_token)
+        if not old.waiting:
+            old.line.clean(old)
+
+    def pass_over(self, part: _Part, key: bytes) -> None:
+        """A pinned page would be the next to leave."""
+        part.passed[key] = part.waiting.pop(key)
+        self._passed += 1
 
     def gather(self, use: Use) -> None:
-        """A request ended: its pages that others asked for since are its own again."""
+        """A request ended: its pages that others asked for since are its own again. Of those that
+        are not here its counts are of no more use."""
         for key in use.seen:
-            part = self._home.get(key)
+            part = self.part(key)
             if part is not None and part.use is not use:
                 self.move(key, part.line, use)
                 use.reused.add(key)
+        home = self._home
+        for key in [key for key in use.counts if key not in home]:
+            del use.counts[key]
 
     def remove(self, key: bytes) -> int:
         """A page goes out; its end token."""
         part = self._home.pop(key)
         part.use.reused.discard(key)
         part.line.size -= 1
-        end_token = part.idle.pop(key, None)
-        if end_token is None:
-            end_token = part.pinned.pop(key)
-            self._pinned -= 1
-        if not (part.queued or part.idle or part.pinned):
-            part.line.forget(part.use)
+        self.pinned.discard(key)
+        end_token = self._out_of(part, key)
+        if not part.waiting:
+            part.line.clean(part)
         return end_token
 
-    def _make_idle(self, part: _Part, key: bytes, end_token: int) -> None:
-        part.idle[key] = end_token
+    def _out_of(self, part: _Part, key: bytes) -> int:
+        end_token = part.waiting.pop(key, None)
+        if end_token is None:
+            end_token = part.passed.pop(key)
+            self._passed -= 1
+        return end_token
+
+    def _wait(self, part: _Part, key: bytes, end_token: int) -> None:
+        """One of a part's pages, perhaps put there just now, waits to leave."""
+        part.waiting[key] = end_token
         if part.heap is not None:
             heapq.heappush(part.heap, (self.place(part.use, key, end_token), key))
         if not part.queued:
@@ -203,30 +220,30 @@ class Line:
 
     def oldest(self) -> Oldest | None:
         """The page that leaves next; None if all are pinned."""
-        queue = self._queue
+        queue, pages = self._queue, self._pages
         while queue:
             stamp, part = queue[0]
-            idle, use = part.idle, part.use
-            if not idle:
+            waiting, use = part.waiting, part.use
+            if not waiting:
                 heapq.heappop(queue)
                 part.queued = False
-                if not part.pinned:
-                    self.forget(use)
+                self.clean(part)
                 continue
             if stamp != use.stamp:
                 heapq.heapreplace(queue, (use.stamp, part))
                 continue
             heap = part.heap
-            behind = use.reach - part.reach >= self._pages.stride
-            if heap is None or behind or len(heap) > 2 * len(idle) + 64:
-                place = self._pages.place
-                heap = [(place(use, key, end_token), key) for key, end_token in idle.items()]
+            behind = use.reach - part.reach >= pages.stride
+            if heap is None or behind or len(heap) > 2 * len(waiting) + 64:
+                place = pages.place
+                heap = [(place(use, key, end_token), key) for key, end_token in waiting.items()]
                 heapq.heapify(heap)
                 part.heap, part.reach = heap, use.reach
-            while heap[0][1] not in idle:
+            while (key := heap[0][1]) not in waiting:
                 heapq.heappop(heap)
-            key = heap[0][1]
-            return key, idle[key], use
+            if key not in pages.pinned:
+                return key, waiting[key], use
+            pages.pass_over(part, key)
         return None
 
     def part(self, use: Use) -> _Part:
@@ -239,20 +256,20 @@ class Line:
         return part
 
     def queue(self, part: _Part) -> None:
-        """A part has idle pages again."""
+        """A part has waiting pages again."""
         heapq.heappush(self._queue, (part.use.stamp, part))
 
-    def forget(self, use: Use) -> None:
-        """A use has no page here any more."""
-        del self._parts[use]
+    def clean(self, part: _Part) -> None:
+        """A page left the part: forget it if that was its last."""
+        if not (part.queued or part.waiting or part.passed):
+            del self._parts[part.use]
 
     def _sweep(self) -> None:
         """Forget queued parts that have lost their pages: while there is room, nobody asks for the
         oldest page, and comes across them."""
         for _, part in self._queue:
-            part.queued = bool(part.idle)
-            if not (part.idle or part.pinned):
-                self.forget(part.use)
+            part.queued = bool(part.waiting)
+            self.clean(part)
         self._queue = [entry for entry in self._queue if entry[1].queued]
         heapq.heapify(self._queue)
         self._sweep_at = 2 * len(self._parts) + _LEAST_PARTS

@@ -253,7 +253,7 @@ class TieringManager:
         entries = []
         for key in keys:
             entry = self.primary.get(key)
-            if held is not None or entry is None or not entry.ready:
+            if held is not None or entry is None or entry.writer is not None:
                 if held is None:
                     held = self._kept.of(name)
                 entry = held.get(key)

@@ -210,6 +210,12 @@ class PrimaryTier:
             else:
                 entry.tier_reads += 1
 
+    def hold(self, entry: Entry) -> None:
+        """`begin_reads` of one page, not for the GPU."""
+        if entry.attached and not (entry.writer or entry.gpu_reads or entry.tier_reads):
+            self._policy.pin(entry.key)
+        entry.tier_reads += 1
+
     def end_reads(self, entries: Iterable[Entry], *, gpu: bool) -> None:
         """Let go of pages held by `begin_reads`."""
         unpin = self._policy.unpin

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from kvstrata.offload.eviction import Ordered
 from kvstrata.offload.frequency import ONE, Frequency
@@ -58,8 +58,10 @@ class Windowed(Ordered):
     def __len__(self) -> int:
         return len(self._pages)
 
-    def __contains__(self, key: bytes) -> bool:
-        return key in self._pages
+    @property
+    def part(self) -> Callable[[bytes], object]:
+        """See `Pages.part`."""
+        return self._pages.part
 
     def ask(self, pages: Mapping[bytes, int], use: Use) -> None:
         part_of = self._pages.part
@@ -101,6 +103,11 @@ class Windowed(Ordered):
         return None if last is None else self._take(key, last, self._passing)
 
     def insert(self, key: bytes, end_token: int, use: Use) -> None:
+        self.bring(key, end_token, use)
+        self._pages.pinned.add(key)
+
+    def bring(self, key: bytes, end_token: int, use: Use) -> None:
+        """A new key became resident, which may leave at once."""
         line = self._next.pop(key, None)
         if line is None:  # there was room
             line = self._main if self._main.size < self._most_in_main else self._window

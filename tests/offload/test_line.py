@@ -31,7 +31,6 @@ def key(prompt: int, chunk: int, group: int = 0) -> bytes:
 def fill(line: Queue, use: Use, *keys: bytes) -> None:
     for one in keys:
         line.add(one, 32 * (one[1] + 1), line.only, use)
-        line.unpin(one)
 
 
 def test_the_earliest_request_leaves_first_and_from_its_end() -> None:
@@ -59,7 +58,7 @@ def test_a_pinned_page_is_passed_over_and_keeps_its_place() -> None:
     line, first, second = Queue({}), Use(), Use()
     fill(line, first, key(1, 0), key(1, 1), key(1, 2))
     fill(line, second, key(2, 0))
-    line.pin(key(1, 1))
+    line.pinned.add(key(1, 1))
     assert line.drain() == [key(1, 2), key(1, 0), key(2, 0)]
     fill(line, second, key(2, 0))
     line.unpin(key(1, 1))
@@ -107,10 +106,11 @@ def test_any_history_against_a_sorted_list(steps: list[tuple]) -> None:
                     line.move(one, line.only, uses[number])
                 else:
                     line.add(one, 32 * (one[1] + 1), line.only, uses[number])
+                    line.pinned.add(one)
                     pinned.add(one)
                 home[one] = uses[number]
             case ("pin", one) if one in home and one not in pinned:
-                line.pin(one)
+                line.pinned.add(one)
                 pinned.add(one)
             case ("unpin", one) if one in pinned:
                 line.unpin(one)
