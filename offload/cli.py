@@ -66,17 +66,26 @@ def doctor(
     path: Annotated[
         str, typer.Argument(metavar="PATH", help="The root_dir of the filesystem tier to be.")
     ] = ".",
+    config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JSON",
+            help="Look at this kv_connector_extra_config, or --kv-transfer-config, instead: its "
+            "keys, values and directories.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what would work here, what not, and why.
 
-    Exits with 1 if kvstrata could not run at all.
+    Exits with 1 if kvstrata could not run at all, or not with the configuration.
     """
     from dataclasses import asdict
 
     from kvstrata.offload.doctor import PROBLEM, examine
+    from kvstrata.offload.doctor_config import examine_config
 
-    checks = list(examine(path))
+    checks = list(examine(path) if config is None else examine_config(config))
     problems = [check.name for check in checks if check.status == PROBLEM]
     if as_json:
         print_json({"ok": not problems, "checks": [asdict(check) for check in checks]})
@@ -87,6 +96,8 @@ def doctor(
             cells = (check.name, check.found, check.meaning)
             table.add_row(status, *(Text(printable(cell)) for cell in cells))
         Console().print(table)
-        cannot = f"kvstrata cannot run here: {', '.join(problems)}"
-        typer.echo(cannot if problems else "kvstrata can run here")
+        what = "kvstrata" if config is None else "this configuration"
+        can, cannot = ("can run", "cannot run") if config is None else ("works", "does not work")
+        named = f": {', '.join(problems)}" if problems else ""
+        typer.echo(f"{what} {cannot if problems else can} here{named}")
     raise typer.Exit(1 if problems else 0)

@@ -16,6 +16,7 @@ from importlib.metadata import (
 from pathlib import Path
 
 from kvstrata.offload.vllm_plugin.version import SUPPORTED, supported_versions
+from kvstrata.tiers.options import size_text
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 
@@ -284,12 +285,3 @@ def check_hash_seed() -> Check:
         return Check("PYTHONHASHSEED", OK, "not set", meaning)
     meaning = "engines that share files must all have this value"
     return Check("PYTHONHASHSEED", OK, seed, meaning)
-
-
-def size_text(nbytes: int) -> str:
-    """`1.5 GiB`: at most four figures and a unit."""
-    size, units = float(nbytes), iter(("B", "KiB", "MiB", "GiB", "TiB"))
-    unit = next(units)
-    while size >= 1023.95 and (larger := next(units, None)):
-        size, unit = size / 1024, larger
-    return f"{nbytes} B" if unit == "B" else f"{size:.1f} {unit}"

@@ -45,7 +45,7 @@ def age(when: float, now: float) -> str:
 
 def size(nbytes: int) -> str:
     """`1.5 GiB`."""
-    from kvstrata.offload.doctor import size_text
+    from kvstrata.tiers.options import size_text
 
     return size_text(nbytes)
 

@@ -32,6 +32,7 @@ import numpy as np
 
 from kvstrata.offload.progress import Progress
 from kvstrata.tiers.base import PageRegion
+from kvstrata.tiers.options import size_text
 
 ALIGNMENT = 4096  # of slots and of the first slot; the unit of O_DIRECT
 _MAGIC = b"kvstrat1"
@@ -321,10 +322,10 @@ def _check_memory(size: int, directory: Path, more: str = "") -> None:
 
 
 def _too_small(what: object, size: int, space: int | None, more: str = "") -> str:
-    have = "too little is" if space is None else f"{space / 2**20:.0f} MiB are"
-    missing = "" if space is None else f", {(size - space) / 2**20:.0f} MiB are missing"
+    have = "too little is" if space is None else f"{size_text(space)} are"
+    missing = "" if space is None else f", {size_text(size - space)} are missing"
     return (
-        f"the CPU tier needs {more}{size / 2**20:.0f} MiB of {what} but {have} free{missing}: "
+        f"the CPU tier needs {more}{size_text(size)} of {what} but {have} free{missing}: "
         "lower cpu_bytes_to_use or make it larger (containers: --shm-size)"
     )
 

@@ -21,7 +21,8 @@ from kvstrata.tiers.base import SecondaryTier
 class NamedTier:
     """A secondary tier and the name it has in requests, logs and metrics.
 
-    `store_threshold` and `max_tracker_size` are those of its entry in `secondary_tiers`.
+    `store_threshold`, `max_tracker_size` and `kv_events` are those of its entry in
+    `secondary_tiers`.
     """
 
     name: str
@@ -29,6 +30,7 @@ class NamedTier:
     medium: str | None = None  # vLLM's word: "CPU", "STORAGE", or None for anything else
     store_threshold: int = 0
     max_tracker_size: int = 64_000
+    kv_events: bool = True
 
 
 MAX_LOST = 4096

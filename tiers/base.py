@@ -279,6 +279,15 @@ class SecondaryTier(ABC):
             TierConfigError: naming the key, the value and the remedy.
         """
 
+    @classmethod
+    def directories(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """The directories, as absolute paths, below which a tier with these options keeps files.
+
+        No two tiers of an engine may share one, and the engine's user must be able to write there;
+        both are checked before the model is loaded. `options` are right (`check_options`).
+        """
+        return ()
+
     @abstractmethod
     def __init__(self, options: Mapping[str, Any], context: TierContext) -> None:
         """Open the medium.

@@ -18,6 +18,10 @@ BUILT_IN: Mapping[str, str] = {
     "memory": "kvstrata.tiers.memory:MemoryTier",
 }
 
+# Tiers of vLLM's own TieringOffloadingSpec that have no counterpart here.
+_STOCK = ("example", "kvcr", "obj", "p2p")
+_STOCK_BASE = ("vllm.v1.kv_offload.tiering.base", "SecondaryTierManager")
+
 
 def tier_class(entry: Mapping[str, Any]) -> type[SecondaryTier]:
     """The class that an entry of `secondary_tiers` asks for.
@@ -31,9 +35,9 @@ def tier_class(entry: Mapping[str, Any]) -> type[SecondaryTier]:
     """
     name = entry.get("type")
     if not isinstance(name, str) or not name:
+        wrong = f'"type": {name!r} is wrong' if "type" in entry else '"type" is missing'
         raise TierConfigError(
-            f'"type": {name!r} is wrong; give one of {", ".join(_known())}, '
-            "or a class name together with module_path"
+            f"{wrong}; give one of {', '.join(_known())}, or a class name together with module_path"
         )
     module = entry.get("module_path")
     if module is not None:
@@ -45,6 +49,11 @@ def tier_class(entry: Mapping[str, Any]) -> type[SecondaryTier]:
     for point in entry_points(group=ENTRY_POINT_GROUP, name=name):
         return _import(point.value, name)
     known = _known()
+    if name in _STOCK:
+        raise TierConfigError(
+            f"type {name!r} is a tier of vLLM's own TieringOffloadingSpec, which kvstrata does not "
+            f"have; known types: {', '.join(known)}; use one of them, or remove the entry"
+        )
     raise TierConfigError(
         f"unknown type {name!r}{nearest(name, known)}; known types: "
         f"{', '.join(known)}; for a class of your own give module_path as well"
@@ -66,8 +75,16 @@ def _import(target: str, name: str) -> type[SecondaryTier]:
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # the module is foreign code and may raise anything
         raise TierConfigError(
-            f"type {name!r} cannot be imported from {module!r}: {type(error).__name__}: {error}"
+            f"type {name!r} cannot be imported from {module!r}: {type(error).__name__}: {error}; "
+            "give a module and a class of it that the engine's processes can import"
         ) from error
+    if isinstance(found, type) and any(
+        (base.__module__, base.__name__) == _STOCK_BASE for base in found.__mro__
+    ):
+        raise TierConfigError(
+            f"{target!r} is a tier for vLLM's own TieringOffloadingSpec; kvstrata needs a subclass "
+            "of kvstrata.tiers.base.SecondaryTier"
+        )
     if not isinstance(found, type) or not issubclass(found, SecondaryTier):
         raise TierConfigError(f"{target!r} is not a subclass of kvstrata.tiers.base.SecondaryTier")
     return found

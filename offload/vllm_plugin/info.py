@@ -25,7 +25,8 @@ _CPU = (
     "cpu_kv_cache_size_bytes",
     "cpu_kv_cache_size_tokens",
 )
-_OTHERWISE = ("cpu_bytes", "tiers")  # settings that are there as something else
+# settings that are there as something else, or none
+_OTHERWISE = ("cpu_bytes", "tiers", "without_effect")
 _SETTINGS = tuple(each.name for each in fields(OffloadConfig) if each.name not in _OTHERWISE)
 
 CONFIG_INFO_KEYS = (*_TIER, *_CPU, *_SETTINGS)

@@ -39,6 +39,7 @@ from kvstrata.offload.region import Region, open_region
 from kvstrata.offload.tier_link import NamedTier
 from kvstrata.offload.vllm_plugin.info import Labels, config_info
 from kvstrata.offload.vllm_plugin.metrics import StatsReader
+from kvstrata.offload.vllm_plugin.offload_cap import below_cap, has_partial_tails, take_cap
 from kvstrata.offload.vllm_plugin.transfer import PageSlots
 from kvstrata.offload.weights.watch import WeightWatch
 from kvstrata.tiers.base import (
@@ -77,8 +78,10 @@ class KVStrataManager(OffloadingManager):
         *,
         events: bool,
         info: Callable[[], Sequence[Labels]] = lambda: [{}],
+        caps: bool = False,
     ) -> None:
         self._manager = manager
+        self._caps = caps  # whether `max_offload_tokens` is kept here
         self._region = region
         self._events = events
         self._info = info
@@ -132,6 +135,8 @@ class KVStrataManager(OffloadingManager):
         self, keys: Collection[OffloadKey], req_context: ReqContext
     ) -> PrepareStoreOutput | None:
         self._release_held()
+        if self._caps:
+            keys = below_cap(keys, req_context)
         wanted = [(key, req_context.get_offload_key_position(key) or 0) for key in keys]
         chosen = self._manager.prepare_store(wanted, self._view(req_context))
         if chosen is None:
@@ -152,6 +157,8 @@ class KVStrataManager(OffloadingManager):
     # -- requests, steps, life cycle ----------------------------------------------
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
+        if self._caps:
+            take_cap(req_context)
         self._manager.on_new_request(self._view(req_context))
         return RequestOffloadingContext()
 
@@ -176,8 +183,8 @@ class KVStrataManager(OffloadingManager):
             if not self._events:
                 continue
             medium = "CPU" if named is None else named.medium
-            if medium is None:
-                continue  # vLLM has no word for it
+            if medium is None or (named is not None and not named.kv_events):
+                continue  # vLLM has no word for it, or nobody wants to know
             yield OffloadingEvent(
                 keys=[OffloadKey(key) for key in keys],
                 medium=Medium(medium),
@@ -263,6 +270,11 @@ def open_manager(
         RegionError: there is no region.
         TierConfigError: a tier cannot be used.
     """
+    if settings.without_effect:
+        logger.info(
+            "kvstrata: keys of vLLM's own specs that do nothing here: %s",
+            "; ".join(f"{key} ({why})" for key, why in settings.without_effect.items()),
+        )
     region = open_region(config.engine_id)
     region.unlink()
     fields = region.fields
@@ -289,6 +301,7 @@ def open_manager(
         for entry in entries:
             cls: type[SecondaryTier] = tier_class(entry.entry)
             tier = cls(tier_options(entry.entry), context)
+            tier.locality = entry.locality or tier.locality
             check_words(entry.name, tier)
             opened.append(
                 NamedTier(
@@ -297,6 +310,7 @@ def open_manager(
                     cls.medium,
                     entry.store_threshold,
                     entry.max_tracker_size,
+                    entry.kv_events,
                 )
             )
         return opened
@@ -343,4 +357,6 @@ def open_manager(
             weights_fixed=fixed,
         )
 
-    return KVStrataManager(manager, region, events=events, info=info)
+    return KVStrataManager(
+        manager, region, events=events, info=info, caps=has_partial_tails(config)
+    )

@@ -1,4 +1,7 @@
-"""The entry point `vllm.general_plugins`: makes `KVStrataSpec` known in every process."""
+"""The entry point `vllm.general_plugins`: makes `KVStrataSpec` known in every process.
+
+In the one that the user started it also has the configuration checked early.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,13 @@ def register() -> None:
         pass  # registered before
     except Exception as error:
         logger.warning("kvstrata is not available in this vLLM: %s", error)
+        return
+    try:
+        from kvstrata.offload.vllm_plugin.early import check_early
+
+        check_early()
+    except Exception as error:
+        logger.debug("kvstrata checks its configuration only once the model is loaded: %s", error)
 
 
 def _log_like_vllm() -> None:

@@ -27,7 +27,13 @@ class KVStrataSpec(OffloadingSpec):
     def build_metric_definitions(
         cls, extra_config: dict[str, Any]
     ) -> dict[str, OffloadingMetricMetadata]:
-        """Prometheus metrics; called in the API server's process."""
+        """Prometheus metrics; called in the API server's process.
+
+        Raises:
+            ConfigError: the configuration is wrong; `early.py` has said so before, but where
+                VLLM_PLUGINS keeps it from being loaded.
+        """
+        parse_config(extra_config)
         return metric_definitions()
 
     @classmethod

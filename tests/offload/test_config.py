@@ -43,7 +43,7 @@ def test_every_key_is_read() -> None:
     found = parse(
         spec_name="KVStrataSpec",
         spec_module_path="kvstrata.offload.vllm_plugin.spec",
-        cpu_bytes_to_use=123_456,
+        cpu_bytes_to_use=12_345_678,
         blocks_per_chunk=4,
         eviction_policy="arc",
         store_threshold=2,
@@ -60,7 +60,7 @@ def test_every_key_is_read() -> None:
         transport="zero-copy",
     )
     assert found == OffloadConfig(
-        cpu_bytes=123_456,
+        cpu_bytes=12_345_678,
         eviction_policy="arc",
         store_threshold=2,
         max_tracker_size=7,
@@ -86,7 +86,11 @@ def test_frozen() -> None:
 
 @pytest.mark.parametrize(
     ("written", "size"),
-    [(1, 1), (2**40, 2**40), ("8GiB", 2**33), ("1.5 MB", 1_500_000), (" 10 ", 10), ("1tib", 2**40)],
+    [
+        *[(2**20, 2**20), (2**40, 2**40), ("8GiB", 2**33), ("8Gi", 2**33), ("8G", 8 * 10**9)],
+        *[("1.5 MB", 1_500_000), (" 10000000 ", 10**7), ("1tib", 2**40)],
+        *[(8e9, 8 * 10**9), (8.3 * 2**30, int(8.3 * 2**30))],  # --kv-offloading-size multiplies
+    ],
 )
 def test_sizes(written: Any, size: int) -> None:
     assert parse(cpu_bytes_to_use=written).cpu_bytes == size
@@ -101,7 +105,7 @@ NOT_FLAGS = [0, 1, "true", "false", None, []]
 BAD: dict[str, list[Any]] = {
     "cpu_bytes_to_use": [
         *(0, -1, "-8GiB", "0GiB", "", "GiB", "8 giga", "8GiBs", "eight", "1e9", "0x10", "nan"),
-        *(True, False, 1.5, NAN, INF, None, [], {}, 2**60 + 1, "1048577TiB", HUGE, "9" * 400),
+        *(True, False, 1.5, NAN, INF, [], {}, 2**60 + 1, "1048577TiB", HUGE, "9" * 400),
     ],
     "block_size": [0, *NOT_COUNTS[:4], *NOT_COUNTS[5:]],
     "blocks_per_chunk": [0, *NOT_COUNTS[:4], *NOT_COUNTS[5:], 2.7],
@@ -147,8 +151,9 @@ def test_bad_value_is_one_error_with_key_value_and_remedy(key: str, value: Any) 
 
 
 def test_missing_size() -> None:
-    with pytest.raises(ConfigError, match=r"cpu_bytes_to_use is missing.*8GiB"):
-        parse_config({})
+    for extra in ({}, {"cpu_bytes_to_use": None}):
+        with pytest.raises(ConfigError, match=r"cpu_bytes_to_use is missing.*8GiB"):
+            parse_config(extra)
 
 
 def test_both_chunk_sizes() -> None:
@@ -161,8 +166,8 @@ def test_none_is_no_chunk_size() -> None:
     assert parse(block_size=64, blocks_per_chunk=None) == parse()
 
 
-@pytest.mark.parametrize("value", [True, False, None])
-def test_canonical_layout_is_refused(value: Any) -> None:
+@pytest.mark.parametrize("value", [False, None, "true"])
+def test_another_layout_is_refused(value: Any) -> None:
     with pytest.raises(ConfigError, match=r"canonical_layout=.*always canonical here; remove"):
         parse(canonical_layout=value)
 
@@ -208,7 +213,7 @@ def test_tiers_of_one_type_get_distinct_names() -> None:
 
 def test_a_tier_listed_twice_is_refused() -> None:
     entry = {"type": "fs", "root_dir": "/a"}
-    with pytest.raises(ConfigError, match=r"secondary_tiers\[1\]=.*'/a'.* listed twice.*remove"):
+    with pytest.raises(ConfigError, match=r"secondary_tiers\[1\]: .*'/a'.* listed twice.*remove"):
         parse(secondary_tiers=[entry, dict(entry)])
 
 
@@ -229,14 +234,35 @@ def test_a_tier_listed_twice_is_refused() -> None:
 def test_a_tier_listed_twice_in_other_words_is_refused(
     first: dict[str, Any], second: dict[str, Any]
 ) -> None:
-    with pytest.raises(ConfigError, match=r"secondary_tiers\[1\]=.* listed twice"):
+    with pytest.raises(ConfigError, match=r"secondary_tiers\[1\]: .* listed twice"):
         parse(secondary_tiers=[{"type": "fs", **first}, {"type": "fs", **second}])
 
 
 def test_tiers_on_neighbouring_directories_are_two() -> None:
-    roots = ["/tmp/x1", "/tmp/x1/inner", "/tmp/x2/"]
+    roots = ["/tmp/x1", "/tmp/x1-inner", "/tmp/x2/"]
     tiers = parse(secondary_tiers=[{"type": "fs", "root_dir": root} for root in roots]).tiers
     assert [tier.entry["root_dir"] for tier in tiers] == roots, "as the user wrote them"
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("/a", "/a/b"),
+        ("/a/b", "/a"),
+        ("~/kv/x", os.path.expanduser("~/kv")),
+        (["/b", "/a/b/"], ["/c", "/a/b/../b/c"]),
+    ],
+)
+def test_tiers_one_in_the_other_are_refused(first: Any, second: Any) -> None:
+    roots = [{"type": "fs", "root_dir": root} for root in (first, second)]
+    with pytest.raises(ConfigError, match=r"secondary_tiers\[1\]: .* lie one in the other"):
+        parse(secondary_tiers=roots)
+
+
+def test_one_directory_with_other_options_is_one_tier() -> None:
+    first = {"type": "fs", "root_dir": "/a", "n_read_threads": 8}
+    with pytest.raises(ConfigError, match=r"secondary_tiers\[1\]: .* listed twice"):
+        parse(secondary_tiers=[first, {"type": "fs", "root_dir": ["/b", "/a"]}])
 
 
 def test_entry_is_a_copy() -> None:
@@ -251,7 +277,7 @@ def test_entry_is_a_copy() -> None:
     [
         ("fs", r"secondary_tiers\[1\]='fs': use an object"),
         (None, r"secondary_tiers\[1\]=None: use an object"),
-        ({}, r"secondary_tiers\[1\]: .*\"type\": None is wrong; give one of fs, memory"),
+        ({}, r"secondary_tiers\[1\]: \"type\" is missing; give one of fs, memory"),
         ({"type": 3}, r"secondary_tiers\[1\]: .*\"type\": 3 is wrong"),
         ({"type": "sf"}, r"secondary_tiers\[1\]: .*unknown type 'sf'.*known types: fs, memory"),
         ({"type": "memroy"}, r"did you mean 'memory'\?"),

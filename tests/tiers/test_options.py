@@ -25,6 +25,12 @@ from kvstrata.tiers.options import (
         (" 2 kib ", 2048),
         ("7b", 7),
         ("1.1KiB", 1126),
+        ("8G", 8 * 10**9),
+        ("8 Gi", 2**33),
+        ("3k", 3000),
+        ("2PiB", 2**51),
+        (8e9, 8 * 10**9),
+        (1.5, 1),
     ],
 )
 def test_parse_bytes(value: object, size: int) -> None:
@@ -34,8 +40,8 @@ def test_parse_bytes(value: object, size: int) -> None:
 @pytest.mark.parametrize(
     "value",
     [
-        *[0, -1, True, False, None, 1.5, 8e9, float("nan"), float("inf"), [], {}, b"1GiB"],
-        *["", "GiB", "0", "0GiB", "0.5B", "-1GiB", "+1", "1e9", "nan", "inf", "8G", "8 Gi"],
+        *[0, -1, True, False, None, 0.5, 1e30, float("nan"), float("inf"), [], {}, b"1GiB"],
+        *["", "GiB", "0", "0GiB", "0.5B", "-1GiB", "+1", "1e9", "nan", "inf", "8X", "8 Gigs"],
         *["8GiBs", "1,5GiB", "0x10", "\u0663GiB", "1.GiB", "2EiB", "1\n2", "9" * 25],
         *[2**60 + 1, "1048577TiB"],
     ],

@@ -14,6 +14,8 @@ TIER = """
 from kvstrata.tiers.memory import MemoryTier
 class Mine(MemoryTier): pass
 class NoTier: pass
+class SecondaryTierManager: __module__ = "vllm.v1.kv_offload.tiering.base"
+class Stock(SecondaryTierManager): pass
 """
 
 
@@ -57,7 +59,11 @@ def test_options_are_the_rest() -> None:
     [
         ({"type": "memry"}, r"'memry' \(did you mean 'memory'\?\); known types: fs, memory"),
         ({"type": "s3"}, r"^unknown type 's3'.*known types: fs, memory"),
-        ({}, r'^"type": None is wrong; give one of fs, memory'),
+        ({}, r'^"type" is missing; give one of fs, memory'),
+        ({"type": None}, r'^"type": None is wrong; give one of fs, memory'),
+        ({"type": "FS"}, r"'FS' \(did you mean 'fs'\?\)"),
+        ({"type": "obj"}, "'obj' is a tier of vLLM's own TieringOffloadingSpec.*use one of them"),
+        ({"type": "Stock", "module_path": "foreign_tier"}, "is a tier for vLLM's own"),
         ({"type": 3}, r'"type": 3 is wrong'),
         ({"type": "Mine", "module_path": 1}, "module_path: 1 is wrong"),
         ({"type": "Mine", "module_path": "no_such_module"}, "'no_such_module': ModuleNotFound"),

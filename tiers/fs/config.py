@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
 from kvstrata.tiers.base import TierConfigError
-from kvstrata.tiers.fs.space.limits import parse_space
+from kvstrata.tiers.fs.space.limits import BLOCK, parse_space
 from kvstrata.tiers.options import (
     check_tier_keys,
     parse_choice,
@@ -31,6 +32,8 @@ _KEYS = (
 )
 _MAX_THREADS = 1024
 _MAX_FILES = 2**40
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_VARIABLE = re.compile(r"\$\{?[A-Za-z_]|\$\(|\{\{")  # of a shell, Kubernetes or a template
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +83,7 @@ class FsConfig:
             dir_mode=parse_mode("dir_mode", get("dir_mode", 0o700), 0o700),
             durability=parse_choice("durability", get("durability", "none"), ("none", "fsync")),
             io=parse_choice("io", get("io", "auto"), ("auto", "direct", "buffered")),
-            max_bytes=parse_space("max_bytes", options["max_bytes"])
-            if "max_bytes" in options
-            else 0,
+            max_bytes=_max_bytes(options["max_bytes"]) if "max_bytes" in options else 0,
             max_files=parse_count("max_files", options["max_files"], _MAX_FILES)
             if "max_files" in options
             else 0,
@@ -91,6 +92,16 @@ class FsConfig:
             else 0,
         )
         return tuple(replace(first, root_dir=root) for root in roots)
+
+
+def _max_bytes(value: object) -> int | Fraction:
+    size = parse_space("max_bytes", value)
+    if isinstance(size, int) and size < BLOCK:
+        raise TierConfigError(
+            f"max_bytes: {value!r} is less than the smallest file takes; give bytes, or a unit "
+            'with them, for example "100GiB", or a share such as "50%"'
+        )
+    return size
 
 
 def _root_dirs(value: object) -> list[str]:
@@ -106,8 +117,25 @@ def _root_dirs(value: object) -> list[str]:
 
 
 def _root_dir(value: object) -> str:
+    remedy = 'give the directory for the files, for example "/mnt/kv"'
+    if value is None:
+        raise TierConfigError(f"root_dir is missing; {remedy}")
     if not isinstance(value, str) or not value or "\0" in value:
-        raise TierConfigError(f"root_dir: {value!r} is wrong; give the directory for the files")
+        raise TierConfigError(f"root_dir: {value!r} is wrong; {remedy}")
+    if value != value.strip():
+        raise TierConfigError(
+            f"root_dir: {value!r} begins or ends with white space; give the path without it"
+        )
+    if _URL.match(value):
+        raise TierConfigError(
+            f"root_dir: {value!r} is a URL; the fs tier keeps files in a directory: give the path "
+            "at which it is mounted"
+        )
+    if _VARIABLE.search(value):
+        raise TierConfigError(
+            f"root_dir: {value!r} has a variable in it, which nobody puts in here; give the path "
+            "in full (only ~ is understood)"
+        )
     path = os.path.expanduser(value)
     if path.startswith("~"):
         raise TierConfigError(
@@ -116,4 +144,10 @@ def _root_dir(value: object) -> str:
     if not os.path.isabs(path):
         # engine processes need not share a working directory
         raise TierConfigError(f"root_dir: {value!r} is relative; give an absolute path")
-    return os.path.normpath(path)
+    path = os.path.normpath(path)
+    if path.strip("/") == "":
+        raise TierConfigError(
+            f"root_dir: {value!r} is the root of the whole file system; give a directory for the "
+            'files alone, for example "/mnt/kv"'
+        )
+    return path

@@ -21,6 +21,7 @@ from kvstrata.tiers.fs.space.ledger import LEDGER_NAME, Ledger, LedgerBusy
 from kvstrata.tiers.fs.space.limits import Limits, file_cost
 from kvstrata.tiers.fs.space.walk import BOOKS_NAME
 from kvstrata.tiers.fs.trust import is_trusted
+from kvstrata.tiers.options import size_text
 
 # The disk may be well again later, or be made so by eviction.
 _NOT_NOW = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -156,8 +157,9 @@ def check_budget(config: FsConfig, context: TierContext) -> None:
     least = 2 * max(pages, default=0)
     if isinstance(config.max_bytes, int) and 0 < config.max_bytes < least:
         raise TierConfigError(
-            f"max_bytes: {config.max_bytes} is too little for the pages of this model, which take "
-            f"up to {least // 2} bytes each; give at least {least}, and better a hundred times that"
+            f"max_bytes: {size_text(config.max_bytes)} is too little for the pages of this model, "
+            f"which take up to {size_text(least // 2)} each; give at least {size_text(least)}, and "
+            "better a hundred times that"
         )
 
 

@@ -103,6 +103,11 @@ class FsTier(SecondaryTier):
         """See `SecondaryTier.check_options`."""
         FsConfig.parse(options)
 
+    @classmethod
+    def directories(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """See `SecondaryTier.directories`."""
+        return tuple(config.root_dir for config in FsConfig.parse(options))
+
     def __init__(self, options: Mapping[str, Any], context: TierContext) -> None:
         """See `SecondaryTier.__init__`."""
         configs = FsConfig.parse(options)

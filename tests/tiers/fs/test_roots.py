@@ -108,7 +108,7 @@ def test_each_directory_has_the_budget(open_tier: OpenTier, roots: list[str]) ->
         (["/a", 3], "root_dir: 3 is wrong"),
         (["/a", "/b", "/a/"], "root_dir: '/a' is given twice, or lies in another"),
         (["/a", "/a/b"], "root_dir: '/a/b' is given twice, or lies in another"),
-        (["/", "/a"], "root_dir: '/a' is given twice, or lies in another"),
+        (["/", "/a"], "root_dir: '/' is the root of the whole file system"),
     ],
 )
 def test_wrong_lists(value: object, message: str) -> None:
