@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -29,10 +29,11 @@ from kvstrata.offload.manager import TieringManager  # noqa: E402
 from kvstrata.offload.region import Region, create_region  # noqa: E402
 from kvstrata.offload.vllm_plugin.manager import KVStrataManager, open_manager  # noqa: E402
 from kvstrata.offload.vllm_plugin.metrics import SLOTS, StatsReader  # noqa: E402
+from kvstrata.offload.vllm_plugin.offload_cap import has_partial_tails  # noqa: E402
 from kvstrata.offload.vllm_plugin.transfer import PageSlots  # noqa: E402
 from kvstrata.tiers.base import TierConfigError, TierContext, layouts_to_json  # noqa: E402
 from kvstrata.tiers.memory import MemoryTier  # noqa: E402
-from tests.offload.manager_world import CONTEXT, World, chunk, content  # noqa: E402
+from tests.offload.manager_world import CONTEXT, TOKENS, World, chunk, content  # noqa: E402
 
 KEYS = [OffloadKey(chunk(0, index)[0]) for index in range(4)]
 STEP = ScheduleEndContext((), ())
@@ -242,11 +243,8 @@ class OddLocality(MemoryTier):
         self.locality = "Disk"
 
 
-@pytest.mark.parametrize(("cls", "word"), [(OddMedium, "medium"), (OddLocality, "locality")])
-def test_a_tier_with_words_that_vllm_does_not_have_is_refused_at_start(
-    cls: type[MemoryTier], word: str
-) -> None:
-    """Else the first request with `kv_load_tiers` would end the engine."""
+def workers_region(name: str) -> tuple[Any, Region]:
+    """What workers leave for `open_manager`: vLLM's configuration, and their region."""
     fields = {
         "slots": 1,
         "slot_bytes": 4096,
@@ -259,14 +257,53 @@ def test_a_tier_with_words_that_vllm_does_not_have_is_refused_at_start(
         "elements": {},
         "windows": {},
     }
-    engine = SimpleNamespace(engine_id=f"odd-words-{os.getpid()}")
+    engine = SimpleNamespace(
+        engine_id=f"{name}-{os.getpid()}",
+        cache=SimpleNamespace(tokens_per_hash=16, blocks_per_chunk=1),
+        groups=[],
+    )
     region = create_region(engine.engine_id, fields, text_bytes=1000)
     region.progress.set_usable(0, 1)
+    return engine, region
+
+
+@pytest.mark.parametrize(("cls", "word"), [(OddMedium, "medium"), (OddLocality, "locality")])
+def test_a_tier_with_words_that_vllm_does_not_have_is_refused_at_start(
+    cls: type[MemoryTier], word: str
+) -> None:
+    """Else the first request with `kv_load_tiers` would end the engine."""
+    engine, region = workers_region("odd-words")
     tier = TierEntry("odd", {"type": cls.__name__, "module_path": __name__})
     settings = OffloadConfig(cpu_bytes=4096, tiers=(tier,))
     with pytest.raises(TierConfigError, match=f"tier odd: .*{word} = 'Disk'; use "):
-        open_manager(cast(Any, engine), settings, events=False)
+        open_manager(engine, settings, events=False)
     region.close()
+
+
+def test_a_tier_is_where_its_entry_says_and_is_quiet_if_it_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    engine, region = workers_region("entry")
+    tiers = (
+        TierEntry("memory", {"type": "memory"}, kv_events=False, locality="REMOTE"),
+        TierEntry("memory-2", {"type": "memory", "max_bytes": 9}),
+    )
+    settings = OffloadConfig(2**20, tiers=tiers, without_effect={"backpressure": "no need"})
+    with caplog.at_level("INFO", "kvstrata"):
+        manager = open_manager(engine, settings, events=True)
+    try:
+        named = manager._manager.tiers
+        assert [each.tier.locality for each in named] == ["REMOTE", "LOCAL"]
+        for each in named:
+            manager._manager._report.came([KEYS[0]], each)
+        assert [event.ownership for event in manager.take_events()] == ["memory-2"]
+        said = [line for line in caplog.messages if "do nothing here" in line]
+        assert said == [
+            "kvstrata: keys of vLLM's own specs that do nothing here: backpressure (no need)"
+        ]
+    finally:
+        manager.shutdown()
+        region.close()
 
 
 def listed(events: Iterable[OffloadingEvent]) -> list[tuple[Any, ...]]:
@@ -326,3 +363,46 @@ def test_stats_are_increments(adapter: Adapter, monkeypatch: pytest.MonkeyPatch)
     first, second = adapter.manager.get_stats(), adapter.manager.get_stats()
     assert first is not None and second is not None
     assert "stored_pages" in str(first.data) and "stored_pages" not in str(second.data)
+
+
+# -- max_offload_tokens where vLLM's connector would end the engine over it ----------
+
+
+@pytest.mark.parametrize(
+    ("tokens", "stored"),
+    [(0, 0), (TOKENS - 1, 0), (TOKENS, 1), (3 * TOKENS - 1, 2), (4 * TOKENS, 4)],
+)
+def test_a_cap_is_kept_here_and_vllm_does_not_see_it(
+    tmp_path: Path, tokens: int, stored: int
+) -> None:
+    adapter = Adapter(tmp_path)
+    manager = KVStrataManager(adapter.inner, adapter.region, events=False, caps=True)
+    params = {"max_offload_tokens": tokens, "kv_load_tiers": None}
+    request = context(kv_transfer_params=params)
+    manager.on_new_request(request)
+    assert params == {"max_offload_tokens": None, "kv_load_tiers": None}
+    plan = manager.prepare_store(KEYS, request)
+    assert plan is not None and plan.keys_to_store == KEYS[:stored]
+
+
+@pytest.mark.parametrize(("caps", "value"), [(False, 16), (True, -1), (True, True), (True, "16")])
+def test_what_vllm_keeps_or_refuses_is_left_to_it(tmp_path: Path, caps: bool, value: Any) -> None:
+    adapter = Adapter(tmp_path)
+    manager = KVStrataManager(adapter.inner, adapter.region, events=False, caps=caps)
+    request = context(kv_transfer_params={"max_offload_tokens": value})
+    manager.on_new_request(request)
+    assert request.kv_transfer_params == {"max_offload_tokens": value}
+    plan = manager.prepare_store(KEYS, request)
+    assert plan is not None and plan.keys_to_store == KEYS
+
+
+@pytest.mark.parametrize(
+    ("tokens_per_hash", "blocks_per_chunk", "found"),
+    [(16, 1, True), (32, 1, False), (16, 2, False)],
+)
+def test_partial_tails(tokens_per_hash: int, blocks_per_chunk: int, found: bool) -> None:
+    config: Any = SimpleNamespace(
+        cache=SimpleNamespace(tokens_per_hash=tokens_per_hash, blocks_per_chunk=blocks_per_chunk),
+        groups=[SimpleNamespace(tokens_per_block=32), SimpleNamespace(tokens_per_block=32)],
+    )
+    assert has_partial_tails(config) == found
