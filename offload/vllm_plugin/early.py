@@ -14,6 +14,8 @@ from typing import Any
 
 from kvstrata.offload.vllm_plugin.register import SPEC_NAME
 
+_METHOD = "_post_init_kv_transfer_config"  # of 0.31 to 0.33
+
 
 def check_early() -> None:
     """Have each `VllmConfig` checked that names our spec. Any number of calls are one.
@@ -24,7 +26,7 @@ def check_early() -> None:
     """
     from vllm.config import VllmConfig
 
-    complete = VllmConfig._post_init_kv_transfer_config  # of 0.31 to 0.33
+    complete = getattr(VllmConfig, _METHOD)
     if hasattr(complete, "__wrapped__"):
         return
 
@@ -33,7 +35,7 @@ def check_early() -> None:
         complete(self)  # which adds the size of --kv-offloading-size
         check(self)
 
-    VllmConfig._post_init_kv_transfer_config = complete_and_check
+    setattr(VllmConfig, _METHOD, complete_and_check)
 
 
 def check(vllm_config: Any) -> None:
