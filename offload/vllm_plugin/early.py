@@ -15,6 +15,7 @@ from typing import Any
 from kvstrata.offload.vllm_plugin.register import SPEC_NAME
 
 _METHOD = "_post_init_kv_transfer_config"  # of 0.31 to 0.33
+_checked = False  # in this process
 
 
 def check_early() -> None:
@@ -52,6 +53,7 @@ def check(vllm_config: Any) -> None:
         getattr(parallel, "data_parallel_size_local", 1) == 0
         or getattr(parallel, "distributed_executor_backend", None) == "ray"
     )
+    global _checked
     for extra in _of_our_spec(vllm_config.kv_transfer_config):
         # engines without our spec load this module too
         from kvstrata.offload.config import parse_config
@@ -60,6 +62,12 @@ def check(vllm_config: Any) -> None:
         config = parse_config(extra)
         if not elsewhere:
             check_here(config)
+        _checked = True
+
+
+def has_checked() -> bool:
+    """Whether this process has checked a configuration of our spec."""
+    return _checked
 
 
 def _of_our_spec(transfer: Any) -> Iterator[Mapping[str, Any]]:

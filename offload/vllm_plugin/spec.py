@@ -15,6 +15,8 @@ from vllm.v1.kv_offload.base import (
 from vllm.v1.kv_offload.config import OffloadingConfig
 
 from kvstrata.offload.config import parse_config
+from kvstrata.offload.precheck import check_here
+from kvstrata.offload.vllm_plugin.early import has_checked
 from kvstrata.offload.vllm_plugin.info import CONFIG_INFO_KEYS
 from kvstrata.offload.vllm_plugin.metrics import metric_definitions
 from kvstrata.offload.vllm_plugin.version import check_version
@@ -33,7 +35,9 @@ class KVStrataSpec(OffloadingSpec):
             ConfigError: the configuration is wrong; `early.py` has said so before, but where
                 VLLM_PLUGINS keeps it from being loaded.
         """
-        parse_config(extra_config)
+        settings = parse_config(extra_config)
+        if not has_checked():
+            check_here(settings)
         return metric_definitions()
 
     @classmethod

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.vllm
 from vllm.config import CacheConfig, KVTransferConfig, VllmConfig  # noqa: E402
 
 from kvstrata.offload.config import ConfigError  # noqa: E402
+from kvstrata.offload.vllm_plugin import early  # noqa: E402
 from kvstrata.offload.vllm_plugin.early import check, check_early  # noqa: E402
 from kvstrata.offload.vllm_plugin.spec import KVStrataSpec  # noqa: E402
 
@@ -34,6 +35,7 @@ def vllm_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     method = VllmConfig._post_init_kv_transfer_config
     plain = getattr(method, "__wrapped__", method)
     monkeypatch.setattr(VllmConfig, "_post_init_kv_transfer_config", plain)
+    monkeypatch.setattr(early, "_checked", False)
 
 
 def test_vllm_has_it_checked_when_it_completes_its_own() -> None:
@@ -92,3 +94,12 @@ def test_the_metrics_are_those_of_a_right_configuration() -> None:
     assert KVStrataSpec.build_metric_definitions(OURS)
     with pytest.raises(ConfigError, match="'cpu_bytes'"):
         KVStrataSpec.build_metric_definitions(WRONG)
+
+
+def test_the_metrics_check_the_machine_where_nothing_was_checked(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    extra = {**OURS, "secondary_tiers": [{"type": "fs", "root_dir": str(tmp_path / "file")}]}
+    with pytest.raises(ConfigError, match="/file' is not a directory"):
+        KVStrataSpec.build_metric_definitions(extra)
+    check(vllm_config(transfer(extra), data_parallel_size_local=0))
+    assert KVStrataSpec.build_metric_definitions(extra), "no engine runs on this host"
