@@ -27,14 +27,18 @@ for _power, _letter in enumerate("kmgtp", start=1):
     _UNITS |= dict.fromkeys((f"{_letter}ib", f"{_letter}i"), 1024**_power)
 _SIZE = re.compile(r"([0-9]{1,24}(?:\.[0-9]{1,24})?) ?([A-Za-z]*)")
 
+_LEAST_BEGINNING = 3  # characters that name a key
+
 
 def nearest(word: str, known: Collection[str]) -> str:
     """` (did you mean 'x'?)` with the known word that looks most like `word`, or nothing.
 
-    Case does not count.
+    Case does not count, and the beginning of a word will do.
     """
     by_lower = {each.lower(): each for each in sorted(known)}
     close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.7)
+    if not close and len(word) >= _LEAST_BEGINNING:
+        close = [each for each in by_lower if each.startswith(word.lower())]
     return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
 
 

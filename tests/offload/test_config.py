@@ -177,6 +177,7 @@ def test_another_layout_is_refused(value: Any) -> None:
     [
         ("cpu_bytes", "cpu_bytes_to_use"),
         ("cpu_byte_to_use", "cpu_bytes_to_use"),
+        ("cpu", "cpu_bytes_to_use"),
         ("secondary_tier", "secondary_tiers"),
         ("evictionPolicy", "eviction_policy"),
         ("weight_fixed", "weights_fixed"),
