@@ -42,6 +42,7 @@ from kvstrata.offload.vllm_plugin.pages import (
     merge_layers,
     slot_bytes_of,
 )
+from kvstrata.offload.vllm_plugin.stopping import warn_of_sudden_stops
 from kvstrata.offload.vllm_plugin.updates import check_weights_fixed, weights_fixed
 from kvstrata.offload.vllm_plugin.weights import WeightNames, name_weights
 from kvstrata.offload.vllm_plugin.windows import windows_of
@@ -125,6 +126,8 @@ def open_worker(
 
     weights = None
     if settings.tiers:
+        if rank == 0:
+            warn_of_sudden_stops(vllm_config)
         # said once, and before the weights are read, which may take a minute
         ranks.agree(
             lambda: check_weights_fixed(settings.weights_fixed, vllm_config) if rank == 0 else None

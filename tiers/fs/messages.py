@@ -46,6 +46,7 @@ class Kind(enum.IntEnum):
     PROMISE = 4  # note that they were used and will be loaded soon
     REJECT = 5  # move the file to the quarantine, with the page that the slot holds beside it
     DISTRUST = 6  # the same, and mark the namespace as one that is not to be believed
+    FINISH = 7  # drop what waits, and end; without it the engine is gone
 
 
 # What writes files, and is done by those who prefer that.
@@ -138,6 +139,7 @@ class Setup:
         threads: number of its threads.
         trusted: whether the namespace was to be believed when the tier was opened.
         engine: process id of the engine.
+        outlives: whether the process writes what it was given when the engine is gone.
     """
 
     config: FsConfig
@@ -149,6 +151,7 @@ class Setup:
     readers: bool
     threads: int
     engine: int
+    outlives: bool
     trusted: bool = True
 
 

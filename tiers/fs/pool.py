@@ -69,13 +69,17 @@ class Pool:
                     return False
         return True
 
-    def close(self, timeout_s: float) -> bool:
-        """Drop what is queued, let the threads end, and wait for what is running."""
+    def close(self, timeout_s: float, *, end_writes: bool = False) -> bool:
+        """Drop what is queued, let the threads end, and wait for what is running.
+
+        end_writes: only reads are dropped; the threads end when the writes have.
+        """
         with self._lock:
             self._closed = True
-            dropped = [*self._reads, *self._writes]
+            dropped = [*self._reads] if end_writes else [*self._reads, *self._writes]
             self._reads.clear()
-            self._writes.clear()
+            if not end_writes:
+                self._writes.clear()
         self._put_tokens(self._threads)
         for task in dropped:
             task.drop()
@@ -101,7 +105,7 @@ class Pool:
         while True:
             self._tokens.get()
             with self._lock:
-                if self._closed:
+                if self._closed and not self._writes:
                     return
                 task = own.popleft() if own else other.popleft()
                 self._running += 1

@@ -41,6 +41,9 @@ from kvstrata.tiers.fs.space.follower import News
 # Tasks sent to one process: enough to keep it busy between two steps of the scheduler, and
 # what is lost at most when it fails.
 MOST_SENT = 256
+# The same for stores: what a process has, it also writes when the engine is killed (survival.py).
+# About as much as a disk takes in that time.
+MOST_STORES_SENT = 4096
 # A process that ends no task for so long, or is so long over one, is given up.
 STALL_S = 30.0
 # The same for one that is still starting: a loaded machine takes its time.
@@ -111,6 +114,7 @@ class _Group:
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
+        self.most_sent = MOST_SENT if setup.readers else MOST_STORES_SENT
         self.queue: deque[Task] = deque()
         self.current: _Running | None = None
         self.given_up: list[_Running] = []
@@ -342,10 +346,10 @@ class IoProcesses:
     def _bury(self, group: _Group) -> None:
         """End the tasks of given-up processes that are dead and have said their last."""
         for running in list(group.given_up):
+            self._receive(running)  # up to the end
             status = running.process.exit_status()
             if status is None:
                 continue
-            self._receive(running)  # up to the end: nobody holds the other side now
             group.given_up.remove(running)
             cause = running.cause or "crashed"
             pages = sum(len(sent.task.pages) for sent in running.sent.values())
@@ -398,13 +402,13 @@ class IoProcesses:
 
     def _choose(self, own: _Group, other: _Group) -> _Running | None:
         """Who takes the next task of `own`; None if nobody does now."""
-        load = own.current.load if own.current else MOST_SENT
+        load = own.current.load if own.current else own.most_sent
         if other.current and not other.queue:
             theirs = other.current.load
             # half of its threads stay free for its own tasks: ours may wait, for room say
             if theirs < other.setup.threads // 2 and load > 2 * theirs + 1:
                 return other.current
-        return own.current if load < MOST_SENT else None
+        return own.current if load < own.most_sent else None
 
     def _drop(self, task: Task) -> None:
         self._fail(task, "shutdown")

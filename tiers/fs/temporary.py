@@ -47,14 +47,19 @@ def is_abandoned(name: str, age_s: float) -> bool:
     host, pid, start = match[1], int(match[2]), int(match[3])
     if host != host_name():
         return age_s > FOREIGN_AGE_S
+    return not is_running(pid, start)
+
+
+def is_running(pid: int, start: int) -> bool:
+    """Whether the process lives that had this id and start time; True where it is hidden."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
-        return True
+        return False
     except PermissionError:
         pass  # it lives and belongs to another user
-    state, now = _process(pid)
-    return state in ("Z", "X") or (state != "" and now != start)
+    state, now = process_state(pid)
+    return state not in ("Z", "X") and (state == "" or now == start)
 
 
 def sweep(directory: str, stop: threading.Event) -> int:
@@ -90,7 +95,7 @@ def remove_abandoned(path: str) -> bool:
 
 @functools.cache
 def _writer(pid: int) -> str:
-    return f".kvstrata-{host_name()}-{pid}-{_process(pid)[1]}"
+    return f".kvstrata-{host_name()}-{pid}-{process_state(pid)[1]}"
 
 
 def host_name() -> str:
@@ -100,7 +105,7 @@ def host_name() -> str:
     return hashlib.sha256(f"{boot} {os.readlink('/proc/self/ns/pid')}".encode()).hexdigest()[:12]
 
 
-def _process(pid: int) -> tuple[str, int]:
+def process_state(pid: int) -> tuple[str, int]:
     """State and start time (proc(5): fields 3 and 22), or ("", 0) where they are hidden."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:

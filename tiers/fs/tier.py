@@ -46,6 +46,7 @@ from kvstrata.tiers.fs.startup import (
     open_books,
     open_namespace,
 )
+from kvstrata.tiers.fs.survival import is_worthwhile
 
 logger = logging.getLogger("kvstrata.tiers.fs")
 
@@ -300,6 +301,7 @@ class FsTier(SecondaryTier):
             readers=True,
             threads=1,
             engine=os.getpid(),
+            outlives=is_worthwhile(fields),
             trusted=check_trust(paths),
         )
         counts = config.n_read_threads, config.n_write_threads

@@ -1,8 +1,9 @@
 """The I/O process: moves pages between files and the page region it shares with the engine.
 
-Started by `process.IoProcess` as `python -m kvstrata.tiers.fs.worker SOCKET REGION` with two
-descriptors. It ends when the engine closes the socket, and the kernel kills it when the
-engine dies, also if it is stopped or forked copies of the engine keep the socket open.
+Started by `process.IoProcess` as `python -m kvstrata.tiers.fs.worker SOCKET REGION LINE` with
+three descriptors. It ends when the engine says so. When the engine is gone without a word it writes
+what it was given, within seconds (see survival.py), or the kernel kills it with the engine, where
+nobody could read the files.
 """
 
 from __future__ import annotations
@@ -45,7 +46,15 @@ from kvstrata.tiers.fs.messages import (
 from kvstrata.tiers.fs.pool import Pool
 from kvstrata.tiers.fs.space.follower import News
 from kvstrata.tiers.fs.space.space import Space, Upkeep
-from kvstrata.tiers.fs.temporary import sweep
+from kvstrata.tiers.fs.survival import (
+    end_in_time,
+    end_on_the_second_signal,
+    leave_family,
+    packets,
+    wake_at_the_end_of,
+    watch,
+)
+from kvstrata.tiers.fs.temporary import process_state, sweep
 
 _PR_SET_PDEATHSIG = 1  # prctl(2), linux/prctl.h
 _BEHIND_BYTES = 2**20  # queued for the engine: it was idle for long
@@ -217,11 +226,8 @@ def open_space(setup: Setup, outbox: Outbox) -> Space | None:
     )
 
 
-def serve(control: socket.socket, region_fd: int) -> None:
-    """Do the engine's tasks until it closes the socket."""
-    setup: Setup = pickle.loads(control.recv(MAX_SETUP))
-    if os.getppid() != setup.engine:
-        return  # it died before the kernel was asked to tell
+def serve(setup: Setup, control: socket.socket, region_fd: int) -> None:
+    """Do the engine's tasks until it says that it is enough, or is gone."""
     outbox = Outbox(control)
     outbox.put(READY)
     space = open_space(setup, outbox)
@@ -244,8 +250,12 @@ def serve(control: socket.socket, region_fd: int) -> None:
     if space is None and not setup.readers:  # else the keeper does it
         name = "kvstrata-fs-sweep"
         threading.Thread(target=remove_temporaries, name=name, daemon=True).start()
-    while packet := control.recv(MAX_PACKET):
+    finish = False
+    for packet in packets(control):
         for kind, task_id, access, pages in unpack_tasks(packet):
+            if kind is Kind.FINISH:
+                finish = True
+                continue
             if kind in (Kind.USE, Kind.PROMISE):
                 if space is not None:
                     note(space, kind, access, pages)
@@ -256,10 +266,13 @@ def serve(control: socket.socket, region_fd: int) -> None:
             else:
                 pool.submit_reads([task])
     closing.set()
-    pool.close(threading.TIMEOUT_MAX)
+    if not finish:
+        end_in_time()
+    pool.close(threading.TIMEOUT_MAX, end_writes=not finish)
     if space is not None:
         space.close(threading.TIMEOUT_MAX)
-    outbox.close()
+    if finish:
+        outbox.close()
 
 
 def note(space: Space, kind: Kind, access: int, pages: Sequence[PageRef]) -> None:
@@ -273,12 +286,24 @@ def note(space: Space, kind: Kind, access: int, pages: Sequence[PageRef]) -> Non
 
 def main() -> None:
     """See the module's text."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    control, region_fd = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
-    for fd in (control.fileno(), region_fd):
+    control, region_fd, line = socket.socket(fileno=int(sys.argv[1])), *map(int, sys.argv[2:])
+    for fd in (control.fileno(), region_fd, line):
         os.set_inheritable(fd, False)
+    setup: Setup = pickle.loads(control.recv(MAX_SETUP))
+    if not setup.outlives:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    started = process_state(setup.engine)[1]
+    if os.getppid() != setup.engine:
+        return  # it died before it was watched
+    if setup.outlives:
+        leave_family()
+        end_on_the_second_signal()
+        wake_at_the_end_of(line)
+        watch(setup.engine, started, control)
     with suppress(ConnectionError):  # the engine is gone
-        serve(control, region_fd)
+        control.send(str(os.getpid()).encode())
+    serve(setup, control, region_fd)
+    os._exit(0)  # all is done, and the interpreter's own end takes a while
 
 
 if __name__ == "__main__":

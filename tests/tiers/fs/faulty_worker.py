@@ -1,6 +1,7 @@
-"""The I/O process with its I/O calls wrapped: run as `faulty_worker.py CONTROL SOCKET REGION`.
+"""The I/O process with its I/O calls wrapped: run as `faulty_worker.py CONTROL SOCKET REGION LINE`.
 
-CONTROL is a JSON file of what is to happen, read again before each call; see `Faults`.
+CONTROL is a JSON file of what is to happen, read again before each call; see `Faults`. What it says
+at the start of `outlive_s` takes the place of `OUTLIVE_S`.
 """
 
 import contextlib
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from kvstrata.tiers.fs import nofollow, worker
+from kvstrata.tiers.fs import nofollow, survival, worker
 
 CALLS = ("open", "pwritev", "preadv", "rename", "fsync", "unlink")
 
@@ -41,6 +42,8 @@ def wrap(name: str, call: Callable[..., Any], control: str) -> Callable[..., Any
 
 if __name__ == "__main__":
     control = sys.argv.pop(1)
+    with contextlib.suppress(FileNotFoundError), open(control) as file:
+        survival.OUTLIVE_S = json.load(file).get("outlive_s", survival.OUTLIVE_S)
     for name in CALLS:
         setattr(os, name, wrap(name, getattr(os, name), control))
     nofollow.lstat = wrap("lstat", nofollow.lstat, control)

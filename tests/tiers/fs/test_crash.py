@@ -67,7 +67,7 @@ def start_writer(root: Path, rounds: int) -> tuple[subprocess.Popen[bytes], list
 
 
 def is_alive(pid: int) -> bool:
-    return temporary._process(pid)[0] not in ("", "Z", "X")
+    return temporary.process_state(pid)[0] not in ("", "Z", "X")
 
 
 def temporaries(root: Path) -> list[str]:
@@ -137,7 +137,7 @@ def test_a_living_writer_keeps_its_temporaries(
     ours.write_bytes(b"x")
     os.utime(ours, (0, 0))
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        start = temporary._process(other.pid)[1]
+        start = temporary.process_state(other.pid)[1]
         match = re.match(r"(\.kvstrata-[0-9a-f]+)-", temporary_name())
         assert match
         living = f"{match[1]}-{other.pid}-{start}-{'0' * 16}.tmp"

@@ -72,7 +72,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
 def processes(world: World, paths: NamespacePaths) -> IoProcesses:
     (config,) = FsConfig.parse({"root_dir": paths.root})
     assert CONTEXT.region is not None
-    setup = Setup(config, CONTEXT, paths, False, None, CONTEXT.region, True, 1, 1)
+    setup = Setup(config, CONTEXT, paths, False, None, CONTEXT.region, True, 1, 1, True)
     return IoProcesses(setup, 1, 1, Failures())
 
 
