@@ -263,6 +263,7 @@ class Server:
         kv_transfer_config: dict[str, Any],
         replicas: int = 1,
         halting: bool = False,
+        arguments: Sequence[str] = (),
     ) -> None:
         """halting: with `halting/sitecustomize.py`."""
         self.log = log
@@ -294,6 +295,7 @@ class Server:
                     f"--data-parallel-size={replicas}",
                     "--enable-prompt-tokens-details",
                     f"--kv-transfer-config={json.dumps(kv_transfer_config)}",
+                    *arguments,
                 ],
                 cwd=ROOT,
                 env=env,
@@ -348,6 +350,20 @@ class Server:
             text: bytes = page.read()
         return text.decode()
 
+    def io_processes(self) -> list[int]:
+        """The I/O processes of its tiers."""
+        return [pid for pid in _session(self.process.pid) if _is_io_process(pid)]
+
+    def terminate(self) -> float:
+        """End it as an operator's tool would, with SIGTERM; how long it and its tiers took."""
+        started = time.monotonic()
+        self.process.terminate()
+        self.process.wait(60)
+        while _session(self.process.pid):
+            assert time.monotonic() < started + 120, "processes of the server are left"
+            time.sleep(0.01)
+        return time.monotonic() - started
+
     def kill(self) -> None:
         """SIGKILL to the server and all its workers."""
         _kill_group(self.process)
@@ -362,10 +378,10 @@ class Server:
 
 @contextlib.contextmanager
 def serving(
-    model: Path, log: Path, *, kv_transfer_config: dict[str, Any], replicas: int = 1
+    model: Path, log: Path, *, kv_transfer_config: dict[str, Any], **options: Any
 ) -> Iterator[Server]:
-    """A server that is ready, closed at the end."""
-    server = Server(model, log, kv_transfer_config=kv_transfer_config, replicas=replicas)
+    """A server that is ready, closed at the end; for the options see `Server`."""
+    server = Server(model, log, kv_transfer_config=kv_transfer_config, **options)
     try:
         server.wait_ready()
         yield server
@@ -382,6 +398,13 @@ def _session(leader: int) -> list[int]:
             if int(session) == leader and state != "Z":
                 found.append(int(path.parent.name))
     return found
+
+
+def _is_io_process(pid: int) -> bool:
+    try:
+        return b"kvstrata.tiers.fs.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def _kill_group(process: subprocess.Popen[Any]) -> None:

@@ -90,6 +90,9 @@ def test_killed_writers_leave_nothing_bad(
         time.sleep(random.uniform(0.0, 0.05))
         if attempt % 4 == 3:  # what sleeps cannot see the engine go
             os.kill(pids[1], signal.SIGSTOP)
+        if attempt % 2 == 0:  # as when the machine goes; else they end what they were given
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
         writer.send_signal(signal.SIGKILL)
         writer.wait()
         wait_until(lambda pids=pids: not any(is_alive(pid) for pid in pids))

@@ -49,6 +49,19 @@ def test_each_group_prefers_its_own_queue_and_helps_the_other() -> None:
         assert pool.close(60.0)
 
 
+def test_closing_may_end_the_writes() -> None:
+    pool, gate = blocked_pool(2, 1)
+    log: list[str] = []
+    pool.submit_writes(Work(f"w{i}", log) for i in range(5))
+    pool.submit_reads(Work(f"r{i}", log) for i in range(3))
+    assert not pool.close(0.0, end_writes=True)
+    pool.submit_writes([Work("late", log)])
+    assert log == ["dropped r0", "dropped r1", "dropped r2", "dropped late"]
+    gate.set()
+    assert pool.wait_idle(60.0)
+    assert sorted(log[4:]) == [f"w{i}" for i in range(5)]
+
+
 def test_closing_drops_what_waits_and_waits_for_what_runs() -> None:
     pool, gate = blocked_pool(1, 1)
     log: list[str] = []
