@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -18,7 +19,7 @@ from kvstrata.tiers.base import EPOCH, unseen
 from kvstrata.tiers.fs import temporary
 from kvstrata.tiers.fs.layout import NamespacePaths
 from kvstrata.tiers.fs.repair import examine
-from kvstrata.tiers.fs.survival import is_worthwhile
+from kvstrata.tiers.fs.survival import is_worthwhile, packets, watch
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key, store
 from tests.waiting import wait_until
@@ -180,17 +181,37 @@ def test_the_first_sigterm_is_for_the_engine_and_the_second_ends_them(
         killed.kill()
         assert not killed.gone()
         for pid in killed.io:
-            wait_until(lambda pid=pid: not pending(pid, signal.SIGTERM))
+            wait_until(lambda pid=pid: not is_caught(pid, signal.SIGTERM))
             os.kill(pid, signal.SIGTERM)
         wait_until(killed.gone)  # although they had more to do
 
 
-def pending(pid: int, number: int) -> bool:
-    """Whether a signal has not been taken, or is still caught and not left to the kernel."""
+def is_caught(pid: int, number: int) -> bool:
+    """Whether the process takes the signal itself."""
     fields = dict(
         line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
     )
     return bool(int(fields["SigCgt"], 16) >> (number - 1) & 1)
+
+
+def test_what_was_sent_is_read_although_the_engine_left_records_unread() -> None:
+    engine, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+        ours.send(b"a record")
+        for packet in (b"1", b"2", b"3"):
+            engine.send(packet)
+        engine.close()
+        assert list(packets(ours)) == [b"1", b"2", b"3"]
+
+
+def test_what_was_sent_is_read_although_a_copy_of_the_engine_holds_the_socket() -> None:
+    engine, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with engine, ours, subprocess.Popen([sys.executable, "-c", "pass"]) as dead:
+        started = temporary.process_state(dead.pid)[1]
+        dead.wait()
+        engine.send(b"1")
+        watch(dead.pid, started, ours)
+        assert list(packets(ours)) == [b"1"]
 
 
 @pytest.mark.parametrize("field", [{EPOCH: "1"}, {"weights": unseen("they are not files")}])
