@@ -16,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.sessions import session
+
 MARK = "@@kvstrata "
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 600.0  # a start takes 15 to 40 s where the machine has nothing else to do
@@ -213,7 +215,7 @@ class Engine:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(30)
         deadline = time.monotonic() + 5  # the engine's death is a signal to its I/O processes
-        while (left := _session(self._process.pid)) and time.monotonic() < deadline:
+        while (left := session(self._process.pid)) and time.monotonic() < deadline:
             time.sleep(0.01)
         return left
 
@@ -352,14 +354,14 @@ class Server:
 
     def io_processes(self) -> list[int]:
         """The I/O processes of its tiers."""
-        return [pid for pid in _session(self.process.pid) if _is_io_process(pid)]
+        return [pid for pid in session(self.process.pid) if _is_io_process(pid)]
 
     def terminate(self) -> float:
         """End it as an operator's tool would, with SIGTERM; how long it and its tiers took."""
         started = time.monotonic()
         self.process.terminate()
         self.process.wait(60)
-        while _session(self.process.pid):
+        while session(self.process.pid):
             assert time.monotonic() < started + 120, "processes of the server are left"
             time.sleep(0.01)
         return time.monotonic() - started
@@ -387,17 +389,6 @@ def serving(
         yield server
     finally:
         server.close()
-
-
-def _session(leader: int) -> list[int]:
-    """The living processes of a session."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, _, _, session, *_ = path.read_text().rpartition(")")[2].split()
-            if int(session) == leader and state != "Z":
-                found.append(int(path.parent.name))
-    return found
 
 
 def _is_io_process(pid: int) -> bool:

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from kvstrata.tiers.fs.space.journal import HEADER_BYTES, RECORD_BYTES, parse_na
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key
 from tests.conftest import FillRoot
+from tests.sessions import kill_session
 from tests.tiers.fs.space.conftest import OpenServer
 from tests.tiers.fs.space.harness import rest
 from tests.tiers.fs.space.test_servers import start
@@ -136,7 +136,7 @@ def test_killed_servers_leave_leases(root: Path, books: Path) -> None:
         wait_until(lambda: len(audit(str(root)).living) == 2)  # its I/O processes
         assert reasons(root) == []
     finally:
-        server.send_signal(signal.SIGKILL)
+        kill_session(server.pid)
         server.communicate()
     wait_until(lambda: not audit(str(root)).living)
     assert "lease: of a server that was killed" in reasons(root)

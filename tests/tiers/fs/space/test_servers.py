@@ -21,6 +21,7 @@ from kvstrata.tiers.fs.space.ledger import Books, Ledger
 from kvstrata.tiers.fs.space.limits import file_cost
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key, store
+from tests.sessions import kill_session
 from tests.tiers.fs.space.conftest import OpenServer
 from tests.tiers.fs.space.harness import disk_usage, rest
 from tests.waiting import wait_until
@@ -84,13 +85,15 @@ def start(root: Path, seed: int, steps: int = 10**9) -> subprocess.Popen[bytes]:
 
 def launch(script: str, *arguments: object) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-c", script, *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=REPOSITORY)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, cwd=REPOSITORY, start_new_session=True
+    )
     assert process.stdout is not None and process.stdout.readline() == b"ready\n"
     return process
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
+    kill_session(process.pid)
     process.communicate()
 
 
