@@ -138,19 +138,20 @@ def parse_choice(key: str, value: object, choices: Collection[str]) -> str:
     )
 
 
-def parse_mode(key: str, value: object, needed: int) -> int:
+def parse_mode(key: str, value: object, needed: int, most: int = 0o777) -> int:
     """Permission bits from an int or from an octal string such as "0640".
 
-    `needed` are the bits without which the tier could not use its own files.
+    `needed` are the bits without which the tier could not use its own files; `most` has all
+    that may be set.
 
     Raises:
-        TierConfigError: not permission bits (above 0o777), or a needed bit is missing.
+        TierConfigError: bits that are not in `most`, or a needed bit is missing.
     """
     remedy = f'give an octal string such as "{needed | 0o040:04o}"'
     mode = value
     if isinstance(value, str):
         mode = int(value, 8) if re.fullmatch(r"(?:0o)?[0-7]{1,6}", value) else None
-    if isinstance(mode, bool) or not isinstance(mode, int) or not 0 <= mode <= 0o777:
+    if isinstance(mode, bool) or not isinstance(mode, int) or mode < 0 or mode & ~most:
         raise TierConfigError(f"{key}: {value!r} is not a permission mode; {remedy}")
     if mode & needed != needed:
         raise TierConfigError(f"{key}: {value!r} lacks the owner's {needed:04o}; {remedy}")

@@ -34,6 +34,7 @@ _MAX_THREADS = 1024
 _MAX_FILES = 2**40
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _VARIABLE = re.compile(r"\$\{?[A-Za-z_]|\$\(|\{\{")  # of a shell, Kubernetes or a template
+_MOST_DIR_MODE = 0o2777  # with the setgid bit
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,8 @@ class FsConfig:
     Attributes:
         root_dir: absolute path, `~` expanded; one of those in the option's list.
         n_read_threads, n_write_threads: size of the two thread groups.
-        file_mode, dir_mode: permission bits of what the tier creates.
+        file_mode, dir_mode: permission bits of what the tier creates. A directory also keeps
+            the setgid bit that it inherits.
         durability: "fsync" makes a page survive a crash of the machine once it counts as
             stored; "none" leaves that to the kernel.
         io: "direct" demands O_DIRECT, "buffered" avoids it, "auto" uses it where it works.
@@ -80,7 +82,7 @@ class FsConfig:
                 "n_write_threads", get("n_write_threads", 16), _MAX_THREADS
             ),
             file_mode=parse_mode("file_mode", get("file_mode", 0o600), 0o600),
-            dir_mode=parse_mode("dir_mode", get("dir_mode", 0o700), 0o700),
+            dir_mode=parse_mode("dir_mode", get("dir_mode", 0o700), 0o700, _MOST_DIR_MODE),
             durability=parse_choice("durability", get("durability", "none"), ("none", "fsync")),
             io=parse_choice("io", get("io", "auto"), ("auto", "direct", "buffered")),
             max_bytes=_max_bytes(options["max_bytes"]) if "max_bytes" in options else 0,

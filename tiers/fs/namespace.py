@@ -111,11 +111,14 @@ def validate_config(paths: NamespacePaths, fields: Mapping[str, Any]) -> None:
     """Compare config.json with the fields of this engine.
 
     Raises:
+        PermissionError: it is another user's.
         TierConfigError: it is unreadable, or a field differs; the message names the field.
     """
     remedy = "move that directory away or choose another root_dir"
     try:
         found = read_config(paths.config)
+    except PermissionError:
+        raise
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"{error!s:.200}"
         raise TierConfigError(

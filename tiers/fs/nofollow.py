@@ -136,17 +136,22 @@ def rename(source: str, target: str) -> None:
 
 
 def mkdir(path: str, mode: int) -> None:
-    """`os.mkdir` with exactly the permission bits `mode`."""
+    """`os.mkdir` with the permission bits `mode`, whatever the umask.
+
+    A setgid bit that the directory got from the one above it stays: with it everything below
+    has the same group, so that the servers of several users can share it.
+    """
     with parent(path) as (fd, name):
         os.mkdir(name, mode, dir_fd=fd)
-        found = os.lstat(name, dir_fd=fd)
-    if stat.S_IMODE(found.st_mode) != mode:  # the umask took some
+        made = stat.S_IMODE(os.lstat(name, dir_fd=fd).st_mode)
+    wanted = mode | made & stat.S_ISGID
+    if made != wanted:
         with directory(path) as fd:
-            os.chmod(f"/proc/self/fd/{fd}", mode)
+            os.chmod(f"/proc/self/fd/{fd}", wanted)
 
 
 def make_directories(path: str, root: str, mode: int) -> None:
-    """Create `path` and its parents below `root`, with exactly the permission bits `mode`.
+    """Create `path` and its parents below `root`, each as `mkdir` does.
 
     Raises:
         OSError: one cannot be created; FileNotFoundError when `root` itself is gone.

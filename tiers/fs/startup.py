@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import replace
 from fractions import Fraction
@@ -17,6 +18,7 @@ from kvstrata.tiers.fs.config import FsConfig
 from kvstrata.tiers.fs.io import probe_direct
 from kvstrata.tiers.fs.layout import NamespacePaths
 from kvstrata.tiers.fs.namespace import validate_config, write_config
+from kvstrata.tiers.fs.refusals import is_whole_system, refusal
 from kvstrata.tiers.fs.space.ledger import LEDGER_NAME, Ledger, LedgerBusy
 from kvstrata.tiers.fs.space.limits import Limits, file_cost
 from kvstrata.tiers.fs.space.walk import BOOKS_NAME
@@ -28,18 +30,6 @@ _NOT_NOW = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 logger = logging.getLogger("kvstrata.tiers.fs")
 
-_NOT_A_DIRECTORY = ("is not a directory", "give a directory, or a path where one can be made")
-_NOT_WRITABLE = ("is not writable by this user", "change its owner or mode, or choose another")
-_START_ERRORS = {
-    errno.EEXIST: _NOT_A_DIRECTORY,
-    errno.ENOTDIR: _NOT_A_DIRECTORY,
-    errno.EACCES: _NOT_WRITABLE,
-    errno.EPERM: _NOT_WRITABLE,
-    errno.EROFS: ("is on a read-only file system", "choose another directory"),
-    errno.ENOSPC: ("is on a full disk", "free some space or choose another disk"),
-    errno.EDQUOT: ("is over the disk quota", "free some space or choose another disk"),
-}
-
 
 def make_root(config: FsConfig) -> FsConfig:
     """Create the root where it is missing; the options with its path, free of links.
@@ -49,9 +39,12 @@ def make_root(config: FsConfig) -> FsConfig:
     """
     root = config.root_dir
     try:
+        if is_whole_system(root):
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), root)
         try:
             os.makedirs(root, config.dir_mode)
-            os.chmod(root, config.dir_mode)  # what the umask took away
+            inherited = os.stat(root).st_mode & stat.S_ISGID
+            os.chmod(root, config.dir_mode | inherited)  # what the umask took away
         except FileExistsError:  # perhaps another engine that starts was faster
             if not os.path.isdir(root):
                 raise
@@ -82,7 +75,10 @@ def open_namespace(config: FsConfig, paths: NamespacePaths, fields: Mapping[str,
         logger.warning("kvstrata fs tier: %s; nothing can be stored", error)
         direct = True  # `FileIO` finds out
     if nofollow.lexists(paths.config):
-        validate_config(paths, fields)
+        try:
+            validate_config(paths, fields)
+        except PermissionError as error:
+            raise _start_error(config.root_dir, error) from error
     if config.io == "direct" and not direct:
         raise TierConfigError(
             f"io: 'direct' is wrong for {config.root_dir!r}, whose file system has no "
@@ -116,7 +112,7 @@ def open_books(config: FsConfig) -> Limits | None:
         if isinstance(error, LedgerBusy) or error.errno in _NOT_NOW:
             return limits  # nothing is stored until the books can be used
         if error.errno in (errno.EACCES, errno.EPERM):  # the budget of others is ours too
-            raise _start_error(os.path.dirname(path), error) from error
+            raise _start_error(config.root_dir, error) from error
         if limits:
             raise TierConfigError(
                 f"root_dir: {config.root_dir!r} cannot keep a disk budget ({error}); "
@@ -198,10 +194,7 @@ def limits_of(config: FsConfig) -> Limits:
 
 
 def _start_error(root: str, error: OSError) -> TierConfigError:
-    reason, remedy = _START_ERRORS.get(
-        error.errno or 0, (f"cannot be used ({error})", "choose another directory")
-    )
-    return TierConfigError(f"root_dir: {root!r} {reason}; {remedy}")
+    return TierConfigError(f"root_dir: {root!r} {refusal(root, error)}")
 
 
 def make_namespace(config: FsConfig, paths: NamespacePaths, fields: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import socket
+import stat
 import subprocess
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from kvstrata.tiers.fs.startup import make_root
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key, settle, store
 from tests.conftest import FillRoot
+from tests.tiers.fs.space.harness import flip
 
 OpenTier = Callable[..., FsTier]
 PAGE = {make_key(1): make_data(1, CONTEXT.layouts[0].nbytes)}
@@ -81,14 +83,17 @@ def test_root_is_a_file(open_tier: OpenTier, root: Path) -> None:
     root.write_text("x")
     with pytest.raises(TierConfigError, match=f"root_dir: '{root}' is not a directory; give"):
         open_tier()
-    with pytest.raises(TierConfigError, match=f"root_dir: '{root}/kv' is not a directory; give"):
+    below = f"root_dir: '{root}/kv' cannot be made: '{root}' is not a directory; choose another"
+    with pytest.raises(TierConfigError, match=below):
         open_tier(root_dir=f"{root}/kv")
 
 
 def test_root_is_a_dangling_link(open_tier: OpenTier, root: Path) -> None:
     root.symlink_to("nowhere")
-    with pytest.raises(TierConfigError, match="root_dir: "):
-        open_tier()
+    words = f"cannot be made: '{root}' is a symbolic link to 'nowhere', which is not there; make"
+    for path in (root, root / "kv"):
+        with pytest.raises(TierConfigError, match=f"root_dir: '{path}' {words}"):
+            open_tier(root_dir=str(path))
 
 
 @pytest.mark.parametrize("name", ["EACCES", "EIO"])
@@ -102,20 +107,119 @@ def test_root_cannot_be_written(
 
     monkeypatch.setattr(io.os, "pwrite", refuse)
     words = {
-        "EACCES": "is not writable by this user; change",
-        "EIO": "cannot be used .*Input/output error.*; choose",
+        "EACCES": r"is not writable by this user \(\d+\): it has user .*; change",
+        "EIO": "cannot be used .*Input/output error.*; see to its disk or its mount, or choose",
     }
     with pytest.raises(TierConfigError, match=f"root_dir: '{root}' {words[name]}"):
         open_tier()
     assert not [n for n in os.listdir(next(root.iterdir())) if n.endswith(".tmp")]
 
 
-@pytest.mark.parametrize("root_dir", ["/usr", "/kv"])
+def open_to_all(path: Path) -> None:
+    """Let every user come as far as `path`."""
+    for directory in (path, *path.parents):
+        if directory.stat().st_uid == os.geteuid() and directory != Path("/"):
+            directory.chmod(0o755)
+
+
 def test_root_belongs_to_somebody_else(
-    open_tier: OpenTier, another_user: Callable[[], AbstractContextManager[None]], root_dir: str
+    open_tier: OpenTier, root: Path, another_user: Callable[[], AbstractContextManager[None]]
 ) -> None:
-    with another_user(), pytest.raises(TierConfigError, match="is not writable by this user"):
-        open_tier(root_dir=root_dir)
+    """The remedy is one that helps: nobody is told to take over a directory of the system."""
+    root.mkdir()
+    for name in ("busy", "closed"):
+        (root / name).mkdir()
+    (root / "busy/notes").touch()
+    open_to_all(root)
+    for name in ("busy", "closed"):
+        (root / name).chmod(0o555 if name == "busy" else 0)
+    expected = {
+        root: r"is not writable by this user \(\d+\), and holds other things; give a directory",
+        root / "busy": r"is not writable by this user \(\d+\), and holds other things; give a",
+        root / "kv/deep": f"does not exist, and this user .* may not make it in '{root}'; make it",
+        root / "closed": r"is not writable by this user \(\d+\): it has user \d+, group \d+, mode "
+        "0000; change its owner or mode",
+        root / "closed/kv": f"cannot be reached: this user .* may not pass '{root}/closed'; give",
+        Path("/"): "is the root of the whole file system; give a directory of its own",
+    }
+    root.chmod(0o555)
+    for path, words in expected.items():
+        with another_user(), pytest.raises(TierConfigError, match=f"root_dir: '{path}' {words}"):
+            open_tier(root_dir=str(path))
+    root.chmod(0o755)
+
+
+def test_the_whole_file_system_is_no_root(open_tier: OpenTier, root: Path) -> None:
+    """Not for root's user either, nor through a link."""
+    before = os.listdir("/")
+    root.symlink_to("/")
+    for path in ("/", "//", str(root)):
+        with pytest.raises(TierConfigError, match="is the root of the whole file system; give"):
+            open_tier(root_dir=path)
+    assert os.listdir("/") == before
+
+
+@pytest.mark.parametrize("theirs", [".kvstrata", "home", "config"])
+def test_what_another_user_made_is_named(
+    open_tier: OpenTier,
+    root: Path,
+    paths: NamespacePaths,
+    another_user: Callable[[], AbstractContextManager[None]],
+    theirs: str,
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can be two users")
+    store(open_tier(), PAGE)
+    open_to_all(root)
+    for path in (root, *root.rglob("*")):
+        os.chown(path, 65534, 65534)
+    named = {"home": Path(paths.home), "config": Path(paths.config)}.get(theirs, root / theirs)
+    os.chown(named, 0, 0)
+    words = f"holds '{named}.*', which this user .* may not use: it has user .*; servers of several"
+    with another_user(), pytest.raises(TierConfigError, match=f"root_dir: '{root}' {words}"):
+        open_tier()
+
+
+def test_root_is_on_a_read_only_disk(open_tier: OpenTier, small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    words = f"does not exist, and '{small_disk}' is on a read-only file system; mount a volume"
+    with pytest.raises(TierConfigError, match=f"root_dir: '{small_disk}/kv' {words}"):
+        open_tier(root_dir=f"{small_disk}/kv")
+
+
+def test_a_root_that_a_group_shares(
+    open_tier: OpenTier, root: Path, paths: NamespacePaths
+) -> None:
+    """What is made in a setgid directory stays open to its group, as in a pod with fsGroup."""
+    root.mkdir()
+    if os.geteuid() == 0:
+        os.chown(root, -1, 2000)
+    group = root.stat().st_gid
+    root.chmod(0o2770)
+    tier = open_tier(dir_mode="0770", file_mode="0660")
+    assert not store(tier, PAGE).failed and tier.drain(60.0)
+    flip(paths.page(next(iter(PAGE))))
+    assert load(tier, list(PAGE))[0].failed  # which makes the quarantine
+    assert not store(tier, PAGE).failed
+    for path in root.rglob("*"):
+        found = path.stat()
+        assert found.st_gid == group
+        assert stat.S_IMODE(found.st_mode) == (0o2770 if path.is_dir() else 0o660), path
+    assert (root / ".kvstrata/spare").is_dir() and Path(paths.quarantine).is_dir()
+    made = open_tier(root_dir=str(root / "deep/kv"), dir_mode="0750")
+    assert made and stat.S_IMODE((root / "deep/kv").stat().st_mode) == 0o2750
+
+
+def test_a_mode_may_hold_the_setgid_bit(open_tier: OpenTier, paths: NamespacePaths) -> None:
+    store(open_tier(dir_mode="2770"), PAGE)
+    page = Path(paths.page(next(iter(PAGE))))
+    for directory in (page.parent, page.parent.parent, Path(paths.home), Path(paths.root)):
+        assert stat.S_IMODE(directory.stat().st_mode) == 0o2770
+    for wrong in ("1770", "4770", "6770"):
+        with pytest.raises(TierConfigError, match=f"dir_mode: '{wrong}' is not a permission mode"):
+            FsTier.check_options({"root_dir": "/x", "dir_mode": wrong})
+    with pytest.raises(TierConfigError, match="file_mode: '2660' is not a permission mode"):
+        FsTier.check_options({"root_dir": "/x", "file_mode": "2660"})
 
 
 def test_a_full_disk_for_real(open_tier: OpenTier, small_disk: Path) -> None:
