@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvstrata.offload.cli_root import Root, limits_json, no_namespaces, refuse_root
+from kvstrata.offload.cli_root import Root, free_json, limits_json, no_namespaces, refuse_root
 from kvstrata.offload.printing import AsJson, fail, print_json, size, state_bar
 
 if TYPE_CHECKING:
@@ -66,29 +66,32 @@ def _limits(
         OSError: the file system cannot be asked.
     """
     from kvstrata.tiers.base import TierConfigError
+    from kvstrata.tiers.disk import disk_at
     from kvstrata.tiers.fs.config import FsConfig
     from kvstrata.tiers.fs.startup import limits_of
 
     given = {"max_bytes": max_bytes, "max_files": max_files, "min_free_bytes": min_free_bytes}
     options = {key: value for key, value in given.items() if value is not None}
-    if not options:
-        raise typer.BadParameter(
-            "give at least one limit: --max-bytes, --max-files or --min-free-bytes"
-        )
     try:
-        (config,) = FsConfig.parse({"root_dir": os.path.abspath(root), **options})
+        # no floor but the one that was asked for
+        fixed = {"root_dir": os.path.abspath(root), "min_free_bytes": 0}
+        (config,) = FsConfig.parse({**fixed, **options})
         limits = limits_of(config)
     except TierConfigError as error:
         raise typer.BadParameter(str(error)) from None
-    disk = os.statvfs(root)
-    if limits.min_free_bytes > disk.f_blocks * disk.f_frsize:
+    if not limits:
+        raise typer.BadParameter(
+            "give at least one limit: --max-bytes, --max-files or --min-free-bytes"
+        )
+    disk = disk_at(root)
+    if disk.bounded and limits.min_free_bytes > disk.total:
         raise typer.BadParameter("min_free_bytes: the file system is smaller than that")
     return limits
 
 
 def _print_trimmed(done: Trimmed, limits: Limits) -> None:
     before, after = (
-        {"files": usage.files, "bytes": usage.nbytes, "free_bytes": usage.free_bytes}
+        {"files": usage.files, "bytes": usage.nbytes, "free_bytes": free_json(usage.free_bytes)}
         for usage in (done.before, done.after)
     )
     print_json(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvstrata.offload.cli_root import Root, limits_json, no_namespaces
+from kvstrata.offload.cli_root import Root, free_json, limits_json, no_namespaces
 from kvstrata.offload.cli_why import explain
 from kvstrata.offload.printing import AsJson, age, byte_bar, fail, print_json, printable, size
 
@@ -84,7 +84,7 @@ def _books(root: str) -> dict[str, Any] | None:
         "files": usage.files,
         "bytes": usage.nbytes,
         "reserved_bytes": sum(row.reserved_bytes for row in books.rows.values()),
-        "free_bytes": usage.free_bytes,
+        "free_bytes": free_json(usage.free_bytes),
         **limits_json(limits),
         "servers": len(found.living),
         "keeper": books.keeper.hex() if books.keeper in found.living else None,
@@ -101,7 +101,7 @@ def _show_books(root: str, books: Mapping[str, Any] | None) -> None:
         files += f" of at most {most}"
     if (most := books["max_bytes"]) is not None:
         nbytes += f" of at most {size(most)}"
-    free = f"{size(books['free_bytes'])} free"
+    free = f"{size(books['free_bytes'])} free" if books["free_bytes"] is not None else "unbounded"
     if (least := books["min_free_bytes"]) is not None:
         free += f" of at least {size(least)}"
     counted = "" if books["counted"] else "not counted yet: "

@@ -46,6 +46,13 @@ def no_namespaces(root: str) -> bool:
     return misplaced
 
 
+def free_json(free_bytes: int) -> int | None:
+    """Free bytes; None where the file system does not tell."""
+    from kvstrata.tiers.disk import UNBOUNDED
+
+    return None if free_bytes == UNBOUNDED else free_bytes
+
+
 def limits_json(limits: Limits) -> dict[str, int | None]:
     """Limits by option; None is no limit."""
     return {

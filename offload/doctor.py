@@ -16,6 +16,7 @@ from importlib.metadata import (
 from pathlib import Path
 
 from kvstrata.offload.vllm_plugin.version import SUPPORTED, supported_versions
+from kvstrata.tiers.disk import disk_at
 from kvstrata.tiers.options import size_text
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
@@ -192,22 +193,23 @@ def check_memory(shm: Path) -> Iterator[Check]:
     from kvstrata.offload.region import available_memory
 
     try:
-        found = os.statvfs(shm)
-        free, total = (count * found.f_frsize for count in (found.f_bavail, found.f_blocks))
+        disk = disk_at(shm)
         memory = available_memory()
     except OSError as error:
         why = f"the CPU tier lives there: {error.strerror} ({error.filename})"
         yield Check("shared memory", PROBLEM, str(shm), why)
         return
-    text = f"{size_text(free)} free of {size_text(total)} in {shm}"
+    text = f"{size_text(disk.free)} free of {size_text(disk.total)} in {shm}"
+    if not disk.bounded:
+        text = f"{shm} without a limit of its own"
     if not os.access(shm, os.W_OK | os.X_OK, effective_ids=True):
         yield Check("shared memory", PROBLEM, text, "the CPU tier lives there; it is not writable")
-    elif free < _LITTLE:
+    elif disk.free < _LITTLE:
         remedy = "make it larger (containers: --shm-size)"
         yield Check("shared memory", WARNING, text, f"little for the CPU tier; {remedy}")
     else:
         yield Check("shared memory", OK, text)
-    most = f"cpu_bytes_to_use can be at most {size_text(min(free, memory))} now"
+    most = f"cpu_bytes_to_use can be at most {size_text(min(disk.free, memory))} now"
     status = OK if memory >= _LITTLE else WARNING
     yield Check("memory", status, f"{size_text(memory)} available", most)
 
@@ -221,7 +223,7 @@ def check_storage(path: str) -> Iterator[Check]:
         where = os.path.dirname(where)
     try:
         direct = probe_direct(os.path.realpath(where))
-        found = os.statvfs(where)
+        disk = disk_at(where)
     except OSError as error:
         why = f"the filesystem tier cannot write there: {error.strerror or error}"
         yield Check("files", WARNING, where, f"{why}; the CPU tier works without")
@@ -231,9 +233,8 @@ def check_storage(path: str) -> Iterator[Check]:
     else:
         meaning = "files go through the page cache: more CPU time per page"
         yield Check("files", WARNING, f"{where} without O_DIRECT", meaning)
-    free = found.f_bavail * found.f_frsize
-    text = f"{size_text(free)} free"
-    if free < _LITTLE:
+    text = f"{size_text(disk.free)} free" if disk.bounded else "no limit that the file system tells"
+    if disk.free < _LITTLE:
         yield Check("disk space", WARNING, text, "little for the filesystem tier")
     else:
         yield Check("disk space", OK, text)

@@ -32,6 +32,7 @@ import numpy as np
 
 from kvstrata.offload.progress import Progress
 from kvstrata.tiers.base import PageRegion
+from kvstrata.tiers.disk import disk_at
 from kvstrata.tiers.options import size_text
 
 ALIGNMENT = 4096  # of slots and of the first slot; the unit of O_DIRECT
@@ -312,8 +313,7 @@ def _remove_abandoned(directory: Path) -> None:
 
 
 def _check_memory(size: int, directory: Path, more: str = "") -> None:
-    stat = os.statvfs(directory)
-    space = stat.f_bavail * stat.f_frsize
+    space = disk_at(directory).free
     if size > space:
         raise RegionError(_too_small(directory, size, space, more))
     memory = available_memory()

@@ -106,6 +106,19 @@ def fill_root(tmp_path_factory: pytest.TempPathFactory) -> FillRoot:
     return fill
 
 
+@pytest.fixture(scope="session")
+def disk_of_any_fullness() -> Iterator[None]:
+    """Tiers of this process leave nothing free unless they are told to.
+
+    The default floor is a share of the machine's disk, of whose fullness no test may depend.
+    """
+    from kvstrata.tiers.fs import startup
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(startup, "default_floor", lambda total: 0)
+        yield
+
+
 @pytest.fixture
 def another_user() -> Callable[[], AbstractContextManager[None]]:
     """Makes a context without root's right to open everything; changes nothing for others."""

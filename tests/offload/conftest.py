@@ -9,6 +9,11 @@ from tests.conftest import FillRoot
 from tests.offload.cli_world import KEYS, PAGES
 
 
+@pytest.fixture(scope="session", autouse=True)
+def any_disk(disk_of_any_fullness: None) -> None:
+    """See there."""
+
+
 @pytest.fixture
 def paths(root: Path, fill_root: FillRoot) -> NamespacePaths:
     """A root that the filesystem tier filled."""

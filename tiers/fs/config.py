@@ -50,8 +50,9 @@ class FsConfig:
             stored; "none" leaves that to the kernel.
         io: "direct" demands O_DIRECT, "buffered" avoids it, "auto" uses it where it works.
         max_bytes, max_files: most that everything below `root_dir` may take, 0 for no limit.
-        min_free_bytes: bytes that stay free on the file system; 0 for no limit. This and
-            `max_bytes` may be a share of the file system, as a fraction.
+        min_free_bytes: bytes that stay free on the file system; 0 for no limit, None for the
+            default (see `default_floor`). This and `max_bytes` may be a share of the file
+            system, as a fraction.
     """
 
     root_dir: str
@@ -63,7 +64,12 @@ class FsConfig:
     io: str = "auto"
     max_bytes: int | Fraction = 0
     max_files: int = 0
-    min_free_bytes: int | Fraction = 0
+    min_free_bytes: int | Fraction | None = None
+
+    @property
+    def limited(self) -> bool:
+        """Whether a limit was asked for."""
+        return bool(self.max_bytes or self.max_files or self.min_free_bytes)
 
     @classmethod
     def parse(cls, options: Mapping[str, Any]) -> tuple[FsConfig, ...]:
@@ -89,9 +95,9 @@ class FsConfig:
             max_files=parse_count("max_files", options["max_files"], _MAX_FILES)
             if "max_files" in options
             else 0,
-            min_free_bytes=parse_space("min_free_bytes", options["min_free_bytes"])
+            min_free_bytes=_min_free(options["min_free_bytes"])
             if "min_free_bytes" in options
-            else 0,
+            else None,
         )
         return tuple(replace(first, root_dir=root) for root in roots)
 
@@ -104,6 +110,12 @@ def _max_bytes(value: object) -> int | Fraction:
             'with them, for example "100GiB", or a share such as "50%"'
         )
     return size
+
+
+def _min_free(value: object) -> int | Fraction:
+    if not isinstance(value, bool) and value in (0, "0"):
+        return 0
+    return parse_space("min_free_bytes", value)
 
 
 def _root_dirs(value: object) -> list[str]:

@@ -194,7 +194,7 @@ class PageFiles:
         """Write the page if the budget has room for it; whether it had."""
         grant = space.admission.admit(self._cost(page.key))
         if grant is None:
-            self._report("budget", "the disk budget has no room for a page")
+            self._report("budget", "there is no room for a page on the disk, or within its budget")
             return False
         try:
             self._write(path, page.key, view, grant.spare)

@@ -31,7 +31,9 @@ _DONE = struct.Struct("<BIddH")  # type, task id, start, end, pages
 _FAILURE = struct.Struct("<BBH")  # type, length of the cause, length of the detail
 _UPKEEP = struct.Struct("<BIQI")  # type, evicted files and bytes, swept files
 _NEWS = struct.Struct("<BH")  # type, pages
+_NOTICE = struct.Struct("<BH")  # type, length of the text
 _TYPE_DONE, _TYPE_FAILURE, _TYPE_UPKEEP, _TYPE_NEWS, _TYPE_READY, _TYPE_TRUST = range(6)
+_TYPE_NOTICE = 6
 READY = bytes([_TYPE_READY])
 _MOVED, _GONE, _STUCK, _FAILED = 1, 2, 4, 8
 
@@ -106,6 +108,12 @@ class Failure(NamedTuple):
 
     cause: str
     detail: str
+
+
+class Notice(NamedTuple):
+    """Something that the operator should know, and no failure."""
+
+    text: str
 
 
 class Ready(NamedTuple):
@@ -197,6 +205,12 @@ def pack_failure(failure: Failure) -> bytes:
     return _FAILURE.pack(_TYPE_FAILURE, len(cause), len(detail)) + cause + detail
 
 
+def pack_notice(text: str) -> bytes:
+    """The record of a notice; it is cut to 1,000 bytes."""
+    raw = text.encode("utf-8", "replace")[:1000]
+    return _NOTICE.pack(_TYPE_NOTICE, len(raw)) + raw
+
+
 def pack_upkeep(upkeep: Upkeep) -> bytes:
     """The record of what was evicted and swept since the last one."""
     return _UPKEEP.pack(_TYPE_UPKEEP, *upkeep)
@@ -215,7 +229,10 @@ def pack_news(news: Sequence[News]) -> bytes:
     return b"".join(parts)
 
 
-def unpack_records(packet: bytes) -> Iterator[Done | Failure | Upkeep | Told | Trusted | Ready]:
+Record = Done | Failure | Upkeep | Told | Trusted | Notice | Ready
+
+
+def unpack_records(packet: bytes) -> Iterator[Record]:
     """The records of a packet."""
     position = 0
     while position < len(packet):
@@ -255,6 +272,10 @@ def unpack_records(packet: bytes) -> Iterator[Done | Failure | Upkeep | Told | T
                 news.append((packet[start:end], bool(packet[position])))
                 position = end
             yield Told(news)
+        elif kind == _TYPE_NOTICE:
+            _, size = _NOTICE.unpack_from(packet, position)
+            position += _NOTICE.size + size
+            yield Notice(packet[position - size : position].decode("utf-8", "replace"))
         elif kind == _TYPE_TRUST:
             yield Trusted(bool(packet[position + 1]))
             position += 2

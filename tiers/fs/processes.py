@@ -11,6 +11,7 @@ still write into their pages.
 
 from __future__ import annotations
 
+import logging
 import select
 import time
 from collections import Counter, deque
@@ -26,6 +27,7 @@ from kvstrata.tiers.fs.messages import (
     Done,
     Failure,
     Kind,
+    Notice,
     Outcome,
     PageRef,
     Ready,
@@ -37,6 +39,8 @@ from kvstrata.tiers.fs.messages import (
 )
 from kvstrata.tiers.fs.process import IoProcess
 from kvstrata.tiers.fs.space.follower import News
+
+logger = logging.getLogger("kvstrata.tiers.fs")
 
 # Tasks sent to one process: enough to keep it busy between two steps of the scheduler, and
 # what is lost at most when it fails.
@@ -300,6 +304,8 @@ class IoProcesses:
                     running.ready, running.progress = True, self._clock
                 elif isinstance(record, Failure):
                     self._failures.count(record.cause, record.detail)
+                elif isinstance(record, Notice):
+                    logger.warning("kvstrata fs tier: %s", record.text)
                 elif isinstance(record, Trusted):
                     self.trusted = record.trusted
                 elif isinstance(record, Told):

@@ -12,6 +12,7 @@ from fractions import Fraction
 from typing import Any
 
 from kvstrata.tiers.base import EPOCH, TierConfigError, TierContext, unseen_reason
+from kvstrata.tiers.disk import disk_at
 from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.codec import ALIGNMENT
 from kvstrata.tiers.fs.config import FsConfig
@@ -20,7 +21,7 @@ from kvstrata.tiers.fs.layout import NamespacePaths
 from kvstrata.tiers.fs.namespace import validate_config, write_config
 from kvstrata.tiers.fs.refusals import is_whole_system, refusal
 from kvstrata.tiers.fs.space.ledger import LEDGER_NAME, Ledger, LedgerBusy
-from kvstrata.tiers.fs.space.limits import Limits, file_cost
+from kvstrata.tiers.fs.space.limits import Limits, default_floor, file_cost
 from kvstrata.tiers.fs.space.walk import BOOKS_NAME
 from kvstrata.tiers.fs.trust import is_trusted
 from kvstrata.tiers.options import size_text
@@ -113,7 +114,7 @@ def open_books(config: FsConfig) -> Limits | None:
             return limits  # nothing is stored until the books can be used
         if error.errno in (errno.EACCES, errno.EPERM):  # the budget of others is ours too
             raise _start_error(config.root_dir, error) from error
-        if limits:
+        if config.limited:
             raise TierConfigError(
                 f"root_dir: {config.root_dir!r} cannot keep a disk budget ({error}); "
                 "choose a file system with locks, or leave the budget's options out"
@@ -133,15 +134,14 @@ def check_budget(config: FsConfig, context: TierContext) -> None:
     Raises:
         TierConfigError: naming the least that makes sense.
     """
-    limited = config.max_bytes or config.max_files or config.min_free_bytes
-    if EPOCH in context.namespace and not limited:
+    if EPOCH in context.namespace and not config.limited:
         raise TierConfigError(
             "fs tier: where weights may change, each reset of the cache leaves files that nobody "
             'reads again, so they need a limit: give max_bytes, for example "50%", max_files or '
             "min_free_bytes (or weights_fixed: true, if the weights never change)"
         )
     reasons = [unseen_reason(value) for value in context.namespace.values()]
-    if any(reasons) and not limited:
+    if any(reasons) and not config.limited:
         raise TierConfigError(
             "fs tier: kvstrata cannot see which weights this engine has "
             f"({'; '.join(filter(None, reasons))}), so nobody reads its files after it ends, and "
@@ -184,13 +184,55 @@ def limits_of(config: FsConfig) -> Limits:
 
     Raises:
         OSError: the file system cannot be asked.
+        TierConfigError: a share of a file system that has no size.
     """
-    disk = os.statvfs(config.root_dir)
-    most, least = (
-        int(disk.f_blocks * disk.f_frsize * size) if isinstance(size, Fraction) else size
-        for size in (config.max_bytes, config.min_free_bytes)
+    disk = disk_at(config.root_dir)
+
+    def in_bytes(key: str, size: int | Fraction) -> int:
+        if not isinstance(size, Fraction):
+            return size
+        if not disk.bounded:
+            raise TierConfigError(
+                f"{key}: the file system of {config.root_dir!r} reports no size, so no share of "
+                "it can be taken; give bytes"
+            )
+        return int(disk.total * size)
+
+    least = config.min_free_bytes
+    return Limits(
+        in_bytes("max_bytes", config.max_bytes),
+        config.max_files,
+        default_floor(disk.total) if least is None else in_bytes("min_free_bytes", least),
     )
-    return Limits(most, config.max_files, least)
+
+
+def say_limits(config: FsConfig, limits: Limits) -> None:
+    """Say how much of the disk is used where no limit was given, and if there is no room at all.
+
+    Raises:
+        OSError: the file system cannot be asked.
+    """
+    disk = disk_at(config.root_dir)
+    least = size_text(limits.min_free_bytes)
+    if not config.limited:
+        rest = f"all but {least} (min_free_bytes)" if limits.min_free_bytes else "all"
+        of = f"the {size_text(disk.total)}" if disk.bounded else "the space"
+        logger.info(
+            "kvstrata fs tier: no limit is set for %r: pages may take %s of %s there; to keep "
+            'them smaller give max_bytes, for example "100GiB" or "50%%"',
+            config.root_dir,
+            rest,
+            of,
+        )
+    if disk.free < limits.min_free_bytes:
+        logger.warning(
+            "kvstrata fs tier: %s are free on the disk of %r and %s are to stay free: as long as "
+            "that is so nothing is stored, and what is there is evicted; free some space or give "
+            "a smaller min_free_bytes",
+            size_text(disk.free),
+            config.root_dir,
+            least,
+        )
 
 
 def _start_error(root: str, error: OSError) -> TierConfigError:

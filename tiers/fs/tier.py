@@ -45,6 +45,7 @@ from kvstrata.tiers.fs.startup import (
     make_root,
     open_books,
     open_namespace,
+    say_limits,
 )
 from kvstrata.tiers.fs.survival import is_worthwhile
 
@@ -291,12 +292,16 @@ class FsTier(SecondaryTier):
         fields = dict(context.namespace)
         paths = namespace_paths(config.root_dir, context.model, fields)
         check_budget(config, context)
+        direct = open_namespace(config, paths, fields)
+        limits = open_books(config)
+        if limits is not None:
+            say_limits(config, limits)
         setup = Setup(
             config,
             TierContext(context.model, fields, self._layouts),
             paths,
-            open_namespace(config, paths, fields),
-            open_books(config),
+            direct,
+            limits,
             self._region,
             readers=True,
             threads=1,

@@ -39,6 +39,7 @@ from kvstrata.tiers.fs.messages import (
     pack_done,
     pack_failure,
     pack_news,
+    pack_notice,
     pack_trust,
     pack_upkeep,
     unpack_tasks,
@@ -99,6 +100,10 @@ class Outbox:
     def upkeep(self, done: Upkeep) -> None:
         """Send what the keeper did."""
         self.put(pack_upkeep(done))
+
+    def say(self, text: str) -> None:
+        """Send what the operator should know."""
+        self.put(pack_notice(text))
 
     def close(self) -> None:
         """Wait until all is sent."""

@@ -18,6 +18,11 @@ from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.testing import CONTEXT
 
 
+@pytest.fixture(scope="session", autouse=True)
+def any_disk(disk_of_any_fullness: None) -> None:
+    """See there."""
+
+
 @pytest.fixture
 def paths(root: Path) -> NamespacePaths:
     """The paths of the contract's namespace."""

@@ -363,7 +363,7 @@ ENGINE = """
 import os, sys, time
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key, store
-tier = FsTier({"root_dir": sys.argv[1]}, CONTEXT)
+tier = FsTier({"root_dir": sys.argv[1], "min_free_bytes": 0}, CONTEXT)
 store(tier, {make_key(1): make_data(1, CONTEXT.layouts[0].nbytes)})
 assert not load(tier, [make_key(1)])[0].failed  # both processes have started
 if "{fork}" and os.fork() == 0:

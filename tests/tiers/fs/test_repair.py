@@ -184,7 +184,9 @@ SERVER = textwrap.dedent("""
     import sys
     from kvstrata.tiers.fs.tier import FsTier
     from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key, store
-    tier = FsTier({"root_dir": sys.argv[1], "max_bytes": sys.argv[2]}, CONTEXT)
+    tier = FsTier(
+        {"root_dir": sys.argv[1], "max_bytes": sys.argv[2], "min_free_bytes": 0}, CONTEXT
+    )
     size = CONTEXT.layouts[2].nbytes
     for number in range(10**6):
         pages = {make_key(n, 2): make_data(n, size) for n in range(8 * number, 8 * number + 8)}

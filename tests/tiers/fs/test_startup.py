@@ -187,9 +187,7 @@ def test_root_is_on_a_read_only_disk(open_tier: OpenTier, small_disk: Path) -> N
         open_tier(root_dir=f"{small_disk}/kv")
 
 
-def test_a_root_that_a_group_shares(
-    open_tier: OpenTier, root: Path, paths: NamespacePaths
-) -> None:
+def test_a_root_that_a_group_shares(open_tier: OpenTier, root: Path, paths: NamespacePaths) -> None:
     """What is made in a setgid directory stays open to its group, as in a pod with fsGroup."""
     root.mkdir()
     if os.geteuid() == 0:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.space.ledger import Books, Ledger, Row
-from kvstrata.tiers.fs.space.limits import HIGH, room, spares_wanted
+from kvstrata.tiers.fs.space.limits import HIGH, room_to_write, spares_wanted
 from kvstrata.tiers.fs.temporary import temporary_name
 
 SPARE_NAME = "spare"  # below the books' directory: files `<cost>-<16 hex digits>` to overwrite
@@ -27,7 +27,7 @@ WAIT_S = 2.0
 _POLL_S = 0.001
 _MOST_AHEAD = 64  # files; and at most this share of the room that is left, so that others have some
 _SHARE_AHEAD = 16
-_FULL_DISK_FILES = 4  # evicted for each store that the disk had no room for, and for the books
+_PRESS_S = 10.0  # between two evictions for a disk that takes no page all the same
 
 
 class Grant(NamedTuple):
@@ -60,6 +60,7 @@ class Admission:
         self._ahead: Counter[int] = Counter()  # files that may be written, by cost
         self._ahead_used = False
         self._hopeless_until = 0.0
+        self._may_press_at = 0.0
         self._turn = threading.Lock()
         self._count_lock = threading.Lock()
 
@@ -96,12 +97,21 @@ class Admission:
     def cancel(self, grant: Grant, disk_full: bool) -> None:
         """Nothing was written for the grant; `disk_full`: since the disk had no room.
 
+        Then it has less than it says, by a quota or for want of inodes, say, and room for one
+        file is made by eviction. That is not done again before a page could be written, or so
+        much time has passed: where it does not help, it must not empty the tier.
+
         Raises:
             OSError: the ledger cannot be used.
         """
         if grant.spare is not None:
             with suppress(OSError):
                 nofollow.unlink(grant.spare)
+        now, pressed = time.monotonic(), 0
+        with self._count_lock:
+            if disk_full and now >= self._may_press_at:
+                self._may_press_at = now + _PRESS_S
+                pressed = grant.cost
         ended = False
         try:
             with self._ledger.locked() as books:
@@ -111,11 +121,15 @@ class Admission:
                 if row is not None:
                     row.reserved_bytes = max(0, row.reserved_bytes - grant.cost)
                     row.reserved_files = max(0, row.reserved_files - 1)
-                    row.pressed += _FULL_DISK_FILES * grant.cost if disk_full else 0
+                    row.pressed += pressed
         finally:
             if not ended:  # the server's row follows as soon as the ledger can be used
                 self._count(-grant.cost, -1)
         self._wake()
+
+    def wrote(self) -> None:
+        """A page was written: the disk takes some."""
+        self._may_press_at = 0.0
 
     def noted(self, nbytes: int, files: int) -> None:
         """Files that were written for grants of so many bytes are in the journal now."""
@@ -146,8 +160,9 @@ class Admission:
         try:
             with self._ledger.locked() as books:
                 row = books.rows.get(self._server)
-                # where nothing is limited, nothing need be known
-                if row is not None and not row.dead and (books.known or not books.limits()):
+                # where nothing is counted, nothing need be known
+                ready = books.known or not books.limits().counted
+                if row is not None and not row.dead and ready:
                     grant, ahead = self._try(books, row, cost)
         except OSError:
             if grant is not None:  # it could not be written down
@@ -166,7 +181,7 @@ class Admission:
         """Leave for one file, and for how many more."""
         limits, usage = books.limits(), books.usage(self._root)
         spare, ahead = None, 0
-        left = room(limits, usage, HIGH)
+        left = room_to_write(limits, usage, HIGH)
         if left.holds(cost):
             share = min(left.nbytes // cost, left.files) // _SHARE_AHEAD
             ahead = min(_MOST_AHEAD, share)
@@ -174,7 +189,7 @@ class Admission:
             spare = self._take_spare(books, cost)
             if books.spare_bytes < max(4 * cost, spares_wanted(usage) // 2):
                 self._wake()
-            if spare is None and not room(limits, usage).holds(cost):
+            if spare is None and not room_to_write(limits, usage).holds(cost):
                 row.wanted = cost
                 return None, 0
         row.wanted, row.page = 0, cost

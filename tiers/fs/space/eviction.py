@@ -13,7 +13,15 @@ from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.space.admission import spare_cost
 from kvstrata.tiers.fs.space.holdings import Holdings
 from kvstrata.tiers.fs.space.ledger import Books
-from kvstrata.tiers.fs.space.limits import HIGH, LOW, Limits, room, spares_wanted
+from kvstrata.tiers.fs.space.limits import (
+    HIGH,
+    LOW,
+    Limits,
+    Usage,
+    room,
+    room_to_write,
+    spares_wanted,
+)
 
 _CLAIM_FILES = 16  # renamed at once under the lock: some milliseconds
 _UNLINK_FILES = 64  # 2 MiB files take up to 4 ms each
@@ -27,12 +35,17 @@ class Eviction:
         files, nbytes: what was evicted.
         told: namespace and key of what was evicted, to be taken by whoever spreads the news.
         limits: those that counted last.
+        by_others: the limits by which something was evicted that this server's own would have
+            let stay; None if that was not so yet.
     """
 
-    def __init__(self, holdings: Holdings) -> None:
+    def __init__(self, holdings: Holdings, own: Limits) -> None:
+        """`own`: the limits of this server."""
         self.files = self.nbytes = 0
         self.told: deque[tuple[str, bytes]] = deque(maxlen=_MAX_TOLD)
         self.limits = Limits()
+        self.by_others: Limits | None = None
+        self._own = own
         self._holdings = holdings
         self._place = holdings.place
         self._left: list[str] = []  # directories that victims were taken from
@@ -61,7 +74,7 @@ class Eviction:
             if full.nbytes < 0 or full.files < 0:
                 low = room(limits, usage, LOW)
                 nbytes, files = max(nbytes, -low.nbytes), max(0, -low.files)
-            soft = room(limits, usage, HIGH)
+            soft = room_to_write(limits, usage, HIGH)
             spares = self._count_spares(books)
             if nbytes > 0 or files > 0:
                 freed = self._drop_spares(books, spares, pages, nbytes, files)
@@ -70,10 +83,18 @@ class Eviction:
                 doomed = self._claim_spares(books, spares, pages, ahead)
             else:
                 return False
+            if self.by_others is None and limits != self._own:
+                self._note_others(limits, usage, ahead)
         claimed = self.files - claimed
         for directory in self._left:
             _remove_empty(directory)
         return self._unlink(doomed) or claimed > 0
+
+    def _note_others(self, limits: Limits, usage: Usage, ahead: int) -> None:
+        """Note if what happens here is for the limits of other servers only."""
+        own = room_to_write(self._own, usage, HIGH)
+        if own.nbytes >= ahead and own.files >= 1 + self._own.max_files // 50:
+            self.by_others = limits
 
     def _count_spares(self, books: Books) -> Counter[int]:
         if books.spare_files <= 0:

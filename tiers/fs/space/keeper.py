@@ -9,7 +9,7 @@ from kvstrata.tiers.fs.space.booking import Booking
 from kvstrata.tiers.fs.space.eviction import Eviction
 from kvstrata.tiers.fs.space.holdings import Holdings, Place
 from kvstrata.tiers.fs.space.ledger import Books
-from kvstrata.tiers.fs.space.limits import rotate_bytes
+from kvstrata.tiers.fs.space.limits import Limits, rotate_bytes
 from kvstrata.tiers.fs.space.presence import Watch
 from kvstrata.tiers.fs.space.recount import Recount, strike
 
@@ -19,9 +19,10 @@ RESCAN_S = 600.0  # between two scans for what was changed by others
 class Keeper:
     """The keeper's work in the order in which it is done. One thread only; blocks on the disk."""
 
-    def __init__(self, place: Place, protected: dict[bytes, float]) -> None:
+    def __init__(self, place: Place, protected: dict[bytes, float], limits: Limits) -> None:
         """Take over from the last keeper. A scan begins with the first work.
 
+        `limits` are those of this server, which count with those of the others.
         `protected` says by offload key until when, on the monotonic clock, a page is spared;
         what other servers promised is added to it.
         """
@@ -29,7 +30,7 @@ class Keeper:
         self.holdings = Holdings(place, protected)
         self.booking = Booking(self.holdings)
         self.recount = Recount(self.holdings, self.booking)
-        self.eviction = Eviction(self.holdings)
+        self.eviction = Eviction(self.holdings, limits)
         self._watch = Watch(place.directory)
         self._scan_due = 0.0
         self._dead_at_scan: set[bytes] = set()

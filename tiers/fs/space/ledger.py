@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 
 import xxhash
 
+from kvstrata.tiers.disk import UNBOUNDED, disk_at
 from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.space.limits import Limits, Usage, smallest
 
@@ -100,11 +101,11 @@ class Books:
         """
         reserved = sum(row.reserved_bytes for row in self.rows.values())
         files = sum(row.reserved_files for row in self.rows.values())
-        disk = os.statvfs(root)
+        free = disk_at(root).free
         return Usage(
             self.base_bytes + self.spare_bytes + reserved,
             self.base_files + self.spare_files + files,
-            disk.f_bavail * disk.f_frsize - reserved,
+            free if free == UNBOUNDED else free - reserved,
         )
 
     def encode(self) -> bytes:

@@ -14,7 +14,8 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from kvstrata.tiers.base import TierConfigError
-from kvstrata.tiers.options import parse_bytes
+from kvstrata.tiers.disk import UNBOUNDED
+from kvstrata.tiers.options import parse_bytes, size_text
 
 BLOCK = 4096  # bytes: what ext4, XFS and tmpfs allocate in
 _MOST_BYTES = 2**40
@@ -24,6 +25,12 @@ _MOST_BYTES = 2**40
 HIGH, LOW = Fraction(98, 100), Fraction(96, 100)
 
 _AHEAD_BYTES = 64 * 2**20
+BOOKS_BYTES = 2**16  # of the disk that pages leave to the books, without which nothing is evicted
+
+# What stays free where nothing else is asked for: a share of the disk, but not less than so many
+# bytes, which programs on a small disk need as well; and so that a disk of a few GiB, or a tmpfs,
+# is of use, not more than another share.
+_FLOOR_SHARE, _FLOOR_BYTES, _MOST_FLOOR_SHARE = Fraction(1, 20), 2**30, Fraction(1, 10)
 
 _SHARE = re.compile(r"([0-9]{1,2}(?:\.[0-9]{1,6})?) ?%")
 
@@ -56,6 +63,11 @@ class Limits:
     def __bool__(self) -> bool:
         return bool(self.max_bytes or self.max_files or self.min_free_bytes)
 
+    @property
+    def counted(self) -> bool:
+        """Whether one must know what is below the root; how much is free the kernel knows."""
+        return bool(self.max_bytes or self.max_files)
+
 
 def smallest(limits: Iterable[Limits]) -> Limits:
     """The limits that satisfy all."""
@@ -65,6 +77,12 @@ def smallest(limits: Iterable[Limits]) -> Limits:
         min((each.max_files for each in found if each.max_files), default=0),
         max((each.min_free_bytes for each in found), default=0),
     )
+
+
+def default_floor(total: int) -> int:
+    """The default of `min_free_bytes` on a file system of `total` bytes."""
+    least = max(int(total * _FLOOR_SHARE), _FLOOR_BYTES)
+    return min(least, int(total * _MOST_FLOOR_SHARE))
 
 
 def parse_space(key: str, value: object) -> int | Fraction:
@@ -121,12 +139,23 @@ class Room(NamedTuple):
         return nbytes <= self.nbytes and self.files >= 1
 
 
-_UNBOUNDED = 2**62
+def stricter(limits: Limits, own: Limits) -> str:
+    """In which of its values `limits` leaves less room than `own`, in words."""
+    values = (
+        ("max_bytes", limits.max_bytes, own.max_bytes, size_text),
+        ("max_files", limits.max_files, own.max_files, str),
+        ("min_free_bytes", limits.min_free_bytes, own.min_free_bytes, size_text),
+    )
+    return ", ".join(
+        f"{name} {text(value)} ({text(ours) if ours else 'none'} here)"
+        for name, value, ours, text in values
+        if value != ours
+    )
 
 
 def room(limits: Limits, usage: Usage, mark: Fraction = Fraction(1)) -> Room:
     """What is left below `mark`, a share of each limit."""
-    nbytes = files = _UNBOUNDED
+    nbytes = files = UNBOUNDED
     if limits.max_bytes:
         nbytes = int(limits.max_bytes * mark) - usage.nbytes
     if limits.min_free_bytes:
@@ -135,3 +164,9 @@ def room(limits: Limits, usage: Usage, mark: Fraction = Fraction(1)) -> Room:
     if limits.max_files:
         files = int(limits.max_files * mark) - usage.files
     return Room(nbytes, files)
+
+
+def room_to_write(limits: Limits, usage: Usage, mark: Fraction = Fraction(1)) -> Room:
+    """What new files may take: what is left below `mark`, and on the disk."""
+    left = room(limits, usage, mark)
+    return left._replace(nbytes=min(left.nbytes, usage.free_bytes - BOOKS_BYTES))

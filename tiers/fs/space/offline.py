@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from kvstrata.tiers.disk import UNBOUNDED, disk_at
 from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.failures import Failures
 from kvstrata.tiers.fs.space import snapshot
@@ -66,6 +67,9 @@ class _Accounts:
     def report(self, cause: str, detail: str) -> None:
         self.failures.count(cause, detail)
         self.last = detail
+
+    def say(self, text: str) -> None:
+        """The limits of running servers count too: `Trimmed.servers` tells of them."""
 
     def tell(self, news: Sequence[News]) -> None:
         """No page is ours."""
@@ -156,12 +160,11 @@ def _survey(root: str) -> tuple[Usage, Usage]:
         pass
     directory = os.path.join(root, BOOKS_NAME)
     books = books_size(directory, lambda name: True) if nofollow.lexists(directory) else (0, 0)
-    disk = os.statvfs(root)
+    free = disk_at(root).free
     fixed = walked.other_bytes + books[0], walked.other_files + books[1]
-    free = disk.f_bavail * disk.f_frsize
     return (
         Usage(fixed[0] + pages[0], fixed[1] + pages[1], free),
-        Usage(*fixed, free + pages[0]),
+        Usage(*fixed, min(free + pages[0], UNBOUNDED)),
     )
 
 

@@ -18,6 +18,7 @@ from contextlib import suppress
 from typing import NamedTuple, Protocol
 
 from kvstrata.tiers.fs import nofollow
+from kvstrata.tiers.fs.failures import error_cause
 from kvstrata.tiers.fs.space.admission import Admission
 from kvstrata.tiers.fs.space.booking import PROTECT_S
 from kvstrata.tiers.fs.space.follower import Follower, News
@@ -25,7 +26,15 @@ from kvstrata.tiers.fs.space.holdings import Place
 from kvstrata.tiers.fs.space.journal import Journal, Op, Record, evicted_key
 from kvstrata.tiers.fs.space.keeper import Keeper
 from kvstrata.tiers.fs.space.ledger import LEDGER_NAME, MAX_ROWS, Books, Ledger, Row
-from kvstrata.tiers.fs.space.limits import BLOCK, Limits, Usage, room, rotate_bytes
+from kvstrata.tiers.fs.space.limits import (
+    BLOCK,
+    BOOKS_BYTES,
+    Limits,
+    Usage,
+    room,
+    rotate_bytes,
+    stricter,
+)
 from kvstrata.tiers.fs.space.presence import Presence, Watch
 from kvstrata.tiers.fs.space.recount import boot_id
 from kvstrata.tiers.fs.space.walk import BOOKS_NAME
@@ -63,6 +72,9 @@ class Listener(Protocol):
 
     def upkeep(self, done: Upkeep) -> None:
         """What was done as the keeper since the last call."""
+
+    def say(self, text: str) -> None:
+        """Something that the operator should know, and no failure."""
 
 
 class Space:
@@ -116,6 +128,8 @@ class Space:
         )
         self._entered = False
         self._shut_out = False  # and that was said
+        self._said_others = False
+        self._books_short = False  # the disk had no room for the books
         self._settled: tuple[int, int] | None = None  # end of the journal if all was booked
         self.admission = Admission(ledger, server, root, directory, self._wake.set)
         self._thread = threading.Thread(target=self._run, name="kvstrata-fs-space", daemon=True)
@@ -125,6 +139,7 @@ class Space:
 
     def stored(self, key: bytes, cost: int, depth: int, access: int) -> None:
         """The page was written and renamed; `cost` is that of its grant."""
+        self.admission.wrote()
         self._events.append((Op.STORED, key, cost, depth, access))
 
     def used(self, key: bytes, depth: int, access: int) -> None:
@@ -186,7 +201,7 @@ class Space:
                 busy = self._tick()
             except OSError as error:
                 busy = False
-                self._listener.report("books", str(error))
+                self._report(error)
                 self._stop.wait(TICK_S)
                 with suppress(OSError):
                     self._make_directories()
@@ -214,17 +229,22 @@ class Space:
         try:
             self._note()
         except OSError as error:  # on a full disk it is for the keeper to make room
-            self._listener.report("books", str(error))
+            self._report(error)
         heard = self._hear()
         if not self._join():
             return heard
         if self._keeper is None:
-            self._keeper = Keeper(self._place, self._protected)
+            self._keeper = Keeper(self._place, self._protected, self._limits)
         more = self._keeper.work(0.0 if heard else SLICE_S)  # what we tell saves look-ups
         self._publish(self._keeper)
         if self._keeper.scanning and not more and not heard:
             self._wake.wait(SLICE_S * (4 if self._keeper.complete else 1))
         return more or heard or self._keeper.scanning
+
+    def _report(self, error: OSError) -> None:
+        """The books could not be kept."""
+        self._books_short = error_cause(error) == "no-space"
+        self._listener.report("books", str(error))
 
     def _hear(self) -> bool:
         """Pass on what the other servers say; True if there is more."""
@@ -245,6 +265,13 @@ class Space:
             if namespace == self._namespace:
                 ours.append((key, False))
             self._events.append((Op.EVICTED, evicted_key(namespace, key), 0, 0, 0))
+        if eviction.by_others is not None and not self._said_others:
+            self._said_others = True
+            self._listener.say(
+                f"the pages below {self._place.root!r} are evicted by the limits of another server "
+                f"there, or of `kvstrata gc`: {stricter(eviction.by_others, self._limits)}; the "
+                "strictest count for all"
+            )
         if self._listener.is_behind:
             return  # a page that it takes for present costs it one failed load
         if ours:
@@ -262,6 +289,9 @@ class Space:
             if row is None:
                 return False
             row.dead = False
+            if self._books_short:
+                self._books_short = False
+                row.pressed = max(row.pressed, BOOKS_BYTES)
             self.admission.give_back(row, self._stop.is_set())
             beat = now >= self._beat_due
             if beat:

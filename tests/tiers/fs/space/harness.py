@@ -69,6 +69,7 @@ class Server:
         self.failures: Counter[str] = Counter()
         self.details: list[str] = []
         self.news: list[News] = []
+        self.said: list[str] = []
         self.is_behind = False
         self.done: Counter[str] = Counter()
         self._access = first_access() if engine is None else engine << 40
@@ -83,6 +84,9 @@ class Server:
     def report(self, cause: str, detail: str) -> None:
         self.failures[cause] += 1
         self.details.append(detail)
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
 
     def tell(self, news: Sequence[News]) -> None:
         self.news += news

@@ -39,7 +39,8 @@ SERVER = textwrap.dedent("""
     root, seed, steps, budget = sys.argv[1], *map(int, sys.argv[2:])
     chance, causes = random.Random(seed), Counter()
     tier = FsTier(
-        {"root_dir": root, "n_read_threads": 1, "n_write_threads": 2, "max_bytes": budget}, CONTEXT
+        {"root_dir": root, "n_read_threads": 1, "n_write_threads": 2, "max_bytes": budget,
+         "min_free_bytes": 0}, CONTEXT
     )
     print("ready", flush=True)
     parent = os.getppid()
