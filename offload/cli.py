@@ -64,8 +64,9 @@ app.command()(trust)
 @app.command()
 def doctor(
     path: Annotated[
-        str, typer.Argument(metavar="PATH", help="The root_dir of the filesystem tier to be.")
-    ] = ".",
+        str | None,
+        typer.Argument(metavar="PATH", help="The root_dir of the filesystem tier to be."),
+    ] = None,
     config: Annotated[
         str | None,
         typer.Option(
@@ -78,7 +79,7 @@ def doctor(
 ) -> None:
     """Say what would work here, what not, and why.
 
-    Exits with 1 if kvstrata could not run at all, or not with the configuration.
+    Exits with 1 if kvstrata could not run at all, or not with files at PATH or the configuration.
     """
     from dataclasses import asdict
 

@@ -21,8 +21,9 @@ def check(
 ) -> None:
     """Verify every file, reading it whole, and the books of the disk budget.
 
-    Exits with 1 if something is wrong and was not repaired, with 2 if ROOT is no readable
-    directory, or holds things but no namespace.
+    What servers that were killed left is named, and no damage: the next one that starts there
+    cleans it, and --fix does. Exits with 1 if something is wrong and was not repaired, with 2 if
+    ROOT is no readable directory, or holds things but no namespace.
     """
     from kvstrata.tiers.fs.listing import list_namespaces, namespaces
     from kvstrata.tiers.fs.repair import examine
@@ -40,7 +41,7 @@ def check(
             )
     except OSError as error:
         fail(root, error)
-    left = sum(finding.repair is None for finding in done.findings)
+    left = sum(finding.repair is None and not finding.remains for finding in done.findings)
     if as_json:
         _print_examination(done, left)
     elif not misplaced:
@@ -62,6 +63,7 @@ def _print_examination(done: Examination, left: int) -> None:
             "found": Counter(finding.kind for finding in done.findings),
             "repaired": Counter(f.repair for f in done.findings if f.repair is not None),
             "left": left,
+            "remains": sum(f.remains and f.repair is None for f in done.findings),
             "findings": [asdict(finding) for finding in done.findings],
         }
     )
@@ -70,12 +72,17 @@ def _print_examination(done: Examination, left: int) -> None:
 def _show_examination(done: Examination, left: int, fix: bool) -> None:
     """A line for each finding, and the totals."""
     for each in done.findings:
-        typer.echo(f"{each.repair or 'bad'}: {printable(each.path)}: {printable(each.reason)}")
-    kinds = Counter(finding.kind for finding in done.findings)
+        word = each.repair or ("left by an ended server" if each.remains else "bad")
+        typer.echo(f"{word}: {printable(each.path)}: {printable(each.reason)}")
+    kinds = Counter(finding.kind for finding in done.findings if not finding.remains)
     parts = [f"{done.report.files} files, {size(done.report.bytes)}", f"{kinds.total()} bad"]
     if kinds:
         parts[1] += f" ({', '.join(f'{count} {kind}' for kind, count in sorted(kinds.items()))})"
-    if fix and kinds:
+    remains = sum(finding.remains for finding in done.findings)
+    if remains:
+        cleaned = "" if fix else " (the next start, or --fix, cleans it)"
+        parts.append(f"{remains} left by ended servers{cleaned}")
+    if fix and done.findings:
         repairs = Counter(finding.repair for finding in done.findings if finding.repair)
         parts += [f"{count} {repair}" for repair, count in sorted(repairs.items())]
         parts.append(f"{left} left")

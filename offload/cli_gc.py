@@ -112,11 +112,13 @@ def _print_trimmed(done: Trimmed, limits: Limits) -> None:
 
 def _show_trimmed(done: Trimmed) -> None:
     before, after = done.before, done.after
-    who = f"servers running: {done.servers}; " if done.servers else ""
+    servers, who = "", "by this command"
+    if done.servers:
+        servers = f"servers running: {done.servers}; "
+        who = "by this command and by the server that keeps the books"
     typer.echo(
-        f"{who}from {before.files} files, {size(before.nbytes)} to {after.files} files, "
-        f"{size(after.nbytes)}; {done.evicted_files} pages, {size(done.evicted_bytes)} deleted "
-        "by this command"
+        f"{servers}from {before.files} files, {size(before.nbytes)} to {after.files} files, "
+        f"{size(after.nbytes)}; {done.evicted_files} files, {size(done.evicted_bytes)} deleted {who}"
     )
     for cause, count in sorted(done.failures.items()):
         typer.echo(f"failed: {cause}: {count}")

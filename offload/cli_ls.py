@@ -33,7 +33,8 @@ def list_root(
 
     Says so on stderr if there is none.
 
-    Exits with 2 if ROOT is no readable directory, or --why cannot be answered.
+    Exits with 2 if ROOT is no readable directory, or holds things but no namespace, or --why cannot
+    be answered.
     """
     if why is not None:
         explain(root, why, as_json)
@@ -44,8 +45,7 @@ def list_root(
     try:
         with byte_bar("listing") as advance:
             namespaces = list_namespaces(root, advance)
-        if not namespaces:
-            no_namespaces(root)
+        misplaced = not namespaces and no_namespaces(root)
         books = _books(root)
     except OSError as error:
         fail(root, error)
@@ -62,6 +62,7 @@ def list_root(
         _show_books(root, books)
         for row in rows:
             _show_namespace(*row)
+    raise typer.Exit(2 if misplaced else 0)
 
 
 def _books(root: str) -> dict[str, Any] | None:
@@ -88,7 +89,7 @@ def _books(root: str) -> dict[str, Any] | None:
         **limits_json(limits),
         "servers": len(found.living),
         "keeper": books.keeper.hex() if books.keeper in found.living else None,
-        "damage": [damage.reason for damage in found.damage],
+        "damage": [damage.reason for damage in found.damage if not damage.remains],
     }
 
 

@@ -24,9 +24,11 @@ def refuse_root(root: str) -> None:
     from kvstrata.tiers.fs.space.walk import BOOKS_NAME
 
     books = os.path.join(root, BOOKS_NAME)
-    owner = os.stat(books if os.path.exists(books) else root).st_uid
+    found = os.stat(books if os.path.exists(books) else root)
+    owner, group = found.st_uid, found.st_gid
     if os.geteuid() == 0 != owner:
-        remedy = f"run this as the servers do, for example with: setpriv --reuid={owner}"
+        user = f"setpriv --reuid={owner} --regid={group} --clear-groups"
+        remedy = f"run this as the servers do, for example with: {user}"
         typer.echo(f"kvstrata: {root!r} belongs to user {owner}; {remedy}", err=True)
         raise typer.Exit(2)
 

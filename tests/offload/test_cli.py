@@ -123,7 +123,7 @@ def test_a_root_without_namespaces(paths: NamespacePaths) -> None:
     """A namespace's own directories look like roots."""
     for misplaced in (Path(paths.home), Path(paths.pages)):
         remedy = f"no namespaces below '{misplaced}': give the root_dir of the fs tier\n"
-        assert outcome("ls", misplaced) == (0, "", f"kvstrata: {remedy}")
+        assert outcome("ls", misplaced) == (2, "", f"kvstrata: {remedy}")
         assert outcome("check", misplaced) == (2, "", f"kvstrata: {remedy}")
         code, out, err = outcome("ls", misplaced, "--json")
         assert (code, json.loads(out)["namespaces"], err) == (0, [], f"kvstrata: {remedy}")

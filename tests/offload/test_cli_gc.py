@@ -43,14 +43,18 @@ def test_gc_keeps_what_was_used_last(root: Path, paths: NamespacePaths) -> None:
     assert done["after"]["files"] <= before < done["before"]["files"]
     assert done["evicted_bytes"] > 0 and done["after"]["bytes"] < done["before"]["bytes"]
     shown = run("gc", root, "--max-files", before)
-    assert shown.endswith("; 0 pages, 0 B deleted by this command\n")
+    assert shown.endswith("; 0 files, 0 B deleted by this command\n")
 
 
 def test_gc_beside_a_server(root: Path, paths: NamespacePaths) -> None:
     tier = fill_many(root)
+    shown = run("gc", root, "--max-files", 20)
     done = run_json("gc", root, "--max-bytes", "64KiB")
+    assert "; 0 files" not in shown and "deleted by this command and by the server" in shown
     assert tier.shutdown(60.0)
-    assert done["within"] and done["servers"] == 2 and done["evicted_files"] == 0
+    assert done["within"] and done["servers"] == 2
+    assert done["evicted_files"] == done["before"]["files"] - done["after"]["files"] > 0
+    assert done["evicted_bytes"] == done["before"]["bytes"] - done["after"]["bytes"] > 0
     assert done["after"]["bytes"] <= 65536 < done["before"]["bytes"]
     assert done["after"]["files"] < done["before"]["files"] and len(left(paths)) < 20
 
@@ -86,6 +90,7 @@ def test_the_least_that_can_be_reached(root: Path, paths: NamespacePaths) -> Non
     ("options", "word"),
     [
         ([], "at least one limit"),
+        (["--min-free-bytes", "0"], "at least one limit"),
         (["--max-bytes", "10x"], "max_bytes: '10x' is not a size"),
         (["--max-bytes", "0"], "max_bytes: '0' is not positive"),
         (["--max-files", "0"], "max_files: 0 is wrong"),
@@ -135,6 +140,7 @@ def test_root_makes_no_files_for_others(
     before = sorted(root.rglob("*"))
     said = run(*command, root, exit_code=2)
     assert said.startswith(f"kvstrata: '{root}' belongs to user 65534; run this as the servers do")
+    assert "setpriv --reuid=65534 --regid=65534 --clear-groups" in said
     assert sorted(root.rglob("*")) == before
 
 

@@ -1,8 +1,10 @@
 """`kvstrata doctor`: every verdict, from what was found."""
 
+import errno
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -189,6 +191,28 @@ def test_memory(
     assert checks[1].meaning == f"cpu_bytes_to_use can be at most {most} now"
 
 
+def test_shared_memory_without_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reports no blocks at all, which is not that none are free."""
+    statvfs = SimpleNamespace(f_frsize=4096, f_bavail=0, f_blocks=0)
+    monkeypatch.setattr(os, "statvfs", lambda path: statvfs)
+    monkeypatch.setattr(region, "available_memory", lambda: 4 * GIB)
+    shared, memory = doctor.check_memory(Path("/dev/shm"))
+    assert (shared.status, shared.found) == (OK, "/dev/shm without a limit of its own")
+    assert memory.meaning == "cpu_bytes_to_use can be at most 4.0 GiB now"
+
+
+def test_only_what_is_on_the_index_is_advised(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [
+        doctor.check_vllm(None).meaning,
+        *(
+            doctor.check_gpu(gpus, vllm).meaning
+            for gpus, vllm in ((Gpus(), CUDA), (Gpus(driver="1.2"), CPU), (H200, CPU))
+        ),
+    ]
+    assert all("kvstrata[" not in text for text in texts)
+    assert all("pip install 'vllm>=0.31,<0.34'" in texts[n] for n in (0, 2, 3))
+
+
 def test_shared_memory_that_cannot_be_used(
     tmp_path: Path, another_user: Callable[[], AbstractContextManager[None]]
 ) -> None:
@@ -237,29 +261,79 @@ def make_link(path: Path) -> Path:
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (make_file, "Not a directory"),
-        (lambda path: make_file(path) / "below", "Not a directory"),
-        (make_link, "No such file or directory"),
-        (lambda path: Path("/proc/self"), "No such file or directory"),
+        (make_file, "is not a directory; give a directory"),
+        (lambda path: make_file(path) / "below", "cannot be made: .* is not a directory; choose"),
+        (make_link, "cannot be made: .* is a symbolic link to 'nowhere', which is not there; make"),
+        (lambda path: Path("/proc/self"), "cannot be used .*No such file or directory"),
+        (lambda path: Path("/"), "is the root of the whole file system; give a directory"),
     ],
-    ids=["a file", "below a file", "a dangling link", "no writable file system"],
+    ids=["a file", "below a file", "a dangling link", "no writable file system", "/"],
 )
 def test_a_path_where_no_file_can_be_written(
     make: Callable[[Path], Path], why: str, tmp_path: Path
 ) -> None:
-    (check,) = doctor.check_storage(str(make(tmp_path / "x")))
-    assert (check.name, check.status) == ("files", WARNING)
-    assert check.meaning.startswith(f"the filesystem tier cannot write there: {why}")
+    path = str(make(tmp_path / "x"))
+    (check,) = doctor.check_storage(path)
+    assert (check.name, check.status, check.found) == ("files", PROBLEM, path)
+    words = f"the filesystem tier cannot keep files there: it {why}"
+    assert re.match(words, check.meaning), check.meaning
+    (check,) = doctor.check_storage(path, wanted=False)
+    assert check.status == WARNING
+
+
+def test_a_root_that_cannot_be_written_is_no_place_to_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    another_user: Callable[[], AbstractContextManager[None]],
+) -> None:
+    pretend(monkeypatch, CPU)
+    root = tmp_path / "kv"
+    (root / ".kvstrata").mkdir(parents=True)
+    for directory in (root, *root.parents):
+        if directory.stat().st_uid == os.geteuid() and directory != Path("/"):
+            directory.chmod(0o755)
+    (root / ".kvstrata").chmod(0o555)
+    monkeypatch.chdir(root)
+    with another_user():
+        missing = CliRunner().invoke(app, ["doctor", str(tmp_path / "none" / "kv")])
+        closed = CliRunner().invoke(app, ["doctor", str(root)])
+        unasked = CliRunner().invoke(app, ["doctor"])
+    for result in (missing, closed):
+        assert result.exit_code == 1
+        assert result.stdout.endswith("\nkvstrata cannot run here: files\n")
+    assert (unasked.exit_code, unasked.stdout.splitlines()[-1]) == (0, "kvstrata can run here")
+    if os.geteuid() == 0:
+        root.chmod(0o777)  # but the books are another user's
+        with another_user():
+            check, *_ = doctor.check_storage(str(root))
+        assert check.status == PROBLEM and f"holds '{root}/.kvstrata'" in check.meaning
+
+
+def test_a_full_disk_does_not_keep_an_engine_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(directory: str) -> bool:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), directory)
+
+    monkeypatch.setattr(io, "probe_direct", full)
+    (check,) = doctor.check_storage(str(tmp_path))
+    assert check.status == WARNING and "it is on a full disk; free some" in check.meaning
 
 
 def test_little_disk_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        os, "statvfs", lambda path: SimpleNamespace(f_frsize=4096, f_bavail=GIB // 4096 - 1)
-    )
+    def pretend_disk(total: int, free: int) -> None:
+        blocks = {"f_blocks": total // 4096, "f_bavail": free // 4096}
+        monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_frsize=4096, **blocks))
+
+    pretend_disk(4 * GIB, GIB - 4096)
     assert ("disk space", WARNING) in statuses_of(tmp_path)
-    monkeypatch.setattr(
-        os, "statvfs", lambda path: SimpleNamespace(f_frsize=4096, f_bavail=GIB // 4096)
-    )
+    pretend_disk(4 * GIB, GIB)
+    assert ("disk space", OK) in statuses_of(tmp_path)
+    pretend_disk(1000 * GIB, 49 * GIB)
+    (space,) = [c for c in doctor.check_storage(str(tmp_path)) if c.name == "disk space"]
+    assert (space.status, space.found) == (WARNING, "49.0 GiB free")
+    assert space.meaning == "nothing would be stored: 50.0 GiB stay free (min_free_bytes)"
+    pretend_disk(0, 0)  # a tmpfs without a limit
     assert ("disk space", OK) in statuses_of(tmp_path)
 
 

@@ -412,6 +412,18 @@ def test_directory_too_small_says_by_how_much(
     assert names(tmp_path) == []
 
 
+def test_a_directory_without_a_limit_is_bounded_by_memory_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tmpfs without a limit reports no blocks at all."""
+    none = os.statvfs_result((4096, 4096, 0, 0, 0, 0, 0, 0, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda path: none)
+    create(tmp_path, slots=4, slot_bytes=MIB).close()
+    monkeypatch.setattr(region_module, "available_memory", lambda: 3 * MIB)
+    with pytest.raises(RegionError, match=r"of RAM but 3 MiB are free"):
+        create(tmp_path, slots=4, slot_bytes=MIB)
+
+
 def test_memory_too_small_says_by_how_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(region_module, "available_memory", lambda: 30 * MIB)
     with pytest.raises(

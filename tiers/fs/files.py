@@ -20,6 +20,7 @@ from kvstrata.tiers.fs.codec import (
 )
 from kvstrata.tiers.fs.config import FsConfig
 from kvstrata.tiers.fs.failures import error_cause
+from kvstrata.tiers.fs.ground import Ground
 from kvstrata.tiers.fs.io import FileIO
 from kvstrata.tiers.fs.layout import NamespacePaths
 from kvstrata.tiers.fs.messages import Outcome, PageRef
@@ -46,6 +47,7 @@ class PageFiles:
         direct: whether O_DIRECT is to be used, from `open_namespace`.
         report: is told cause and detail of each failure, on any thread.
         space: the books of the root; None if none are kept.
+        ground: where the root stands; None if it is not to be made again.
     """
 
     def __init__(
@@ -56,7 +58,9 @@ class PageFiles:
         direct: bool,
         report: Callable[[str, str], None],
         space: Space | None = None,
+        ground: Ground | None = None,
     ) -> None:
+        self._ground = ground
         self._report = report
         self._space = space
         self._config = config
@@ -353,6 +357,8 @@ class PageFiles:
         try:
             nofollow.make_directories(directory, self.paths.pages, mode)
         except FileNotFoundError:  # the namespace is gone, or eviction took the parent again
+            if self._ground is not None:
+                self._ground.restore()
             make_namespace(self._config, self.paths, self._fields)
             with suppress(FileNotFoundError):
                 nofollow.make_directories(directory, self.paths.pages, mode)

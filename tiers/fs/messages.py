@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from kvstrata.tiers.base import PageRegion, TierContext
 from kvstrata.tiers.fs.config import FsConfig
+from kvstrata.tiers.fs.ground import Ground
 from kvstrata.tiers.fs.layout import NamespacePaths
 from kvstrata.tiers.fs.space.follower import News
 from kvstrata.tiers.fs.space.limits import Limits
@@ -145,6 +146,7 @@ class Setup:
         region: the region; `fd` is the process's own descriptor.
         readers: whether the process prefers reads to writes.
         threads: number of its threads.
+        ground: where the root stands.
         trusted: whether the namespace was to be believed when the tier was opened.
         engine: process id of the engine.
         outlives: whether the process writes what it was given when the engine is gone.
@@ -160,6 +162,7 @@ class Setup:
     threads: int
     engine: int
     outlives: bool
+    ground: Ground
     trusted: bool = True
 
 

@@ -8,6 +8,7 @@ import stat
 from contextlib import suppress
 
 from kvstrata.tiers.fs.layout import NAMESPACE_DIR, PAGES_DIR
+from kvstrata.tiers.fs.space.ledger import LEDGER_NAME
 from kvstrata.tiers.fs.space.walk import BOOKS_NAME
 
 _ANOTHER = "choose another directory"
@@ -20,6 +21,17 @@ _FULL = {errno.ENOSPC: "is on a full disk", errno.EDQUOT: "is over the disk quot
 def refusal(root: str, error: OSError) -> str:
     """What is wrong with `root`, where `error` was met, and after a semicolon the remedy."""
     return "; ".join(_reason_and_remedy(root, error))
+
+
+def books_refusal(root: str) -> str:
+    """As `refusal`, where the books of another user are at `root`; else nothing."""
+    books = os.path.join(root, BOOKS_NAME)
+    for path in (books, os.path.join(books, LEDGER_NAME)):
+        with suppress(FileNotFoundError):
+            os.stat(path)
+            if not os.access(path, os.R_OK | os.W_OK, effective_ids=True):
+                return refusal(root, PermissionError(errno.EACCES, os.strerror(errno.EACCES), path))
+    return ""
 
 
 def is_whole_system(root: str) -> bool:

@@ -37,12 +37,15 @@ class Finding:
             "temporary" or "books".
         reason: cause and detail.
         repair: "moved", "quarantined", "removed" or "rebuilt"; None while nothing was done.
+        remains: it is what a server leaves that is killed, and no damage; the next server that
+            starts there cleans it.
     """
 
     path: str
     kind: str
     reason: str
     repair: str | None = None
+    remains: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +81,7 @@ def examine(
     for path in report.abandoned:
         removed = fix and remove_abandoned(path)
         reason = "abandoned: its writer is dead"
-        findings.append(Finding(path, "temporary", reason, "removed" if removed else None))
+        findings.append(Finding(path, "temporary", reason, "removed" if removed else None, True))
     books, servers = _examine_books(root, fix)
     findings = sorted([*findings, *books], key=lambda finding: finding.path)
     return Examination(report, findings, servers)
@@ -135,7 +138,9 @@ def _examine_books(root: str, fix: bool) -> tuple[list[Finding], int]:
     except OSError as error:
         return [Finding(path, "books", f"unreadable: {error.strerror or error}")], 0
     if not fix or not found.damage:
-        return [Finding(d.path, "books", d.reason) for d in found.damage], len(found.living)
+        return [Finding(d.path, "books", d.reason, None, d.remains) for d in found.damage], len(
+            found.living
+        )
     findings = []
     left = found.damage
     try:
@@ -146,7 +151,7 @@ def _examine_books(root: str, fix: bool) -> tuple[list[Finding], int]:
     for damage in found.damage:
         repair = "rebuilt" if damage.remedy is Remedy.BOOK else "removed"
         mended = None if damage in left else repair
-        findings.append(Finding(damage.path, "books", damage.reason, mended))
+        findings.append(Finding(damage.path, "books", damage.reason, mended, damage.remains))
     return findings, len(found.living)
 
 

@@ -27,7 +27,7 @@ from kvstrata.tiers.fs.trust import is_trusted
 from kvstrata.tiers.options import size_text
 
 # The disk may be well again later, or be made so by eviction.
-_NOT_NOW = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+NOT_NOW = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 logger = logging.getLogger("kvstrata.tiers.fs")
 
@@ -71,7 +71,7 @@ def open_namespace(config: FsConfig, paths: NamespacePaths, fields: Mapping[str,
         make_namespace(config, paths, fields)
         direct = probe_direct(paths.home)
     except OSError as error:
-        if error.errno not in _NOT_NOW:
+        if error.errno not in NOT_NOW:
             raise _start_error(config.root_dir, error) from error
         logger.warning("kvstrata fs tier: %s; nothing can be stored", error)
         direct = True  # `FileIO` finds out
@@ -110,7 +110,7 @@ def open_books(config: FsConfig) -> Limits | None:
         finally:
             ledger.close()
     except OSError as error:
-        if isinstance(error, LedgerBusy) or error.errno in _NOT_NOW:
+        if isinstance(error, LedgerBusy) or error.errno in NOT_NOW:
             return limits  # nothing is stored until the books can be used
         if error.errno in (errno.EACCES, errno.EPERM):  # the budget of others is ours too
             raise _start_error(config.root_dir, error) from error

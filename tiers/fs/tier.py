@@ -33,6 +33,7 @@ from kvstrata.tiers.base import (
 from kvstrata.tiers.fs.cold_start import explain_cold_start
 from kvstrata.tiers.fs.config import FsConfig
 from kvstrata.tiers.fs.failures import Failures
+from kvstrata.tiers.fs.ground import Ground
 from kvstrata.tiers.fs.index import Index
 from kvstrata.tiers.fs.layout import NamespacePaths, is_key
 from kvstrata.tiers.fs.messages import MOST_PAGES, Kind, Outcome, PageRef, Setup
@@ -307,6 +308,7 @@ class FsTier(SecondaryTier):
             threads=1,
             engine=os.getpid(),
             outlives=is_worthwhile(fields),
+            ground=Ground.of(config.root_dir),
             trusted=check_trust(paths),
         )
         counts = config.n_read_threads, config.n_write_threads

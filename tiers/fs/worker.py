@@ -228,6 +228,7 @@ def open_space(setup: Setup, outbox: Outbox) -> Space | None:
         *(config.root_dir, setup.paths.name, setup.limits, config.file_mode, config.dir_mode),
         outbox,
         keeps=not setup.readers,
+        ground=setup.ground,
     )
 
 
@@ -236,7 +237,10 @@ def serve(setup: Setup, control: socket.socket, region_fd: int) -> None:
     outbox = Outbox(control)
     outbox.put(READY)
     space = open_space(setup, outbox)
-    files = PageFiles(setup.config, setup.context, setup.paths, setup.direct, outbox.report, space)
+    files = PageFiles(
+        *(setup.config, setup.context, setup.paths, setup.direct, outbox.report, space),
+        ground=setup.ground,
+    )
     watch = TrustWatch(files, setup.trusted, outbox)
     mover = _Mover(files, setup.region, watch)
     os.close(region_fd)

@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 
 from kvstrata.tiers.base import Lookup
 from kvstrata.tiers.fs import files as files_module
+from kvstrata.tiers.fs import tier as tier_module
 from kvstrata.tiers.fs.config import FsConfig
 from kvstrata.tiers.fs.files import PageFiles
+from kvstrata.tiers.fs.ground import Ground
 from kvstrata.tiers.fs.layout import NamespacePaths
 from kvstrata.tiers.fs.messages import Outcome, PageRef
 from kvstrata.tiers.fs.startup import make_root, open_namespace
@@ -26,6 +29,7 @@ from kvstrata.tiers.testing import (
     settle,
     store,
 )
+from tests.waiting import wait_until
 
 OpenTier = Callable[..., FsTier]
 KEY = make_key(1)
@@ -36,18 +40,53 @@ def names_below(root: Path) -> list[str]:
     return [name for _, _, names in os.walk(root) for name in names]
 
 
-def test_the_root_is_removed(open_tier: OpenTier, root: Path) -> None:
+@pytest.mark.parametrize("books", [True, False])
+def test_the_root_is_removed(
+    open_tier: OpenTier, root: Path, books: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its content may be, at any time; it is made again as it was."""
+    if not books:
+        monkeypatch.setattr(tier_module, "open_books", lambda config: None)
+    root.mkdir()
+    root.chmod(0o2750)
     tier = open_tier()
     store(tier, PAGE)
-    root.rename(root.with_name("gone"))
+    shutil.rmtree(root)
     assert load(tier, [KEY])[0].failed == {KEY: "missing"}
     assert settle(tier, KEY) is Lookup.MISS
-    # perhaps a mount went away: what lies under it is not ours to fill
+    wait_until(lambda: not store(tier, PAGE).failed)
+    assert root.stat().st_mode & 0o7777 == 0o2750
+    assert load(tier, [KEY])[1] == PAGE
+
+
+def test_the_root_goes_with_what_it_was_in(open_tier: OpenTier, root: Path) -> None:
+    """Perhaps a mount went away: what lies under it is not ours to fill."""
+    tier = open_tier(root_dir=str(root / "kv"))
+    store(tier, PAGE)
+    root.rename(root.with_name("gone"))
     assert store(tier, PAGE).failed == {KEY: "no-directory"}
     assert not root.exists()
     root.mkdir()
-    assert not store(tier, PAGE).failed
+    assert store(tier, PAGE).failed == {KEY: "no-directory"}
+    assert list(root.iterdir()) == []
+    (root / "kv").mkdir()
+    wait_until(lambda: not store(tier, PAGE).failed)
     assert load(tier, [KEY])[1] == PAGE
+
+
+def test_ground(root: Path, small_disk: Path) -> None:
+    root.mkdir()
+    for path in (root, small_disk):
+        with pytest.raises(FileNotFoundError):
+            replace(Ground.of(str(path)), root=str(path / "none" / "deep")).restore()
+    assert Ground.of(str(small_disk)).above is None  # a file system is mounted there
+    ground = Ground.of(str(root))
+    ground.restore()
+    root.rmdir()
+    ground.restore()
+    assert root.is_dir()
+    with pytest.raises(FileNotFoundError, match="its disk is not there"):
+        replace(Ground.of(str(small_disk)), root=str(root / "x")).restore()
 
 
 def test_the_root_is_emptied(open_tier: OpenTier, root: Path, paths: NamespacePaths) -> None:

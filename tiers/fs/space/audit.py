@@ -42,11 +42,16 @@ class Remedy(enum.Enum):
 
 
 class Damage(NamedTuple):
-    """Something wrong with the books: which file, what, and the remedy."""
+    """Something wrong with the books: which file, what, and the remedy.
+
+    With `remains` it is what every server leaves that is killed, and no damage: the next start
+    puts it right.
+    """
 
     path: str
     reason: str
     remedy: Remedy
+    remains: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +103,7 @@ def audit(root: str) -> Audit:
         reason = "spare: {1} files of {0} bytes, the ledger has {3} of {2}".format(
             *spares, *counted
         )
-        damage.append(Damage(spare, reason, Remedy.BOOK))
+        damage.append(Damage(spare, reason, Remedy.BOOK, True))
     if not snapshot.is_sound(directory):
         path = os.path.join(directory, snapshot.SNAPSHOT_NAME)
         damage.append(Damage(path, "snapshot: damaged", Remedy.BOOK))
@@ -134,9 +139,9 @@ def _leases(directory: str, books: Books) -> Iterator[Damage]:
     """Locks of servers that were killed."""
     for server, path in dead_leases(directory, books.rows):
         if server in books.rows:
-            yield Damage(path, "lease: of a server that was killed", Remedy.BOOK)
+            yield Damage(path, "lease: of a server that was killed", Remedy.BOOK, True)
         else:
-            yield Damage(path, "lease: of a server that nobody knows", Remedy.REMOVE)
+            yield Damage(path, "lease: of a server that nobody knows", Remedy.REMOVE, True)
 
 
 def _journals(directory: str, watch: Watch) -> Iterator[Damage]:
@@ -147,12 +152,15 @@ def _journals(directory: str, watch: Watch) -> Iterator[Damage]:
             continue
         path = os.path.join(directory, name)
         with suppress(FileNotFoundError):
-            if not _is_whole(path):
-                yield Damage(path, "journal: damaged", Remedy.BOOK_AND_REMOVE)
+            if (whole := _is_whole(path)) is not True:
+                reason = "journal: damaged" if whole is False else "journal: its end is cut off"
+                yield Damage(path, reason, Remedy.BOOK_AND_REMOVE, whole is None)
 
 
-def _is_whole(path: str) -> bool:
+def _is_whole(path: str) -> bool | None:
     """Whether a journal has a header, and after it sound records and nothing else.
+
+    None if all that is wrong is that its last record is cut off, as a kill may leave it.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -165,5 +173,9 @@ def _is_whole(path: str) -> bool:
         raise
     except OSError:
         return False
-    whole = read_namespace(header) is not None and len(raw) % RECORD_BYTES == 0
-    return whole and all(record is not None for record in decode(raw))
+    if len(header) < HEADER_BYTES:
+        return None
+    sound = all(record is not None for record in decode(raw))
+    if read_namespace(header) is None or not sound:
+        return False
+    return True if len(raw) % RECORD_BYTES == 0 else None

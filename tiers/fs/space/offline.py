@@ -32,8 +32,8 @@ class Trimmed:
     """What `trim` did.
 
     Attributes:
-        evicted_files, evicted_bytes: what was deleted here; a running server that keeps the
-            books deletes itself.
+        evicted_files, evicted_bytes: what was deleted: here or, where servers are running, by the
+            one that keeps the books, less what they stored meanwhile.
         before, after: what was taken at first, as far as it was known, and in the end.
         fixed_files, fixed_bytes: what no trimming deletes: the books, foreign files, directories;
             0 if there are no limits.
@@ -126,9 +126,11 @@ def trim(
             if not counted and stuck and accounts.failures.totals():
                 raise OSError("the books cannot be kept: " + accounts.last)
             if counted and before is not None and (within or stuck):
+                gone = before.files - usage.files, before.nbytes - usage.nbytes
+                servers_did = bool(found.living) and gone[0] > 0
                 return Trimmed(
-                    accounts.evicted_files,
-                    accounts.evicted_bytes,
+                    max(accounts.evicted_files, gone[0] * servers_did),
+                    max(accounts.evicted_bytes, gone[1] * servers_did),
                     before,
                     usage,
                     *fixed,

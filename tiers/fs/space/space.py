@@ -19,6 +19,7 @@ from typing import NamedTuple, Protocol
 
 from kvstrata.tiers.fs import nofollow
 from kvstrata.tiers.fs.failures import error_cause
+from kvstrata.tiers.fs.ground import Ground
 from kvstrata.tiers.fs.space.admission import Admission
 from kvstrata.tiers.fs.space.booking import PROTECT_S
 from kvstrata.tiers.fs.space.follower import Follower, News
@@ -89,6 +90,7 @@ class Space:
         dir_mode: int,
         listener: Listener,
         keeps: bool = True,
+        ground: Ground | None = None,
     ) -> None:
         """Begin to work in the background; while the books cannot be opened nothing is admitted.
 
@@ -100,6 +102,7 @@ class Space:
             file_mode, dir_mode: permission bits of the books.
             listener: is told what happens.
             keeps: whether it becomes the keeper where there is none, and tells news.
+            ground: where the root stands; None if it is not to be made again.
         """
         directory, server = os.path.join(root, BOOKS_NAME), secrets.token_bytes(16)
         ledger = Ledger(os.path.join(directory, LEDGER_NAME), file_mode, dir_mode)
@@ -108,6 +111,7 @@ class Space:
         self._limits = limits
         self._listener = listener
         self._keeps = keeps
+        self._ground = ground
         self._events: deque[tuple[Op, bytes, int, int, int]] = deque()
         self._pending: list[Record] = []
         self._recent: set[tuple[Op, bytes]] = set()
@@ -399,6 +403,8 @@ class Space:
                 del books.rows[self._place.server]
 
     def _make_directories(self) -> None:
+        if self._ground is not None:
+            self._ground.restore()
         for path in (self._place.directory, self._place.spares):
             with suppress(FileExistsError):
                 nofollow.mkdir(path, self._place.dir_mode)

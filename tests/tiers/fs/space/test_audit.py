@@ -86,7 +86,7 @@ def forgotten_lease(books: Path) -> None:
 
 
 DAMAGE = {
-    cut_journal: ("journal: damaged", "removed"),
+    cut_journal: ("journal: its end is cut off", "removed"),
     bad_journal_header: ("journal: damaged", "removed"),
     bad_ledger: ("ledger: damaged", "rebuilt"),
     fifo_ledger: ("ledger: something else is there", "removed"),
@@ -124,6 +124,20 @@ def test_damage_is_found_and_mended(
     assert not load(tier, list(PAGES))[0].failed
 
 
+def test_what_a_kill_leaves_is_no_damage(root: Path, books: Path, open_server: OpenServer) -> None:
+    """It is told apart from damage, and the next server cleans it."""
+    for harm in (cut_journal, more_spares, forgotten_lease):
+        harm(books)
+    assert all(damage.remains for damage in audit(str(root)).damage)
+    bad_snapshot(books)
+    kinds = {damage.reason.split(":")[0]: damage.remains for damage in audit(str(root)).damage}
+    assert kinds == {"journal": True, "spare": True, "lease": True, "snapshot": False}
+    server = open_server()
+    rest(server)
+    server.close()
+    assert audit(str(root)).damage == ()
+
+
 def test_a_root_without_books(root: Path) -> None:
     root.mkdir()
     assert audit(str(root)) == Audit(None, frozenset(), ())
@@ -140,6 +154,7 @@ def test_killed_servers_leave_leases(root: Path, books: Path) -> None:
         server.communicate()
     wait_until(lambda: not audit(str(root)).living)
     assert "lease: of a server that was killed" in reasons(root)
+    assert all(finding.remains for finding in examine(str(root), fix=False).findings)
     found = examine(str(root), fix=True)
     assert {finding.kind for finding in found.findings} <= {"books", "temporary"}
     assert None not in [finding.repair for finding in found.findings]
