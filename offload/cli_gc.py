@@ -118,7 +118,8 @@ def _show_trimmed(done: Trimmed) -> None:
         who = "by this command and by the server that keeps the books"
     typer.echo(
         f"{servers}from {before.files} files, {size(before.nbytes)} to {after.files} files, "
-        f"{size(after.nbytes)}; {done.evicted_files} files, {size(done.evicted_bytes)} deleted {who}"
+        f"{size(after.nbytes)}; {done.evicted_files} files, {size(done.evicted_bytes)} deleted "
+        f"{who}"
     )
     for cause, count in sorted(done.failures.items()):
         typer.echo(f"failed: {cause}: {count}")

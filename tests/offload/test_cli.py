@@ -126,7 +126,7 @@ def test_a_root_without_namespaces(paths: NamespacePaths) -> None:
         assert outcome("ls", misplaced) == (2, "", f"kvstrata: {remedy}")
         assert outcome("check", misplaced) == (2, "", f"kvstrata: {remedy}")
         code, out, err = outcome("ls", misplaced, "--json")
-        assert (code, json.loads(out)["namespaces"], err) == (0, [], f"kvstrata: {remedy}")
+        assert (code, json.loads(out)["namespaces"], err) == (2, [], f"kvstrata: {remedy}")
         before = sorted(misplaced.rglob("*"))
         code, out, err = outcome("check", misplaced, "--fix", "--json")
         assert (code, json.loads(out)["files"], err) == (2, 0, f"kvstrata: {remedy}")

@@ -138,9 +138,8 @@ def _examine_books(root: str, fix: bool) -> tuple[list[Finding], int]:
     except OSError as error:
         return [Finding(path, "books", f"unreadable: {error.strerror or error}")], 0
     if not fix or not found.damage:
-        return [Finding(d.path, "books", d.reason, None, d.remains) for d in found.damage], len(
-            found.living
-        )
+        noted = [Finding(d.path, "books", d.reason, None, d.remains) for d in found.damage]
+        return noted, len(found.living)
     findings = []
     left = found.damage
     try:
