@@ -39,7 +39,7 @@ WRITER = textwrap.dedent("""
     from kvstrata.tiers.fs.tier import FsTier
     from kvstrata.tiers.testing import CONTEXT, make_data, make_key, store
     root, rounds = sys.argv[1], int(sys.argv[2])
-    options = {"root_dir": root, "n_read_threads": 1, "n_write_threads": 4}
+    options = {"root_dir": root, "n_read_threads": 1, "n_write_threads": 4, "min_free_bytes": 0}
     if rounds > 1:
         options["durability"] = "fsync"  # most of the time is spent before the rename
     tier = FsTier(options, CONTEXT)
