@@ -420,7 +420,7 @@ def test_a_directory_without_a_limit_is_bounded_by_memory_only(
     monkeypatch.setattr(os, "statvfs", lambda path: none)
     create(tmp_path, slots=4, slot_bytes=MIB).close()
     monkeypatch.setattr(region_module, "available_memory", lambda: 3 * MIB)
-    with pytest.raises(RegionError, match=r"of RAM but 3 MiB are free"):
+    with pytest.raises(RegionError, match=r"of RAM but 3\.0 MiB are free"):
         create(tmp_path, slots=4, slot_bytes=MIB)
 
 

@@ -48,11 +48,11 @@ def _reason_and_remedy(root: str, error: OSError) -> tuple[str, str]:
     if number in _NO_DIRECTORY and (in_the_way := _in_the_way(root)):
         return in_the_way
     found, above = _look(root)
-    if found is None:
+    if found is None and number in (*_DENIED, errno.EROFS, errno.ENOENT):
         return _missing(root, above, error)
     if number == errno.EROFS:
         return "is on a read-only file system", _ANOTHER
-    if number in _DENIED:
+    if found is not None and number in _DENIED:
         return _denied(root, found, error)
     return (
         f"cannot be used ({error})",

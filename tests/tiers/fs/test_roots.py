@@ -30,7 +30,10 @@ PAGES = {make_key(n): make_data(n, CONTEXT.layouts[0].nbytes) for n in range(60)
 
 @pytest.fixture
 def roots(tmp_path: Path) -> list[str]:
-    return [str(tmp_path / name) for name in ("a", "b", "c")]
+    places = [tmp_path / name for name in ("a", "b", "c")]
+    for place in places:
+        place.mkdir()
+    return [str(place / "kv") for place in places]
 
 
 def place(roots: list[str]) -> dict[bytes, str]:
@@ -59,7 +62,8 @@ def test_a_lost_directory_loses_its_pages_only(open_tier: OpenTier, roots: list[
     tier = open_tier(root_dir=roots)
     store(tier, PAGES)
     placed = place(roots)
-    os.rename(roots[1], f"{roots[1]}-gone")
+    lost_disk = os.path.dirname(roots[1])
+    os.rename(lost_disk, f"{lost_disk}-gone")
     result, arrived = load(tier, list(PAGES))
     lost = {key for key, root in placed.items() if root == roots[1]}
     assert result.failed == dict.fromkeys(lost, "missing")

@@ -140,7 +140,7 @@ def test_root_belongs_to_somebody_else(
         root / "closed": r"is not writable by this user \(\d+\): it has user \d+, group \d+, mode "
         "0000; change its owner or mode",
         root / "closed/kv": f"cannot be reached: this user .* may not pass '{root}/closed'; give",
-        Path("/"): "is the root of the whole file system; give a directory of its own",
+        Path("/"): "is the root of the whole file system; give a directory",
     }
     root.chmod(0o555)
     for path, words in expected.items():
