@@ -34,7 +34,7 @@ def test_min_free(value: object, expected: object) -> None:
     assert parse_space("x", value) == expected
 
 
-@pytest.mark.parametrize("value", ["0%", "100%", "-1%", "%", "ten", 0, True, None, 1.5])
+@pytest.mark.parametrize("value", ["0%", "100%", "-1%", "%", "ten", 0, True, None, 0.5])
 def test_wrong_min_free(value: object) -> None:
     with pytest.raises(TierConfigError, match="x: "):
         parse_space("x", value)
