@@ -11,6 +11,7 @@ from kvstrata.tiers.fs import process as process_module
 from kvstrata.tiers.fs import processes as processes_module
 from kvstrata.tiers.fs.config import FsConfig
 from kvstrata.tiers.fs.failures import Failures
+from kvstrata.tiers.fs.ground import Ground
 from kvstrata.tiers.fs.layout import NamespacePaths
 from kvstrata.tiers.fs.messages import Done, Kind, Outcome, PageRef, Setup, pack_done
 from kvstrata.tiers.fs.processes import IoProcesses, Task
@@ -72,7 +73,8 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
 def processes(world: World, paths: NamespacePaths) -> IoProcesses:
     (config,) = FsConfig.parse({"root_dir": paths.root})
     assert CONTEXT.region is not None
-    setup = Setup(config, CONTEXT, paths, False, None, CONTEXT.region, True, 1, 1, True)
+    ground = Ground(paths.root, None, 0o700)
+    setup = Setup(config, CONTEXT, paths, False, None, CONTEXT.region, True, 1, 1, True, ground)
     return IoProcesses(setup, 1, 1, Failures())
 
 
