@@ -131,7 +131,7 @@ def test_headers_say_what_they_were_given(
 def test_the_header_in_the_document(
     open_tier: Callable[..., FsTier], paths: NamespacePaths
 ) -> None:
-    (shown,) = re.findall(r"^    (\{\"__metadata__\".*?\}\})$", DOCUMENT, re.M | re.S)
+    (shown,) = re.findall(r"```text\n(\{\"__metadata__\".*?)\n```", DOCUMENT, re.S)
     key = make_key(1)
     store(open_tier(), {key: make_data(1, CONTEXT.layouts[0].nbytes)})
     raw = Path(paths.page(key)).read_bytes()
@@ -147,7 +147,7 @@ def test_the_header_in_the_document(
     for word, value in values.items():
         assert word in shown
         shown = shown.replace(word, value)
-    assert raw[8:4096].decode().rstrip(" ") == shown.replace("\n    ", "")
+    assert raw[8:4096].decode().rstrip(" ") == shown.replace("\n", "")
 
 
 def test_the_reader_in_the_document(

