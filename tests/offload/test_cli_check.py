@@ -73,7 +73,7 @@ def test_what_cannot_be_read_is_not_called_sound(
 ) -> None:
     for directory in (root, *root.parents):
         if directory.stat().st_uid == os.geteuid() and directory != Path("/"):
-            directory.chmod(0o755)
+            directory.chmod(directory.stat().st_mode | 0o055)  # /tmp keeps its own
     for path in root.rglob("*"):
         path.chmod(0o755)
     page.chmod(0)

@@ -222,7 +222,7 @@ def test_shared_memory_that_cannot_be_used(
     closed.mkdir(0o555)
     for directory in (tmp_path, *tmp_path.parents):
         if directory.stat().st_uid == os.geteuid() and directory != Path("/"):
-            directory.chmod(0o755)
+            directory.chmod(directory.stat().st_mode | 0o055)  # /tmp keeps its own
     with another_user():
         check, _ = doctor.check_memory(closed)
     assert check.status == PROBLEM and check.meaning.endswith("it is not writable")
