@@ -7,6 +7,7 @@ the others what they print. A fenced block says its language.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,11 @@ class Command:
     where: str
     text: str
     printed: str = ""
+
+    @property
+    def words(self) -> list[str]:
+        """As the shell splits it, but nothing is replaced; without comments."""
+        return shlex.split(self.text.replace("\\\n", " "), comments=True)
 
 
 def blocks(path: Path, root: Path = ROOT) -> Iterator[Block]:

@@ -29,9 +29,7 @@ LANGUAGES = {*SHELL, "json", "python", "text", "yaml"}
 def of(how: str, start: str = "") -> list[Command]:
     """The commands that are tested in this way."""
     found = [
-        command
-        for command in COMMANDS
-        if (way := way_of(command)) is not None and way.how == how
+        command for command in COMMANDS if (way := way_of(command)) is not None and way.how == how
     ]
     return [command for command in found if command.text.startswith(start)]
 
@@ -146,7 +144,7 @@ def test_make_knows_the_target_and_the_variables(command: Command) -> None:
 
 @pytest.mark.parametrize("command", of("options"), ids=where)
 def test_a_benchmark_knows_its_options(command: Command) -> None:
-    _, _, module, *options = shlex.split(command.text)
+    _, _, module, *options = command.words
     done = subprocess.run(
         [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True
     )

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from kvstrata.offload import region
 from kvstrata.offload.config import parse_config
 from kvstrata.offload.vllm_plugin.version import SUPPORTED
 from kvstrata.tiers.options import parse_bytes
@@ -53,8 +54,11 @@ def seconds(text: str) -> int:
 
 
 def docker_run() -> Example:
-    (text,) = [c.text for c in shell_commands([DEPLOY / "README.md"]) if "docker run" in c.text]
-    words = shlex.split(text)
+    (words,) = [
+        command.words
+        for command in shell_commands([DEPLOY / "README.md"])
+        if command.text.startswith("docker run ")
+    ]
     image = words.index("vllm-kvstrata")
     options = words[2:image]
 
@@ -213,9 +217,7 @@ def test_the_dockerfile() -> None:
     (tag,) = re.findall(r"^FROM vllm/vllm-openai:v(\d+)\.(\d+)\.\d+$", text, re.M)
     assert tuple(map(int, tag)) in SUPPORTED
     copied = [
-        source
-        for line in re.findall(r"^COPY (.*)$", text, re.M)
-        for source in line.split()[:-1]
+        source for line in re.findall(r"^COPY (.*)$", text, re.M) for source in line.split()[:-1]
     ]
     assert sorted(copied) == sorted(
         ["pyproject.toml", "README.md", "LICENSE", "kernels", "offload", "tiers"]
@@ -250,3 +252,12 @@ def test_the_unit_owns_its_directories() -> None:
     assert service["StateDirectoryMode"] == "0700"
     assert service["KillMode"] == "mixed"
     assert f"XDG_CACHE_HOME=/var/cache/{service['CacheDirectory']}" in service["Environment"]
+
+
+def test_what_is_said_without_room_in_shm() -> None:
+    """The two errors in docs/deploy/README.md, ours and vLLM's."""
+    text = (DEPLOY / "README.md").read_text()
+    ours = re.findall(r"^the CPU tier needs .*$", text, re.M)
+    assert ours == [region._too_small("/dev/shm", 16382 << 20, 64 << 20)]
+    (theirs,) = re.findall(r"^Insufficient space in /dev/shm .*$", text, re.M)
+    assert theirs.endswith("(e.g. --shm-size or --ipc=host).")

@@ -1,6 +1,5 @@
 """The options of the servers in the documentation are vLLM's."""
 
-import shlex
 from typing import Any
 
 import pytest
@@ -13,8 +12,12 @@ pytestmark = pytest.mark.vllm
 
 @pytest.fixture(scope="module")
 def parser() -> Any:
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    try:
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    except ImportError:  # where it was before vLLM 0.32
+        from vllm.entrypoints.openai.cli_args import make_arg_parser
 
     return make_arg_parser(FlexibleArgumentParser())
 
@@ -23,7 +26,7 @@ def shown() -> dict[str, list[str]]:
     """By where it stands, what follows `vllm serve`, or the server's module."""
     found = {name: read().arguments for name, read in EXAMPLES.items()}
     for command in shell_commands():
-        words = shlex.split(command.text, comments=True)
+        words = command.words
         if words[:2] == ["vllm", "serve"]:
             found[command.where] = words[2:]
         elif words[:3] == ["python", "-m", "vllm.entrypoints.openai.api_server"]:
