@@ -258,6 +258,6 @@ def test_what_is_said_without_room_in_shm() -> None:
     """The two errors in docs/deploy/README.md, ours and vLLM's."""
     text = (DEPLOY / "README.md").read_text()
     ours = re.findall(r"^the CPU tier needs .*$", text, re.M)
-    assert ours == [region._too_small("/dev/shm", 16382 << 20, 64 << 20)]
+    assert ours == [region._too_small("/dev/shm", 16 << 30, 64 << 20)]
     (theirs,) = re.findall(r"^Insufficient space in /dev/shm .*$", text, re.M)
     assert theirs.endswith("(e.g. --shm-size or --ipc=host).")
