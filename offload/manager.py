@@ -141,7 +141,7 @@ class TieringManager:
             view,
             self._report,
         )
-        self._wishes = WishReader([link.name for link in self._jobs.links])
+        self._wishes = WishReader([link.name for link in self._jobs.links], clock)
         self._requests: dict[str, RequestState] = {}
         # By request: pages of its load to which their keys led no more when it began
         self._late: dict[str, dict[bytes, Entry]] = {}
@@ -481,7 +481,7 @@ class TieringManager:
     def _new_state(self, request: RequestView) -> RequestState:
         self._newest += 1
         state = RequestState(request, self._newest, self._wishes.read(request.params))
-        self.counters["ignored_wishes"] = self._wishes.ignored
+        self.counters["wrong_wishes"] = self._wishes.wrong
         self._requests[request.req_id] = state
         self.audits.begin(state)
         return state

@@ -117,7 +117,7 @@ def check_that_all_was_hit(counters: dict[str, Any], is_long: bool) -> None:
         "promotions that failed": totals["promoted_failed:SoakTier"],
         "stores that failed": failures["injected-store"],
         "evictions from the disk": counters["tiers"]["SoakTier"]["evicted_files"],
-        "ignored wishes": totals["ignored_wishes"],
+        "wrong wishes": totals["wrong_wishes"],
     }
     if is_long:
         taken |= {
