@@ -9,11 +9,15 @@ from kvstrata.offload.tier_link import NamedTier
 
 
 class Event(NamedTuple):
-    """Pages came into (or left) a tier; `tier` is None for the primary tier."""
+    """Pages came into (or left) a tier; `tier` is None for the primary tier.
+
+    Not `announced`: they were to come, some request waited for them perhaps, and never did.
+    """
 
     keys: list[bytes]
     removed: bool
     tier: NamedTier | None
+    announced: bool = True
 
 
 class Report:
@@ -34,3 +38,8 @@ class Report:
             self.events.append(Event(keys, removed=True, tier=tier))
             if tier is None:
                 self.counters["evicted_pages"] += len(keys)
+
+    def given_up(self, keys: list[bytes]) -> None:
+        """Pages of the primary tier will not come, of which no `came` was said."""
+        if keys:
+            self.events.append(Event(keys, removed=True, tier=None, announced=False))

@@ -99,7 +99,6 @@ class TierLookup:
             state.awaits = True
             self._awaiting.append(state)
             return Answer.RETRY
-        self._counters["misses"] += 1
         state.missed(end_token, self.step)
         return _MISS
 

@@ -108,6 +108,7 @@ class TieringManager:
         policy = policy_class(config.eviction_policy)(slots, self.windows)
         self.primary = PrimaryTier(self._ready(), policy)
         self._several_groups = len(layouts) > 1
+        self._tokens = {group: layout.tokens for group, layout in layouts.items()}
         self._kept = KeptPages(self.primary)
         self._pins = Pins(self.primary, config.pin_fraction, clock)
         self._offers = Offers(config.store_threshold, config.max_tracker_size)
@@ -210,7 +211,6 @@ class TieringManager:
             if self._cuts and self._waits.is_cut(self._state(request), end_token):
                 return _MISS
             self._kept.keep(entry, request.req_id)
-            self.counters["primary_hits"] += 1
             if self._promotions.unsent:
                 self._promotions.reached(request.req_id, end_token)
             return _HIT
@@ -220,6 +220,20 @@ class TieringManager:
             return _PENDING
         self.counters["store_timeouts" if writer is _GPU else "promotion_timeouts"] += 1
         return _MISS
+
+    def missed(self, key: bytes, end_token: int, last: int, request: RequestView) -> None:
+        """The request was answered MISS: from that page on it computes its prompt itself.
+
+        `last` is the end token of its last page.
+        """
+        group = key_group(key)
+        if group in self.windows:  # of those it looks for the end only
+            return
+        state = self._state(request)
+        step, end, _ = state.missing
+        if step != self._step or end_token < end:
+            pages = max(0, last - end_token) // self._tokens[group] + 1
+            state.missing = self._step, end_token, pages
 
     @property
     def answers_alike(self) -> bool:
@@ -265,7 +279,7 @@ class TieringManager:
         self.primary.begin_reads(entries, gpu=True)
         self._kept.loads(name)
         self._ask({entry.key: entry.end_token for entry in entries}, state)
-        self.counters["loaded_pages"] += len(entries)
+        self._count_hits(entries, state)
         here = entries
         if held is not None:  # what is not here any more may be of earlier weights
             here = [entry for entry in entries if entry.attached]
@@ -314,6 +328,7 @@ class TieringManager:
                 state.progress, self._step, self._clock(), max(ends.values())
             )
         state.waits = False
+        self._count_misses(state)
         self._ask(ends, state)
         get = self.primary.get
         present = [key for key in ends if get(key) is not None]
@@ -348,6 +363,7 @@ class TieringManager:
         valid = self._valid
         if bad := [entry for entry in stored if not valid(entry.slot)]:
             stored = [entry for entry in stored if entry not in bad]
+            self._report.given_up([entry.key for entry in bad])
             self.primary.finish_writes(bad, good=False)
             self.counters["incomplete_pages"] += len(bad)
         state = self._state(request)
@@ -413,9 +429,11 @@ class TieringManager:
 
     def take_events(self) -> Iterable[Event]:
         """What came and went since the last call."""
-        for link in self._jobs.links:
-            self._report.left(list(link.tier.take_removed()), link.named)
         events, self._report.events = self._report.events, []
+        get = self.primary.get
+        for event in events:
+            if not event.announced:  # but what is on its way once more may still come
+                event.keys[:] = [key for key in event.keys if get(key) is None]
         return events
 
     # -- reset and shutdown -------------------------------------------------------
@@ -485,6 +503,25 @@ class TieringManager:
         self._requests[request.req_id] = state
         self.audits.begin(state)
         return state
+
+    def _count_hits(self, entries: Sequence[Entry], state: RequestState) -> None:
+        """The request loads pages; what lies behind them, and was looked up in vain, it computes.
+
+        Each page is one hit, in the tier where it was found.
+        """
+        self.counters["loaded_pages"] += len(entries)
+        hits: dict[str | None, int] = {None: len(entries)}
+        if state.sources:
+            hits = Counter(state.sources.get(entry.key) for entry in entries)
+        for name, pages in hits.items():
+            self.counters["primary_hits" if name is None else f"promoted_hits:{name}"] += pages
+        if state.missing[1] > max((entry.end_token for entry in entries), default=0):
+            self._count_misses(state)
+        state.missing = (-1, 0, 0)
+
+    def _count_misses(self, state: RequestState) -> None:
+        self.counters["misses"] += state.missing[2]
+        state.missing = (-1, 0, 0)
 
     def _forget_if_over(self, state: RequestState) -> None:
         if state.finished and state.open_stores <= 0:
@@ -573,10 +610,15 @@ class TieringManager:
             self.counters["pins_refused"] += self._pins.pin(entries, state.wishes.pin_seconds)
 
     def _poll(self) -> None:
-        """Take the tiers' results, once per step."""
+        """Take the tiers' results, once per step, and then what they dropped since.
+
+        In this order, since a tier may have dropped what it has just stored.
+        """
         if not self._polled:
             self._polled = True
             self._take_results()
+            for link in self._jobs.links:
+                self._report.left(list(link.tier.take_removed()), link.named)
 
     def _take_results(self) -> None:
         if self.not_ready:

@@ -211,7 +211,7 @@ class Promotions:
                 job.link.lose(entry.key, newest)
                 if state is not None:
                     state.sources.pop(entry.key, None)
-            self._primary.finish_writes(bad, good=False)
+            self._give_up(bad)
 
     def clear(self) -> None:
         """Forget what was not sent off, and wait no more for the rest."""
@@ -309,7 +309,11 @@ class Promotions:
     def _cancel(self, entry: Entry, state: RequestState) -> None:
         self._forget(entry)
         state.sources.pop(entry.key, None)
-        self._primary.finish_writes((entry,), good=False)
+        self._give_up((entry,))
+
+    def _give_up(self, entries: Sequence[Entry]) -> None:
+        self._report.given_up([entry.key for entry in entries if entry.attached])
+        self._primary.finish_writes(entries, good=False)
 
     def _worth(self, batch: Batch) -> int:
         """How many of the reserved pages to load. Each spares the tokens up to its end."""

@@ -38,6 +38,9 @@ class RequestState:
     # it computes its pages itself
     missed_from: int | None = None
     missed_in: int = -1  # the step in which it was
+    # What it will compute of its prompt though it looked it up: the step in which it did, the end
+    # token of the first page, and the pages from there on
+    missing: tuple[int, int, int] = (-1, 0, 0)
     open_stores: int = 0
     use: Use = field(default_factory=Use)  # of the primary tier
     coming: set[bytes] = field(default_factory=set)  # pages promoted for it and not loaded yet

@@ -294,6 +294,8 @@ class TierJobs:
 
     def _judge(self, job: Running, result: JobResult) -> None:
         """What the job says of the tier's health, and what it cost."""
+        if not job.promotion and job.on_end is None:
+            job.link.stores_failing = len(result.failed) == len(job.entries)
         sick = [cause for cause in result.failed.values() if cause not in PAGE_CAUSES]
         if len(sick) == len(job.entries) and not job.arrived:
             if not job.overdue:  # else counted already

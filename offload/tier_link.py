@@ -76,6 +76,7 @@ class TierLink:
         # the page ask elsewhere, later ones may try again
         self.lost: OrderedDict[bytes, int] = OrderedDict()
         self.recent: deque[Entry] = deque(maxlen=16)  # pages it was given or gave
+        self.stores_failing = False  # nothing of its last store was stored, whatever the cause
         self.overdue_jobs = 0
         self.declined = 0  # requests that computed what they could have loaded
 

@@ -42,7 +42,7 @@ PAGE_CAUSES = frozenset(
     (
         *("missing", "truncated", "size", "header", "version", "namespace", "key", "shape"),
         *("checksum", "symlink", "not-regular", "unreadable"),
-        *("no-space", "budget", "too-large", "read-only", "denied", "no-directory", "books"),
+        *("no-space", "budget", "too-large", "read-only", "denied", "books"),
         "shutdown",
     )
 )

@@ -172,4 +172,4 @@ class Findings:
                 self._leaving[entry.key] = entry
             else:
                 self._primary.drop(entry)
-                self._report.left([entry.key])
+                (self._report.left if entry.ready else self._report.given_up)([entry.key])

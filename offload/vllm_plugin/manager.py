@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import secrets
 import time
@@ -66,6 +67,9 @@ except ImportError:  # vLLM 0.31 does not ask
     _SOURCES: dict[str, CacheHitSource] = {}
 else:
     _SOURCES = {"CPU": CacheHitSource.HOST, "STORAGE": CacheHitSource.DISK}
+_EVENT_FIELDS = {field.name for field in dataclasses.fields(OffloadingEvent)}
+_EXPECTS = "removal_expected" in _EVENT_FIELDS
+_FORGETS = "metadata_only" in _EVENT_FIELDS  # from vLLM 0.33 on
 
 
 class KVStrataManager(OffloadingManager):
@@ -105,6 +109,10 @@ class KVStrataManager(OffloadingManager):
         if answer is _HIT:
             return _VLLM_HIT
         if answer is _MISS:
+            # There is no public way to the end of a request's last page.
+            positions = getattr(req_context, "_offload_key_positions", {})
+            last = next(reversed(positions.values()), end)
+            self._manager.missed(key, end, last, view)
             return _VLLM_MISS
         if answer is _PENDING:
             self._waiting = req_context if self._manager.answers_alike else None
@@ -179,18 +187,30 @@ class KVStrataManager(OffloadingManager):
         return bool(self._held) or self._manager.has_pending_work()
 
     def take_events(self) -> Iterable[OffloadingEvent]:
-        for keys, removed, named in self._manager.take_events():
-            if not self._events:
-                continue
+        """What came and went, and (vLLM 0.33) what vLLM may forget as it never came.
+
+        vLLM remembers what it announced of a page until its last tier that says what it drops did.
+        """
+        for keys, removed, named, announced in self._manager.take_events():
             medium = "CPU" if named is None else named.medium
-            if medium is None or (named is not None and not named.kv_events):
-                continue  # vLLM has no word for it, or nobody wants to know
+            if not (self._events and keys and medium):  # it may have no word for the medium
+                continue
+            if named is not None and not named.kv_events:
+                continue  # nobody wants to know
+            more: dict[str, bool] = {}
+            if not removed and _EXPECTS and (named is None or _tells_removals(named.tier)):
+                more["removal_expected"] = True
+            if not announced:
+                if not _FORGETS:
+                    continue
+                more["metadata_only"] = True
             yield OffloadingEvent(
                 keys=[OffloadKey(key) for key in keys],
                 medium=Medium(medium),
                 removed=removed,
                 locality=_locality(named),
                 ownership=None if named is None else named.name,
+                **more,
             )
 
     def reset_cache(self) -> None:
@@ -259,6 +279,12 @@ def _locality(named: NamedTier | None) -> Locality | None:
     if named is None:
         return Locality.LOCAL
     return Locality(named.tier.locality) if named.tier.locality else None
+
+
+def _tells_removals(tier: SecondaryTier) -> bool:
+    """Whether the tier can say what it dropped; of others vLLM would remember all for ever."""
+    inner = tier.inner if isinstance(tier, GuardedTier) else tier
+    return type(inner).take_removed is not SecondaryTier.take_removed
 
 
 def open_manager(

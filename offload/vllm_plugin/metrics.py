@@ -120,6 +120,7 @@ def _link_gauges(link: TierLink) -> dict[str, float]:
     """What the manager knows of a tier; costs as far as they were measured."""
     gauges = {
         "breaker_open": float(not link.breaker.closed),
+        "stores_failing": float(link.stores_failing),
         "distrusted": float(link.trust.lost),
         "storing_pages": float(link.stores.pages),
         "loading_pages": float(link.loads.pages),

@@ -82,11 +82,14 @@ def test_a_promoted_page_is_given_to_the_tiers_that_missed_it() -> None:
         ({"tiers": []}, [0, 0]),
         ({"tiers": ["tier0", "tier1"]}, [1, 1]),
         ({"tiers": ["tier1"], "persist": False}, [0, 0]),
-        ({"persist": "no", "tiers": ["nowhere"]}, [1, 1]),
-        ("nonsense", [1, 1]),
+        ({"persist": "no"}, [0, 0]),
+        ({"persist": 0}, [0, 0]),
+        ({"tiers": ["nowhere"]}, [0, 0]),
+        ("nonsense", [0, 0]),
     ],
 )
 def test_wishes(wishes: object, given: list[int]) -> None:
+    """Those in a wrong form fail closed; test_wishes.py has all forms."""
     tiers = [Recorder(), Recorder()]
     world = World(tiers)
     request = world.request(wishes=wishes)
@@ -280,6 +283,33 @@ def test_bad_pages_do_not_open_it(cause: str) -> None:
         world.store([chunk(1, number)], request)
         world.step(2)
     assert world.manager.links[0].breaker.closed
+
+
+def test_a_root_that_is_gone_opens_it() -> None:
+    sick, world = sick_world()
+    sick.cause = "no-directory"
+    (link,) = world.manager.links
+    for number in range(FAILURES_TO_OPEN):
+        assert link.breaker.closed
+        world.store([chunk(1, number)], world.request(str(number)))
+        world.step(2)
+    assert not link.breaker.closed and link.stores_failing
+    sick.cause = None
+    world.now += FIRST_BACKOFF_S
+    world.store([chunk(2, 0)], world.request("probe"))
+    world.step(2)
+    assert link.breaker.closed and not link.stores_failing
+
+
+@pytest.mark.parametrize("cause", sorted(PAGE_CAUSES))
+def test_whether_stores_fail_is_told_whatever_the_cause(cause: str) -> None:
+    """A disk that is full or read-only stays in use for what it holds."""
+    sick, world = sick_world()
+    (link,) = world.manager.links
+    for sick.cause, failing in ((None, False), (cause, True), (None, False)):
+        world.store([chunk(1, len(sick.given))], world.request(f"{cause} {failing}"))
+        world.step(2)
+        assert link.stores_failing is failing and link.breaker.closed
 
 
 def test_one_good_page_in_a_job_is_a_success() -> None:

@@ -173,7 +173,10 @@ def test_incomplete_pages_go_no_further() -> None:
     assert [world.lookup(item, request) for item in ITEMS[:3]] == [HIT, MISS, HIT]
     assert world.manager.counters["incomplete_pages"] == 1
     stored = [event for event in world.manager.take_events() if event.tier is None]
-    assert stored == [Event([KEYS[0], KEYS[2]], False, None)]
+    assert stored == [
+        Event([KEYS[1]], True, None, announced=False),
+        Event([KEYS[0], KEYS[2]], False, None),
+    ]
     world.manager.on_request_finished(request)
     assert_nothing_is_left(world.manager)
     assert world.manager.primary.free == 6
@@ -786,6 +789,7 @@ def test_events() -> None:
     world.step(2)
     assert list(world.manager.take_events()) == [Event([KEYS[3]], False, None)]
     tier._removed.append(KEYS[0])
+    world.step()
     assert list(world.manager.take_events()) == [Event([KEYS[0]], True, named)]
     assert list(world.manager.take_events()) == []
 

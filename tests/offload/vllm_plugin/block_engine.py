@@ -206,7 +206,7 @@ class BlockEngine:
         self.scheduler = Scheduler(model.config, kv, structured, block, unit)
         connector: Any = self.scheduler.connector
         self._half = connector.connector_scheduler
-        self._half.manager = self._manager = manager
+        self._half.manager = manager
         self._rows: Rows = np.zeros((kv.num_blocks, BLOCK), np.int64)
         self._copies = Copies(self._rows, slots)
         self._worker = type(connector)(model.config, KVConnectorRole.WORKER, kv)
@@ -294,8 +294,6 @@ class BlockEngine:
                 ),
             ),
         )
-        for _ in self._manager.take_events():
-            pass
 
     def _compute(self, request: Request, start: int, end: int) -> None:
         """Read what a model would read before `start`, and write the tokens `start` to `end`."""

@@ -342,10 +342,55 @@ def test_stats_are_collected_now_and_then_and_when_all_requests_have_ended(
     adapter.manager.on_new_request(request)
     assert adapter.manager.get_stats() is not None
     adapter.manager.lookup(OffloadKey(KEYS[0]), request)
+    spec = adapter.store(KEYS[:1], request)
+    assert spec is not None
     assert adapter.manager.get_stats() is None
+    adapter.complete(KEYS[:1], spec, request)
     adapter.manager.on_request_finished(request)
     last = adapter.manager.get_stats()
     assert last is not None and "misses" in str(last.data)
+
+
+def test_hits_and_misses_are_pages_each_counted_once(adapter: Adapter) -> None:
+    counters, tier = adapter.inner.counters, adapter.tier
+    tier._pages[KEYS[1]] = content(KEYS[1])
+    writer, reader = context("writer"), context("reader")
+    spec = adapter.store(KEYS[:1], writer)
+    assert spec is not None
+    adapter.complete(KEYS[:1], spec, writer)
+    for _ in range(3):  # it waits, and looks up anew in each step
+        found = [adapter.manager.lookup(key, reader).name for key in KEYS[:3]]
+        if found[1] == "HIT":
+            break
+        adapter.manager.on_schedule_end(STEP)
+    assert found == ["HIT", "HIT", "MISS"]
+    assert not (counters["primary_hits"] or counters["misses"]), "it may be aborted"
+    adapter.manager.prepare_load(KEYS[:2], reader)
+    hits = counters["primary_hits"], counters["promoted_hits:tier0"]
+    assert hits == (1, 1) and counters["loaded_pages"] == 2
+    assert counters["misses"] == 2, "the page that was asked for, and the one behind it"
+    adapter.manager.complete_load(KEYS[:2], reader)
+    adapter.store(KEYS[2:], reader)
+    assert counters["misses"] == 2
+    other = context("other")
+    assert adapter.manager.lookup(KEYS[2], other) is LookupResult.HIT_PENDING
+    assert adapter.manager.lookup(KEYS[3], other) is LookupResult.HIT_PENDING
+
+
+def test_what_was_found_in_the_end_is_no_miss(adapter: Adapter) -> None:
+    reader, counters = context("reader"), adapter.inner.counters
+    assert adapter.manager.lookup(KEYS[0], reader) is LookupResult.MISS
+    adapter.manager.on_schedule_end(STEP)
+    adapter.tier._pages[KEYS[0]] = content(KEYS[0])
+    for found in (LookupResult.HIT_PENDING, LookupResult.HIT):
+        assert adapter.manager.lookup(KEYS[0], reader) is found
+        adapter.manager.on_schedule_end(STEP)
+    adapter.manager.prepare_load(KEYS[:1], reader)
+    assert counters["misses"] == 0 and counters["promoted_hits:tier0"] == 1
+    nothing = context("nothing")
+    assert adapter.manager.lookup(KEYS[1], nothing) is LookupResult.MISS
+    adapter.store(KEYS[1:], nothing)
+    assert counters["misses"] == 3
 
 
 def test_stats_tell_slots_that_are_not_ready() -> None:
