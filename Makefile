@@ -84,7 +84,7 @@ test-engine: install ## the tests that start a real vLLM engine
 OTHER_VLLMS := 0.31.0 0.33.0
 VERSION := 0.33.0
 PLUGIN_TESTS := $(addprefix tests/offload/vllm_plugin/test_, $(addsuffix .py, against_stock backends \
-	caches cache_salt info manager_adapter model_runner models neighbours register registration)) \
+	caches cache_salt events info manager_adapter model_runner models neighbours register registration)) \
 	tests/offload/vllm_plugin/deciding/test_table.py
 # a real engine that starts, stores, and hits in memory and in files, with the tokens of before
 SHORT_ENGINE_TEST := tests/engine/test_life.py::test_max_load_tokens_and_load_tiers
