@@ -153,7 +153,7 @@ def test_the_header_in_the_document(
 def test_the_reader_in_the_document(
     open_tier: Callable[..., FsTier], paths: NamespacePaths
 ) -> None:
-    (program,) = re.findall(r"```python\n(.*?)```", DOCUMENT, re.S)
+    (program,) = re.findall(r"```python\n(import .*?)```", DOCUMENT, re.S)
     key = make_key(1)
     store(open_tier(), {key: make_data(1, CONTEXT.layouts[0].nbytes)})
     path = Path(paths.page(key))
