@@ -170,5 +170,5 @@ def test_json_is_accepted(block: Block) -> None:
     if params := shown.get("kv_transfer_params"):
         reader = WishReader(["fs"])
         wishes = reader.read(params)
-        assert reader.ignored == 0
+        assert reader.wrong == 0
         assert "kvstrata" not in params or wishes != NO_WISHES
