@@ -54,7 +54,11 @@ def _ours(slots: int, tier: bool, policy: str, groups: int) -> Any:
         "windows": {},
         "lora": False,
     }
-    engine = SimpleNamespace(engine_id=f"benchmark-{os.getpid()}")
+    cache = SimpleNamespace(blocks_per_chunk=1, tokens_per_hash=_TOKENS)
+    group = SimpleNamespace(tokens_per_block=_TOKENS)
+    engine = SimpleNamespace(
+        engine_id=f"benchmark-{os.getpid()}", cache=cache, groups=[group] * groups
+    )
     region = create_region(engine.engine_id, fields, text_bytes=_HEADER_BYTES)
     reserver = Reserver(region, 0)
     reserver.reserve_first()  # all: its slots are small
