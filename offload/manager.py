@@ -221,17 +221,20 @@ class TieringManager:
         self.counters["store_timeouts" if writer is _GPU else "promotion_timeouts"] += 1
         return _MISS
 
-    def missed(self, key: bytes, end_token: int, last: int, request: RequestView) -> None:
+    def missed(
+        self, key: bytes, end_token: int, ends: dict[bytes, int], request: RequestView
+    ) -> None:
         """The request was answered MISS: from that page on it computes its prompt itself.
 
-        `last` is the end token of its last page.
+        `ends` has the end tokens of its pages, in prefix order.
         """
-        group = key_group(key)
-        if group in self.windows:  # of those it looks for the end only
+        state = self._requests.get(request.req_id) or self._new_state(request)
+        missing = state.missing
+        if missing[0] == self._step and missing[1] <= end_token:
             return
-        state = self._state(request)
-        step, end, _ = state.missing
-        if step != self._step or end_token < end:
+        group = key_group(key)
+        if group not in self.windows:  # of those it looks for the end only
+            last = next(reversed(ends.values()), end_token)
             pages = max(0, last - end_token) // self._tokens[group] + 1
             state.missing = self._step, end_token, pages
 

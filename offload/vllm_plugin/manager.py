@@ -111,8 +111,7 @@ class KVStrataManager(OffloadingManager):
         if answer is _MISS:
             # There is no public way to the end of a request's last page.
             positions = getattr(req_context, "_offload_key_positions", {})
-            last = next(reversed(positions.values()), end)
-            self._manager.missed(key, end, last, view)
+            self._manager.missed(key, end, positions, view)
             return _VLLM_MISS
         if answer is _PENDING:
             self._waiting = req_context if self._manager.answers_alike else None
