@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from kvstrata.tiers.fs.scan import check_root
+from tests.engine.absent_tier import CAUSE
 from tests.engine.driver import (
     START_TIMEOUT_S,
     Engine,
@@ -142,7 +143,7 @@ def _damaged_page_is_recomputed(server: Server, root: Path, right: str) -> None:
 
 
 def test_a_start_that_fails_says_why_and_cleans_up_after_a_killed_one(
-    llama: Path, logs: Path, tmp_path: Path
+    llama: Path, logs: Path
 ) -> None:
     log = logs / "killed.log"
     killed = Server(llama, log, kv_transfer_config=connector(), halting=True)
@@ -154,13 +155,12 @@ def test_a_start_that_fails_says_why_and_cleans_up_after_a_killed_one(
     killed.kill()  # nobody has removed the region's name yet
     assert len(region_files()) == 1
 
-    (tmp_path / "file").write_text("")
-    tiers = [{"type": "fs", "root_dir": str(tmp_path / "file")}]
+    tiers = [{"type": "AbsentTier", "module_path": "tests.engine.absent_tier"}]
     refused = Server(
         llama, logs / "refused.log", kv_transfer_config=connector(secondary_tiers=tiers)
     )
     with pytest.raises(RuntimeError, match="the server ended"):
         refused.wait_ready()
     refused.kill()
-    assert f"root_dir: {str(tmp_path / 'file')!r}" in refused.log.read_text()
+    assert CAUSE in refused.log.read_text()
     assert region_files() == []
