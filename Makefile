@@ -108,7 +108,7 @@ test-vllms: $(OTHER_VLLMS:%=.venv-vllm-%/.done) ## what depends on vLLM, with ea
 # and `make bench-kernels PYTHON=python3` needs torch and Triton alone: the links that the type
 # checkers follow make the package importable.
 STAND_IN :=
-GPU_PATH := PYTHONPATH=$(CURDIR)/.typing$(if $(STAND_IN),:$(CURDIR)/tests/kernels)
+GPU_PATH := PYTHONPATH=$(CURDIR)/.typing$(if $(STAND_IN),:$(CURDIR)/tests/kernels/support)
 ifeq ($(origin PYTHON),command line)
 GPU_PYTHON := $(GPU_PATH) $(PYTHON)
 else
@@ -118,12 +118,12 @@ endif
 
 # Cut so that each part ends in less than eight minutes; the sanitizer, the slowest, comes last.
 GPU_PARTS := 1 2 3 4 5 6
-GPU_TESTS_1 := $(wildcard tests/kernels/test_*.py) tests/kernels/bench
-GPU_TESTS_2 := $(addprefix tests/kernels/gpu/test_,devices.py round_trips.py)
-GPU_TESTS_3 := tests/kernels/gpu/test_sizes.py
-GPU_TESTS_4 := tests/kernels/gpu/test_order.py
-GPU_TESTS_5 := tests/kernels/gpu/test_sanitizer.py::test_memory
-GPU_TESTS_6 := tests/kernels/gpu/test_sanitizer.py::test_races
+GPU_TESTS_1 := $(wildcard tests/kernels/test_*.py) $(addprefix tests/kernels/,bench gpu)
+GPU_TESTS_2 := $(addprefix tests/kernels/on_gpu/test_,devices.py round_trips.py)
+GPU_TESTS_3 := tests/kernels/on_gpu/test_sizes.py
+GPU_TESTS_4 := tests/kernels/on_gpu/test_order.py
+GPU_TESTS_5 := tests/kernels/on_gpu/test_sanitizer.py::test_memory
+GPU_TESTS_6 := tests/kernels/on_gpu/test_sanitizer.py::test_races
 PART :=
 test-gpu: ## the kernels' tests on the GPU; no vLLM needed (PYTHON=python3, PART=1..6, STAND_IN=1)
 ifeq ($(STAND_IN),)

@@ -435,10 +435,3 @@ def prepare_plainly(copy: Copy) -> Prepare:
         return prepared
 
     return prepare
-
-
-def copy_for(device: torch.device) -> Copy:
-    """The copy that is used in production for caches on `device`."""
-    from kvstrata.kernels.pack_cpu import copy_cpu
-
-    return copy_cpu if device.type == "cpu" else copy_triton

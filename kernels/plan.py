@@ -1,6 +1,7 @@
 """The plan of a copy: which bytes of the KV caches go where in a page, for one worker."""
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import gcd
@@ -8,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 
-from kvstrata.kernels.device import persistent
 from kvstrata.kernels.geometry import (
     GeometryError,
     LayerCache,
@@ -318,3 +318,20 @@ def _word_bytes(sets: tuple[LayerSet, ...], page_offset: int) -> int:
         for view in layers.views:
             word = gcd(word, view.data_ptr(), view.storage_offset())
     return word
+
+
+def persistent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`tensor` on `device`, in memory that stays while vLLM sleeps.
+
+    vLLM registers KV caches inside its sleep-mode memory pool, whose memory it takes away later.
+    Pools apply to the thread that entered them; a thread of our own is outside.
+    """
+
+    def move() -> torch.Tensor:
+        moved = tensor.to(device)
+        if moved.is_cuda:
+            torch.cuda.current_stream(device).synchronize()  # any stream may read it
+        return moved
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(move).result()

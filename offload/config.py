@@ -45,7 +45,7 @@ _OWN_KEYS = (
     "audit_fraction",
 )
 _KEYS = (*_OWN_KEYS, *_VLLM_KEYS, *_WITHOUT_EFFECT)
-TRANSPORTS = ("auto", "staged", "direct", "zero-copy")  # see kvstrata.kernels.transport
+TRANSPORTS = ("auto", "staged", "direct", "zero-copy")  # see kvstrata.kernels.gpu.transport
 
 # The header of the region alone takes a mebibyte; x86 processors address 64 TiB.
 _LEAST_CPU_BYTES, _MOST_CPU_BYTES = 2**20, 2**46

@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 
 from kvstrata.kernels.bench import ceiling, cost_model, cpu, host
-from kvstrata.kernels.bench.cases import Case, Result
-from kvstrata.kernels.bench.figures import append_csv, machine
-from kvstrata.kernels.bench.report import plot, print_table
-from kvstrata.kernels.bench.targets import summary
-from kvstrata.kernels.device import CudaDevice, cuda
-from kvstrata.kernels.models import LAYOUTS, MODELS, Model
+from kvstrata.kernels.bench.models import LAYOUTS, MODELS, Model
+from kvstrata.kernels.bench.results.cases import Case, Result
+from kvstrata.kernels.bench.results.figures import append_csv, machine
+from kvstrata.kernels.bench.results.report import plot, print_table
+from kvstrata.kernels.bench.results.targets import summary
+from kvstrata.kernels.gpu.device import CudaDevice, cuda
 
 # the two that vLLM takes where nothing forces another, and two with the blocks outermost
 MEASURED_LAYOUTS = ["LBHNC", "LBNHC", "BHLNC", "BLNHC"]

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from kvstrata.kernels.bench.cases import BOTH, CEILING, LOAD, SPEED, STORE, Case, Result
-from kvstrata.kernels.device import cuda
+from kvstrata.kernels.bench.results.cases import BOTH, CEILING, LOAD, SPEED, STORE, Case, Result
+from kvstrata.kernels.gpu.device import cuda
 
 CEILING_BYTES = 256 << 20
 _ROUNDS = 7

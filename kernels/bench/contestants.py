@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from kvstrata.kernels.bench import fragment_kernel
-from kvstrata.kernels.bench.cases import (
+from kvstrata.kernels.bench.results.cases import (
     AS_STOCK,
     INDEXED,
     OURS,
@@ -25,12 +25,12 @@ from kvstrata.kernels.bench.cases import (
     ZERO_COPY,
 )
 from kvstrata.kernels.bench.scene import Contestant, Scene, shard_of
-from kvstrata.kernels.device import CudaDevice, Pieces, cuda
-from kvstrata.kernels.gpu import GpuPipeline
+from kvstrata.kernels.gpu.device import CudaDevice, Pieces, cuda
+from kvstrata.kernels.gpu.pipeline import GpuPipeline
+from kvstrata.kernels.gpu.transport import Transport
 from kvstrata.kernels.pack import prepare_triton
 from kvstrata.kernels.pipeline import GroupWork, Pipeline
 from kvstrata.kernels.plan import Segment
-from kvstrata.kernels.transport import Transport
 
 _TRANSPORTS = {
     OURS: None,

@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvstrata.kernels.models import Model, rank_caches
-from kvstrata.kernels.transport import Fragments
+from kvstrata.kernels.bench.models import Model, rank_caches
+from kvstrata.kernels.gpu.transport import Fragments
 
 DESCRIPTOR_S = 0.5e-6
 LINK_GBS = 54.0  # no fragment is faster

@@ -18,10 +18,11 @@ from multiprocessing import get_context
 import numpy as np
 import torch
 
-from kvstrata.kernels.bench.figures import Figure
+from kvstrata.kernels.bench.results.figures import Figure
+from kvstrata.kernels.cpu import CpuPipeline
 from kvstrata.kernels.geometry import head_slabs
 from kvstrata.kernels.pack import copy_torch
-from kvstrata.kernels.pipeline import CpuPipeline, GroupWork
+from kvstrata.kernels.pipeline import GroupWork
 from kvstrata.kernels.plan import LocalLayer, Segment, plan
 
 ROUND_BYTES = 128 << 20

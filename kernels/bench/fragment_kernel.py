@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvstrata.kernels.device import Pieces
+from kvstrata.kernels.gpu.device import Pieces
 
 # Of vLLM's v1/kv_offload/cpu/swap_blocks_triton.py
 PROGRAMS = 12

@@ -23,15 +23,15 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from kvstrata.kernels.batches import Part
 from kvstrata.kernels.bench.absent_gpu import HANDLE, AbsentGpu
-from kvstrata.kernels.bench.cases import HOST, LARGE_BYTES, LOAD, OURS, STORE, Case, Result
-from kvstrata.kernels.device import CudaDevice, Event, Stream
-from kvstrata.kernels.driver import Driver, _batched
-from kvstrata.kernels.gpu import MAX_BATCH, STAGING_SIZES, STAGING_SLOTS
-from kvstrata.kernels.lanes import Lane
-from kvstrata.kernels.models import MODELS, Model, rank_caches
-from kvstrata.kernels.moves import Mover
+from kvstrata.kernels.bench.models import MODELS, Model, rank_caches
+from kvstrata.kernels.bench.results.cases import HOST, LARGE_BYTES, LOAD, OURS, STORE, Case, Result
+from kvstrata.kernels.gpu.batches import Part
+from kvstrata.kernels.gpu.device import CudaDevice, Event, Stream
+from kvstrata.kernels.gpu.memcpy import Driver, _batched
+from kvstrata.kernels.gpu.mover import Mover
+from kvstrata.kernels.gpu.pipeline import MAX_BATCH, STAGING_SIZES, STAGING_SLOTS
+from kvstrata.kernels.gpu.staging import Lane
 from kvstrata.kernels.pack import prepare_triton
 
 MOVED_BYTES = LARGE_BYTES  # in a round

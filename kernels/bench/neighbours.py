@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from kvstrata.kernels.bench.cases import BESIDE, LARGE_BYTES, SLOWDOWN, Case, Result
 from kvstrata.kernels.bench.contestants import Piped
+from kvstrata.kernels.bench.results.cases import BESIDE, LARGE_BYTES, SLOWDOWN, Case, Result
 from kvstrata.kernels.bench.scene import Contestant, Scene
-from kvstrata.kernels.device import Event, cuda
+from kvstrata.kernels.gpu.device import Event, cuda
 from kvstrata.kernels.pipeline import GroupWork
 
 GEMM, DECODE = "GEMM loop", "decode-like loop"

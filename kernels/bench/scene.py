@@ -13,11 +13,11 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from kvstrata.kernels.models import Model, rank_caches
+from kvstrata.kernels.bench.models import Model, rank_caches
+from kvstrata.kernels.gpu.transport import Fragments
 from kvstrata.kernels.pack import copy_torch
 from kvstrata.kernels.pipeline import Groups, GroupWork
 from kvstrata.kernels.plan import Segment
-from kvstrata.kernels.transport import Fragments
 
 
 class Contestant(Protocol):

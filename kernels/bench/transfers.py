@@ -7,7 +7,8 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
-from kvstrata.kernels.bench.cases import (
+from kvstrata.kernels.bench.contestants import Piped
+from kvstrata.kernels.bench.results.cases import (
     LARGE_BYTES,
     ONE_PAGE,
     OPERATIONS,
@@ -18,7 +19,6 @@ from kvstrata.kernels.bench.cases import (
     Case,
     Result,
 )
-from kvstrata.kernels.bench.contestants import Piped
 from kvstrata.kernels.bench.scene import Contestant, Scene
 from kvstrata.kernels.pipeline import GroupWork
 

@@ -17,7 +17,7 @@ from typing import Annotated
 import torch
 import typer
 
-from kvstrata.kernels.device import CudaDevice
+from kvstrata.kernels.gpu.device import CudaDevice
 from kvstrata.offload.region import Region, create_region, open_region
 from kvstrata.offload.reserver import POLL_S, Pin, Reserver
 

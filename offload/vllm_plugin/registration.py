@@ -18,10 +18,11 @@ from vllm.v1.kv_offload.base import CanonicalKVCaches
 from vllm.v1.kv_offload.config import OffloadingConfig
 
 from kvstrata.kernels.geometry import LayerShape
-from kvstrata.kernels.pipeline import Pipeline, open_pipeline
+from kvstrata.kernels.gpu.transport import Transport
+from kvstrata.kernels.opening import open_pipeline
+from kvstrata.kernels.pipeline import Pipeline
 from kvstrata.kernels.plan import plan
 from kvstrata.kernels.selftest import check_round_trip
-from kvstrata.kernels.transport import Transport
 from kvstrata.offload.config import OffloadConfig
 from kvstrata.offload.region import (
     Region,

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from kvstrata.kernels.models import MODELS
+from kvstrata.kernels.bench.models import MODELS
 from tests.docs.blocks import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -36,7 +36,7 @@ def test_a_row(row: tuple[str, ...]) -> None:
 
 
 def test_the_rule_is_that_of_the_kernels() -> None:
-    """`kernels/models.py` has the geometries of some of the models."""
+    """`kernels/bench/models.py` has the geometries of some of the models."""
     by_name = {row[0]: token_bytes(*row[1:4]) for row in ROWS}
     compared = 0
     for model in MODELS:

@@ -12,4 +12,4 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)
-sys.path.insert(0, str(Path(__file__).parent))  # the shared module kernel_worlds
+sys.path.insert(0, str(Path(__file__).parent / "support"))

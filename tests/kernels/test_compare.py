@@ -14,15 +14,19 @@ import torch
 from kernel_worlds import Model, Rank
 from simulated_device import SimStream, SimulatedDevice
 
-from kvstrata.kernels import compare, gpu, pipeline, transport
+from kvstrata.kernels import compare, cpu
 from kvstrata.kernels.compare import Comparison
+from kvstrata.kernels.cpu import CpuPipeline
 from kvstrata.kernels.geometry import GeometryError
-from kvstrata.kernels.gpu import GpuPipeline
+from kvstrata.kernels.gpu import pipeline as gpu
+from kvstrata.kernels.gpu import transport
+from kvstrata.kernels.gpu.pipeline import GpuPipeline
+from kvstrata.kernels.gpu.transport import Transport
+from kvstrata.kernels.gpu.trials import TransportError
+from kvstrata.kernels.opening import open_pipeline
 from kvstrata.kernels.pack import copy_torch, prepare_plainly
 from kvstrata.kernels.pack_cpu import copy_cpu
-from kvstrata.kernels.pipeline import CpuPipeline, GroupWork, open_pipeline
-from kvstrata.kernels.transport import Transport
-from kvstrata.kernels.trials import TransportError
+from kvstrata.kernels.pipeline import GroupWork
 
 # pages of 16 KiB, in pieces that are worth a direct copy
 MODEL = Model(layers=2, heads=2, tokens=16, dim=64, size=1, blocks_per_chunk=2)
@@ -222,7 +226,7 @@ def test_a_driver_that_moves_pieces_wrong_costs_direct_copies(
     device = WrongCopies(fault, to_host)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu, "STAGING_SIZES", (MODEL.page_bytes,))
-        patch.setattr("kvstrata.kernels.batches.LEAST_RUN", 1)
+        patch.setattr("kvstrata.kernels.gpu.batches.LEAST_RUN", 1)
         found = open_faulty(here, None, device=device)
     device.drain()
     here.check_untouched()
@@ -280,7 +284,7 @@ def test_a_wrong_copy_on_the_cpu_refuses_the_start(
     fault: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = World()
-    monkeypatch.setattr(pipeline, "copy_cpu", partial(fault, here))
+    monkeypatch.setattr(cpu, "copy_cpu", partial(fault, here))
     with pytest.raises(GeometryError, match=r"the copy on the CPU (storing|loading)"):
         open_pipeline({0: here.rank.segments}, here.region)
     here.check_untouched()
@@ -293,7 +297,7 @@ def test_a_pipeline_that_takes_another_slot_is_seen(monkeypatch: pytest.MonkeyPa
     def shifted(segment, layout, pages, rows, ids, *, unpack) -> None:
         copy_cpu(segment, layout, pages, (rows + 1) % len(pages), ids, unpack=unpack)
 
-    monkeypatch.setattr(pipeline, "copy_cpu", shifted)
+    monkeypatch.setattr(cpu, "copy_cpu", shifted)
     with pytest.raises(GeometryError, match="pages"):
         open_pipeline({0: here.rank.segments}, here.region, None, range(2))
 

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 from compile_kernels import ODD, names
 
-from kvstrata.kernels.models import LAYOUTS
+from kvstrata.kernels.bench.models import LAYOUTS
 
-SCRIPT = Path(__file__).parent / "compile_kernels.py"
+SCRIPT = Path(__file__).parent / "support" / "compile_kernels.py"
 TARGETS = {
     "sm_80": ("cuda", "80", "32"),
     "sm_90": ("cuda", "90", "32"),

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernel_worlds import LAYOUTS, SPLIT, Model, Rank, some_blocks
 
+from kvstrata.kernels.gpu.transport import Fragments
 from kvstrata.kernels.pack import copy_torch
 from kvstrata.kernels.plan import split
-from kvstrata.kernels.transport import Fragments
 
 CPU = torch.device("cpu")
 MODEL = Model(layers=3, heads=4, dim=4)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstrata.kernels.transport import Transport
+from kvstrata.kernels.gpu.transport import Transport
 from kvstrata.offload.config import (
     TRANSPORTS,
     ConfigError,

@@ -93,6 +93,24 @@ def test_kernels_import_torch_triton_and_numpy_only(path: Path) -> None:
     assert outside(path, allowed) == set()
 
 
+def kernels_but(*rooms: str) -> list[Path]:
+    """The sources of kernels/ outside these sub-folders."""
+    return [p for p in sources("kernels") if p.relative_to(ROOT / "kernels").parts[0] not in rooms]
+
+
+@pytest.mark.parametrize("path", kernels_but("bench", "gpu"), ids=module_name)
+def test_what_moves_does_not_depend_on_the_form_that_moves_it(path: Path) -> None:
+    """The one who chooses a form knows both; nobody outside gpu/ knows more of it."""
+    forms = set() if path.stem == "opening" else {"kvstrata.kernels.gpu"}
+    assert inside(path, forms | {"kvstrata.kernels.bench"}) == set()
+
+
+@pytest.mark.parametrize("path", kernels_but("bench"), ids=module_name)
+def test_kernels_hide_no_import_in_a_function(path: Path) -> None:
+    source, module = path.read_text(), module_name(path)
+    assert imports(source, module) == imports(source, module, lazy=False)
+
+
 @pytest.mark.parametrize("path", sources("tiers"), ids=module_name)
 def test_tiers_import_no_torch_no_vllm_and_no_other_folder(path: Path) -> None:
     assert (

@@ -10,7 +10,17 @@ import pytest
 
 from kvstrata.kernels.bench import cpu
 from kvstrata.kernels.bench.__main__ import main
-from kvstrata.kernels.bench.cases import (
+from kvstrata.kernels.bench.cost_model import (
+    Prediction,
+    load_speed,
+    pieces,
+    predict,
+    stock_load_speed,
+    store_speed,
+)
+from kvstrata.kernels.bench.models import MODELS
+from kvstrata.kernels.bench.neighbours import GEMM
+from kvstrata.kernels.bench.results.cases import (
     BESIDE,
     BOTH,
     CEILING,
@@ -28,18 +38,8 @@ from kvstrata.kernels.bench.cases import (
     Case,
     Result,
 )
-from kvstrata.kernels.bench.cost_model import (
-    Prediction,
-    load_speed,
-    pieces,
-    predict,
-    stock_load_speed,
-    store_speed,
-)
-from kvstrata.kernels.bench.neighbours import GEMM
-from kvstrata.kernels.bench.report import plot, print_table
-from kvstrata.kernels.bench.targets import TARGETS, summary
-from kvstrata.kernels.models import MODELS
+from kvstrata.kernels.bench.results.report import plot, print_table
+from kvstrata.kernels.bench.results.targets import TARGETS, summary
 
 MIB = 1 << 20
 LLAMA_8B, LLAMA_70B = MODELS[:2]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kvstrata.kernels.bench import cpu
-from kvstrata.kernels.bench.figures import Figure, append_csv, machine
+from kvstrata.kernels.bench.results.figures import Figure, append_csv, machine
 
 SMALL = cpu.Shape(layers=2, heads=3, blocks=2, slab_bytes=64)
 

@@ -14,22 +14,22 @@ import torch
 from simulated_device import SimulatedDevice
 
 import kvstrata.kernels.bench.__main__ as command
-from kvstrata.kernels import gpu
 from kvstrata.kernels.bench import (
-    cases,
     ceiling,
     contestants,
     fragment_kernel,
     neighbours,
     transfers,
 )
-from kvstrata.kernels.bench.cases import BESIDE, OPERATIONS, SHARE, SLOWDOWN, SPEED, SUBMIT
 from kvstrata.kernels.bench.contestants import gather, scatter
+from kvstrata.kernels.bench.models import LAYOUTS, Group, Model
+from kvstrata.kernels.bench.results import cases
+from kvstrata.kernels.bench.results.cases import BESIDE, OPERATIONS, SHARE, SLOWDOWN, SPEED, SUBMIT
 from kvstrata.kernels.bench.scene import Contestant, Scene, WrongBytes, region_bytes
-from kvstrata.kernels.device import Pieces
-from kvstrata.kernels.models import LAYOUTS, Group, Model
+from kvstrata.kernels.cpu import CpuPipeline
+from kvstrata.kernels.gpu import pipeline as gpu
+from kvstrata.kernels.gpu.device import Pieces
 from kvstrata.kernels.pack import copy_torch, prepare_plainly
-from kvstrata.kernels.pipeline import CpuPipeline
 
 CPU = torch.device("cpu")
 TINY = Model("tiny TP2", "", 2, (Group(3, 4, 8, block_tokens=2), Group(2, 4, 8, block_tokens=2)))

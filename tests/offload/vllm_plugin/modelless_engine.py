@@ -46,7 +46,9 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.utils import allocate_kv_cache
 
-from kvstrata.kernels.pipeline import CpuPipeline, Finished, Pipeline, open_pipeline
+from kvstrata.kernels.cpu import CpuPipeline
+from kvstrata.kernels.opening import open_pipeline
+from kvstrata.kernels.pipeline import Finished, Pipeline
 from kvstrata.offload.manager import TieringManager
 from kvstrata.offload.vllm_plugin import caches, model_runner, registration, windows
 from kvstrata.offload.vllm_plugin.register import register

@@ -14,7 +14,7 @@ from vllm.v1.kv_cache_interface import (  # noqa: E402
     MambaSpec,
 )
 
-from kvstrata.kernels.pipeline import open_pipeline  # noqa: E402
+from kvstrata.kernels.opening import open_pipeline  # noqa: E402
 from kvstrata.offload.vllm_plugin import model_runner  # noqa: E402
 from kvstrata.offload.vllm_plugin.model_runner import overwrites_before_flush  # noqa: E402
 from kvstrata.offload.vllm_plugin.worker import KVStrataWorker  # noqa: E402
