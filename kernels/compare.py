@@ -185,14 +185,14 @@ class Comparison:
         if torch.equal(found, wanted):
             return None
         segment = self._segment
-        one, other = (self._part(pages, segment.in_page) for pages in (found, wanted))
+        one, other = (self._shard(pages, segment.in_page) for pages in (found, wanted))
         for position, name in enumerate(segment.names):
             if not torch.equal(one[:, :, position], other[:, :, position]):
                 return f"leaves other bytes of layer {name} in the pages"
         return "writes outside its part of the pages"
 
-    def _part(self, pages: torch.Tensor, layout: RowLayout) -> torch.Tensor:
-        """This worker's part of the pages, [s, H, L, slab bytes]."""
+    def _shard(self, pages: torch.Tensor, layout: RowLayout) -> torch.Tensor:
+        """This worker's shard of the pages, [s, H, L, slab bytes]."""
         segment = self._segment
         shape = (len(pages), segment.local_heads, segment.local_layers, segment.slab_bytes)
         strides = (pages.stride(0), layout.head_pitch, segment.slab_bytes, 1)

@@ -139,8 +139,8 @@ def _check_layer(layer: LayerShape) -> None:
 class LayerCache:
     """One layer's KV cache on this worker, in normal form.
 
-    view: uint8 `[B * kernel_blocks, H, N, P, E]`: kernel blocks, local heads, rows, parts, bytes
-        of one part. Any strides, but E has stride 1 and no two positions share a byte. A row is a
+    view: uint8 `[B * kernel_blocks, H, N, P, E]`: kernel blocks, local heads, rows, planes, bytes
+        of one plane. Any strides, but E has stride 1 and no two positions share a byte. A row is a
         token (token-major); P is 2 for split K/V caches, else 1. Head slabs have N = P = 1. For
         opaque content H is 1 and `[N, P, E]` are a block's bytes in logical order.
     kernel_blocks: consecutive entries of the first axis that form one block.
@@ -159,12 +159,12 @@ class LayerCache:
 
     def shape(self, heads: int) -> LayerShape:
         """What this layer puts into a page when all ranks together hold `heads` heads."""
-        _, _, rows, parts, part_bytes = self.view.shape
+        _, _, rows, planes, plane_bytes = self.view.shape
         if self.content == Content.TOKEN_MAJOR:
-            tokens, row_bytes = self.kernel_blocks * rows, parts * part_bytes
+            tokens, row_bytes = self.kernel_blocks * rows, planes * plane_bytes
             width = row_bytes // DTYPE_BYTES[self.dtype]
             return LayerShape(self.name, self.content, self.dtype, heads, tokens, width)
-        nbytes = self.kernel_blocks * rows * parts * part_bytes
+        nbytes = self.kernel_blocks * rows * planes * plane_bytes
         return LayerShape(self.name, self.content, "U8", heads, 1, nbytes)
 
 
@@ -196,8 +196,8 @@ def split_kv(name: str, key: torch.Tensor, value: torch.Tensor) -> LayerCache:
         raise GeometryError(f"layer {name}: V lies before K")
     blocks, heads, tokens, width = key.shape
     *outer, last = key.stride()
-    parts = key.as_strided((blocks, heads, tokens, 2, width), (*outer, distance, last))
-    return _normal(name, Content.TOKEN_MAJOR, parts)
+    planes = key.as_strided((blocks, heads, tokens, 2, width), (*outer, distance, last))
+    return _normal(name, Content.TOKEN_MAJOR, planes)
 
 
 def head_slabs(name: str, view: torch.Tensor) -> LayerCache:
@@ -261,7 +261,7 @@ def _check_view(name: str, view: torch.Tensor, axes: int | None) -> None:
 
 
 def _normal(name: str, content: Content, view: torch.Tensor) -> LayerCache:
-    """`view` [B, H, N, P, E] as bytes, checked for contiguous parts and overlaps."""
+    """`view` [B, H, N, P, E] as bytes, checked for contiguous planes and overlaps."""
     dtype = DTYPE_NAMES[view.dtype]
     item = view.element_size()
     *outer, last = view.stride()

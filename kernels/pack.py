@@ -5,7 +5,7 @@ so triton is needed only where a GPU is. Who makes the same copy again and again
 (`Prepare`) and is left with a launch.
 
     segment: the plan; the caches are `segment.sets[...].views`.
-    layout: where the worker's part of the segment lies in a row of `pages`.
+    layout: where the worker's shard of the segment lies in a row of `pages`.
     pages: uint8 [rows, pitch], last stride 1.
     rows: int64 [n], the row of each page.
     block_ids: int64 [n, blocks_per_chunk]; -1 is a missing block, of which packing writes zeros
@@ -61,7 +61,7 @@ class Prepared(Protocol):
 
 
 class Prepare(Protocol):
-    """Settles all that is the same in every copy of one part in one direction.
+    """Settles all that is the same in every copy of one segment in one direction.
 
     pitch: bytes from one row of pages to the next.
     alignment: bytes; divides the address of the first row.
@@ -125,16 +125,16 @@ def copy_torch(
         page_words = pages.view(dtype)
         for position, cache in zip(layers.positions, layers.views, strict=True):
             blocks = cache.view(dtype)
-            tokens, parts, width = blocks.shape[2:]
+            tokens, planes, width = blocks.shape[2:]
             # this layer in every page: [rows, kernel blocks, H, N, P, E]
             start = (layout.offset + position * segment.slab_bytes) // size
             target = page_words.as_strided(
                 (len(pages), ids.shape[1], *blocks.shape[1:]),
                 (
                     page_words.stride(0),
-                    tokens * parts * width,
+                    tokens * planes * width,
                     layout.head_pitch // size,
-                    parts * width,
+                    planes * width,
                     width,
                     1,
                 ),
@@ -191,22 +191,22 @@ if triton is not None:
     def _offset(  # type: ignore[no-untyped-def]
         word,
         ROWS: tl.constexpr,
-        PARTS: tl.constexpr,
-        PART: tl.constexpr,
+        PLANES: tl.constexpr,
+        PLANE: tl.constexpr,
         HEAD_STRIDE: tl.constexpr,
         ROW_STRIDE: tl.constexpr,
-        PART_STRIDE: tl.constexpr,
+        PLANE_STRIDE: tl.constexpr,
     ):
-        """Where the words of [heads, ROWS, PARTS, PART], counted in that order, lie.
+        """Where the words of [heads, ROWS, PLANES, PLANE], counted in that order, lie.
 
         Every index comes straight from the word's number: the compiler does not see that words
         stay neighbours through a remainder of a remainder. 64 bits: strides pass 2^31 where
         layers or K and V lie outside the blocks.
         """
-        head = (word // (ROWS * PARTS * PART)).to(tl.int64)
-        row = ((word // (PARTS * PART)) % ROWS).to(tl.int64)
-        part = ((word // PART) % PARTS).to(tl.int64)
-        return head * HEAD_STRIDE + row * ROW_STRIDE + part * PART_STRIDE + word % PART
+        head = (word // (ROWS * PLANES * PLANE)).to(tl.int64)
+        row = ((word // (PLANES * PLANE)) % ROWS).to(tl.int64)
+        plane = ((word // PLANE) % PLANES).to(tl.int64)
+        return head * HEAD_STRIDE + row * ROW_STRIDE + plane * PLANE_STRIDE + word % PLANE
 
     @triton.jit(do_not_specialize=["table", "pages", "rows", "ids", "jobs", "pitch"])  # type: ignore[untyped-decorator]
     def _copy_kernel(  # type: ignore[no-untyped-def]
@@ -221,30 +221,30 @@ if triton is not None:
         KERNEL_BLOCKS: tl.constexpr,  # kernel blocks per block
         HEADS: tl.constexpr,
         ROWS: tl.constexpr,
-        PARTS: tl.constexpr,
-        PART: tl.constexpr,  # words of one part; so are all that follow but the last three
+        PLANES: tl.constexpr,
+        PLANE: tl.constexpr,  # words of one plane; so are all that follow but the last three
         BLOCK_STRIDE: tl.constexpr,
         HEAD_STRIDE: tl.constexpr,
         ROW_STRIDE: tl.constexpr,
-        PART_STRIDE: tl.constexpr,
+        PLANE_STRIDE: tl.constexpr,
         OFFSET: tl.constexpr,
         HEAD_PITCH: tl.constexpr,
         EXTENT: tl.constexpr,  # see `_tiling`
         STEP: tl.constexpr,
         TILE: tl.constexpr,
         WORD_BYTES: tl.constexpr,
-        ALIGNMENT: tl.constexpr,  # bytes that divide every address of a part
+        ALIGNMENT: tl.constexpr,  # bytes that divide every address of a plane
         UNPACK: tl.constexpr,
     ):
         # Counts and addresses are not specialised, so that no call after the first compiles.
-        SLAB: tl.constexpr = ROWS * PARTS * PART  # one kernel block of one head
+        SLAB: tl.constexpr = ROWS * PLANES * PLANE  # one kernel block of one head
         STEPS: tl.constexpr = (EXTENT + STEP - 1) // STEP
         TILES: tl.constexpr = (HEADS * SLAB) // EXTENT * STEPS
         INNER: tl.constexpr = BLOCKS * KERNEL_BLOCKS
         # A tile cuts one axis at most, so a word lies where the tile's first word lies plus a
         # distance that is the same in every tile: nothing is divided per word in the loop.
         lane = tl.arange(0, TILE)
-        in_cache = _offset(lane, ROWS, PARTS, PART, HEAD_STRIDE, ROW_STRIDE, PART_STRIDE)
+        in_cache = _offset(lane, ROWS, PLANES, PLANE, HEAD_STRIDE, ROW_STRIDE, PLANE_STRIDE)
         in_page = _offset(lane, 1, 1, SLAB, HEAD_PITCH, 0, 0)
         for job in range(tl.program_id(0), jobs, tl.num_programs(0)):
             number = tl.cast(job, tl.uint32)  # divided without a sign
@@ -266,7 +266,7 @@ if triton is not None:
             page_words = tl.multiple_of(pages + row * pitch + page_start, ALIGNMENT) + in_page
             kernel_block = block_id * KERNEL_BLOCKS + block % KERNEL_BLOCKS
             cache_start = kernel_block * BLOCK_STRIDE + _offset(
-                first, ROWS, PARTS, PART, HEAD_STRIDE, ROW_STRIDE, PART_STRIDE
+                first, ROWS, PLANES, PLANE, HEAD_STRIDE, ROW_STRIDE, PLANE_STRIDE
             )
             cache_words = tl.multiple_of(cache + cache_start, ALIGNMENT) + in_cache
             # a mask, not a branch: the address in the table need not wait for the block id
@@ -280,7 +280,7 @@ if triton is not None:
 def _tiling(sizes: Sequence[int], limit: int) -> tuple[int, int]:
     """(extent, step) in words: how the words of one block of one layer are cut into tiles.
 
-    sizes: parts of the axes, innermost first, of which the first is in words.
+    sizes: of the axes, innermost first, of which the first is in words.
     limit: words of a tile at most.
     A tile is all of the inner axes and a run of the next one, so that it cuts one axis at most:
     of `extent` words each tile takes `step`, and the last one what is left.
@@ -301,23 +301,23 @@ def kernel_constants(
     alignment: 16, 8, 4, 2 or 1; divides every address, stride and offset involved, in bytes.
     """
     size = min(alignment, 4)  # bytes of a word; wider accesses are vectors of words
-    part_words = layers.part_bytes // size
+    plane_words = layers.plane_bytes // size
     extent, step = _tiling(
-        (part_words, layers.parts, layers.rows, segment.local_heads), TILE_BYTES // size
+        (plane_words, layers.planes, layers.rows, segment.local_heads), TILE_BYTES // size
     )
-    block, head, row, part = (stride // size for stride in layers.strides)
+    block, head, row, plane = (stride // size for stride in layers.strides)
     return {
         "LAYERS": len(layers.positions),
         "BLOCKS": segment.blocks_per_chunk,
         "KERNEL_BLOCKS": layers.kernel_blocks,
         "HEADS": segment.local_heads,
         "ROWS": layers.rows,
-        "PARTS": layers.parts,
-        "PART": part_words,
+        "PLANES": layers.planes,
+        "PLANE": plane_words,
         "BLOCK_STRIDE": block,
         "HEAD_STRIDE": head,
         "ROW_STRIDE": row,
-        "PART_STRIDE": part,
+        "PLANE_STRIDE": plane,
         "OFFSET": layout.offset // size,
         "HEAD_PITCH": layout.head_pitch // size,
         "EXTENT": extent,
@@ -394,7 +394,7 @@ def prepare_triton(
 
 def _jobs(layers: LayerSet, constants: dict[str, Any]) -> int:
     """Tiles of one page."""
-    words = constants["HEADS"] * constants["ROWS"] * constants["PARTS"] * constants["PART"]
+    words = constants["HEADS"] * constants["ROWS"] * constants["PLANES"] * constants["PLANE"]
     extent, step = constants["EXTENT"], constants["STEP"]
     tiles: int = words // extent * -(-extent // step)
     return tiles * len(layers.positions) * int(constants["BLOCKS"]) * layers.kernel_blocks

@@ -39,18 +39,18 @@ def _page_runs(segment: Segment, layers: LayerSet, layout: RowLayout, pages: tor
     """The runs of all pages, [rows, H, local layers, kernel blocks, N, P]."""
     _, heads, *_ = layers.views[0].shape
     kernel_blocks = segment.blocks_per_chunk * layers.kernel_blocks
-    row = layers.parts * layers.part_bytes
+    row = layers.planes * layers.plane_bytes
     return runs_at(
         pages.data_ptr() + layout.offset,
-        layers.part_bytes,
-        (len(pages), heads, segment.local_layers, kernel_blocks, layers.rows, layers.parts),
+        layers.plane_bytes,
+        (len(pages), heads, segment.local_layers, kernel_blocks, layers.rows, layers.planes),
         (
             pages.stride(0),
             layout.head_pitch,
             segment.slab_bytes,
             layers.rows * row,
             row,
-            layers.part_bytes,
+            layers.plane_bytes,
         ),
     )
 

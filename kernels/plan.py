@@ -35,7 +35,7 @@ class LocalLayer:
 
 
 class RowLayout(NamedTuple):
-    """Where one worker's part of a segment lies in a row of pages.
+    """Where one worker's shard of a segment lies in a row of pages.
 
     offset: bytes from the row's start to the first local head's first local layer.
     head_pitch: bytes from one head to the next.
@@ -63,8 +63,8 @@ class LayerSet:
     views: their normal forms, uint8 `[B * kernel_blocks, H, N, P, E]`.
     table: int64 `[layers, 2]` on the caches' device: address of the cache, and bytes from the
         start of a head in the page to this layer.
-    rows, parts, part_bytes: N, P, E after joining axes that are one run.
-    strides: bytes between blocks, heads, rows, parts.
+    rows, planes, plane_bytes: N, P, E after joining axes that are one run.
+    strides: bytes between blocks, heads, rows, planes.
     """
 
     positions: tuple[int, ...]
@@ -72,23 +72,23 @@ class LayerSet:
     table: torch.Tensor
     kernel_blocks: int
     rows: int
-    parts: int
-    part_bytes: int
+    planes: int
+    plane_bytes: int
     strides: tuple[int, int, int, int]
 
     @cached_property
     def runs(self) -> CacheRuns:
-        """The caches, which lie in CPU memory, in runs of `part_bytes`."""
+        """The caches, which lie in CPU memory, in runs of `plane_bytes`."""
         blocks, heads, *_ = self.views[0].shape
-        shape = (blocks, heads, self.rows, self.parts)
+        shape = (blocks, heads, self.rows, self.planes)
         return cache_runs(
-            [runs_at(v.data_ptr(), self.part_bytes, shape, self.strides) for v in self.views]
+            [runs_at(v.data_ptr(), self.plane_bytes, shape, self.strides) for v in self.views]
         )
 
 
 @dataclass(frozen=True)
 class Segment:
-    """One worker's part of one segment of a page.
+    """One worker's shard of one segment of a page.
 
     heads, layers: extents of the whole segment; local_* are the worker's runs, from first_*.
     blocks_per_chunk, num_blocks: blocks of a page, blocks of the caches.
@@ -132,17 +132,17 @@ class Segment:
 
     @property
     def in_page(self) -> RowLayout:
-        """The place of this worker's part in a page."""
+        """The place of this worker's shard in a page."""
         skipped = self.first_head * self.head_bytes + self.first_layer * self.slab_bytes
         return RowLayout(self.page_offset + skipped, self.head_bytes)
 
     def packed(self, offset: int) -> RowLayout:
-        """The place of this worker's part alone, without gaps, `offset` bytes into a row."""
+        """The place of this worker's shard alone, without gaps, `offset` bytes into a row."""
         return RowLayout(offset, self.local_layers * self.slab_bytes)
 
     @property
     def shard(self) -> Shard:
-        """The page ranges of this part; one range unless pipeline parallelism splits the layers."""
+        """The page ranges of the shard; one range unless pipeline parallelism splits the layers."""
         offset, pitch = self.in_page
         if self.local_layers == self.layers:
             return Shard(offset, self.shard_bytes, self.shard_bytes, 1)
@@ -152,7 +152,7 @@ class Segment:
 def plan(
     layers: Sequence[LayerShape], local: Mapping[str, LocalLayer], blocks_per_chunk: int
 ) -> tuple[Segment, ...]:
-    """This worker's part of every segment of a group's page.
+    """This worker's shard of every segment of a group's page.
 
     layers: all layers of the group over all ranks, in page order; equal on every rank.
     local: the layers that this worker holds, by name.
@@ -174,36 +174,37 @@ def plan(
 
 
 def split(segment: Segment, most_bytes: int) -> tuple[Segment, ...]:
-    """The segment as parts whose shards take at most `most_bytes`, each to be copied alone.
+    """The segment as subshards: segments whose shards take at most `most_bytes`, each to be copied
+    alone.
 
     Heads are split first, since a range of them is one range of the page; where one head is too
-    large, its layers. One layer of one head is never split: its part may be larger.
+    large, its layers. One layer of one head is never split: that may be larger.
     """
     slab, per_head = segment.slab_bytes, segment.local_layers * segment.slab_bytes
     heads = min(segment.local_heads, max(1, most_bytes // per_head))
     layers = segment.local_layers if per_head <= most_bytes else max(1, most_bytes // slab)
     return tuple(
-        _part(segment, h, min(heads, segment.local_heads - h), i, i + layers)
+        _subshard(segment, h, min(heads, segment.local_heads - h), i, i + layers)
         for h in range(0, segment.local_heads, heads)
         for i in range(0, segment.local_layers, layers)
     )
 
 
-def _part(
+def _subshard(
     segment: Segment, first_head: int, heads: int, first_layer: int, stop_layer: int
 ) -> Segment:
     """The local heads and layers in these ranges."""
     sets = []
-    for part in segment.sets:
-        mine = [i for i, at in enumerate(part.positions) if first_layer <= at < stop_layer]
+    for layers in segment.sets:
+        mine = [i for i, at in enumerate(layers.positions) if first_layer <= at < stop_layer]
         if mine:
-            positions = tuple(part.positions[i] - first_layer for i in mine)
+            positions = tuple(layers.positions[i] - first_layer for i in mine)
             skipped = torch.tensor(
-                [first_head * part.strides[1], -first_layer * segment.slab_bytes]
+                [first_head * layers.strides[1], -first_layer * segment.slab_bytes]
             )
-            table = persistent(part.table[mine].cpu() + skipped, part.table.device)
-            views = tuple(part.views[i].narrow(1, first_head, heads) for i in mine)
-            sets.append(replace(part, positions=positions, views=views, table=table))
+            table = persistent(layers.table[mine].cpu() + skipped, layers.table.device)
+            views = tuple(layers.views[i].narrow(1, first_head, heads) for i in mine)
+            sets.append(replace(layers, positions=positions, views=views, table=table))
     names = segment.names[first_layer:stop_layer]
     return replace(
         segment,
@@ -290,12 +291,12 @@ def _layer_sets(caches: list[LayerCache], slab_bytes: int) -> tuple[LayerSet, ..
     for (kernel_blocks, shape, stride), positions in alike.items():
         views = tuple(caches[i].view for i in positions)
         table = [(v.data_ptr(), i * slab_bytes) for v, i in zip(views, positions, strict=True)]
-        _, _, rows, parts, part_bytes = shape
-        block_stride, head_stride, row_stride, part_stride, _ = stride
-        if parts == 1 or part_stride == part_bytes:
-            parts, part_bytes, part_stride = 1, parts * part_bytes, 0
-        if parts == 1 and (rows == 1 or row_stride == part_bytes):
-            rows, part_bytes, row_stride = 1, rows * part_bytes, 0
+        _, _, rows, planes, plane_bytes = shape
+        block_stride, head_stride, row_stride, plane_stride, _ = stride
+        if planes == 1 or plane_stride == plane_bytes:
+            planes, plane_bytes, plane_stride = 1, planes * plane_bytes, 0
+        if planes == 1 and (rows == 1 or row_stride == plane_bytes):
+            rows, plane_bytes, row_stride = 1, rows * plane_bytes, 0
         sets.append(
             LayerSet(
                 positions=tuple(positions),
@@ -303,9 +304,9 @@ def _layer_sets(caches: list[LayerCache], slab_bytes: int) -> tuple[LayerSet, ..
                 table=persistent(torch.tensor(table, dtype=torch.int64), views[0].device),
                 kernel_blocks=kernel_blocks,
                 rows=rows,
-                parts=parts,
-                part_bytes=part_bytes,
-                strides=(block_stride, head_stride, row_stride, part_stride),
+                planes=planes,
+                plane_bytes=plane_bytes,
+                strides=(block_stride, head_stride, row_stride, plane_stride),
             )
         )
     return tuple(sets)
@@ -314,7 +315,7 @@ def _layer_sets(caches: list[LayerCache], slab_bytes: int) -> tuple[LayerSet, ..
 def _word_bytes(sets: tuple[LayerSet, ...], page_offset: int) -> int:
     word = gcd(16, page_offset)
     for layers in sets:
-        word = gcd(word, layers.part_bytes, *layers.strides)
+        word = gcd(word, layers.plane_bytes, *layers.strides)
         for view in layers.views:
             word = gcd(word, view.data_ptr(), view.storage_offset())
     return word

@@ -21,25 +21,25 @@ def check_round_trip(segments: Sequence[Segment]) -> None:
         read, by the copy that production uses and by the oracle.
     Raises GeometryError, naming the layer, when bytes arrive elsewhere or layers share memory.
     """
-    trials = [_Trial(segment, seed) for seed, segment in enumerate(segments)]
-    for trial in trials:
-        trial.save()
+    trips = [_RoundTrip(segment, seed) for seed, segment in enumerate(segments)]
+    for trip in trips:
+        trip.save()
     try:
-        copies = {copy for trial in trials for copy in (copy_for(trial.segment.device), copy_torch)}
+        copies = {copy for trip in trips for copy in (copy_for(trip.segment.device), copy_torch)}
         for copy in copies:
-            for trial in trials:
-                trial.write(trial.pattern)
-            for trial in trials:
-                trial.check_pack(copy)
-            for trial in trials:
-                trial.write(~trial.pattern)
-            for trial in trials:
-                trial.unpack(copy)
-            for trial in trials:
-                trial.check_blocks()
+            for trip in trips:
+                trip.write(trip.pattern)
+            for trip in trips:
+                trip.check_pack(copy)
+            for trip in trips:
+                trip.write(~trip.pattern)
+            for trip in trips:
+                trip.unpack(copy)
+            for trip in trips:
+                trip.check_blocks()
     finally:
-        for trial in trials:
-            trial.restore()
+        for trip in trips:
+            trip.restore()
 
 
 def copy_for(device: torch.device) -> Copy:
@@ -47,7 +47,7 @@ def copy_for(device: torch.device) -> Copy:
     return copy_cpu if device.type == "cpu" else copy_triton
 
 
-class _Trial:
+class _RoundTrip:
     """One segment's blocks, the bytes they must hold, and the bytes they held."""
 
     def __init__(self, segment: Segment, seed: int) -> None:
@@ -62,7 +62,7 @@ class _Trial:
         sizes = (len(ids), segment.local_heads, segment.local_layers, blocks, segment.block_bytes)
         random = np.random.default_rng(seed).integers(0, 256, sizes, dtype=np.uint8)
         self.pattern = torch.from_numpy(random).to(device)
-        # A CPU worker copies straight into pages, a GPU worker into its own part of them.
+        # A CPU worker copies straight into pages, a GPU worker into its own shard of them.
         self.layout: RowLayout = segment.in_page if device.type == "cpu" else segment.packed(0)
         self.saved: list[torch.Tensor] = []
 
@@ -93,11 +93,11 @@ class _Trial:
         return content.reshape(heads, kernel_blocks, *inner).transpose(0, 1)
 
     def _scratch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(pages, this segment's part of them, in the pattern's shape)."""
+        """(pages, this segment's shard of them, in the pattern's shape)."""
         segment, layout = self.segment, self.layout
         layers_bytes = segment.local_layers * segment.slab_bytes
         end = layout.offset + (segment.local_heads - 1) * layout.head_pitch + layers_bytes
-        pitch = end + (-end) % 16 + 16  # room for a stray write after the part
+        pitch = end + (-end) % 16 + 16  # room for a stray write after the shard
         pages = torch.full(
             (len(self.rows), pitch), _UNTOUCHED, dtype=torch.uint8, device=segment.device
         )
@@ -105,23 +105,23 @@ class _Trial:
         return pages, pages.as_strided(self.pattern.shape, strides, layout.offset)
 
     def check_pack(self, copy: Copy) -> None:
-        pages, part = self._scratch()
+        pages, shard = self._scratch()
         copy(self.segment, self.layout, pages, self.rows, self.ids, unpack=False)
         present = (self.ids >= 0).view(len(self.ids), 1, -1, 1)
         for layer, name in enumerate(self.segment.names):
             wanted = self.pattern[:, :, layer] * present
-            if not torch.equal(part[:, :, layer], wanted):
+            if not torch.equal(shard[:, :, layer], wanted):
                 raise GeometryError(
                     f"layer {name}: packing its blocks gave other bytes; does it share memory "
                     "with another layer?"
                 )
-        part.fill_(_UNTOUCHED)
+        shard.fill_(_UNTOUCHED)
         if not bool((pages == _UNTOUCHED).all()):
             raise GeometryError(f"layer {self.segment.names[0]}: packing wrote outside its pages")
 
     def unpack(self, copy: Copy) -> None:
-        pages, part = self._scratch()
-        part.copy_(self.pattern)
+        pages, shard = self._scratch()
+        shard.copy_(self.pattern)
         copy(self.segment, self.layout, pages, self.rows, self.ids, unpack=True)
 
     def check_blocks(self) -> None:

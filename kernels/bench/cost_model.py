@@ -39,7 +39,7 @@ class Prediction(NamedTuple):
     unit: str
 
 
-class Pieces(NamedTuple):
+class Fragmentation(NamedTuple):
     """What a plan cuts the pages of one rank into.
 
     fragments: per page, of all groups together. nbytes: of these pages.
@@ -78,7 +78,7 @@ SPEEDS = {
 }
 
 
-def pieces(model: Model, layout: str, per_chunk: int) -> Pieces:
+def pieces(model: Model, layout: str, per_chunk: int) -> Fragmentation:
     """The fragments of a model's caches in a layout."""
     fragments = nbytes = 0
     for group in model.groups:
@@ -89,7 +89,7 @@ def pieces(model: Model, layout: str, per_chunk: int) -> Pieces:
         for segment in segments:
             fragments += per_chunk * Fragments(segment, segment.in_page).per_block
             nbytes += segment.shard_bytes
-    return Pieces(fragments, nbytes)
+    return Fragmentation(fragments, nbytes)
 
 
 def predict(

@@ -26,12 +26,12 @@ import torch
 from kvstrata.kernels.bench.absent_gpu import HANDLE, AbsentGpu
 from kvstrata.kernels.bench.models import MODELS, Model, rank_caches
 from kvstrata.kernels.bench.results.cases import HOST, LARGE_BYTES, LOAD, OURS, STORE, Case, Result
-from kvstrata.kernels.gpu.batches import Part
+from kvstrata.kernels.gpu.batches import Subshard
 from kvstrata.kernels.gpu.device import CudaDevice, Event, Stream
 from kvstrata.kernels.gpu.memcpy import Driver, _batched
 from kvstrata.kernels.gpu.mover import Mover
 from kvstrata.kernels.gpu.pipeline import MAX_BATCH, STAGING_SIZES, STAGING_SLOTS
-from kvstrata.kernels.gpu.staging import Lane
+from kvstrata.kernels.gpu.staging import Channel
 from kvstrata.kernels.pack import prepare_triton
 
 MOVED_BYTES = LARGE_BYTES  # in a round
@@ -123,20 +123,20 @@ def _mover(model: Model) -> tuple[Callable[..., int], int, int]:
         group, _LAYOUT, num_blocks=pages, blocks_per_chunk=1, tp=model.tp, device="cpu"
     )
     region = torch.empty(pages, segment.heads * segment.head_bytes, dtype=torch.uint8)
-    part = Part(segment, region, prepare_triton, MAX_BATCH)
+    subshard = Subshard(segment, region, prepare_triton, MAX_BATCH)
     device = Idle()
-    mover = Mover(region, device, [part], MAX_BATCH)
-    lane = Lane(device, STAGING_SLOTS, STAGING_SIZES[0], 4 * MAX_BATCH)
+    mover = Mover(region, device, [subshard], MAX_BATCH)
+    channel = Channel(device, STAGING_SLOTS, STAGING_SIZES[0], 4 * MAX_BATCH)
     slots, ids = np.arange(pages), np.arange(pages).reshape(-1, 1)
 
     def move(*, store: bool) -> int:
         count = 0
-        for batch, way in mover.batches([part], slots, ids, lane, store=store):
-            mover.start(lane, batch, way, None, store=store)
+        for batch, way in mover.batches([subshard], slots, ids, channel, store=store):
+            mover.start(channel, batch, way, None, store=store)
             count += 1
         return count
 
-    return move, pages, pages * part.shard_bytes
+    return move, pages, pages * subshard.shard_bytes
 
 
 def measured(rounds: int) -> Iterator[Result]:

@@ -1,4 +1,4 @@
-"""What moves together: a part of a segment, and some pages of it."""
+"""What moves together: a subshard of a segment, and some pages of it."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Kernels(NamedTuple):
     unpack: Prepared
 
 
-class Part:
+class Subshard:
     """A segment, or some heads of it, that moves as one: what its transports need, made once.
 
     pitch: bytes from one staged page to the next.
-    in_region: uint8 [slots, bytes], the region from where this part begins in each page.
-    runs: of which the part consists in a page, contiguous each.
+    in_region: uint8 [slots, bytes], the region from where this subshard begins in each page.
+    runs: of which the subshard consists in a page, contiguous each.
     staged_at: int64 [most_pages * runs], where these are in staged pages, in bytes.
     sizes: int64 [most_pages * runs], in bytes.
     store, load: the transports of each direction.
@@ -61,7 +61,7 @@ class Part:
         self.sizes = np.full(staged.size, shard.length)
 
     def shards(self, slots: np.ndarray) -> np.ndarray:
-        """Addresses of the part's runs in these slots, int64 [slots * runs]."""
+        """Addresses of the subshard's runs in these slots, int64 [slots * runs]."""
         pages = (slots * self.in_region.stride(0))[:, None]
         addresses: np.ndarray = pages + self._shard_at
         return addresses.ravel()
@@ -74,7 +74,7 @@ class Part:
     @cached_property
     def zero_copy(self) -> Kernels:
         """The kernels between blocks and `in_region`, likewise."""
-        # rows that begin at the part: its offset is no constant of the kernel
+        # rows that begin at the subshard: its offset is no constant of the kernel
         layout = RowLayout(0, self.segment.in_page.head_pitch)
         alignment = gcd(STAGED_ALIGNMENT, self.in_region.data_ptr())
         return self._kernels(layout, self.in_region.stride(0), alignment)
@@ -125,12 +125,13 @@ class Pages(NamedTuple):
 
 @dataclass(slots=True)
 class Batch:
-    """One part of some of these pages, which moves at once.
+    """One subshard of some of these pages, which moves at once.
 
-    first, count: which. shards: int64 [pages * runs], addresses of the part in the region, of all.
+    first, count: which. shards: int64 [pages * runs], addresses of the subshard in the region, of
+        all pages.
     """
 
-    part: Part
+    subshard: Subshard
     pages: Pages
     first: int
     count: int
@@ -144,4 +145,4 @@ class Batch:
     @property
     def nbytes(self) -> int:
         """Bytes that this worker moves."""
-        return self.count * self.part.shard_bytes
+        return self.count * self.subshard.shard_bytes

@@ -19,7 +19,7 @@ HOST_ADDRESSES = 91  # CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_M
 _HIP_DEFAULT = 4  # hipMemcpyDefault: the addresses tell the direction
 
 
-class Copy(Protocol):
+class Memcpy(Protocol):
     """Queues copies of pieces.
 
     to, source: addresses, int64 [n], contiguous and writable. sizes: bytes, likewise. stream: a
@@ -38,7 +38,7 @@ class Driver(NamedTuple):
     """How this machine copies. name: of the function."""
 
     name: str
-    copy: Copy
+    copy: Memcpy
 
 
 class Attributes(ctypes.Structure):
@@ -86,7 +86,7 @@ def host_addresses_work(device: int) -> bool:
     ) and bool(works.value)
 
 
-def _batched(function: Callable[..., int]) -> Copy:
+def _batched(function: Callable[..., int]) -> Memcpy:
     """`function`: cuMemcpyBatchAsync of CUDA 12.8; it rejects the legacy default stream."""
     size, pointer = ctypes.c_size_t, ctypes.c_void_p
     # so that a call takes plain numbers
@@ -116,7 +116,7 @@ def _batched(function: Callable[..., int]) -> Copy:
     return copy
 
 
-def _one_by_one(function: Callable[..., int], kind: list[int]) -> Copy:
+def _one_by_one(function: Callable[..., int], kind: list[int]) -> Memcpy:
     def copy(
         to: np.ndarray, source: np.ndarray, sizes: np.ndarray, stream: int, *, to_host: bool
     ) -> None:

@@ -1,9 +1,9 @@
 """The pipeline where KV caches lie on a GPU: packing kernels in short bursts, and large DMAs.
 
-Stores, loads and expedited loads have a lane each and do not wait for each other. What happens to
-blocks is ordered against the model: stores read them after the work that was queued on the compute
-stream before, loads write them after it; `fence` lets later work follow. The host never waits in
-between, but where a lane's ring of block ids is full.
+Stores, loads and expedited loads have a channel each and do not wait for each other. What happens
+to blocks is ordered against the model: stores read them after the work that was queued on the
+compute stream before, loads write them after it; `fence` lets later work follow. The host never
+waits in between, but where a channel's ring of block ids is full.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import torch
 
-from kvstrata.kernels.gpu.batches import Batch, Part
+from kvstrata.kernels.gpu.batches import Batch, Subshard
 from kvstrata.kernels.gpu.device import Device, Event
 from kvstrata.kernels.gpu.mover import Mover
-from kvstrata.kernels.gpu.staging import Lane
+from kvstrata.kernels.gpu.staging import Channel
 from kvstrata.kernels.gpu.transport import FEW_BYTES, FEW_PAGES, Transport, Trial
 from kvstrata.kernels.gpu.trials import Trials
 from kvstrata.kernels.pack import Prepare
@@ -34,8 +34,9 @@ from kvstrata.kernels.plan import split
 logger = logging.getLogger("kvstrata.kernels")
 
 # Bytes of a staging slot. The first is large enough for a DMA to reach its speed (about 150 us on
-# PCIe 5) and small enough for three lanes to go unnoticed in GPU memory; larger shards are split.
-# The second, with which the host has half as much to queue, is taken where it is faster in a trial.
+# PCIe 5) and small enough for three channels to go unnoticed in GPU memory; larger shards are
+# split. The second, with which the host has half as much to queue, is taken where it is faster in
+# a trial.
 STAGING_SIZES = (8 << 20, 16 << 20)
 # One is filled, one is moved, and one evens out the difference.
 STAGING_SLOTS = 3
@@ -90,32 +91,37 @@ class GpuPipeline:
         self._device = device
         self._jobs: dict[int, _Job] = {}
         self._spare_events: dict[bool, list[Event]] = {False: [], True: []}  # timed ones
-        self._parts = {
+        self._subshards = {
             group: [
-                [Part(part, region, prepare, MAX_BATCH) for part in split(s, STAGING_SIZES[0])]
+                [
+                    Subshard(subshard, region, prepare, MAX_BATCH)
+                    for subshard in split(s, STAGING_SIZES[0])
+                ]
                 for s in segments
             ]
             for group, segments in groups.items()
         }
         segments = [
-            pair for group in groups for pair in zip(groups[group], self._parts[group], strict=True)
+            pair
+            for group in groups
+            for pair in zip(groups[group], self._subshards[group], strict=True)
         ]
-        parts = [part for _, some in segments for part in some]
-        self._mover = Mover(region, device, parts, MAX_BATCH)
-        least = max(part.pitch for part in parts)
+        subshards = [subshard for _, some in segments for subshard in some]
+        self._mover = Mover(region, device, subshards, MAX_BATCH)
+        least = max(subshard.pitch for subshard in subshards)
         tried = STAGING_SIZES if transport is None else STAGING_SIZES[:1]
         sizes = sorted({max(least, size) for size in tried})
-        longest = max(1 + part.segment.blocks_per_chunk for part in parts) * MAX_BATCH
+        longest = max(1 + subshard.segment.blocks_per_chunk for subshard in subshards) * MAX_BATCH
         blocks = sum(segment.num_blocks for segment, _ in segments)
         numbers = max(longest, RING_ROUNDS * 2 * blocks)
-        lanes = self._store, self._load, self._expedited = [
-            Lane(device, STAGING_SLOTS, sizes[-1], numbers) for _ in range(3)
+        channels = self._store, self._load, self._expedited = [
+            Channel(device, STAGING_SLOTS, sizes[-1], numbers) for _ in range(3)
         ]
         self._pinning = True  # until the driver refuses once
         self.pin(range(len(region) if ready is None else ready))
         self._await_buffers()
         slots = range(len(region)) if scratch is None else scratch
-        trials = Trials(segments, self._mover, device, lanes, region, slots, transport)
+        trials = Trials(segments, self._mover, device, channels, region, slots, transport)
         try:
             with device.current():
                 reached = self._pinning and device.reaches_host()
@@ -127,38 +133,38 @@ class GpuPipeline:
 
     def submit_store(self, job_id: int, work: Sequence[GroupWork]) -> None:
         """See `Pipeline`."""
-        lane, device = self._store, self._device
+        channel, device = self._store, self._device
         with self._open(job_id, work) as job:
-            device.hold(lane.kernels, job.submitted)
-            device.record(job.start, lane.kernels)
+            device.hold(channel.kernels, job.submitted)
+            device.record(job.start, channel.kernels)
             direct = False
-            for batch, transport in self._batches(work, lane, store=True):
+            for batch, transport in self._batches(work, channel, store=True):
                 direct = direct or transport is Transport.DIRECT
-                self._mover.start(lane, batch, transport, job.submitted, store=True)
+                self._mover.start(channel, batch, transport, job.submitted, store=True)
                 job.nbytes += batch.nbytes
             if not direct:
-                device.record(job.released, lane.kernels)
+                device.record(job.released, channel.kernels)
             gathered = self._event()
-            device.record(gathered, lane.kernels)
-            device.hold(lane.dma, gathered)
+            device.record(gathered, channel.kernels)
+            device.hold(channel.dma, gathered)
             self._reuse(gathered)
             if direct:
-                device.record(job.released, lane.dma)
-            device.record(job.end, lane.dma)
+                device.record(job.released, channel.dma)
+            device.record(job.end, channel.dma)
 
     def submit_load(self, job_id: int, work: Sequence[GroupWork], expedited: bool = False) -> None:
         """See `Pipeline`."""
-        lane, device = self._expedited if expedited else self._load, self._device
+        channel, device = self._expedited if expedited else self._load, self._device
         with self._open(job_id, work) as job:
-            device.record(job.start, lane.dma)
+            device.record(job.start, channel.dma)
             # The model may still use the blocks' former content, but staging is nobody's.
-            device.hold(lane.kernels, job.submitted)
-            device.hold(lane.kernels, job.start)
-            for batch, transport in self._batches(work, lane, store=False):
-                self._mover.start(lane, batch, transport, job.submitted, store=False)
+            device.hold(channel.kernels, job.submitted)
+            device.hold(channel.kernels, job.start)
+            for batch, transport in self._batches(work, channel, store=False):
+                self._mover.start(channel, batch, transport, job.submitted, store=False)
                 job.nbytes += batch.nbytes
-            device.record(job.released, lane.kernels)
-            device.record(job.end, lane.kernels)
+            device.record(job.released, channel.kernels)
+            device.record(job.end, channel.kernels)
 
     def finished(self) -> list[Finished]:
         """See `Pipeline`."""
@@ -240,10 +246,10 @@ class GpuPipeline:
     def _zero_copies(self) -> bool:
         """Whether zero-copy is chosen for anything."""
         return any(
-            Transport.ZERO_COPY in part.choice(store=store)
-            for of in self._parts.values()
+            Transport.ZERO_COPY in subshard.choice(store=store)
+            for of in self._subshards.values()
             for some in of
-            for part in some
+            for subshard in some
             for store in (True, False)
         )
 
@@ -252,17 +258,17 @@ class GpuPipeline:
             f"{some[0].segment.names[0]} and alike: {way} "
             f"{choice.few} up to {FEW_PAGES} pages and {FEW_BYTES >> 20} MiB, else {choice.many}"
             f"{_brackets(self._times.get((some[0].segment.names[0], way), []))}"
-            for of in self._parts.values()
+            for of in self._subshards.values()
             for some in of
             for way, choice in (("store", some[0].store), ("load", some[0].load))
         )
 
     def _batches(
-        self, work: Sequence[GroupWork], lane: Lane, *, store: bool
+        self, work: Sequence[GroupWork], channel: Channel, *, store: bool
     ) -> Iterator[tuple[Batch, Transport]]:
         for group, slots, block_ids in work:
-            for parts in self._parts[group]:
-                yield from self._mover.batches(parts, slots, block_ids, lane, store=store)
+            for subshards in self._subshards[group]:
+                yield from self._mover.batches(subshards, slots, block_ids, channel, store=store)
 
     def _await_buffers(self) -> None:
         """What was written to the buffers so far comes before all use of them."""

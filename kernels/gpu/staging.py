@@ -1,6 +1,6 @@
 """What a GPU pipeline moves pages through: streams, staging slots and the ring for block ids.
 
-A lane is a pair of streams, one for kernels and one for DMA, and staging slots in device memory
+A channel is a pair of streams, one for kernels and one for DMA, and staging slots in device memory
 between them, so that the kernel of one batch runs during the DMA of another.
 """
 
@@ -93,7 +93,7 @@ class MetadataRing:
             self._spare.append(sent.event)
 
 
-class Lane:
+class Channel:
     """Two streams and the memory between them.
 
     slot_bytes: how much of a staging slot is used; at most what was made.
@@ -114,8 +114,8 @@ class Lane:
         self.slot_bytes = slot_bytes + (-slot_bytes) % STAGED_ALIGNMENT
         memory = self._device.allocate(self._slots * self.slot_bytes, torch.uint8)
         self._staging = deque(
-            StagingSlot(part, part.data_ptr(), self._device.event(), self._device.event())
-            for part in memory.view(self._slots, self.slot_bytes).unbind()
+            StagingSlot(slot, slot.data_ptr(), self._device.event(), self._device.event())
+            for slot in memory.view(self._slots, self.slot_bytes).unbind()
         )
 
     def next_slot(self) -> StagingSlot:

@@ -131,10 +131,10 @@ class Fragments:
     """
 
     def __init__(self, segment: Segment, layout: RowLayout) -> None:
-        """layout: where the segment's part lies in a page."""
-        parts = [_pieces(segment, layout, layers) for layers in segment.sets]
+        """layout: where the segment's shard lies in a page."""
+        by_set = [_pieces(segment, layout, layers) for layers in segment.sets]
         cache, page, sizes, strides = (
-            np.concatenate(column) for column in zip(*parts, strict=True)
+            np.concatenate(column) for column in zip(*by_set, strict=True)
         )
         order = np.argsort(page, kind="stable")
         cache, page, sizes, strides = cache[order], page[order], sizes[order], strides[order]
@@ -187,19 +187,19 @@ def _pieces(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Of the first block of a page: addresses for block 0, offsets in the page, sizes, and bytes
     from one block to the next. int64 [pieces]."""
-    block, head, row, part = layers.strides
+    block, head, row, plane = layers.strides
     table = layers.table.cpu().numpy()
     axes = [  # (positions, bytes apart in the cache, bytes apart in the page)
         (segment.local_heads, head, layout.head_pitch),
         (layers.kernel_blocks, block, segment.block_bytes // layers.kernel_blocks),
-        (layers.rows, row, layers.parts * layers.part_bytes),
-        (layers.parts, part, layers.part_bytes),
+        (layers.rows, row, layers.planes * layers.plane_bytes),
+        (layers.planes, plane, layers.plane_bytes),
     ]
     cache, page = table[:, 0], table[:, 1] + layout.offset
     for count, in_cache, in_page in axes:
         index = np.arange(count)
         cache = (cache[:, None] + index * in_cache).ravel()
         page = (page[:, None] + index * in_page).ravel()
-    sizes = np.full(len(cache), layers.part_bytes, dtype=np.int64)
+    sizes = np.full(len(cache), layers.plane_bytes, dtype=np.int64)
     strides = np.full(len(cache), layers.kernel_blocks * block, dtype=np.int64)
     return cache, page, sizes, strides

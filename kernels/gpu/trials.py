@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from kvstrata.kernels.compare import Comparison, Scratch
-from kvstrata.kernels.gpu.batches import Batch, Pages, Part
+from kvstrata.kernels.gpu.batches import Batch, Pages, Subshard
 from kvstrata.kernels.gpu.device import Device, Pieces
 from kvstrata.kernels.gpu.mover import Mover
-from kvstrata.kernels.gpu.staging import Lane
+from kvstrata.kernels.gpu.staging import Channel
 from kvstrata.kernels.gpu.transport import TRIAL_BYTES, Choice, Transport, Trial, choose, fastest
 from kvstrata.kernels.plan import Segment
 
@@ -33,17 +33,17 @@ class Trials:
     """Tries transports on some blocks and on slots of the region that nobody else uses; both are
     as they were after each call, also after a failure.
 
-    segments: of this worker, with the parts that each is moved in.
-    lanes: of stores, of loads, and others. slots: of the region, one at least.
+    segments: of this worker, with the subshards that each is moved in.
+    channels: of stores, of loads, and others. slots: of the region, one at least.
     transport: the only one there is to be; None for all.
     """
 
     def __init__(
         self,
-        segments: Sequence[tuple[Segment, list[Part]]],
+        segments: Sequence[tuple[Segment, list[Subshard]]],
         mover: Mover,
         device: Device,
-        lanes: Sequence[Lane],
+        channels: Sequence[Channel],
         region: torch.Tensor,
         slots: range,
         transport: Transport | None,
@@ -51,7 +51,7 @@ class Trials:
         self._segments = segments
         self._mover = mover
         self._device = device
-        self._lanes = lanes
+        self._channels = channels
         self._region = region
         self._slots = slots
         self._forced = transport is not None
@@ -62,9 +62,9 @@ class Trials:
     def run(
         self, most_pages: int, slot_sizes: Sequence[int], *, kernels_reach_region: bool
     ) -> None:
-        """Choose the transports of every part and the size of the lanes' staging slots.
+        """Choose the transports of every subshard and the size of the channels' staging slots.
 
-        most_pages: of one batch. slot_sizes: bytes, ascending; the lanes have slots of the last.
+        most_pages: of one batch. slot_sizes: bytes, ascending; the channels have slots of the last.
         kernels_reach_region: whether zero-copy is possible.
         Raises TransportError where bytes are moved wrong and there is no other way.
         """
@@ -75,14 +75,14 @@ class Trials:
                     'addresses; remove "transport" from the configuration'
                 )
             self._ways.remove(Transport.ZERO_COPY)
-        for segment, parts in self._segments:
+        for segment, subshards in self._segments:
             with self._scratch(segment, np.empty(0, np.int64), self._slots[:2]).kept():
-                self._launch(parts)
+                self._launch(subshards)
         self._compare()
         if len(slot_sizes) > 1:
             self._size_slots(slot_sizes, most_pages)
-        for segment, parts in self._segments:
-            self._choose(segment, parts, most_pages)
+        for segment, subshards in self._segments:
+            self._choose(segment, subshards, most_pages)
 
     def _scratch(self, segment: Segment, blocks: np.ndarray, slots: Sequence[int]) -> Scratch:
         of = np.array(slots, dtype=np.int64)
@@ -90,30 +90,30 @@ class Trials:
 
     # -- warm-up --------------------------------------------------------------------
 
-    def _launch(self, parts: Sequence[Part]) -> None:
-        """In every lane, launch every kernel once, on blocks that are all missing, and copy a byte
-        once."""
-        for lane in self._lanes:
-            for part in parts:
-                self._launch_part(lane, part)
+    def _launch(self, subshards: Sequence[Subshard]) -> None:
+        """In every channel, launch every kernel once, on blocks that are all missing, and copy a
+        byte once."""
+        for channel in self._channels:
+            for subshard in subshards:
+                self._launch_subshard(channel, subshard)
             self._device.drain()
-            staged = lane.next_slot().address
-            host = self._region[self._slots[0]].data_ptr() + parts[0].segment.in_page.offset
+            staged = channel.next_slot().address
+            host = self._region[self._slots[0]].data_ptr() + subshards[0].segment.in_page.offset
             piece = Pieces(np.array([staged]), np.array([host]), np.ones(1, np.int64))
             for to_host in (False, True):
-                self._device.copy(lane.dma, piece, to_host=to_host)
+                self._device.copy(channel.dma, piece, to_host=to_host)
 
-    def _launch_part(self, lane: Lane, part: Part) -> None:
-        first, ids = np.array(self._slots[:1]), np.full((1, part.segment.blocks_per_chunk), -1)
-        there = lane.ring.put(np.concatenate((first, ids.ravel())))
+    def _launch_subshard(self, channel: Channel, subshard: Subshard) -> None:
+        first, ids = np.array(self._slots[:1]), np.full((1, subshard.segment.blocks_per_chunk), -1)
+        there = channel.ring.put(np.concatenate((first, ids.ravel())))
         pages = Pages(first, ids, there[:1], there[1:].view(1, -1))
-        batch = Batch(part, pages, 0, 1, part.shards(first))
+        batch = Batch(subshard, pages, 0, 1, subshard.shards(first))
         for unpack in (False, True):
             if Transport.STAGED in self._ways:
-                self._mover.pack(lane.kernels, batch, lane.next_slot(), unpack=unpack)
+                self._mover.pack(channel.kernels, batch, channel.next_slot(), unpack=unpack)
             if Transport.ZERO_COPY in self._ways:
                 try:
-                    self._mover.zero_copy(lane.kernels, batch, unpack=unpack)
+                    self._mover.zero_copy(channel.kernels, batch, unpack=unpack)
                 except (RuntimeError, ValueError) as error:  # Triton's: no address for it
                     if self._forced:
                         raise
@@ -138,11 +138,11 @@ class Trials:
                 self._leave_out(way, found)
 
     def _difference(self, way: Transport) -> str | None:
-        for segment, parts in self._segments:
-            if self._forced or parts[0].may_pay(way):
+        for segment, subshards in self._segments:
+            if self._forced or subshards[0].may_pay(way):
                 comparison = Comparison(segment, self._region, self._slots, self._device.drain)
                 for store in (True, False):
-                    move = partial(self._move, parts, way, store)
+                    move = partial(self._move, subshards, way, store)
                     try:
                         found = comparison.difference(move, store=store)
                     except Exception as error:  # a driver's, Triton's or torch's
@@ -157,13 +157,13 @@ class Trials:
 
     # -- measurement ----------------------------------------------------------------
 
-    def _choose(self, segment: Segment, parts: list[Part], most_pages: int) -> None:
-        """The transports of one segment: of its first part, and the others are alike."""
+    def _choose(self, segment: Segment, subshards: list[Subshard], most_pages: int) -> None:
+        """The transports of one segment: of its first subshard, and the others are alike."""
         if self._forced:
             for store in (True, False):
-                _choose_all(parts, Choice(*self._ways * 2), store=store)
+                _choose_all(subshards, Choice(*self._ways * 2), store=store)
             return
-        first = parts[0]
+        first = subshards[0]
         ways = [way for way in self._ways if first.may_pay(way)]
         with self._timed_slots(segment, first, most_pages) as slots:
             for store in (True, False):  # stores first: loads bring back what they stored
@@ -172,32 +172,34 @@ class Trials:
                     return self._seconds(first, way, store, slots[:count])
 
                 choice, times = choose(seconds, ways, len(slots), first.shard_bytes)
-                _choose_all(parts, choice, store=store)
+                _choose_all(subshards, choice, store=store)
                 self.times[segment.names[0], "store" if store else "load"] = times
 
     def _size_slots(self, sizes: Sequence[int], most_pages: int) -> None:
         """Have staging slots of the size with which the largest segment's pages are there soonest:
         of the smaller one, unless the other is faster."""
-        segment, parts = max(self._segments, key=lambda one: one[0].shard_bytes)
-        with self._timed_slots(segment, parts[0], most_pages) as slots:
+        segment, subshards = max(self._segments, key=lambda one: one[0].shard_bytes)
+        with self._timed_slots(segment, subshards[0], most_pages) as slots:
 
             def seconds(size: int) -> float:
-                for lane in self._lanes:
-                    lane.slot_bytes = size
+                for channel in self._channels:
+                    channel.slot_bytes = size
                 return sum(
-                    self._seconds(parts[0], Transport.STAGED, store, slots)
+                    self._seconds(subshards[0], Transport.STAGED, store, slots)
                     for store in (True, False)
                 )
 
             best = sizes[0]
-            if len(slots) * parts[0].pitch > best:  # else one slot takes them all
+            if len(slots) * subshards[0].pitch > best:  # else one slot takes them all
                 best = fastest(seconds, sizes)
-        for lane in self._lanes:
-            lane.stage(best)
+        for channel in self._channels:
+            channel.stage(best)
 
     @contextmanager
-    def _timed_slots(self, segment: Segment, part: Part, most_pages: int) -> Iterator[list[int]]:
-        """Slots for many pages of a part; they and the first blocks are put back afterwards."""
+    def _timed_slots(
+        self, segment: Segment, subshard: Subshard, most_pages: int
+    ) -> Iterator[list[int]]:
+        """Slots for many pages of a subshard; they and the first blocks are put back afterwards."""
         slots = [slot for slot in self._slots if slot % segment.replicas == segment.replica]
         slots = slots or list(self._slots)
         page_bytes = segment.page_offset + segment.heads * segment.head_bytes
@@ -205,35 +207,40 @@ class Trials:
         most = min(
             most_pages, len(slots), segment.num_blocks // width, max(1, _KEPT_BYTES // page_bytes)
         )
-        pages = max(1, min(most, TRIAL_BYTES // part.shard_bytes))
+        pages = max(1, min(most, TRIAL_BYTES // subshard.shard_bytes))
         blocks = np.arange(min(pages * width, segment.num_blocks))
         with self._scratch(segment, blocks, slots[:pages]).kept():
             yield slots[:pages]
 
-    def _seconds(self, part: Part, way: Transport, store: bool, slots: list[int]) -> float:
+    def _seconds(self, subshard: Subshard, way: Transport, store: bool, slots: list[int]) -> float:
         """How long it takes to move the first blocks to these slots, or back."""
-        width = part.segment.blocks_per_chunk
+        width = subshard.segment.blocks_per_chunk
         ids = np.arange(len(slots) * width).reshape(-1, width)
-        ids[ids >= part.segment.num_blocks] = -1
+        ids[ids >= subshard.segment.num_blocks] = -1
         start = time.perf_counter()
-        self._move([part], way, store, np.array(slots), ids)
+        self._move([subshard], way, store, np.array(slots), ids)
         return time.perf_counter() - start
 
     def _move(
-        self, parts: list[Part], way: Transport, store: bool, slots: np.ndarray, ids: np.ndarray
+        self,
+        subshards: list[Subshard],
+        way: Transport,
+        store: bool,
+        slots: np.ndarray,
+        ids: np.ndarray,
     ) -> None:
         """Move pages as a job does, and wait until they are there."""
-        device, lane = self._device, self._lanes[0 if store else 1]
-        _choose_all(parts, Choice(way, way), store=store)
+        device, channel = self._device, self._channels[0 if store else 1]
+        _choose_all(subshards, Choice(way, way), store=store)
         device.record(self._submitted, device.compute_stream())
-        device.hold(lane.kernels, self._submitted)
-        for batch, transport in self._mover.batches(parts, slots, ids, lane, store=store):
-            self._mover.start(lane, batch, transport, self._submitted, store=store)
-        for stream in (lane.kernels, lane.dma):
+        device.hold(channel.kernels, self._submitted)
+        for batch, transport in self._mover.batches(subshards, slots, ids, channel, store=store):
+            self._mover.start(channel, batch, transport, self._submitted, store=store)
+        for stream in (channel.kernels, channel.dma):
             device.record(self._done, stream)
             device.synchronize(self._done)
 
 
-def _choose_all(parts: Sequence[Part], choice: Choice, *, store: bool) -> None:
-    for part in parts:
-        part.choose(choice, store=store)
+def _choose_all(subshards: Sequence[Subshard], choice: Choice, *, store: bool) -> None:
+    for subshard in subshards:
+        subshard.choose(choice, store=store)

@@ -235,7 +235,7 @@ def test_a_driver_that_moves_pieces_wrong_costs_direct_copies(
 
 
 def test_a_part_of_a_shard_that_is_wrong_is_seen() -> None:
-    """Of a shard that is split, every part is moved and not only the first."""
+    """Of a shard that is split, every subshard is moved and not only the first."""
     here = World()
 
     def copy(segment, layout, pages, rows, ids, *, unpack) -> None:

@@ -160,8 +160,10 @@ def test_numbers_of_a_plan() -> None:
     assert segment.shard == Shard(2 * head, 2 * head, 2 * head, 1)
     assert segment.in_page == RowLayout(2 * head, head)
     assert segment.packed(5) == RowLayout(5, head)
-    (part,) = segment.sets
-    assert (part.rows, part.parts, part.part_bytes) == (1, 1, 2 * 32), "tokens were not joined"
+    (layers,) = segment.sets
+    assert (layers.rows, layers.planes, layers.plane_bytes) == (1, 1, 2 * 32), (
+        "tokens were not joined"
+    )
     assert segment.word_bytes == 16
     (segment,) = Rank(model, "LBHNC", tp=8, rank=5, layers=range(1, 3)).segments
     assert (segment.first_head, segment.replicas, segment.replica) == (2, 2, 1)

@@ -209,8 +209,8 @@ def test_layers_with_different_strides_share_a_segment(copy: Copy) -> None:
     ]
     held = {}
     for rank in ranks:
-        (part,) = rank.segments
-        held[part.names[0]] = LocalLayer(rank.caches[0], 0)
+        (segment,) = rank.segments
+        held[segment.names[0]] = LocalLayer(rank.caches[0], 0)
     (segment,) = plan(model.shapes(), held, model.blocks_per_chunk)
     assert [s.positions for s in segment.sets] == [(0, 2), (1,)]
     pages = zeros(2, model.page_bytes)

@@ -56,7 +56,7 @@ def test_layers_that_share_memory_are_named(offset: int) -> None:
 
 def wrong_strides(segment: Segment, change: dict) -> Segment:
     """The segment as the kernel sees it, with one number changed; the views stay right."""
-    return replace(segment, sets=tuple(replace(part, **change) for part in segment.sets))
+    return replace(segment, sets=tuple(replace(layers, **change) for layers in segment.sets))
 
 
 @pytest.mark.parametrize("axis", range(3))
@@ -77,9 +77,9 @@ def test_a_copy_that_swaps_heads_or_misses_the_last_block(
 
     def swapped(segment, layout, pages, rows, block_ids, *, unpack):
         views = tuple(view.flip(1) for view in segment.sets[0].views)
-        part = replace(segment.sets[0], views=views)
+        layers = replace(segment.sets[0], views=views)
         selftest.copy_torch(
-            replace(segment, sets=(part,)), layout, pages, rows, block_ids, unpack=unpack
+            replace(segment, sets=(layers,)), layout, pages, rows, block_ids, unpack=unpack
         )
 
     def lazy(segment, layout, pages, rows, block_ids, *, unpack):

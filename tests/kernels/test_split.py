@@ -1,4 +1,4 @@
-"""The parts of a large shard together are the shard."""
+"""The subshards of a large shard together are the shard."""
 
 import ctypes
 
@@ -34,36 +34,38 @@ def test_the_parts_together_are_the_segment(world: dict, most: int) -> None:
     ids = some_blocks(MODEL, device=CPU)
     rank = Rank(MODEL, **world).write(ids)
     (segment,) = rank.segments
-    parts = split(segment, most)
-    assert sum(part.shard_bytes for part in parts) == segment.shard_bytes
-    assert all(part.shard_bytes <= max(most, SLAB) for part in parts)
+    subshards = split(segment, most)
+    assert sum(subshard.shard_bytes for subshard in subshards) == segment.shard_bytes
+    assert all(subshard.shard_bytes <= max(most, SLAB) for subshard in subshards)
 
     whole, together = torch.full((2, 2, MODEL.page_bytes), 0xA5, dtype=torch.uint8)
     rows = torch.arange(2)
     copy_torch(segment, segment.in_page, whole, rows, ids, unpack=False)
-    for part in parts:
-        copy_torch(part, part.in_page, together, rows, ids, unpack=False)
-        packed = torch.zeros(2, part.shard_bytes, dtype=torch.uint8)
-        copy_torch(part, part.packed(0), packed, rows, ids, unpack=False)
-        shard = part.shard
+    for subshard in subshards:
+        copy_torch(subshard, subshard.in_page, together, rows, ids, unpack=False)
+        packed = torch.zeros(2, subshard.shard_bytes, dtype=torch.uint8)
+        copy_torch(subshard, subshard.packed(0), packed, rows, ids, unpack=False)
+        shard = subshard.shard
         runs = [shard.offset + i * shard.pitch for i in range(shard.count)]
         pieces = [whole[:, run : run + shard.length] for run in runs]
-        assert torch.equal(packed, torch.cat(pieces, 1)), "a staged part is its runs of the page"
+        assert torch.equal(packed, torch.cat(pieces, 1)), (
+            "a staged subshard is its runs of the page"
+        )
     assert torch.equal(together, whole)
 
     together.fill_(0xA5)
     pages = together.data_ptr() + np.arange(2) * MODEL.page_bytes
-    for part in parts:
-        runs = Fragments(part, part.in_page).pieces(pages, ids.numpy(), None)
+    for subshard in subshards:
+        runs = Fragments(subshard, subshard.in_page).pieces(pages, ids.numpy(), None)
         for piece in zip(
             runs.host.tolist(), runs.device.tolist(), runs.sizes.tolist(), strict=True
         ):
             ctypes.memmove(*piece)
-    assert torch.equal(together, whole), "the parts' addresses"
+    assert torch.equal(together, whole), "the subshards' addresses"
 
     empty = Rank(MODEL, **world)
-    for part in split(empty.segments[0], most):
-        copy_torch(part, part.in_page, together, rows, ids, unpack=True)
+    for subshard in split(empty.segments[0], most):
+        copy_torch(subshard, subshard.in_page, together, rows, ids, unpack=True)
     assert torch.equal(empty.buffer, rank.buffer)
 
 
@@ -81,10 +83,12 @@ def test_the_parts_together_are_the_segment(world: dict, most: int) -> None:
 def test_heads_are_split_first_and_layers_where_one_head_is_too_large(
     most: int, heads: list[int], layers: list[int]
 ) -> None:
-    parts = split(Rank(MODEL, "LBHNC").segments[0], most)
-    found = [(part.local_heads, part.local_layers) for part in parts]
+    subshards = split(Rank(MODEL, "LBHNC").segments[0], most)
+    found = [(subshard.local_heads, subshard.local_layers) for subshard in subshards]
     assert found == [(h, n) for h in heads for n in layers]
-    names = [name for part in parts[: len(layers)] for name in part.names]
+    names = [name for subshard in subshards[: len(layers)] for name in subshard.names]
     assert names == ["layer.0", "layer.1", "layer.2"]
     if len(layers) == 1:
-        assert all(part.shard.count == 1 for part in parts), "each is one range of the page"
+        assert all(subshard.shard.count == 1 for subshard in subshards), (
+            "each is one range of the page"
+        )

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from kvstrata.kernels.gpu.memcpy import Copy, _batched, _one_by_one
+from kvstrata.kernels.gpu.memcpy import Memcpy, _batched, _one_by_one
 
 STREAM = 0x7F00_1234_5678  # a handle is a pointer: 64 bits
 size_t, pointer = ctypes.c_size_t, ctypes.c_void_p
@@ -59,7 +59,7 @@ class Memory:
         for start, size in zip(starts, self.sizes, strict=True):
             self.wanted[1000 + start : 1000 + start + size] = self.bytes[start : start + size]
 
-    def move(self, copy: Copy, *, to_host: bool = True) -> None:
+    def move(self, copy: Memcpy, *, to_host: bool = True) -> None:
         copy(self.targets, self.sources, self.sizes, STREAM, to_host=to_host)
 
 

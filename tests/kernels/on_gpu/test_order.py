@@ -123,7 +123,7 @@ def test_submit_neither_allocates_nor_waits(transport: Transport) -> None:
 def test_nothing_is_compiled_after_the_start(
     transport: Transport | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever is moved: few pages and many, missing blocks, in every lane."""
+    """Whatever is moved: few pages and many, missing blocks, in every channel."""
     compiled: list[object] = []
     monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **of: compiled.append(of))
     # a geometry of its own, so that no other test has its kernels

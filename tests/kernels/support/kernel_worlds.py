@@ -142,9 +142,9 @@ class Rank:
             inside = slice(i * tokens, (i + 1) * tokens)
             at = block * self.kernel_blocks + i
             if self.layout in SPLIT:
-                for part in range(2):
-                    elements = slice(part * dim, (part + 1) * dim)
-                    yield self.view[layer, part, at], inside, elements
+                for plane in range(2):
+                    elements = slice(plane * dim, (plane + 1) * dim)
+                    yield self.view[layer, plane, at], inside, elements
             else:
                 yield self.view[layer, at], inside, slice(0, 2 * dim)
 

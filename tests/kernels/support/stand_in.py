@@ -282,10 +282,10 @@ def copy_kernel(
     if not isinstance(pages, OnDevice) and not any(0 <= start - at < PINNED[at] for at in PINNED):
         raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
     c = SimpleNamespace(**constants)
-    word, slab = c.WORD_BYTES, c.ROWS * c.PARTS * c.PART
-    shape, run = (c.HEADS, c.ROWS, c.PARTS), c.PART * word
-    in_cache = [stride * word for stride in (c.HEAD_STRIDE, c.ROW_STRIDE, c.PART_STRIDE)]
-    in_page = [stride * word for stride in (c.HEAD_PITCH, c.PARTS * c.PART, c.PART)]
+    word, slab = c.WORD_BYTES, c.ROWS * c.PLANES * c.PLANE
+    shape, run = (c.HEADS, c.ROWS, c.PLANES), c.PLANE * word
+    in_cache = [stride * word for stride in (c.HEAD_STRIDE, c.ROW_STRIDE, c.PLANE_STRIDE)]
+    in_page = [stride * word for stride in (c.HEAD_PITCH, c.PLANES * c.PLANE, c.PLANE)]
     inner = c.BLOCKS * c.KERNEL_BLOCKS
     tiles = c.HEADS * slab // c.EXTENT * -(-c.EXTENT // c.STEP)
     count = jobs // (tiles * c.LAYERS * inner)

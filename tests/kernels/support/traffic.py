@@ -38,7 +38,7 @@ class Side:
         self.region = torch.full((slots, size), 0x11, dtype=torch.uint8)
 
     def views(self, group: int) -> list[torch.Tensor]:
-        return [view for s in self.groups[group] for part in s.sets for view in part.views]
+        return [view for s in self.groups[group] for layers in s.sets for view in layers.views]
 
 
 class Traffic:
