@@ -61,7 +61,7 @@ FEW_PAGES = 4
 FEW_BYTES = 1 << 20
 TRIAL_BYTES = 64 << 20  # many pages: about 1 ms on a PCIe 5 link
 _ROUNDS = 5
-# Below this the 0.5 us that a driver takes per piece (DESIGN section 4) is most of the time.
+# Below this the 0.5 us that a driver takes per piece (docs/transfers.md) is most of the time.
 LEAST_RUN = 4096
 # Equally fast ways are taken in this order: no kernel, then a short one.
 _PREFERRED = (Transport.DIRECT, Transport.STAGED, Transport.ZERO_COPY)
