@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 from kvstrata.offload.line import Line, Pages, Use
+from kvstrata.tiers.base import PageKey
 
 
 class EvictionPolicy(ABC):
@@ -27,14 +28,14 @@ class EvictionPolicy(ABC):
         """
 
     @abstractmethod
-    def ask(self, pages: Mapping[bytes, int], use: Use) -> None:
+    def ask(self, pages: Mapping[PageKey, int], use: Use) -> None:
         """A request asks for pages, for each the first time: to load or to store them.
 
         `pages` has their end tokens. Those that are resident were there before: they are reused.
         """
 
     @abstractmethod
-    def evict(self, key: bytes, end_token: int, use: Use, *, must: bool) -> bytes | None:
+    def evict(self, key: PageKey, end_token: int, use: Use, *, must: bool) -> PageKey | None:
         """Choose an idle key to make room for a new one, forget it as resident and return it.
 
         None: no key is idle, or none is worth less than the new one, which then is not inserted.
@@ -42,19 +43,19 @@ class EvictionPolicy(ABC):
         """
 
     @abstractmethod
-    def insert(self, key: bytes, end_token: int, use: Use) -> None:
+    def insert(self, key: PageKey, end_token: int, use: Use) -> None:
         """A new key became resident; it starts pinned (it is being written)."""
 
     @abstractmethod
-    def pin(self, key: bytes) -> None:
+    def pin(self, key: PageKey) -> None:
         """An idle key must not be evicted until `unpin`; it keeps its place in the order."""
 
     @abstractmethod
-    def unpin(self, key: bytes) -> None:
+    def unpin(self, key: PageKey) -> None:
         """A pinned key may be evicted again."""
 
     @abstractmethod
-    def remove(self, key: bytes) -> None:
+    def remove(self, key: PageKey) -> None:
         """A resident key is gone for another reason than eviction; no trace is kept."""
 
     @abstractmethod
@@ -75,13 +76,13 @@ class Ordered(EvictionPolicy):
 
     _pages: Pages
 
-    def pin(self, key: bytes) -> None:
+    def pin(self, key: PageKey) -> None:
         self._pages.pinned.add(key)
 
-    def unpin(self, key: bytes) -> None:
+    def unpin(self, key: PageKey) -> None:
         self._pages.unpin(key)
 
-    def remove(self, key: bytes) -> None:
+    def remove(self, key: PageKey) -> None:
         self._pages.remove(key)
 
     def ended(self, use: Use) -> None:
@@ -98,14 +99,14 @@ class LRU(Ordered):
         self._windows = windows
         self.clear()
 
-    def ask(self, pages: Mapping[bytes, int], use: Use) -> None:
+    def ask(self, pages: Mapping[PageKey, int], use: Use) -> None:
         for key in pages:
             if key in self._pages:
                 if self._windows:
                     use.reused.add(key)
                 self._pages.move(key, self._line, use)
 
-    def evict(self, key: bytes, end_token: int, use: Use, *, must: bool) -> bytes | None:
+    def evict(self, key: PageKey, end_token: int, use: Use, *, must: bool) -> PageKey | None:
         oldest = self._line.oldest()
         if oldest is None:
             return None
@@ -114,7 +115,7 @@ class LRU(Ordered):
         self._pages.remove(oldest[0])
         return oldest[0]
 
-    def insert(self, key: bytes, end_token: int, use: Use) -> None:
+    def insert(self, key: PageKey, end_token: int, use: Use) -> None:
         self._pages.add(key, end_token, self._line, use)
         self._pages.pinned.add(key)
 

@@ -20,7 +20,11 @@ import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeAlias
+
+# What `bytes` means in signatures; the content of pages is a `memoryview`, or plain `bytes`.
+ChunkHash: TypeAlias = bytes  # vLLM's block hash of a chunk's end
+PageKey: TypeAlias = bytes  # vLLM's offload key: a `ChunkHash` and a 4-byte big-endian group index
 
 # Bytes per element of the safetensors dtypes a page may have
 # (https://github.com/huggingface/safetensors, safetensors/src/tensor.rs).
@@ -199,7 +203,7 @@ class Page(NamedTuple):
     """One page of a job.
 
     Attributes:
-        key: the offload key, chunk hash + 4-byte big-endian group index.
+        key: the offload key.
         group: KV cache group index.
         end_token: position in the request of the chunk's end, in tokens; 0 if unknown.
         slot: index of the page's slot in the primary tier (in `TierContext.region`).
@@ -207,7 +211,7 @@ class Page(NamedTuple):
             stores and writable for loads. Valid until the job's result is taken.
     """
 
-    key: bytes
+    key: PageKey
     group: int
     end_token: int
     slot: int
@@ -236,7 +240,7 @@ class JobResult:
     """
 
     job_id: int
-    failed: Mapping[bytes, str] = field(default_factory=dict)
+    failed: Mapping[PageKey, str] = field(default_factory=dict)
     nbytes: int = 0
     seconds: float = 0.0
 
@@ -250,12 +254,12 @@ class TierStats:
     gauges: dict[str, float] = field(default_factory=dict)
 
 
-def key_group(key: bytes) -> int:
+def key_group(key: PageKey) -> int:
     """The KV cache group index at the end of an offload key."""
     return int.from_bytes(key[-4:], "big")
 
 
-def key_hash(key: bytes) -> bytes:
+def key_hash(key: PageKey) -> ChunkHash:
     """The chunk hash at the start of an offload key."""
     return key[:-4]
 
@@ -297,7 +301,7 @@ class SecondaryTier(ABC):
         """
 
     @abstractmethod
-    def lookup(self, key: bytes, request: RequestView) -> Lookup:
+    def lookup(self, key: PageKey, request: RequestView) -> Lookup:
         """Whether the page is here. RETRY must become HIT or MISS in bounded time."""
 
     @abstractmethod
@@ -324,7 +328,7 @@ class SecondaryTier(ABC):
         After a job's result was returned, the tier touches its views no more.
         """
 
-    def get_arrived(self) -> Mapping[int, Collection[bytes]]:
+    def get_arrived(self) -> Mapping[int, Collection[PageKey]]:
         """Pages of loads still under way that arrived since the last call: keys by job id.
 
         Asked after each `get_finished`. The pages are verified, the tier touches their views no
@@ -356,7 +360,7 @@ class SecondaryTier(ABC):
         """What the operator must do before the tier is `trusted` again; a sentence for the log."""
         return "Restart the engine to use it again."
 
-    def touch(self, keys: Collection[bytes], request: RequestView) -> None:
+    def touch(self, keys: Collection[PageKey], request: RequestView) -> None:
         """A request that ended used these pages, in prefix order, perhaps in the primary tier.
 
         Without its beginning the end of a prefix is worth nothing: it is to be evicted first.
@@ -371,7 +375,7 @@ class SecondaryTier(ABC):
     def on_step_end(self) -> None:
         """A scheduler step ended; the place to send off work batched during the step."""
 
-    def take_removed(self) -> Iterable[bytes]:
+    def take_removed(self) -> Iterable[PageKey]:
         """Keys the tier dropped of its own accord since the last call."""
         return ()
 

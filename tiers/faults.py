@@ -11,6 +11,7 @@ from kvstrata.tiers.base import (
     Job,
     JobResult,
     Lookup,
+    PageKey,
     RequestView,
     SecondaryTier,
     TierStats,
@@ -30,7 +31,7 @@ class TierWrapper(SecondaryTier):
         self.inner = inner
         self.locality = inner.locality
 
-    def lookup(self, key: bytes, request: RequestView) -> Lookup:
+    def lookup(self, key: PageKey, request: RequestView) -> Lookup:
         return self.inner.lookup(key, request)
 
     def submit_store(self, job: Job) -> None:
@@ -42,7 +43,7 @@ class TierWrapper(SecondaryTier):
     def get_finished(self) -> Sequence[JobResult]:
         return self.inner.get_finished()
 
-    def get_arrived(self) -> Mapping[int, Collection[bytes]]:
+    def get_arrived(self) -> Mapping[int, Collection[PageKey]]:
         return self.inner.get_arrived()
 
     def submit_reject(self, job: Job, *, distrust: bool) -> bool:
@@ -55,7 +56,7 @@ class TierWrapper(SecondaryTier):
     def trusted(self) -> bool:  # type: ignore[override]
         return self.inner.trusted
 
-    def touch(self, keys: Collection[bytes], request: RequestView) -> None:
+    def touch(self, keys: Collection[PageKey], request: RequestView) -> None:
         self.inner.touch(keys, request)
 
     def on_new_request(self, request: RequestView) -> None:
@@ -67,7 +68,7 @@ class TierWrapper(SecondaryTier):
     def on_step_end(self) -> None:
         self.inner.on_step_end()
 
-    def take_removed(self) -> Iterable[bytes]:
+    def take_removed(self) -> Iterable[PageKey]:
         return self.inner.take_removed()
 
     def drain(self, timeout_s: float) -> bool:
@@ -87,13 +88,13 @@ class FaultyTier(TierWrapper):
     "load". It returns None, or the cause of the failure; a lookup that fails is a MISS.
     """
 
-    def __init__(self, inner: SecondaryTier, fails: Callable[[str, bytes], str | None]) -> None:
+    def __init__(self, inner: SecondaryTier, fails: Callable[[str, PageKey], str | None]) -> None:
         super().__init__(inner)
         self._fails = fails
-        self._failed: dict[int, dict[bytes, str]] = {}
+        self._failed: dict[int, dict[PageKey, str]] = {}
         self._counts: dict[str, int] = {}
 
-    def lookup(self, key: bytes, request: RequestView) -> Lookup:
+    def lookup(self, key: PageKey, request: RequestView) -> Lookup:
         """MISS where the predicate says so."""
         if self._cause("lookup", key) is not None:
             return Lookup.MISS
@@ -119,7 +120,7 @@ class FaultyTier(TierWrapper):
             stats.failures[cause] = stats.failures.get(cause, 0) + count
         return stats
 
-    def _cause(self, operation: str, key: bytes) -> str | None:
+    def _cause(self, operation: str, key: PageKey) -> str | None:
         cause = self._fails(operation, key)
         if cause is not None:
             self._counts[cause] = self._counts.get(cause, 0) + 1
@@ -161,7 +162,7 @@ class SlowTier(TierWrapper):
         """Go on."""
         self._hanging = False
 
-    def lookup(self, key: bytes, request: RequestView) -> Lookup:
+    def lookup(self, key: PageKey, request: RequestView) -> Lookup:
         """RETRY while hanging."""
         return Lookup.RETRY if self._hanging else self.inner.lookup(key, request)
 
@@ -181,7 +182,7 @@ class SlowTier(TierWrapper):
         self._start(all_held=False)
         return self.inner.get_finished()
 
-    def get_arrived(self) -> Mapping[int, Collection[bytes]]:
+    def get_arrived(self) -> Mapping[int, Collection[PageKey]]:
         """Nothing while hanging."""
         return {} if self._hanging else self.inner.get_arrived()
 

@@ -15,6 +15,7 @@ from kvstrata.tiers.base import (
     JobResult,
     Lookup,
     Page,
+    PageKey,
     RequestView,
     SecondaryTier,
     TierContext,
@@ -44,15 +45,15 @@ class MemoryTier(SecondaryTier):
             parse_bytes("max_bytes", options["max_bytes"]) if "max_bytes" in options else None
         )
         self._layouts = context.layouts
-        self._pages: OrderedDict[bytes, bytes] = OrderedDict()  # least recently used first
+        self._pages: OrderedDict[PageKey, bytes] = OrderedDict()  # least recently used first
         self._bytes = 0
         self._finished: list[JobResult] = []
-        self._removed: list[bytes] = []
+        self._removed: list[PageKey] = []
         self._counters: Counter[str] = Counter()
         self._failures: Counter[str] = Counter()
         self._closed = False
 
-    def lookup(self, key: bytes, request: RequestView) -> Lookup:
+    def lookup(self, key: PageKey, request: RequestView) -> Lookup:
         """HIT or MISS, never RETRY."""
         hit = not self._closed and key in self._pages
         self._counters["lookups"] += 1
@@ -78,13 +79,13 @@ class MemoryTier(SecondaryTier):
         finished, self._finished = self._finished, []
         return finished
 
-    def touch(self, keys: Collection[bytes], request: RequestView) -> None:
+    def touch(self, keys: Collection[PageKey], request: RequestView) -> None:
         """Make the pages the most recently used, the first one most."""
         for key in reversed(list(keys)):
             if key in self._pages:
                 self._pages.move_to_end(key)
 
-    def take_removed(self) -> Iterable[bytes]:
+    def take_removed(self) -> Iterable[PageKey]:
         """The evicted keys."""
         removed, self._removed = self._removed, []
         return removed
@@ -108,7 +109,7 @@ class MemoryTier(SecondaryTier):
     def _run(self, job: Job, move: Callable[[Page], str | None], done: str) -> None:
         """Move each page, and count and report what happened; `move` returns a cause or None."""
         start = time.monotonic()
-        failed: dict[bytes, str] = {}
+        failed: dict[PageKey, str] = {}
         moved = 0
         for page in job.pages:
             cause = "shutdown" if self._closed else self._check(page) or move(page)

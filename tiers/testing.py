@@ -23,6 +23,7 @@ from kvstrata.tiers.base import (
     JobResult,
     Lookup,
     Page,
+    PageKey,
     PageLayout,
     PageRegion,
     RequestView,
@@ -56,10 +57,10 @@ __all__ = [
 class Medium(Protocol):
     """A tier's medium, reached without the tier's own methods."""
 
-    def put(self, tier: SecondaryTier, context: TierContext, key: bytes, data: bytes) -> None:
+    def put(self, tier: SecondaryTier, context: TierContext, key: PageKey, data: bytes) -> None:
         """Place a page so that the tier can find and load it."""
 
-    def get(self, tier: SecondaryTier, context: TierContext, key: bytes) -> bytes | None:
+    def get(self, tier: SecondaryTier, context: TierContext, key: PageKey) -> bytes | None:
         """The page's bytes, or None if it is not there."""
 
 
@@ -104,7 +105,7 @@ CONTEXT = TierContext(
 )
 
 
-def make_key(number: int, group: int = 0) -> bytes:
+def make_key(number: int, group: int = 0) -> PageKey:
     """An offload key with a 32-byte hash."""
     return number.to_bytes(8, "big").ljust(32, b"\x5a") + group.to_bytes(4, "big")
 
@@ -139,7 +140,7 @@ class Slots:
         """The bytes of the page in the slot."""
         return self._guarded(index)[_GUARD : _GUARD + self.nbytes]
 
-    def page(self, key: bytes, index: int) -> Page:
+    def page(self, key: PageKey, index: int) -> Page:
         """The page of this key in the slot."""
         group = int.from_bytes(key[-4:], "big")
         return Page(key, group, 0, self.numbers[index], self.view(index))
@@ -156,7 +157,7 @@ class Slots:
         return _MEMORY.view[start : start + self.nbytes + 2 * _GUARD]
 
 
-def make_job(job_id: int, keys: Sequence[bytes], slots: Slots, context: TierContext) -> Job:
+def make_job(job_id: int, keys: Sequence[PageKey], slots: Slots, context: TierContext) -> Job:
     """A job that moves `keys[i]` from or to slot i; the keys are of one group."""
     pages = tuple(slots.page(key, index) for index, key in enumerate(keys))
     assert all(slots.nbytes == context.layouts[page.group].nbytes for page in pages)
@@ -176,7 +177,7 @@ def finish(tier: SecondaryTier, count: int = 1, timeout_s: float = 60.0) -> list
 
 
 def settle(
-    tier: SecondaryTier, key: bytes, request: RequestView = REQUEST, timeout_s: float = 60.0
+    tier: SecondaryTier, key: PageKey, request: RequestView = REQUEST, timeout_s: float = 60.0
 ) -> Lookup:
     """Look a key up until the answer is not RETRY."""
     deadline = time.monotonic() + timeout_s
@@ -187,7 +188,7 @@ def settle(
     return found
 
 
-def store(tier: SecondaryTier, data: Mapping[bytes, bytes], job_id: int = 1) -> JobResult:
+def store(tier: SecondaryTier, data: Mapping[PageKey, bytes], job_id: int = 1) -> JobResult:
     """Store pages of one size and wait for the result."""
     slots = Slots.make(len(data), len(next(iter(data.values()))))
     for slot, page in enumerate(data.values()):
@@ -199,8 +200,8 @@ def store(tier: SecondaryTier, data: Mapping[bytes, bytes], job_id: int = 1) -> 
 
 
 def load(
-    tier: SecondaryTier, keys: Sequence[bytes], job_id: int = 2
-) -> tuple[JobResult, dict[bytes, bytes]]:
+    tier: SecondaryTier, keys: Sequence[PageKey], job_id: int = 2
+) -> tuple[JobResult, dict[PageKey, bytes]]:
     """Load pages of one group; the result, and the bytes of the pages that arrived."""
     slots = Slots.make(len(keys), CONTEXT.layouts[int.from_bytes(keys[0][-4:], "big")].nbytes)
     tier.submit_load(make_job(job_id, keys, slots, CONTEXT))
@@ -347,7 +348,7 @@ class TierContract:
         keys.insert(30, missing)
         slots = Slots.make(len(keys), size)
         tier.submit_load(make_job(7, keys, slots, CONTEXT))
-        early: set[bytes] = set()
+        early: set[PageKey] = set()
         results: list[JobResult] = []
         deadline = time.monotonic() + 60.0
         while not results:
