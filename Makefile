@@ -152,19 +152,24 @@ SEED :=
 test-soak: install ## 300 requests on a real engine over tiers that fail: no wrong token, no leak (SEED=...)
 	$(BIN)/pytest --long $(if $(SEED),--seed=$(SEED)) tests/engine/test_soak.py
 
+# AGAINST=docs/bench/NAME.csv: then each figure is held against the one that is committed there
 BENCH_DIR := .bench
+AGAINST :=
+against = $(if $(AGAINST),$(PYTHON) docs/bench/against.py $(AGAINST) $(1) env)
+
 bench-fs: install ## the filesystem tier against stock vLLM's and the device (BENCH_DIR=... on the disk)
-	$(BIN)/python -m kvstrata.tiers.fs.bench --root $(BENCH_DIR) \
+	$(call against,$(BENCH_DIR)/fs.csv) $(BIN)/python -m kvstrata.tiers.fs.bench --root $(BENCH_DIR) \
 		--csv $(BENCH_DIR)/fs.csv --plot $(BENCH_DIR)/fs.png
 
 bench-kernels: ## pages between GPU (or CPU) caches and CPU memory, against the link (PYTHON, PART=1..5)
 	mkdir -p $(BENCH_DIR)
-	$(GPU_PYTHON) -m kvstrata.kernels.bench $(if $(PART),--part $(PART)) \
-		--csv $(BENCH_DIR)/kernels.csv --plot $(BENCH_DIR)/kernels$(PART).png
+	$(call against,$(BENCH_DIR)/kernels.csv) $(GPU_PYTHON) -m kvstrata.kernels.bench \
+		$(if $(PART),--part $(PART)) --csv $(BENCH_DIR)/kernels.csv --plot $(BENCH_DIR)/kernels$(PART).png
 
 bench-manager: install ## the scheduler's time in the manager, against stock vLLM's (BENCH_DIR=...)
 	mkdir -p $(BENCH_DIR)
-	$(BIN)/python -m kvstrata.offload.bench.manager --csv $(BENCH_DIR)/manager.csv
+	$(call against,$(BENCH_DIR)/manager.csv) $(BIN)/python -m kvstrata.offload.bench.manager \
+		--csv $(BENCH_DIR)/manager.csv
 
 GIB := 2
 bench-start: install ## how long the CPU tier takes to become usable (GIB=...)
@@ -172,10 +177,12 @@ bench-start: install ## how long the CPU tier takes to become usable (GIB=...)
 
 bench-eviction: install ## what each order of eviction loads, against stock vLLM's (TRACE=... for a published trace)
 	mkdir -p $(BENCH_DIR)
-	$(BIN)/python -m kvstrata.offload.bench.eviction --csv $(BENCH_DIR)/eviction.csv $(if $(TRACE),--trace $(TRACE))
+	$(call against,$(BENCH_DIR)/eviction.csv) $(BIN)/python -m kvstrata.offload.bench.eviction \
+		--csv $(BENCH_DIR)/eviction.csv $(if $(TRACE),--trace $(TRACE))
 
 bench-ttft: install ## time to first token with offload against without (BENCH_DIR=... on the disk)
-	$(BIN)/python -m kvstrata.offload.bench.ttft --root $(BENCH_DIR) --csv $(BENCH_DIR)/ttft.csv
+	$(call against,$(BENCH_DIR)/ttft.csv) $(BIN)/python -m kvstrata.offload.bench.ttft \
+		--root $(BENCH_DIR) --csv $(BENCH_DIR)/ttft.csv
 
 HITS := 1000
 bench-file-hits: install ## time to first token of file hits in a row: median, p99, worst (HITS=...)
