@@ -92,7 +92,8 @@ def main(arguments: Sequence[str]) -> int:
     now = lines[:1] + lines[max(before, 1) :]
     ratios = compare(now, then) if len(now) > 1 else []
     if not ratios:
-        print(f"nothing of this is in {then_path}", file=sys.stderr)
+        if not code:
+            print(f"nothing of this is in {then_path}", file=sys.stderr)
         return code or 2
     print(f"\nby {then_path} ({machines(then)}; here: {machines(now)})")
     print(f"{'ratio':>8} {'now':>12} {'committed':>12}")
