@@ -7,6 +7,8 @@ import pytest
 
 from tests.docs.blocks import DOCUMENTS, ROOT
 
+GITHUB = sorted((ROOT / ".github").rglob("*.md"))
+
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -23,7 +25,9 @@ def links(path: Path) -> list[str]:
     return [link for link in _LINK.findall(text) if "://" not in link]
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", [*DOCUMENTS, *GITHUB], ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_links(path: Path) -> None:
     broken = []
     for link in links(path):
