@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -42,3 +43,13 @@ def test_the_readme_leads_to_every_document() -> None:
     found = {(ROOT / link.partition("#")[0]).resolve() for link in links(ROOT / "README.md")}
     documents = set(DOCUMENTS) - {ROOT / "README.md"}
     assert documents <= found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").rglob("*.svg")), ids=lambda path: path.name)
+def test_a_picture_is_drawn(path: Path) -> None:
+    """GitHub shows an SVG file that is well-formed, without scripts and foreign content."""
+    picture = ElementTree.parse(path).getroot()
+    tags = {element.tag.rpartition("}")[2] for element in picture.iter()}
+    assert picture.tag == "{http://www.w3.org/2000/svg}svg"
+    assert picture.get("viewBox") and picture.get("aria-label")
+    assert not tags & {"script", "foreignObject", "image"}
