@@ -251,7 +251,8 @@ def test_the_unit_owns_its_directories() -> None:
     assert service["User"] != "root"
     assert service["StateDirectoryMode"] == "0700"
     assert service["KillMode"] == "mixed"
-    assert f"XDG_CACHE_HOME=/var/cache/{service['CacheDirectory']}" in service["Environment"]
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        assert f"{name}=/var/cache/{service['CacheDirectory']}" in service["Environment"].split()
 
 
 def test_what_is_said_without_room_in_shm() -> None:
