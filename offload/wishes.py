@@ -40,8 +40,10 @@ _WORDS = {
 _ALIKE = 0.8
 _DEEPEST = 4  # sections in sections
 _YES = frozenset(("true", "yes", "on", "1"))
-# Clients choose the keys: so much of one is looked at, and so many forms are warned of in a minute.
+# Clients choose the keys: so much of one and so many of them are looked at, and so many forms are
+# warned of in a minute.
 _LONGEST_KEY = 100
+_MOST_KEYS = 1000  # of a request
 _MOST_WARNINGS = 100
 WARN_EVERY_S = 60.0
 
@@ -73,6 +75,7 @@ class _Found:
 
     tiers: list[frozenset[str]] = field(default_factory=list)
     pins: list[float] = field(default_factory=list)
+    keys: int = 0  # that were looked at
 
     def strictest(self) -> Wishes:
         if not (self.tiers or self.pins):
@@ -106,10 +109,12 @@ class WishReader:
     ) -> None:
         """What is ours among the keys of `kv_transfer_params`, most of which are others'.
 
-        In a `foreign` object that is only what has our name.
+        In a `foreign` object that is only what has our name, and what is no other word than ours.
         """
         for given, value in params.items():
             key = _short(given)
+            if self._is_too_much(key, value, found):
+                return
             if key == SECTION and not depth:
                 self._read_section(key, value, found, depth)
                 continue
@@ -119,10 +124,16 @@ class WishReader:
                 self._read_section(key, value, found, depth)
             elif word == SECTION:
                 self._refuse(key, value, f'the wishes are in "{SECTION}"', found)
+            elif word == _OUTER and sure and value is not None:
+                inner = _parsed(value)
+                if inner is None or depth >= _DEEPEST:
+                    self._refuse(key, value, f'the wishes are in "{SECTION}"', found)
+                else:
+                    self._read_params(inner, found, depth + 1)
             elif word in (_OUTER, None):
                 if isinstance(value, Mapping) and depth < _DEEPEST:
                     self._read_params(value, found, depth + 1, foreign=word is None)
-            elif not foreign:
+            elif not foreign or "strata" in key.lower() or (sure and word != "tiers"):
                 if sure and word != _FRACTION:
                     text = f'it belongs into "{SECTION}": {{...}}, and is read as if it were there'
                     self._warn(key, value, text)
@@ -139,6 +150,8 @@ class WishReader:
             self._warn(key, value, "it is read as the object that its text says")
         for given, wish in wishes.items():
             name = _short(given)
+            if self._is_too_much(name, wish, found):
+                return
             word, sure = _meaning(name)
             if word == SECTION and sure:
                 self._warn(name, wish, f'it is in itself; use one "{SECTION}" only')
@@ -149,6 +162,13 @@ class WishReader:
                 if sure and name not in (*KEYS, _FRACTION):
                     self._warn(name, wish, f'it is read as "{word}"')
                 self._read_wish(name, word, wish, found, sure=sure)
+
+    def _is_too_much(self, key: str, value: object, found: _Found) -> bool:
+        """Whether so many keys came before this one that no more are looked at."""
+        found.keys += 1
+        if found.keys == _MOST_KEYS + 1:
+            self._refuse(key, value, f"send {_MOST_KEYS} keys at most", found)
+        return found.keys > _MOST_KEYS
 
     def _read_wish(self, key: str, word: str, value: object, found: _Found, *, sure: bool) -> None:
         """One wish; not `sure`: its key only looks like the word."""

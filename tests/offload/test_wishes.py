@@ -57,6 +57,10 @@ def test_what_is_right(wishes: dict[str, object], meant: Wishes) -> None:
         ({"kv_transfer_params": {"kvstrata": {"tiers": ["fs"]}}}, FS),
         ({"kv_transfer_params": {"persist": False}}, NOWHERE),
         ({"extra_args": {"kvstrata": {"tiers": ["fs"]}}}, FS),
+        ({"kv_transfer_params": '{"kvstrata": {"tiers": ["fs"]}}'}, FS),
+        ({"offload": {"persist": False}}, NOWHERE),
+        ({"kv": {"pin_seconds": 5}}, Wishes(None, 5.0)),
+        ({"vllm_xargs": {"kvstrata.tiers": ["fs"]}}, FS),
         # values whose meaning is plain
         ({"kvstrata": {"persist": "false"}}, NOWHERE),
         ({"kvstrata": {"persist": 0}}, NOWHERE),
@@ -105,6 +109,9 @@ def test_what_is_understood_all_the_same(
         ({"kvstrata": {"exclude_tiers": ["fs"]}}, "exclude_tiers=.*: it is not understood"),
         ({"kvstrata": {"private": True}}, "not understood, .*; the wishes are persist, tiers, pin"),
         ({"kvstrata": {"store_fraction": 0.5}}, "; send kv_transfer_params.max_offload_tokens"),
+        ({"kv_transfer_params": [{"persist": True}]}, "=.*: it is not understood"),
+        ({"kv_transfer_params": "persist"}, "='persist': it is not understood"),
+        (dict.fromkeys(map(str, range(2000)), 1), "1000=1: .*; send 1000 keys at most"),
         ({"store_fraction": 0.5}, "; send kv_transfer_params.max_offload_tokens"),
     ],
 )
