@@ -14,6 +14,7 @@ from kvstrata.tiers.options import size_text
 from kvstrata.tiers.registry import tier_class, tier_options
 
 _INNER = "kv_connector_extra_config"
+_CONNECTOR = "OffloadingConnector"
 
 
 def examine_config(text: str) -> Iterator[Check]:
@@ -42,10 +43,28 @@ def _read(text: str) -> Mapping[str, Any]:
     except ValueError as error:
         raise ConfigError(f"this is no JSON: {error}") from None
     if isinstance(found, Mapping) and isinstance(found.get(_INNER), Mapping):
-        found = found[_INNER]
+        found = _connector(found)[_INNER]
     if not isinstance(found, Mapping):
         raise ConfigError('this is no object: give {"cpu_bytes_to_use": "8GiB", ...}')
     return found
+
+
+def _connector(transfer: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What makes our spec in a --kv-transfer-config: itself, or one of a MultiConnector's."""
+    children = transfer[_INNER].get("connectors")
+    if transfer.get("kv_connector") == "MultiConnector" and isinstance(children, list):
+        for child in children:
+            extra = child.get(_INNER) if isinstance(child, Mapping) else None
+            if isinstance(extra, Mapping) and extra.get("spec_name") == SPEC_NAME:
+                return _connector(child)
+        raise ConfigError(f'no connector of the MultiConnector has "spec_name": "{SPEC_NAME}"')
+    name = transfer.get("kv_connector")
+    if name not in (None, _CONNECTOR):  # with --kv-offloading-size vLLM puts it in
+        raise ConfigError(
+            f"kv_connector: {name!r} does not use kvstrata: give {_CONNECTOR!r}, "
+            f"with {_INNER} beside it"
+        )
+    return transfer
 
 
 def _check_spec(extra: Mapping[str, Any]) -> Check:

@@ -39,6 +39,11 @@ def test_a_good_one(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
     inner = {"kv_connector": "OffloadingConnector", "kv_connector_extra_config": config}
     assert doctor(inner) == (code, found)
+    assert doctor({"kv_connector_extra_config": config}) == (code, found)
+    other = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
+    several = {"connectors": [other, inner]}
+    multi = {"kv_connector": "MultiConnector", "kv_connector_extra_config": several}
+    assert doctor(multi) == (code, found)
 
 
 def test_in_words(tmp_path: Path) -> None:
@@ -57,6 +62,16 @@ def test_in_words(tmp_path: Path) -> None:
         ("{'a': 1}", "configuration", "this is no JSON"),
         ("[]", "configuration", "this is no object"),
         ("{}", "configuration", "cpu_bytes_to_use is missing"),
+        (
+            {"kv_connector": "SimpleCPUOffloadConnector", "kv_connector_extra_config": GOOD},
+            "configuration",
+            "kv_connector: 'SimpleCPUOffloadConnector' does not use kvstrata",
+        ),
+        (
+            {"kv_connector": "MultiConnector", "kv_connector_extra_config": {"connectors": [{}]}},
+            "configuration",
+            "no connector of the MultiConnector",
+        ),
         ({**GOOD, "cpu_bytes": 1}, "configuration", "did you mean 'cpu_bytes_to_use'?"),
         ({**GOOD, "cpu_bytes_to_use": "60TiB"}, "cpu_bytes_to_use", "this machine's memory"),
         ({"cpu_bytes_to_use": "1MiB"}, "spec_name", '"spec_name": "KVStrataSpec"'),
