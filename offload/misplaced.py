@@ -30,8 +30,14 @@ _ANYWHERE: Mapping[str, str] = {
         ("kv_offloading_size", "cpu_swap_space_gb", "swap_space", "max_local_cpu_size"),
         'use cpu_bytes_to_use, for example "8GiB"',
     ),
-    "lazy_offload": "a key of vLLM's SimpleCPUOffloadConnector: pages are stored at once here",
-    "disk_capacity_bytes": "use max_bytes in the fs tier's entry of secondary_tiers",
+    "lazy_offload": "a key of vLLM's SimpleCPUOffloadConnector: pages are stored at once here; "
+    "remove it",
+    **dict.fromkeys(
+        ("disk_capacity_bytes", "max_size", "max_disk_gib", "size", "capacity", "quota"),
+        "use max_bytes in the fs tier's entry of secondary_tiers",
+    ),
+    "tiers": "use secondary_tiers",
+    "shutdown_timeout": "it is an option of vLLM's server: --shutdown-timeout 15",
 }
 
 

@@ -147,7 +147,8 @@ def parse_mode(key: str, value: object, needed: int, most: int = 0o777) -> int:
     Raises:
         TierConfigError: bits that are not in `most`, or a needed bit is missing.
     """
-    remedy = f'give an octal string such as "{needed | 0o040:04o}"'
+    with_group = needed | (needed & 0o500) >> 3  # reads, and enters a directory
+    remedy = f'give an octal string such as "{with_group:04o}"'
     mode = value
     if isinstance(value, str):
         mode = int(value, 8) if re.fullmatch(r"(?:0o)?[0-7]{1,6}", value) else None

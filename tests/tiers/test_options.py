@@ -79,6 +79,11 @@ def test_parse_choice_refuses(value: object) -> None:
         parse_choice("io", value, ("direct", "auto"))
 
 
+def test_the_remedy_for_a_directory_is_one_that_can_be_entered() -> None:
+    with pytest.raises(TierConfigError, match='"0750"'):
+        parse_mode("dir_mode", "0600", 0o700)
+
+
 def test_parse_mode() -> None:
     assert parse_mode("m", "0640", 0o600) == 0o640
     assert parse_mode("m", "0o644", 0o600) == 0o644

@@ -103,6 +103,8 @@ class FsConfig:
 
 
 def _max_bytes(value: object) -> int | Fraction:
+    if value is None:
+        raise TierConfigError("max_bytes is null: leave it out for no limit")
     size = parse_space("max_bytes", value)
     if isinstance(size, int) and size < BLOCK:
         raise TierConfigError(
@@ -115,7 +117,14 @@ def _max_bytes(value: object) -> int | Fraction:
 def _min_free(value: object) -> int | Fraction:
     if not isinstance(value, bool) and value in (0, "0"):
         return 0
-    return parse_space("min_free_bytes", value)
+    if value is None:
+        raise TierConfigError(
+            "min_free_bytes is null: leave it out for the default, or give 0 for none"
+        )
+    try:
+        return parse_space("min_free_bytes", value)
+    except TierConfigError as error:
+        raise TierConfigError(f"{error}; or 0 for none") from None
 
 
 def _root_dirs(value: object) -> list[str]:
