@@ -79,7 +79,7 @@ def _books(root: str) -> dict[str, Any] | None:
         return None
     if (books := found.books) is None:
         return None
-    usage, limits = books.usage(root), books.limits()
+    usage, limits = books.taken(root), books.limits()
     return {
         "counted": books.known,
         "files": usage.files,

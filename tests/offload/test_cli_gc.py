@@ -59,6 +59,16 @@ def test_gc_beside_a_server(root: Path, paths: NamespacePaths) -> None:
     assert done["after"]["files"] < done["before"]["files"] and len(left(paths)) < 20
 
 
+def test_what_a_server_may_write_without_asking_again_is_no_file(
+    root: Path, paths: NamespacePaths
+) -> None:
+    tier = fill_many(root)
+    stored = len(left(paths))
+    done = run_json("gc", root, "--max-files", 2 * stored)
+    assert tier.shutdown(60.0)
+    assert done["before"]["files"] < 2 * stored and len(left(paths)) == stored
+
+
 def test_limits_that_cannot_be_reached(root: Path, paths: NamespacePaths) -> None:
     """Then nothing is deleted."""
     disk = os.statvfs(root)

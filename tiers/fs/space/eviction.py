@@ -70,10 +70,12 @@ class Eviction:
             pages = {row.wanted or row.page for row in books.rows.values() if not row.dead} - {0}
             ahead = max(max(pages, default=0), spares_wanted(usage))
             nbytes, files = pressed, 0
-            full = room(limits, usage)
-            if full.nbytes < 0 or full.files < 0:
-                low = room(limits, usage, LOW)
+            taken = books.taken(self._place.root)
+            if room(limits, taken).is_passed:
+                low = room(limits, taken, LOW)
                 nbytes, files = max(nbytes, -low.nbytes), max(0, -low.files)
+            elif room(limits, usage).is_passed and not nbytes:
+                return False  # too much is reserved: it is given back now, or booked soon
             soft = room_to_write(limits, usage, HIGH)
             spares = self._count_spares(books)
             if nbytes > 0 or files > 0:

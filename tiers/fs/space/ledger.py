@@ -93,6 +93,18 @@ class Books:
         """The smallest of the living servers' limits."""
         return smallest(row.limits for row in self.rows.values() if not row.dead)
 
+    def taken(self, root: str) -> Usage:
+        """What the files take that are booked.
+
+        Raises:
+            OSError: the file system cannot be asked.
+        """
+        return Usage(
+            self.base_bytes + self.spare_bytes,
+            self.base_files + self.spare_files,
+            disk_at(root).free,
+        )
+
     def usage(self, root: str) -> Usage:
         """What is taken, reservations included.
 
@@ -101,10 +113,11 @@ class Books:
         """
         reserved = sum(row.reserved_bytes for row in self.rows.values())
         files = sum(row.reserved_files for row in self.rows.values())
-        free = disk_at(root).free
+        taken = self.taken(root)
+        free = taken.free_bytes
         return Usage(
-            self.base_bytes + self.spare_bytes + reserved,
-            self.base_files + self.spare_files + files,
+            taken.nbytes + reserved,
+            taken.files + files,
             free if free == UNBOUNDED else free - reserved,
         )
 

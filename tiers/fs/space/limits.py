@@ -134,6 +134,11 @@ class Room(NamedTuple):
     nbytes: int
     files: int
 
+    @property
+    def is_passed(self) -> bool:
+        """Whether more is taken than that."""
+        return self.nbytes < 0 or self.files < 0
+
     def holds(self, nbytes: int) -> bool:
         """Whether one more file of that cost fits."""
         return nbytes <= self.nbytes and self.files >= 1

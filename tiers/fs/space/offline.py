@@ -96,16 +96,14 @@ def trim(
     mode = stat.S_IMODE(os.stat(root).st_mode) | 0o700
     accounts = _Accounts()
     found = audit(root)
-    # where servers live they may have deleted something before we look again
-    before = found.books.usage(root) if found.books and found.books.known else None
-    fixed = (0, 0)
+    before, fixed = None, (0, 0)
     if limits:
-        usage, least = _survey(root)
+        # where servers live they may have deleted something before we look again
+        before, least = _survey(root)
         fixed = least.files, least.nbytes
-        left = room(limits, least)
-        if left.nbytes < 0 or left.files < 0:
+        if room(limits, least).is_passed:
             servers = len(found.living)
-            return Trimmed(0, 0, usage, usage, *fixed, True, False, servers, {})
+            return Trimmed(0, 0, before, before, *fixed, True, False, servers, {})
     space = Space(root, None, limits, mode & 0o666, mode & 0o777, accounts)
     last, since = (-1, -1, -1), time.monotonic()
     try:

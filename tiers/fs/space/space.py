@@ -171,15 +171,16 @@ class Space:
         return not self._thread.is_alive()
 
     def usage(self) -> tuple[Usage, bool]:
-        """What everything below the root takes, and whether all limits hold.
+        """What the files below the root take, and whether all limits hold, also for what is
+        being written.
 
         Raises:
             OSError: the ledger cannot be read.
         """
         with self._place.ledger.locked() as books:
-            limits, usage = books.limits(), books.usage(self._place.root)
-        left = room(limits, usage)
-        return usage, left.nbytes >= 0 and left.files >= 0
+            taken = books.taken(self._place.root)
+            left = room(books.limits(), books.usage(self._place.root))
+        return taken, not left.is_passed
 
     def is_counted(self) -> bool:
         """Whether this server's limits count, and a scan by the keeper, here or not, has ended.
@@ -296,7 +297,8 @@ class Space:
             if self._books_short:
                 self._books_short = False
                 row.pressed = max(row.pressed, BOOKS_BYTES)
-            self.admission.give_back(row, self._stop.is_set())
+            tight = room(books.limits(), books.usage(self._place.root)).is_passed
+            self.admission.give_back(row, tight or self._stop.is_set())
             beat = now >= self._beat_due
             if beat:
                 self._beat, self._beat_due = self._beat + 1, now + _BEAT_S
