@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import reprlib
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -46,6 +47,8 @@ _LONGEST_KEY = 100
 _MOST_KEYS = 1000  # of a request
 _MOST_WARNINGS = 100
 WARN_EVERY_S = 60.0
+_SHORT = reprlib.Repr()  # of what a client sent, whatever its length
+_SHORT.maxstring = _SHORT.maxother = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,9 +240,9 @@ class WishReader:
             return
         self._warned[form] = now
         logger.warning(
-            "a request's wish %s=%.200r: %s (said once a minute; counted as wrong_wishes)",
+            "a request's wish %s=%s: %s (said once a minute; counted as wrong_wishes)",
             key,
-            value,
+            _SHORT.repr(value),
             text,
         )
 

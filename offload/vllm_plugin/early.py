@@ -15,6 +15,7 @@ from typing import Any
 from kvstrata.offload.vllm_plugin.register import SPEC_NAME
 
 _METHOD = "_post_init_kv_transfer_config"  # of 0.31 to 0.33
+_MARK = "checks_kvstrata"  # of ours: other plugins may have theirs
 _checked = False  # in this process
 
 
@@ -28,7 +29,7 @@ def check_early() -> None:
     from vllm.config import VllmConfig
 
     complete = getattr(VllmConfig, _METHOD)
-    if hasattr(complete, "__wrapped__"):
+    if hasattr(complete, _MARK):
         return
 
     @functools.wraps(complete)
@@ -36,6 +37,7 @@ def check_early() -> None:
         complete(self)  # which adds the size of --kv-offloading-size
         check(self)
 
+    setattr(complete_and_check, _MARK, True)
     setattr(VllmConfig, _METHOD, complete_and_check)
 
 
