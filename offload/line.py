@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from kvstrata.tiers.base import key_group
 
@@ -17,6 +17,9 @@ from kvstrata.tiers.base import key_group
 _BEYOND = 1 << 48
 # A line looks for parts that have become empty when it has twice as many as last time, and some.
 _LEAST_PARTS = 64
+# So many pinned pages are passed over one by one, and then all of a part at once: it may be a long
+# prompt that waits for its load.
+_MOST_ONE_BY_ONE = 16
 _stamps = itertools.count(1)
 
 
@@ -146,10 +149,10 @@ class Pages:
         if not old.waiting:
             old.line.clean(old)
 
-    def pass_over(self, part: _Part, key: bytes) -> None:
-        """A pinned page would be the next to leave."""
-        part.passed[key] = part.waiting.pop(key)
-        self._passed += 1
+    def pass_over(self, part: _Part, keys: Collection[bytes]) -> None:
+        """Waiting pages are pinned, and one of them would be the next to leave."""
+        part.passed.update((key, part.waiting.pop(key)) for key in keys)
+        self._passed += len(keys)
 
     def gather(self, use: Use) -> None:
         """A request ended: its pages that others asked for since are its own again. Of those that
@@ -157,8 +160,10 @@ class Pages:
         for key in use.seen:
             part = self.part(key)
             if part is not None and part.use is not use:
-                self.move(key, part.line, use)
                 use.reused.add(key)
+                if self._windows:  # it may still be in the heap, in another place
+                    part.line.part(use).heap = None
+                self.move(key, part.line, use)
         home = self._home
         for key in [key for key in use.counts if key not in home]:
             del use.counts[key]
@@ -221,6 +226,7 @@ class Line:
     def oldest(self) -> Oldest | None:
         """The page that leaves next; None if all are pinned."""
         queue, pages = self._queue, self._pages
+        pinned = 0
         while queue:
             stamp, part = queue[0]
             waiting, use = part.waiting, part.use
@@ -243,7 +249,12 @@ class Line:
                 heapq.heappop(heap)
             if key not in pages.pinned:
                 return key, waiting[key], use
-            pages.pass_over(part, key)
+            pinned += 1
+            if pinned < _MOST_ONE_BY_ONE:
+                pages.pass_over(part, (key,))
+            else:
+                pages.pass_over(part, [key for key in waiting if key in pages.pinned])
+                part.heap = None
         return None
 
     def part(self, use: Use) -> _Part:

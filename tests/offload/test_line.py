@@ -65,6 +65,18 @@ def test_a_pinned_page_is_passed_over_and_keeps_its_place() -> None:
     assert line.drain() == [key(1, 1), key(2, 0)]
 
 
+def test_a_long_prompt_that_is_pinned_is_passed_over() -> None:
+    line, first, second = Queue({}), Use(), Use()
+    fill(line, first, *(key(1, chunk) for chunk in range(200)))
+    fill(line, second, key(2, 0))
+    pinned = [key(1, chunk) for chunk in range(200) if chunk % 100]
+    line.pinned.update(pinned)
+    assert line.drain() == [key(1, 100), key(1, 0), key(2, 0)]
+    for one in pinned:
+        line.unpin(one)
+    assert line.drain() == pinned[::-1]
+
+
 def test_pages_before_a_window_leave_first_unless_they_were_reused() -> None:
     """A sliding window of two chunks in group 1: a hit at the end needs chunks 2 and 3 of it."""
     line, use = Queue({1: 64}), Use()
@@ -168,3 +180,21 @@ def test_the_pages_of_a_request_that_ends_are_its_own_again() -> None:
     line.gather(first)
     assert line.drain() == [key(1, 2), key(1, 1), key(1, 0)]
     assert first.seen.keys() == {key(1, 0), key(1, 1), key(1, 2)}
+
+
+def test_what_another_request_reused_of_a_window_stays_with_its_prefix() -> None:
+    """Two groups, a window of two chunks in the second; a hit ends behind chunk 3."""
+    line, first, second = Queue({1: 64}), Use(), Use()
+    first.see({key(1, chunk, group): 32 * (chunk + 1) for group in (0, 1) for chunk in range(8)})
+    fill(line, first, *first.seen)
+    assert line.only.oldest() is not None  # its order is known from now on
+    shared = [key(1, 2, 1), key(1, 3, 1)]
+    for one in shared:
+        second.reused.add(one)
+        line.move(one, line.only, second)
+    assert line.only.oldest() is not None
+    first.renew()
+    line.gather(first)
+    gone = line.drain()
+    assert set(gone[:4]) == {key(1, chunk, 1) for chunk in (0, 1, 4, 5)}
+    assert {one[1] for one in gone[-6:]} == {0, 1, 2, 3}
