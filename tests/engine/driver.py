@@ -19,6 +19,7 @@ from typing import Any
 from tests.sessions import session
 
 MARK = "@@kvstrata "
+_OF_THE_SUITE = ("TRITON_INTERPRET", "VLLM_LOGGING_LEVEL")  # set where its modules are imported
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 600.0  # a start takes 15 to 40 s where the machine has nothing else to do
 # Tells this run's engines from others that may run on the machine.
@@ -61,7 +62,7 @@ def engine_environment(tp: int = 1) -> dict[str, str]:
     run on the first two of the cores that this process may use, or on the only one.
     """
     cores = sorted(os.sched_getaffinity(0))
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env = {k: v for k, v in os.environ.items() if k not in _OF_THE_SUITE}
     env.update(
         HF_HUB_OFFLINE="1",
         VLLM_CPU_KVCACHE_SPACE="1",

@@ -41,7 +41,7 @@ def test_a_polite_stop_loses_nothing_and_a_sudden_one_only_what_was_not_handed_o
 
     with serving(llama, tmp_path / "sudden.log", kv_transfer_config=config) as server:
         log = server.log.read_text()
-        assert "--shutdown-timeout is 0" in log and "--shutdown-timeout 15" in log, log
+        assert "--shutdown-timeout is 0" in log and "--shutdown-timeout 15" in log
         assert server.ask(FIRST, max_tokens=1)["cached"] > 0
         stopped = server.io_processes()
         assert len(stopped) == 2
