@@ -83,9 +83,10 @@ test-engine: install ## the tests that start a real vLLM engine
 # version only (tests/vllm_overlay/build.py). What says nothing of vLLM's is not tested again.
 OTHER_VLLMS := 0.31.0 0.33.0
 VERSION := 0.33.0
-PLUGIN_TESTS := $(addprefix tests/offload/vllm_plugin/test_, $(addsuffix .py, against_stock backends \
-	caches cache_salt events info manager_adapter model_runner models neighbours register registration)) \
-	tests/offload/vllm_plugin/deciding/test_table.py
+PLUGIN_TESTS := $(addprefix tests/offload/vllm_plugin/, $(addsuffix .py, \
+	$(addprefix caches/test_, backends caches) $(addprefix host/test_, model_runner neighbours) \
+	namespace/test_table $(addprefix test_, against_stock cache_salt events info models register \
+	registration scheduler)))
 # a real engine that starts, stores, and hits in memory and in files, with the tokens of before
 SHORT_ENGINE_TEST := tests/engine/test_life.py::test_max_load_tokens_and_load_tiers
 

@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Collection, Sequence
 
 from kvstrata.offload.events import Report
-from kvstrata.offload.primary import Entry, PrimaryTier
-from kvstrata.offload.request import RequestState
-from kvstrata.offload.tier_jobs import Running, TierJobs
-from kvstrata.offload.tier_link import TierLink
+from kvstrata.offload.primary.slots import Entry, PrimaryTier
+from kvstrata.offload.request.request import RequestState
+from kvstrata.offload.secondary.tier import TierLink
+from kvstrata.offload.secondary.tiers import Running, TierJobs
 from kvstrata.tiers.base import JobResult, RequestView
 
 # Pages are given to secondary tiers only while less than this share of the primary tier is held

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import NamedTuple
 
-from kvstrata.offload.tier_link import NamedTier
+from kvstrata.offload.secondary.tier import NamedTier
 
 
 class Event(NamedTuple):

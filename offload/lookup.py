@@ -6,14 +6,14 @@ import enum
 import logging
 from collections.abc import Callable
 
-from kvstrata.offload.breaker import Kind
-from kvstrata.offload.config import OffloadConfig
+from kvstrata.offload.config.offload_config import OffloadConfig
 from kvstrata.offload.events import Report
 from kvstrata.offload.promotion import Promotions
-from kvstrata.offload.request import RequestState
-from kvstrata.offload.tier_jobs import TierJobs
-from kvstrata.offload.tier_link import TierLink
-from kvstrata.offload.waits import Waits
+from kvstrata.offload.request.request import RequestState
+from kvstrata.offload.request.waits import Waits
+from kvstrata.offload.secondary.breaker import Kind
+from kvstrata.offload.secondary.tier import TierLink
+from kvstrata.offload.secondary.tiers import TierJobs
 from kvstrata.tiers.base import Lookup
 
 logger = logging.getLogger("kvstrata.manager")

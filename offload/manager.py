@@ -19,22 +19,22 @@ from kvstrata.offload.audit.audits import Audits
 from kvstrata.offload.audit.comparer import Comparer
 from kvstrata.offload.audit.schedule import Schedule
 from kvstrata.offload.cascade import Cascades
-from kvstrata.offload.config import OffloadConfig
-from kvstrata.offload.costs import PrefillSpeed
+from kvstrata.offload.config.offload_config import OffloadConfig
 from kvstrata.offload.events import Event, Report
-from kvstrata.offload.kept import KeptPages
+from kvstrata.offload.load_or_recompute import Payoff
 from kvstrata.offload.lookup import Answer, TierLookup
-from kvstrata.offload.offers import Offers
-from kvstrata.offload.payoff import Payoff
-from kvstrata.offload.pins import Pins
-from kvstrata.offload.policies import policy_class
-from kvstrata.offload.primary import Entry, PrimaryTier, Writer
+from kvstrata.offload.primary.eviction.policies import policy_class
+from kvstrata.offload.primary.kept import KeptPages
+from kvstrata.offload.primary.pins import Pins
+from kvstrata.offload.primary.slots import Entry, PrimaryTier, Writer
 from kvstrata.offload.promotion import Promotions
-from kvstrata.offload.request import RequestState
-from kvstrata.offload.tier_jobs import STOP_TIMEOUT_S, TierJobs
-from kvstrata.offload.tier_link import NamedTier, TierLink
-from kvstrata.offload.waits import Waits
-from kvstrata.offload.wishes import WishReader
+from kvstrata.offload.request.parameters import WishReader
+from kvstrata.offload.request.request import RequestState
+from kvstrata.offload.request.waits import Waits
+from kvstrata.offload.secondary.costs import PrefillSpeed
+from kvstrata.offload.secondary.reuse import Offers
+from kvstrata.offload.secondary.tier import NamedTier, TierLink
+from kvstrata.offload.secondary.tiers import STOP_TIMEOUT_S, TierJobs
 from kvstrata.tiers.base import PageLayout, RequestView, key_group
 
 # Members bound once: in Python 3.11 each `Answer.HIT` is a call.

@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
-from kvstrata.offload.config import OffloadConfig
-from kvstrata.offload.costs import Timing
+from kvstrata.offload.config.offload_config import OffloadConfig
 from kvstrata.offload.events import Report
-from kvstrata.offload.kept import KeptPages
-from kvstrata.offload.payoff import Part, Payoff
-from kvstrata.offload.primary import Entry, PrimaryTier, Writer
-from kvstrata.offload.request import RequestState
-from kvstrata.offload.tier_jobs import Running, TierJobs
-from kvstrata.offload.tier_link import TierLink
-from kvstrata.offload.waits import Waits
+from kvstrata.offload.load_or_recompute import Part, Payoff
+from kvstrata.offload.primary.kept import KeptPages
+from kvstrata.offload.primary.slots import Entry, PrimaryTier, Writer
+from kvstrata.offload.request.request import RequestState
+from kvstrata.offload.request.waits import Waits
+from kvstrata.offload.secondary.costs import Timing
+from kvstrata.offload.secondary.tier import TierLink
+from kvstrata.offload.secondary.tiers import Running, TierJobs
 from kvstrata.tiers.base import JobResult, PageLayout, key_group
 
 # Largest share of the promotions' room that one of several tiers may hold: what one tier never

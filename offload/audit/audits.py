@@ -20,10 +20,10 @@ from kvstrata.offload.audit.probe import Probe
 from kvstrata.offload.audit.schedule import MOST_AT_ONCE, Schedule
 from kvstrata.offload.events import Report
 from kvstrata.offload.lookup import Answer
-from kvstrata.offload.primary import Entry, PrimaryTier, Writer
-from kvstrata.offload.request import RequestState
-from kvstrata.offload.tier_jobs import Running, TierJobs
-from kvstrata.offload.tier_link import TierLink
+from kvstrata.offload.primary.slots import Entry, PrimaryTier, Writer
+from kvstrata.offload.request.request import RequestState
+from kvstrata.offload.secondary.tier import TierLink
+from kvstrata.offload.secondary.tiers import Running, TierJobs
 from kvstrata.tiers.base import JobResult, Lookup, PageLayout, RequestView, key_group
 
 # A spare slot is taken only while so many others could be had: requests come first.

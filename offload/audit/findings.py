@@ -9,9 +9,9 @@ from functools import partial
 from kvstrata.offload.audit.comparison import Comparison, Verdict
 from kvstrata.offload.audit.trust import MOST_DIFFERENT, REMEMBERED, Trust
 from kvstrata.offload.events import Report
-from kvstrata.offload.primary import Entry, PrimaryTier
-from kvstrata.offload.tier_jobs import Running, TierJobs
-from kvstrata.offload.tier_link import TierLink
+from kvstrata.offload.primary.slots import Entry, PrimaryTier
+from kvstrata.offload.secondary.tier import TierLink
+from kvstrata.offload.secondary.tiers import Running, TierJobs
 from kvstrata.tiers.base import JobResult, Lookup, RequestView
 
 logger = logging.getLogger("kvstrata.audit")

@@ -13,9 +13,9 @@ import numpy as np
 
 from kvstrata.offload.audit.comparison import Elements
 from kvstrata.offload.bench.instant import InstantTier
-from kvstrata.offload.config import OffloadConfig, TierEntry
-from kvstrata.offload.region import create_region
-from kvstrata.offload.reserver import Reserver
+from kvstrata.offload.config.offload_config import OffloadConfig, TierEntry
+from kvstrata.offload.primary.region import create_region
+from kvstrata.offload.primary.reserver import Reserver
 from kvstrata.tiers.base import PageLayout, TensorSpec, layouts_to_json
 
 OURS, STOCK = "kvstrata", "stock vLLM"
@@ -35,7 +35,7 @@ def make(name: str, slots: int, tier: bool, policy: str | None = None, groups: i
 
 def _ours(slots: int, tier: bool, policy: str, groups: int) -> Any:
     """As an engine opens it: behind the adapter, the tier behind its guard."""
-    from kvstrata.offload.vllm_plugin.manager import open_manager
+    from kvstrata.offload.vllm_plugin.scheduler import open_manager
 
     layout = PageLayout((TensorSpec("kv", "U8", (_PAGE_BYTES,)),), _TOKENS)
     fields = {

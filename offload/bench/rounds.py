@@ -166,7 +166,7 @@ def measure(resident: int, tiers: int, rounds: int) -> Iterator[Figure]:
     In a round each stores a new request, loads one that is resident and, where there is a
     secondary tier, gets one promoted that only this tier has.
     """
-    importlib.import_module("kvstrata.offload.vllm_plugin.manager")  # with all of vLLM
+    importlib.import_module("kvstrata.offload.vllm_plugin.scheduler")  # with all of vLLM
     gc.collect()
     gc.freeze()  # as vLLM does when its engine is up
     players = {name: Player(make(name, resident, bool(tiers))) for name in (OURS, STOCK)}

@@ -1,8 +1,8 @@
 """`python -m kvstrata.offload.bench.start`: how long the CPU tier takes to become usable.
 
-Processes stand for an engine's workers, with the code of `kvstrata.offload.reserver`; where there
-are GPUs they pin, too. Beside it what an engine did before and others do: one thread that reserves
-everything while the engine waits.
+Processes stand for an engine's workers, with the code of `kvstrata.offload.primary.reserver`;
+where there are GPUs they pin, too. Beside it what an engine did before and others do: one thread
+that reserves everything while the engine waits.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 import typer
 
 from kvstrata.kernels.gpu.device import CudaDevice
-from kvstrata.offload.region import Region, create_region, open_region
-from kvstrata.offload.reserver import POLL_S, Pin, Reserver
+from kvstrata.offload.primary.region import Region, create_region, open_region
+from kvstrata.offload.primary.reserver import POLL_S, Pin, Reserver
 
 SLOT_BYTES = 2 << 20
 

@@ -13,9 +13,14 @@ from typing import Annotated
 
 import typer
 
-from kvstrata.offload.weights.content import find_digests, read_digests, share, threads_for
-from kvstrata.offload.weights.memory import DigestMemory
-from kvstrata.offload.weights.source import WeightSource
+from kvstrata.offload.vllm_plugin.weights.content import (
+    find_digests,
+    read_digests,
+    share,
+    threads_for,
+)
+from kvstrata.offload.vllm_plugin.weights.memory import DigestMemory
+from kvstrata.offload.vllm_plugin.weights.source import WeightSource
 
 
 def start(source: WeightSource, memory: DigestMemory) -> tuple[int, int, float]:

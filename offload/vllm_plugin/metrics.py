@@ -15,7 +15,7 @@ from vllm.v1.kv_offload.base import (
 )
 
 from kvstrata.offload.manager import TieringManager
-from kvstrata.offload.tier_link import TierLink
+from kvstrata.offload.secondary.tier import TierLink
 
 EVENTS = "kvstrata_events"
 SLOTS = "kvstrata_primary_slots"

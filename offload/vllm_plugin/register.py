@@ -30,7 +30,7 @@ def register() -> None:
         logger.warning("kvstrata is not available in this vLLM: %s", error)
         return
     try:
-        from kvstrata.offload.vllm_plugin.early import check_early
+        from kvstrata.offload.vllm_plugin.host.early import check_early
 
         check_early()
     except Exception as error:

@@ -1,7 +1,7 @@
 """Registration of the KV caches: all ranks agree, or all refuse with every rank's reason.
 
 Workers register before the scheduler exists. Rank 0 creates the page region and leaves in
-its header what the scheduler must know; see `kvstrata.offload.region`.
+its header what the scheduler must know; see `kvstrata.offload.primary.region`.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from kvstrata.kernels.opening import open_pipeline
 from kvstrata.kernels.pipeline import Pipeline
 from kvstrata.kernels.plan import plan
 from kvstrata.kernels.selftest import check_round_trip
-from kvstrata.offload.config import OffloadConfig
-from kvstrata.offload.region import (
+from kvstrata.offload.config.offload_config import OffloadConfig
+from kvstrata.offload.primary.region import (
     Region,
     RegionError,
     count_slots,
     create_region,
     open_region,
 )
-from kvstrata.offload.reserver import Reserver
-from kvstrata.offload.vllm_plugin.caches import collect_layers
-from kvstrata.offload.vllm_plugin.drafts import draft_layers
-from kvstrata.offload.vllm_plugin.elements import elements_of
-from kvstrata.offload.vllm_plugin.model_runner import overwrites_before_flush
-from kvstrata.offload.vllm_plugin.namespace import check_secondary_tiers, namespace_fields
-from kvstrata.offload.vllm_plugin.neighbours import check_neighbours
-from kvstrata.offload.vllm_plugin.pages import (
+from kvstrata.offload.primary.reserver import Reserver
+from kvstrata.offload.vllm_plugin.caches.caches import collect_layers
+from kvstrata.offload.vllm_plugin.caches.drafts import draft_layers
+from kvstrata.offload.vllm_plugin.caches.elements import elements_of
+from kvstrata.offload.vllm_plugin.caches.page_layouts import (
     layout_of,
     merge_layers,
     slot_bytes_of,
 )
-from kvstrata.offload.vllm_plugin.stopping import warn_of_sudden_stops
-from kvstrata.offload.vllm_plugin.updates import check_weights_fixed, weights_fixed
-from kvstrata.offload.vllm_plugin.weights import WeightNames, name_weights
-from kvstrata.offload.vllm_plugin.windows import windows_of
+from kvstrata.offload.vllm_plugin.caches.windows import windows_of
+from kvstrata.offload.vllm_plugin.host.model_runner import overwrites_before_flush
+from kvstrata.offload.vllm_plugin.host.neighbours import check_neighbours
+from kvstrata.offload.vllm_plugin.host.stopping import warn_of_sudden_stops
+from kvstrata.offload.vllm_plugin.namespace.namespace import check_secondary_tiers, namespace_fields
+from kvstrata.offload.vllm_plugin.weights.updates import check_weights_fixed, weights_fixed
+from kvstrata.offload.vllm_plugin.weights.weights import WeightNames, name_weights
 from kvstrata.offload.vllm_plugin.worker import KVStrataWorker
 from kvstrata.tiers.base import layouts_to_json
 from kvstrata.tiers.options import size_text

@@ -14,9 +14,9 @@ from vllm.v1.kv_offload.base import (
 )
 from vllm.v1.kv_offload.config import OffloadingConfig
 
-from kvstrata.offload.config import parse_config
-from kvstrata.offload.precheck import check_here
-from kvstrata.offload.vllm_plugin.early import has_checked
+from kvstrata.offload.config.offload_config import parse_config
+from kvstrata.offload.config.precheck import check_here
+from kvstrata.offload.vllm_plugin.host.early import has_checked
 from kvstrata.offload.vllm_plugin.info import CONFIG_INFO_KEYS
 from kvstrata.offload.vllm_plugin.metrics import metric_definitions
 from kvstrata.offload.vllm_plugin.version import check_version
@@ -63,7 +63,7 @@ class KVStrataSpec(OffloadingSpec):
     def get_manager(self) -> OffloadingManager:
         """The scheduler's side; the workers have registered before."""
         if self._manager is None:
-            from kvstrata.offload.vllm_plugin.manager import open_manager
+            from kvstrata.offload.vllm_plugin.scheduler import open_manager
 
             self._manager = open_manager(
                 self.config, self._settings, events=self.kv_events_config.enable_kv_cache_events

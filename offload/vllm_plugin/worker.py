@@ -13,8 +13,8 @@ from vllm.v1.kv_offload.base import (
 )
 
 from kvstrata.kernels.pipeline import GroupWork, Pipeline
-from kvstrata.offload.region import Region
-from kvstrata.offload.reserver import Reserver
+from kvstrata.offload.primary.region import Region
+from kvstrata.offload.primary.reserver import Reserver
 from kvstrata.offload.vllm_plugin.transfer import PageSlots, incomplete, work_of
 
 logger = logging.getLogger("kvstrata")

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from kvstrata.offload.cli import app
-from kvstrata.offload.config import parse_config
-from kvstrata.offload.wishes import NO_WISHES, WishReader
-from kvstrata.tiers.fs.trust import distrust
+from kvstrata.offload.cli.main import app
+from kvstrata.offload.config.offload_config import parse_config
+from kvstrata.offload.request.parameters import NO_WISHES, WishReader
+from kvstrata.tiers.fs.files.trust import distrust
 from kvstrata.tiers.testing import CONTEXT
 from tests.docs.blocks import DOCUMENTS, ROOT, SHELL, Block, Command, blocks, shell_commands
 from tests.docs.known import WAYS, way_of
-from tests.offload.cli_world import KEYS, fill, flip
+from tests.offload.cli.cli_world import KEYS, fill, flip
 
 COMMANDS = shell_commands()
 LANGUAGES = {*SHELL, "json", "python", "text", "yaml"}

@@ -5,15 +5,15 @@ import tomllib
 
 import pytest
 
-from kvstrata.offload import region
-from kvstrata.offload.vllm_plugin import namespace
-from kvstrata.tiers.fs import codec
-from kvstrata.tiers.fs.space import journal, ledger, snapshot
+from kvstrata.offload.primary import region
+from kvstrata.offload.vllm_plugin.namespace import namespace
+from kvstrata.tiers.fs.budget import journal, ledger, snapshot
+from kvstrata.tiers.page import form
 from tests.docs.blocks import ROOT
 
 TEXT = (ROOT / "docs" / "versions.md").read_text()
 FORMATS = {
-    "page file": codec.FORMAT_VERSION,
+    "page file": form.FORMAT_VERSION,
     "namespace": str(namespace.FORMAT_VERSION),
     "journal": journal._MAGIC.decode(),
     "ledger": ledger._MAGIC.decode(),

@@ -401,7 +401,7 @@ def serving(
 
 def _is_io_process(pid: int) -> bool:
     try:
-        return b"kvstrata.tiers.fs.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return b"kvstrata.tiers.process.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from kvstrata.offload.cli import app
+from kvstrata.offload.cli.main import app
 from tests.engine.driver import Engine, connector, prompt
 
 pytestmark = pytest.mark.vllm

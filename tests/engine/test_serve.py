@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstrata.tiers.fs.scan import check_root
+from kvstrata.tiers.fs.tools.scan import check_root
 from tests.engine.absent_tier import CAUSE
 from tests.engine.driver import (
     START_TIMEOUT_S,

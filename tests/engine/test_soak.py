@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from kvstrata.tiers.fs.scan import check_root
+from kvstrata.tiers.fs.tools.scan import check_root
 from tests.engine.driver import Engine, connector
 from tests.engine.soak_trace import Batch, Trace
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstrata.tiers.fs.repair import examine
+from kvstrata.tiers.fs.tools.repair import examine
 from tests.engine.driver import connector, prompt, serving
 from tests.waiting import wait_until
 

@@ -2,11 +2,11 @@ from pathlib import Path
 
 import pytest
 
-from kvstrata.tiers.fs.layout import NamespacePaths
-from kvstrata.tiers.fs.namespace import namespace_paths
+from kvstrata.tiers.fs.files.layout import NamespacePaths
+from kvstrata.tiers.fs.files.namespace import namespace_paths
 from kvstrata.tiers.testing import CONTEXT
 from tests.conftest import FillRoot
-from tests.offload.cli_world import KEYS, PAGES
+from tests.offload.cli.cli_world import KEYS, PAGES
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 from kvstrata.offload.audit.comparer import Compared, Comparer, Task
 from kvstrata.offload.audit.comparison import Elements, compare
-from kvstrata.offload.config import OffloadConfig
+from kvstrata.offload.config.offload_config import OffloadConfig
 from kvstrata.offload.lookup import Answer
 from kvstrata.offload.manager import TieringManager
-from kvstrata.offload.tier_link import NamedTier
+from kvstrata.offload.secondary.tier import NamedTier
 from kvstrata.tiers.base import PageLayout, RequestView, SecondaryTier, TensorSpec, TierContext
 
 PAGE = 64  # bytes

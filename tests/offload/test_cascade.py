@@ -2,10 +2,10 @@
 
 import pytest
 
-from kvstrata.offload import tier_jobs
-from kvstrata.offload.breaker import FAILURES_TO_OPEN, FIRST_BACKOFF_S
-from kvstrata.offload.config import OffloadConfig
+from kvstrata.offload.config.offload_config import OffloadConfig
 from kvstrata.offload.lookup import Answer
+from kvstrata.offload.secondary import tiers as tier_jobs
+from kvstrata.offload.secondary.breaker import FAILURES_TO_OPEN, FIRST_BACKOFF_S
 from kvstrata.tiers.base import PAGE_CAUSES, Job, Lookup, RequestView
 from kvstrata.tiers.memory import MemoryTier
 from kvstrata.tiers.testing import FaultyTier, SlowTier

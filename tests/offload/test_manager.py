@@ -4,12 +4,12 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from kvstrata.offload import tier_jobs
-from kvstrata.offload.config import OffloadConfig
+from kvstrata.offload.config.offload_config import OffloadConfig
 from kvstrata.offload.events import Event
-from kvstrata.offload.guard import GuardedTier
 from kvstrata.offload.lookup import Answer
 from kvstrata.offload.manager import TieringManager
+from kvstrata.offload.secondary import tiers as tier_jobs
+from kvstrata.offload.secondary.guard import GuardedTier
 from kvstrata.tiers.base import Job, JobResult, Lookup, RequestView, SecondaryTier
 from kvstrata.tiers.memory import MemoryTier
 from kvstrata.tiers.testing import FaultyTier, SlowTier

@@ -14,14 +14,15 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvstrata.offload import pace, promotion
+from kvstrata.offload import promotion
 from kvstrata.offload.audit import audits
-from kvstrata.offload.config import OffloadConfig
-from kvstrata.offload.guard import GuardedTier
+from kvstrata.offload.config.offload_config import OffloadConfig
 from kvstrata.offload.lookup import Answer
 from kvstrata.offload.manager import StorePlan
-from kvstrata.offload.primary import Entry
-from kvstrata.offload.tier_link import TierLink
+from kvstrata.offload.primary.slots import Entry
+from kvstrata.offload.secondary import pace
+from kvstrata.offload.secondary.guard import GuardedTier
+from kvstrata.offload.secondary.tier import TierLink
 from kvstrata.tiers.base import Job, JobResult, RequestView, SecondaryTier
 from kvstrata.tiers.faults import TierWrapper
 from kvstrata.tiers.memory import MemoryTier

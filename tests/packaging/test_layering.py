@@ -20,7 +20,7 @@ def sources(folder: str) -> list[Path]:
 
 
 def module_name(path: Path) -> str:
-    """`tiers/fs/codec.py` -> `kvstrata.tiers.fs.codec`."""
+    """`tiers/page/form.py` -> `kvstrata.tiers.page.form`."""
     return ".".join(("kvstrata", *path.relative_to(ROOT).with_suffix("").parts))
 
 
@@ -81,8 +81,8 @@ def f():
         "kvstrata.tiers.base.SecondaryTier",
         "triton",
     }
-    assert imports(source, "kvstrata.tiers.fs.pool", lazy=False) == eager
-    assert imports(source, "kvstrata.tiers.fs.pool") == eager | {"vllm"}
+    assert imports(source, "kvstrata.tiers.fs.tier", lazy=False) == eager
+    assert imports(source, "kvstrata.tiers.fs.tier") == eager | {"vllm"}
 
 
 @pytest.mark.parametrize("path", sources("kernels"), ids=module_name)

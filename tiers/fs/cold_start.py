@@ -9,11 +9,11 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from kvstrata.tiers.base import EPOCH
-from kvstrata.tiers.fs import nofollow
-from kvstrata.tiers.fs.differences import Difference, differences
-from kvstrata.tiers.fs.layout import NAMESPACE_DIR, NamespacePaths
-from kvstrata.tiers.fs.listing import holds_pages
-from kvstrata.tiers.fs.namespace import namespace_digest, read_config
+from kvstrata.tiers.fs.files import nofollow
+from kvstrata.tiers.fs.files.differences import Difference, differences
+from kvstrata.tiers.fs.files.layout import NAMESPACE_DIR, NamespacePaths
+from kvstrata.tiers.fs.files.namespace import namespace_digest, read_config
+from kvstrata.tiers.fs.tools.listing import holds_pages
 
 _MOST_READ = 32  # namespaces of each directory
 _MOST_LINES = 3

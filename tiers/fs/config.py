@@ -10,7 +10,7 @@ from fractions import Fraction
 from typing import Any
 
 from kvstrata.tiers.base import TierConfigError
-from kvstrata.tiers.fs.space.limits import BLOCK, parse_space
+from kvstrata.tiers.fs.budget.limits import BLOCK, parse_space
 from kvstrata.tiers.options import (
     check_tier_keys,
     parse_choice,

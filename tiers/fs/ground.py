@@ -13,7 +13,7 @@ import stat
 from contextlib import suppress
 from dataclasses import dataclass
 
-from kvstrata.tiers.fs import nofollow
+from kvstrata.tiers.fs.files import nofollow
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,9 @@ import os
 import stat
 from contextlib import suppress
 
-from kvstrata.tiers.fs.layout import NAMESPACE_DIR, PAGES_DIR
-from kvstrata.tiers.fs.space.ledger import LEDGER_NAME
-from kvstrata.tiers.fs.space.walk import BOOKS_NAME
+from kvstrata.tiers.fs.budget.keeper.walk import BOOKS_NAME
+from kvstrata.tiers.fs.budget.ledger import LEDGER_NAME
+from kvstrata.tiers.fs.files.layout import NAMESPACE_DIR, PAGES_DIR
 
 _ANOTHER = "choose another directory"
 _OWN = "give a directory of its own, such as '/var/lib/kvstrata', which the servers' user owns"

@@ -13,18 +13,18 @@ from typing import Any
 
 from kvstrata.tiers.base import EPOCH, TierConfigError, TierContext, unseen_reason
 from kvstrata.tiers.disk import disk_at
-from kvstrata.tiers.fs import nofollow
-from kvstrata.tiers.fs.codec import ALIGNMENT
+from kvstrata.tiers.fs.budget.keeper.walk import BOOKS_NAME
+from kvstrata.tiers.fs.budget.ledger import LEDGER_NAME, Ledger, LedgerBusy
+from kvstrata.tiers.fs.budget.limits import Limits, default_floor, file_cost
 from kvstrata.tiers.fs.config import FsConfig
-from kvstrata.tiers.fs.io import probe_direct
-from kvstrata.tiers.fs.layout import NamespacePaths
-from kvstrata.tiers.fs.namespace import validate_config, write_config
+from kvstrata.tiers.fs.files import nofollow
+from kvstrata.tiers.fs.files.direct_io import probe_direct
+from kvstrata.tiers.fs.files.layout import NamespacePaths
+from kvstrata.tiers.fs.files.namespace import validate_config, write_config
+from kvstrata.tiers.fs.files.trust import is_trusted
 from kvstrata.tiers.fs.refusals import is_whole_system, refusal
-from kvstrata.tiers.fs.space.ledger import LEDGER_NAME, Ledger, LedgerBusy
-from kvstrata.tiers.fs.space.limits import Limits, default_floor, file_cost
-from kvstrata.tiers.fs.space.walk import BOOKS_NAME
-from kvstrata.tiers.fs.trust import is_trusted
 from kvstrata.tiers.options import size_text
+from kvstrata.tiers.page.form import ALIGNMENT
 
 # The disk may be well again later, or be made so by eviction.
 NOT_NOW = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)

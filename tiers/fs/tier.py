@@ -30,16 +30,13 @@ from kvstrata.tiers.base import (
     TierStats,
     key_group,
 )
+from kvstrata.tiers.fs.budget.stamps import first_access
 from kvstrata.tiers.fs.cold_start import explain_cold_start
 from kvstrata.tiers.fs.config import FsConfig
-from kvstrata.tiers.fs.failures import Failures
+from kvstrata.tiers.fs.files.failures import Failures
+from kvstrata.tiers.fs.files.layout import NamespacePaths, is_key
+from kvstrata.tiers.fs.files.namespace import namespace_paths
 from kvstrata.tiers.fs.ground import Ground
-from kvstrata.tiers.fs.index import Index
-from kvstrata.tiers.fs.layout import NamespacePaths, is_key
-from kvstrata.tiers.fs.messages import MOST_PAGES, Kind, Outcome, PageRef, Setup
-from kvstrata.tiers.fs.namespace import namespace_paths
-from kvstrata.tiers.fs.processes import IoProcesses, Task
-from kvstrata.tiers.fs.space.stamps import first_access
 from kvstrata.tiers.fs.startup import (
     check_budget,
     check_trust,
@@ -48,7 +45,10 @@ from kvstrata.tiers.fs.startup import (
     open_namespace,
     say_limits,
 )
-from kvstrata.tiers.fs.survival import is_worthwhile
+from kvstrata.tiers.process.index import Index
+from kvstrata.tiers.process.messages import MOST_PAGES, Kind, Outcome, PageRef, Setup
+from kvstrata.tiers.process.supervisor import IoProcesses, Task
+from kvstrata.tiers.process.survival import is_worthwhile
 
 logger = logging.getLogger("kvstrata.tiers.fs")
 

@@ -6,6 +6,6 @@ or slow the machine is.
 
 import signal
 
-from kvstrata.offload.region import Region
+from kvstrata.offload.primary.region import Region
 
 Region.unlink = lambda region: signal.pause()  # type: ignore[method-assign, assignment]

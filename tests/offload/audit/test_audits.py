@@ -7,7 +7,7 @@ import pytest
 from kvstrata.offload.audit import audits
 from kvstrata.offload.audit.schedule import LONGEST_S
 from kvstrata.offload.audit.trust import MOST_DIFFERENT
-from kvstrata.offload.config import OffloadConfig
+from kvstrata.offload.config.offload_config import OffloadConfig
 from kvstrata.offload.lookup import Answer
 from kvstrata.tiers.base import RequestView
 from kvstrata.tiers.memory import MemoryTier

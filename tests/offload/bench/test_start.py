@@ -2,9 +2,9 @@
 
 import pytest
 
-from kvstrata.offload import region
 from kvstrata.offload.bench import start
-from kvstrata.offload.region import region_path
+from kvstrata.offload.primary import region
+from kvstrata.offload.primary.region import region_path
 
 
 def test_all_becomes_usable() -> None:

@@ -20,7 +20,7 @@ from kvstrata.offload.bench.workloads import (
     warm_up,
     workloads,
 )
-from kvstrata.offload.config import parse_config
+from kvstrata.offload.config.offload_config import parse_config
 
 NAMES = ["no reuse", "full reuse", "half reuse", "many short", "few long"]
 CHUNK = CHUNK_BLOCKS * BLOCK

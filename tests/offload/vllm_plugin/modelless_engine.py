@@ -50,7 +50,9 @@ from kvstrata.kernels.cpu import CpuPipeline
 from kvstrata.kernels.opening import open_pipeline
 from kvstrata.kernels.pipeline import Finished, Pipeline
 from kvstrata.offload.manager import TieringManager
-from kvstrata.offload.vllm_plugin import caches, model_runner, registration, windows
+from kvstrata.offload.vllm_plugin import registration
+from kvstrata.offload.vllm_plugin.caches import caches, windows
+from kvstrata.offload.vllm_plugin.host import model_runner
 from kvstrata.offload.vllm_plugin.register import register
 from kvstrata.tiers.base import layouts_from_json
 from tests.engine.driver import connector

@@ -23,10 +23,10 @@ from vllm import version  # noqa: E402
 from vllm.v1.kv_offload.base import OffloadingManager  # noqa: E402
 from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager  # noqa: E402
 
-from kvstrata.offload.config import OffloadConfig  # noqa: E402
+from kvstrata.offload.config.offload_config import OffloadConfig  # noqa: E402
 from kvstrata.offload.manager import TieringManager  # noqa: E402
-from kvstrata.offload.region import Region  # noqa: E402
-from kvstrata.offload.vllm_plugin.manager import KVStrataManager  # noqa: E402
+from kvstrata.offload.primary.region import Region  # noqa: E402
+from kvstrata.offload.vllm_plugin.scheduler import KVStrataManager  # noqa: E402
 from kvstrata.tiers.base import PageLayout, TensorSpec  # noqa: E402
 from tests.offload.vllm_plugin.block_engine import (  # noqa: E402
     BLOCK,

@@ -31,12 +31,12 @@ from vllm.v1.kv_offload.base import (  # noqa: E402
     make_offload_key,
 )
 
-from kvstrata.offload.config import OffloadConfig  # noqa: E402
-from kvstrata.offload.guard import GuardedTier  # noqa: E402
+from kvstrata.offload.config.offload_config import OffloadConfig  # noqa: E402
 from kvstrata.offload.manager import TieringManager  # noqa: E402
-from kvstrata.offload.region import Region, create_region  # noqa: E402
-from kvstrata.offload.tier_link import NamedTier  # noqa: E402
-from kvstrata.offload.vllm_plugin.manager import _FORGETS, KVStrataManager  # noqa: E402
+from kvstrata.offload.primary.region import Region, create_region  # noqa: E402
+from kvstrata.offload.secondary.guard import GuardedTier  # noqa: E402
+from kvstrata.offload.secondary.tier import NamedTier  # noqa: E402
+from kvstrata.offload.vllm_plugin.scheduler import _FORGETS, KVStrataManager  # noqa: E402
 from kvstrata.tiers.base import PageLayout, SecondaryTier, TensorSpec  # noqa: E402
 from kvstrata.tiers.faults import FaultyTier, SlowTier  # noqa: E402
 from kvstrata.tiers.memory import MemoryTier  # noqa: E402

@@ -10,8 +10,8 @@ import pytest
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
-from kvstrata.offload import progress  # noqa: E402
-from kvstrata.offload.region import Region, RegionError  # noqa: E402
+from kvstrata.offload.primary import progress  # noqa: E402
+from kvstrata.offload.primary.region import Region, RegionError  # noqa: E402
 from kvstrata.offload.vllm_plugin.registration import RegistrationError  # noqa: E402
 from tests.engine.driver import region_files  # noqa: E402
 from tests.offload.vllm_plugin.modelless_engine import ModellessEngine  # noqa: E402

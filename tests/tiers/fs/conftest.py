@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-import kvstrata.tiers.fs.process as process_module
+import kvstrata.tiers.process.process as process_module
 from kvstrata.tiers.base import TierContext
-from kvstrata.tiers.fs.layout import NamespacePaths
-from kvstrata.tiers.fs.namespace import namespace_paths
+from kvstrata.tiers.fs.files.layout import NamespacePaths
+from kvstrata.tiers.fs.files.namespace import namespace_paths
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.testing import CONTEXT
 

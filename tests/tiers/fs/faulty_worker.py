@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from kvstrata.tiers.fs import nofollow, survival, worker
+from kvstrata.tiers.fs.files import nofollow
+from kvstrata.tiers.process import survival, worker
 
 CALLS = ("open", "pwritev", "preadv", "rename", "fsync", "unlink")
 

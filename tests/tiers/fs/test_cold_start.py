@@ -11,8 +11,8 @@ import pytest
 
 from kvstrata.tiers.base import TierContext
 from kvstrata.tiers.fs.cold_start import explain_cold_start
-from kvstrata.tiers.fs.layout import NamespacePaths
-from kvstrata.tiers.fs.namespace import namespace_paths, write_config
+from kvstrata.tiers.fs.files.layout import NamespacePaths
+from kvstrata.tiers.fs.files.namespace import namespace_paths, write_config
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.testing import CONTEXT, make_data, make_key, store
 

@@ -10,7 +10,7 @@ import safetensors
 import xxhash
 
 from kvstrata.tiers.base import SecondaryTier, TierContext
-from kvstrata.tiers.fs.namespace import namespace_paths
+from kvstrata.tiers.fs.files.namespace import namespace_paths
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.testing import MakeTier, TierContract
 

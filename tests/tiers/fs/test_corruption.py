@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvstrata.tiers.base import Lookup, PageLayout, RequestView, TensorSpec, TierContext
-from kvstrata.tiers.fs.codec import BadPage, encode_header, page_checksum, parse_header
-from kvstrata.tiers.fs.layout import NamespacePaths
-from kvstrata.tiers.fs.quarantine import MAX_FILES, Quarantine, identity
+from kvstrata.tiers.fs.files.layout import NamespacePaths
+from kvstrata.tiers.fs.files.quarantine import MAX_FILES, Quarantine, identity
 from kvstrata.tiers.fs.tier import FsTier
+from kvstrata.tiers.page.form import BadPage, encode_header, page_checksum, parse_header
 from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key, settle, store
 from tests.conftest import FillRoot
 

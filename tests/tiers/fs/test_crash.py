@@ -15,10 +15,9 @@ from pathlib import Path
 import pytest
 
 from kvstrata.tiers.base import JobResult
-from kvstrata.tiers.fs import temporary
-from kvstrata.tiers.fs.layout import NamespacePaths
-from kvstrata.tiers.fs.scan import check_root
-from kvstrata.tiers.fs.temporary import (
+from kvstrata.tiers.fs.files import temporary
+from kvstrata.tiers.fs.files.layout import NamespacePaths
+from kvstrata.tiers.fs.files.temporary import (
     FOREIGN_AGE_S,
     is_abandoned,
     is_temporary,
@@ -26,6 +25,7 @@ from kvstrata.tiers.fs.temporary import (
     temporary_name,
 )
 from kvstrata.tiers.fs.tier import FsTier
+from kvstrata.tiers.fs.tools.scan import check_root
 from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key, store
 from tests.waiting import wait_until
 

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 
 from kvstrata.tiers.base import Lookup
-from kvstrata.tiers.fs import files as files_module
+from kvstrata.tiers.fs import medium as files_module
 from kvstrata.tiers.fs import tier as tier_module
 from kvstrata.tiers.fs.config import FsConfig
-from kvstrata.tiers.fs.files import PageFiles
+from kvstrata.tiers.fs.files.layout import NamespacePaths
 from kvstrata.tiers.fs.ground import Ground
-from kvstrata.tiers.fs.layout import NamespacePaths
-from kvstrata.tiers.fs.messages import Outcome, PageRef
+from kvstrata.tiers.fs.medium import PageFiles
 from kvstrata.tiers.fs.startup import make_root, open_namespace
 from kvstrata.tiers.fs.tier import FsTier
+from kvstrata.tiers.process.messages import Outcome, PageRef
 from kvstrata.tiers.testing import (
     CONTEXT,
     REQUEST,

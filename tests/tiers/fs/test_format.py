@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from kvstrata.tiers.base import DTYPE_BYTES, PageLayout, TensorSpec, TierContext
-from kvstrata.tiers.fs.codec import MAX_HEADER_BYTES, encode_header, page_checksum, parse_header
-from kvstrata.tiers.fs.layout import MAX_HASH_BYTES, NamespacePaths, directory_name, is_key
-from kvstrata.tiers.fs.namespace import canonical_json, namespace_digest
+from kvstrata.tiers.fs.files.layout import MAX_HASH_BYTES, NamespacePaths, directory_name, is_key
+from kvstrata.tiers.fs.files.namespace import canonical_json, namespace_digest
 from kvstrata.tiers.fs.tier import FsTier
+from kvstrata.tiers.page.form import MAX_HEADER_BYTES, encode_header, page_checksum, parse_header
 from kvstrata.tiers.testing import CONTEXT, Slots, finish, make_data, make_job, make_key, store
 
 DOCUMENT = (Path(__file__).parents[3] / "docs/format.md").read_text()
@@ -177,9 +177,9 @@ def test_the_reader_in_the_document(
 def test_the_causes_in_the_document() -> None:
     """Every cause that the tier counts is explained."""
     source = ""
-    for path in (Path(__file__).parents[3] / "tiers/fs").glob("*.py"):
-        if path.name in ("codec.py", "files.py", "failures.py", "tier.py"):
-            source += path.read_text()
+    tiers = Path(__file__).parents[3] / "tiers"
+    for path in ("page/form.py", "fs/medium.py", "fs/files/failures.py", "fs/tier.py"):
+        source += (tiers / path).read_text()
     pattern = r'BadPage\(\s*"([a-z-]+)"|errno\.\w+: "([a-z-]+)"|Outcome\("([a-z-]+)"\)'
     causes = {word for match in re.findall(pattern, source) for word in match if word}
     assert len(causes) > 10

@@ -19,7 +19,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstrata.tiers.base import DTYPE_BYTES, layouts_from_json
-from kvstrata.tiers.fs.codec import (
+from kvstrata.tiers.fs.budget import snapshot
+from kvstrata.tiers.fs.budget.catalog import Catalog
+from kvstrata.tiers.fs.budget.journal import RECORD_BYTES, Op, Record, decode, read_namespace
+from kvstrata.tiers.fs.budget.ledger import Books, Row
+from kvstrata.tiers.fs.budget.limits import Limits, file_cost
+from kvstrata.tiers.fs.budget.names import Names
+from kvstrata.tiers.fs.files.namespace import canonical_json, namespace_digest, read_config
+from kvstrata.tiers.fs.tools.scan import inspect_file
+from kvstrata.tiers.page.form import (
     ALIGNMENT,
     MAX_HEADER_BYTES,
     BadPage,
@@ -29,14 +37,6 @@ from kvstrata.tiers.fs.codec import (
     parse_header,
     verify_header,
 )
-from kvstrata.tiers.fs.namespace import canonical_json, namespace_digest, read_config
-from kvstrata.tiers.fs.scan import inspect_file
-from kvstrata.tiers.fs.space import snapshot
-from kvstrata.tiers.fs.space.catalog import Catalog
-from kvstrata.tiers.fs.space.journal import RECORD_BYTES, Op, Record, decode, read_namespace
-from kvstrata.tiers.fs.space.ledger import Books, Row
-from kvstrata.tiers.fs.space.limits import Limits, file_cost
-from kvstrata.tiers.fs.space.names import Names
 from kvstrata.tiers.testing import CONTEXT, make_data, make_key
 
 KEY = make_key(1)

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from kvstrata.tiers.base import Lookup, RequestView
-from kvstrata.tiers.fs import index as index_module
-from kvstrata.tiers.fs import nofollow
-from kvstrata.tiers.fs.index import ABSENT_FOR_S, CHECK_WITHIN_S, Index
-from kvstrata.tiers.fs.layout import NamespacePaths
-from kvstrata.tiers.fs.messages import Kind
-from kvstrata.tiers.fs.processes import Task
+from kvstrata.tiers.fs.files import nofollow
+from kvstrata.tiers.fs.files.layout import NamespacePaths
 from kvstrata.tiers.fs.tier import FsTier
+from kvstrata.tiers.process import index as index_module
+from kvstrata.tiers.process.index import ABSENT_FOR_S, CHECK_WITHIN_S, Index
+from kvstrata.tiers.process.messages import Kind
+from kvstrata.tiers.process.supervisor import Task
 from kvstrata.tiers.testing import (
     CONTEXT,
     REQUEST,

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvstrata.tiers.base import Lookup, RequestView
-from kvstrata.tiers.fs.scan import check_root
 from kvstrata.tiers.fs.tier import FsTier
+from kvstrata.tiers.fs.tools.scan import check_root
 from kvstrata.tiers.testing import (
     CONTEXT,
     Slots,

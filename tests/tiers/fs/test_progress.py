@@ -6,9 +6,9 @@ import pytest
 
 from kvstrata.tiers.base import Job, JobResult, RequestView
 from kvstrata.tiers.fs import tier as tier_module
-from kvstrata.tiers.fs.messages import Kind
-from kvstrata.tiers.fs.processes import Ended, Task
 from kvstrata.tiers.fs.tier import FsTier
+from kvstrata.tiers.process.messages import Kind
+from kvstrata.tiers.process.supervisor import Ended, Task
 from kvstrata.tiers.testing import CONTEXT, Slots, make_data, make_job, make_key, store
 from tests.waiting import wait_until
 

@@ -7,15 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvstrata.tiers.fs import process as process_module
-from kvstrata.tiers.fs import processes as processes_module
 from kvstrata.tiers.fs.config import FsConfig
-from kvstrata.tiers.fs.failures import Failures
+from kvstrata.tiers.fs.files.failures import Failures
+from kvstrata.tiers.fs.files.layout import NamespacePaths
 from kvstrata.tiers.fs.ground import Ground
-from kvstrata.tiers.fs.layout import NamespacePaths
-from kvstrata.tiers.fs.messages import Done, Kind, Outcome, PageRef, Setup, pack_done
-from kvstrata.tiers.fs.processes import IoProcesses, Task
 from kvstrata.tiers.fs.tier import FsTier
+from kvstrata.tiers.process import process as process_module
+from kvstrata.tiers.process import supervisor as processes_module
+from kvstrata.tiers.process.messages import Done, Kind, Outcome, PageRef, Setup, pack_done
+from kvstrata.tiers.process.supervisor import IoProcesses, Task
 from kvstrata.tiers.testing import CONTEXT, make_key
 
 STEP_S = 0.25

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from kvstrata.tiers.base import Lookup, TierConfigError
-from kvstrata.tiers.fs.scan import check_root
 from kvstrata.tiers.fs.tier import FsTier
+from kvstrata.tiers.fs.tools.scan import check_root
 from kvstrata.tiers.testing import (
     CONTEXT,
     REQUEST,

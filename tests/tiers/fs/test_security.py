@@ -12,18 +12,18 @@ from typing import Any
 import pytest
 
 from kvstrata.tiers.base import Lookup, TierConfigError
-from kvstrata.tiers.fs import nofollow
+from kvstrata.tiers.fs.budget.limits import Limits, file_cost
 from kvstrata.tiers.fs.config import FsConfig
-from kvstrata.tiers.fs.files import PageFiles
-from kvstrata.tiers.fs.layout import NamespacePaths
-from kvstrata.tiers.fs.messages import PageRef
-from kvstrata.tiers.fs.quarantine import MAX_FILES, Quarantine
-from kvstrata.tiers.fs.scan import check_root
-from kvstrata.tiers.fs.space.limits import Limits, file_cost
-from kvstrata.tiers.fs.space.offline import last_uses, trim
+from kvstrata.tiers.fs.files import nofollow
+from kvstrata.tiers.fs.files.layout import NamespacePaths
+from kvstrata.tiers.fs.files.quarantine import MAX_FILES, Quarantine
+from kvstrata.tiers.fs.files.temporary import sweep
+from kvstrata.tiers.fs.medium import PageFiles
 from kvstrata.tiers.fs.startup import make_root, open_namespace
-from kvstrata.tiers.fs.temporary import sweep
 from kvstrata.tiers.fs.tier import FsTier
+from kvstrata.tiers.fs.tools.scan import check_root
+from kvstrata.tiers.fs.tools.trim import last_uses, trim
+from kvstrata.tiers.process.messages import PageRef
 from kvstrata.tiers.testing import CONTEXT, REQUEST, load, make_data, make_key, settle, store
 from tests.conftest import FillRoot
 

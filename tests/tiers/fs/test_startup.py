@@ -17,16 +17,17 @@ from typing import Any
 import pytest
 
 from kvstrata.tiers.base import Lookup, TierConfigError, TierContext, unseen
-from kvstrata.tiers.fs import io, startup
+from kvstrata.tiers.fs import startup
+from kvstrata.tiers.fs.budget.ledger import Ledger
 from kvstrata.tiers.fs.config import FsConfig
-from kvstrata.tiers.fs.layout import NamespacePaths
-from kvstrata.tiers.fs.namespace import namespace_paths
-from kvstrata.tiers.fs.space.ledger import Ledger
+from kvstrata.tiers.fs.files import direct_io as io
+from kvstrata.tiers.fs.files.layout import NamespacePaths
+from kvstrata.tiers.fs.files.namespace import namespace_paths
 from kvstrata.tiers.fs.startup import make_root
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key, settle, store
 from tests.conftest import FillRoot
-from tests.tiers.fs.space.harness import flip
+from tests.tiers.fs.budget.harness import flip
 
 OpenTier = Callable[..., FsTier]
 PAGE = {make_key(1): make_data(1, CONTEXT.layouts[0].nbytes)}

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from kvstrata.tiers.base import EPOCH, unseen
-from kvstrata.tiers.fs import temporary
-from kvstrata.tiers.fs.layout import NamespacePaths
-from kvstrata.tiers.fs.repair import examine
-from kvstrata.tiers.fs.survival import is_worthwhile, packets, watch
+from kvstrata.tiers.fs.files import temporary
+from kvstrata.tiers.fs.files.layout import NamespacePaths
 from kvstrata.tiers.fs.tier import FsTier
+from kvstrata.tiers.fs.tools.repair import examine
+from kvstrata.tiers.process.survival import is_worthwhile, packets, watch
 from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key, store
 from tests.waiting import wait_until
 
@@ -34,7 +34,7 @@ ENGINE = textwrap.dedent("""
     import json, sys, time
     from dataclasses import replace
     from pathlib import Path
-    from kvstrata.tiers.fs import process
+    from kvstrata.tiers.process import process
     from kvstrata.tiers.fs.tier import FsTier
     from kvstrata.tiers.testing import CONTEXT, Slots, make_data, make_job, make_key, store
     root, faulty, control, more = sys.argv[1:]

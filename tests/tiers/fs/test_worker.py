@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvstrata.tiers.fs.messages import MAX_PACKET, READY, Told, unpack_records
-from kvstrata.tiers.fs.worker import Outbox
+from kvstrata.tiers.process.messages import MAX_PACKET, READY, Told, unpack_records
+from kvstrata.tiers.process.worker import Outbox
 from kvstrata.tiers.testing import make_key
 
 NEWS = [(make_key(n), True) for n in range(4000)]

@@ -10,7 +10,7 @@ from pathlib import Path
 from kvstrata.tiers.fs.bench.contestants import Contestant, Memory, Ours, Stock, has_stock
 from kvstrata.tiers.fs.bench.figures import Figure
 from kvstrata.tiers.fs.bench.transfers import PAGES, new_keys
-from kvstrata.tiers.fs.space.limits import file_cost
+from kvstrata.tiers.fs.budget.limits import file_cost
 
 OPERATION = "store at the budget"
 _PAGE_BYTES = 2**21

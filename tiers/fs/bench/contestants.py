@@ -28,7 +28,7 @@ from kvstrata.tiers.base import (
     TierContext,
     layouts_to_json,
 )
-from kvstrata.tiers.fs.io import probe_direct
+from kvstrata.tiers.fs.files.direct_io import probe_direct
 from kvstrata.tiers.fs.tier import FsTier
 
 _REQUEST = "bench"

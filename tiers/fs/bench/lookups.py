@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kvstrata.tiers.fs.bench.contestants import Memory, Ours, Tier, tiers
 from kvstrata.tiers.fs.bench.figures import Figure
-from kvstrata.tiers.fs.index import Index
+from kvstrata.tiers.process.index import Index
 
 KEYS = 2048  # of a repetition
 INDEXED = 1_000_000  # files

@@ -19,10 +19,10 @@ from kvstrata.tiers.base import (
 )
 from kvstrata.tiers.fs.bench.contestants import Memory, Ours
 from kvstrata.tiers.fs.bench.figures import Figure
-from kvstrata.tiers.fs.index import MAX_PRESENT
-from kvstrata.tiers.fs.space.ledger import LEDGER_NAME, Ledger
-from kvstrata.tiers.fs.space.walk import BOOKS_NAME
+from kvstrata.tiers.fs.budget.keeper.walk import BOOKS_NAME
+from kvstrata.tiers.fs.budget.ledger import LEDGER_NAME, Ledger
 from kvstrata.tiers.fs.tier import FsTier
+from kvstrata.tiers.process.index import MAX_PRESENT
 
 _PAGE_BYTES = 4096
 _REQUEST = RequestView("bench")

@@ -1,0 +1,104 @@
+"""The command `kvstrata`: look at files, tend them, and see whether kvstrata would work here.
+
+Commands import what they need when they run, so that each starts at once and `doctor` runs
+where something is missing.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from kvstrata.offload.cli.check import check
+from kvstrata.offload.cli.gc import gc
+from kvstrata.offload.cli.inspect import inspect
+from kvstrata.offload.cli.ls import list_root
+from kvstrata.offload.cli.printing import AsJson, print_json, printable
+from kvstrata.offload.cli.trust import trust
+
+app = typer.Typer(
+    help="Look at the files that kvstrata keeps, tend them, and see whether it would work here.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_STYLES = {"ok": "green", "warning": "yellow", "problem": "red"}
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="kvstrata")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"kvstrata {version('kvstrata')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+app.command()(inspect)
+app.command("ls")(list_root)
+app.command()(check)
+app.command()(gc)
+app.command()(trust)
+
+
+@app.command()
+def doctor(
+    path: Annotated[
+        str | None,
+        typer.Argument(metavar="PATH", help="The root_dir of the filesystem tier to be."),
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JSON",
+            help="Look at this kv_connector_extra_config, or --kv-transfer-config, instead: its "
+            "keys, values and directories.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what would work here, what not, and why.
+
+    Exits with 1 if kvstrata could not run at all, or not with files at PATH or the configuration.
+    """
+    from dataclasses import asdict
+
+    from kvstrata.offload.cli.doctor import PROBLEM, examine
+    from kvstrata.offload.cli.doctor_config import examine_config
+
+    checks = list(examine(path) if config is None else examine_config(config))
+    problems = [check.name for check in checks if check.status == PROBLEM]
+    if as_json:
+        print_json({"ok": not problems, "checks": [asdict(check) for check in checks]})
+    else:
+        table = Table(box=None, show_header=False, pad_edge=False)
+        for check in checks:
+            status = Text(check.status, style=_STYLES[check.status])
+            cells = (check.name, check.found, check.meaning)
+            table.add_row(status, *(Text(printable(cell)) for cell in cells))
+        Console().print(table)
+        what = "kvstrata" if config is None else "this configuration"
+        can, cannot = ("can run", "cannot run") if config is None else ("works", "does not work")
+        named = f": {', '.join(problems)}" if problems else ""
+        typer.echo(f"{what} {cannot if problems else can} here{named}")
+    raise typer.Exit(1 if problems else 0)

@@ -1,0 +1,64 @@
+"""What the commands on a root share."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from kvstrata.tiers.fs.budget.limits import Limits
+
+Root = Annotated[str, typer.Argument(metavar="ROOT", help="The root_dir of the filesystem tier.")]
+
+
+def refuse_root(root: str) -> None:
+    """Exit with 2 if this is root's user and the books, or `root`, belong to another.
+
+    What root creates there the servers could not use. Other users are stopped by the permissions.
+
+    Raises:
+        OSError: `root` cannot be looked at.
+    """
+    from kvstrata.tiers.fs.budget.keeper.walk import BOOKS_NAME
+
+    books = os.path.join(root, BOOKS_NAME)
+    found = os.stat(books if os.path.exists(books) else root)
+    owner, group = found.st_uid, found.st_gid
+    if os.geteuid() == 0 != owner:
+        user = f"setpriv --reuid={owner} --regid={group} --clear-groups"
+        remedy = f"run this as the servers do, for example with: {user}"
+        typer.echo(f"kvstrata: {root!r} belongs to user {owner}; {remedy}", err=True)
+        raise typer.Exit(2)
+
+
+def no_namespaces(root: str) -> bool:
+    """Say on stderr that there are none; whether that is since `root` is something else.
+
+    Raises:
+        OSError: `root` cannot be listed.
+    """
+    from kvstrata.tiers.fs.budget.keeper.walk import BOOKS_NAME
+
+    # a fresh ext4 disk has a lost+found
+    misplaced = not set(os.listdir(root)) <= {"lost+found", BOOKS_NAME}
+    remedy = ": give the root_dir of the fs tier" if misplaced else ""
+    typer.echo(f"kvstrata: no namespaces below {root!r}{remedy}", err=True)
+    return misplaced
+
+
+def free_json(free_bytes: int) -> int | None:
+    """Free bytes; None where the file system does not tell."""
+    from kvstrata.tiers.disk import UNBOUNDED
+
+    return None if free_bytes == UNBOUNDED else free_bytes
+
+
+def limits_json(limits: Limits) -> dict[str, int | None]:
+    """Limits by option; None is no limit."""
+    return {
+        "max_bytes": limits.max_bytes or None,
+        "max_files": limits.max_files or None,
+        "min_free_bytes": limits.min_free_bytes or None,
+    }

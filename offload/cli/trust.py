@@ -1,0 +1,51 @@
+"""`kvstrata trust ROOT NAMESPACE`: use pages again that audits took out of service."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvstrata.offload.cli.names import named_namespace
+from kvstrata.offload.cli.printing import fail, printable
+from kvstrata.offload.cli.root import Root, no_namespaces
+
+if TYPE_CHECKING:
+    from kvstrata.tiers.fs.files.layout import NamespacePaths
+
+Namespace = Annotated[
+    str, typer.Argument(metavar="NAMESPACE", help="Its name as `ls` prints it, or its digest.")
+]
+
+
+def trust(root: Root, namespace: Namespace) -> None:
+    """Let pages be loaded and stored again that audits took out of service.
+
+    Before that, look at what differed: the files in the namespace's quarantine whose names begin
+    with a time and "audit" come in pairs, the page that was stored and the one that was computed.
+    Where the stored pages are wrong, remove the namespace instead.
+
+    Exits with 2 if there is no such namespace.
+    """
+    from kvstrata.tiers.fs.files.trust import trust as take_marker
+    from kvstrata.tiers.fs.tools.listing import namespaces
+
+    try:
+        known = namespaces(os.path.realpath(root))
+        if not known:
+            no_namespaces(root)
+            raise typer.Exit(2)
+        paths = named_namespace(root, known, namespace)
+        said = take_marker(paths)
+    except OSError as error:
+        fail(root, error)
+    _report(paths, said)
+
+
+def _report(paths: NamespacePaths, said: dict[str, object] | None) -> None:
+    if said is None:
+        typer.echo(f"{paths.name} was trusted already")
+        return
+    details = ", ".join(f"{key} {value}" for key, value in said.items())
+    typer.echo(f"{paths.name} is trusted again; it was not, since: {printable(details)}")

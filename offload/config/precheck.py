@@ -1,0 +1,76 @@
+"""What this machine says to a configuration, before a model is loaded. Nothing is changed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from kvstrata.offload.config.offload_config import ConfigError, OffloadConfig
+from kvstrata.tiers.base import TierConfigError
+from kvstrata.tiers.directories import check_directory
+from kvstrata.tiers.options import size_text
+from kvstrata.tiers.registry import tier_class, tier_options
+
+SHM = Path("/dev/shm")
+
+
+def check_here(config: OffloadConfig, shm: Path = SHM) -> None:
+    """Refuse what cannot work on this machine, however much of it is free.
+
+    Raises:
+        ConfigError: naming the key, the value and the remedy.
+    """
+    check_size(config.cpu_bytes, shm)
+    check_directories(config)
+
+
+def check_size(cpu_bytes: int, shm: Path = SHM) -> None:
+    """Refuse a CPU tier that is larger than the memory of this machine.
+
+    Raises:
+        ConfigError: naming the key, the value and the remedy.
+    """
+    size = size_text(cpu_bytes)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if cpu_bytes > memory:
+        raise ConfigError(
+            f"cpu_bytes_to_use: {size} is more than this machine's memory, {size_text(memory)}: "
+            "lower it"
+        )
+    try:
+        found = os.statvfs(shm)
+    except OSError as error:
+        raise ConfigError(
+            f"cpu_bytes_to_use: the CPU tier lives in {shm}, which cannot be used: "
+            f"{error.strerror}; mount a tmpfs there"
+        ) from error
+    total = found.f_blocks * found.f_frsize  # 0 where there is no limit
+    if 0 < total < cpu_bytes:
+        raise ConfigError(
+            f"cpu_bytes_to_use: {size} is more than {shm}, where the CPU tier lives, holds in all, "
+            f"{size_text(total)}: lower it, or make {shm} larger (containers: --shm-size)"
+        )
+
+
+def check_directories(config: OffloadConfig) -> None:
+    """Refuse directories that tiers could not use, or that lead to one place.
+
+    Raises:
+        ConfigError: naming the tier, the directory and the remedy.
+    """
+    seen: dict[str, str] = {}
+    for index, tier in enumerate(config.tiers):
+        for path in tier_class(tier.entry).directories(tier_options(tier.entry)):
+            try:
+                check_directory(path)
+            except (TierConfigError, OSError) as error:
+                raise ConfigError(f"secondary_tiers[{index}]: {error}") from error
+            real = os.path.realpath(path)
+            for other, given in seen.items():
+                if os.path.commonpath((real, other)) in (real, other):
+                    raise ConfigError(
+                        f"secondary_tiers[{index}]: {path!r} and {given!r} lead to one directory, "
+                        "or one into the other: each would evict the other's files; give "
+                        "directories that do not"
+                    )
+            seen[real] = path

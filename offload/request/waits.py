@@ -1,0 +1,77 @@
+"""Waits: how long a request may wait, whatever it waits for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kvstrata.offload.primary.slots import Entry
+from kvstrata.offload.request.request import RequestState
+
+# Of the deadline, where a request waits for pages of several groups: from then on it takes no
+# page more behind the first that is missing. The rest of the time is for the other groups' pages
+# before it: vLLM asks for a sliding window only where it knows the prefix to end.
+SEVERAL_GROUPS = 0.8
+
+
+class Waits:
+    """The clocks of waiting requests and of pages that the GPU fills.
+
+    Args:
+        deadline_s: `promotion_deadline_s`.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, deadline_s: float, clock: Callable[[], float]) -> None:
+        self.deadline_s = deadline_s
+        self._clock = clock
+        self._step = 0
+        self.cuts: list[RequestState] = []  # waiting requests that have one
+
+    def left(self, state: RequestState) -> float:
+        """Seconds that a request still has, as of its last `goes_on`."""
+        return self.deadline_s - (state.waited_at - state.waits_since)
+
+    def is_first(self, state: RequestState) -> bool:
+        """Whether the request has not been told to wait in this step."""
+        return state.waited_in != self._step
+
+    def goes_on(self, state: RequestState, end_token: int) -> bool:
+        """Whether the request may wait (on) for a page that ends there.
+
+        It may wait for so long in all, until it loads or computes; vLLM need not ask in each step.
+        """
+        now = self._clock()
+        if not state.waits:
+            state.waits, state.waits_since = True, now
+            state.cut, state.groups = None, frozenset()
+        state.waited_in, state.waited_at = self._step, now
+        waited = now - state.waits_since
+        if len(state.groups) > 1 and waited >= SEVERAL_GROUPS * self.deadline_s:
+            if state.cut is None:
+                state.cut = end_token
+            if state not in self.cuts:
+                self.cuts.append(state)
+            if end_token >= state.cut:
+                return False
+        return waited < self.deadline_s
+
+    def for_gpu(self, entry: Entry, end_token: int, state: RequestState) -> bool:
+        """Whether the request may wait (on) for a page that the GPU fills."""
+        now = self._clock()
+        if entry.awaited_since is None:
+            entry.awaited_since = now
+        entry.late = entry.late or now - entry.awaited_since >= self.deadline_s
+        return not entry.late and self.goes_on(state, end_token)
+
+    def is_cut(self, state: RequestState, end_token: int) -> bool:
+        """Whether the request does without a page that ends there although it has arrived.
+
+        Its prefix must not grow while it waits for the other groups' pages at its end.
+        """
+        return state in self.cuts and state.cut is not None and end_token >= state.cut
+
+    def end_step(self) -> None:
+        """A step ended."""
+        if self.cuts:
+            self.cuts[:] = [state for state in self.cuts if state.waited_in == self._step]
+        self._step += 1

@@ -1,0 +1,96 @@
+"""TierLink: one secondary tier, and what the manager has learnt of it."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvstrata.offload.audit.trust import Trust
+from kvstrata.offload.primary.slots import Entry
+from kvstrata.offload.secondary.breaker import CircuitBreaker
+from kvstrata.offload.secondary.costs import TransferCost
+from kvstrata.offload.secondary.load_queue import LoadQueue
+from kvstrata.offload.secondary.pace import Pace
+from kvstrata.offload.secondary.reuse import Offers
+from kvstrata.tiers.base import SecondaryTier
+
+
+@dataclass(frozen=True, slots=True)
+class NamedTier:
+    """A secondary tier and the name it has in requests, logs and metrics.
+
+    `store_threshold`, `max_tracker_size` and `kv_events` are those of its entry in
+    `secondary_tiers`.
+    """
+
+    name: str
+    tier: SecondaryTier
+    medium: str | None = None  # vLLM's word: "CPU", "STORAGE", or None for anything else
+    store_threshold: int = 0
+    max_tracker_size: int = 64_000
+    kv_events: bool = True
+
+
+MAX_LOST = 4096
+
+
+class Traffic:
+    """The jobs of one direction under way at a tier, and what earlier ones cost."""
+
+    def __init__(self) -> None:
+        self.pages = 0
+        self.nbytes = 0
+        self.cost = TransferCost()
+        self.progress = -math.inf  # when a job last ended, or a page arrived
+
+
+class TierLink:
+    """A secondary tier as the manager deals with it.
+
+    Args:
+        named: the tier.
+        index: its place in the order of look-up.
+        deadline_s: `promotion_deadline_s`.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self, named: NamedTier, index: int, deadline_s: float, clock: Callable[[], float]
+    ) -> None:
+        self.named = named
+        self.name = named.name
+        self.tier = named.tier
+        self.index = index
+        self.bit = 1 << index  # in `Entry.offered`
+        self.breaker = CircuitBreaker(named.name, clock)
+        self.trust = Trust()
+        self.asked = Offers(named.store_threshold, named.max_tracker_size)
+        self.loads = Traffic()
+        self.stores = Traffic()
+        self.queue = LoadQueue()
+        self.pace = Pace(deadline_s, clock())
+        self.promoting = 0  # slots of the primary tier reserved for it, in time
+        # Keys that did not arrive -> number of the newest request then: those that waited for
+        # the page ask elsewhere, later ones may try again
+        self.lost: OrderedDict[bytes, int] = OrderedDict()
+        self.recent: deque[Entry] = deque(maxlen=16)  # pages it was given or gave
+        self.stores_failing = False  # nothing of its last store was stored, whatever the cause
+        self.overdue_jobs = 0
+        self.declined = 0  # requests that computed what they could have loaded
+
+    def lose(self, key: bytes, number: int) -> None:
+        """A page did not arrive, when the newest request was this one."""
+        self.lost.pop(key, None)
+        self.lost[key] = number
+        if len(self.lost) > MAX_LOST:
+            self.lost.popitem(last=False)
+
+    def ahead(self, req_id: str, nbytes: int) -> int:
+        """Bytes that it loads until so many more of a request have arrived."""
+        return self.loads.nbytes + self.queue.ahead(req_id, nbytes)
+
+    def traffic(self, *, promotion: bool) -> Traffic:
+        """Loads for a promotion, else stores."""
+        return self.loads if promotion else self.stores

@@ -1,0 +1,323 @@
+"""The secondary tiers and the jobs under way at them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from kvstrata.offload.primary.slots import Entry
+from kvstrata.offload.secondary.breaker import Kind
+from kvstrata.offload.secondary.costs import Timing
+from kvstrata.offload.secondary.tier import NamedTier, TierLink, Traffic
+from kvstrata.tiers.base import PAGE_CAUSES, Job, JobResult, Page, PageLayout, RequestView
+
+logger = logging.getLogger("kvstrata.manager")
+
+# All tiers together get this long to end their jobs, and as long again to stop; what hangs
+# is then left behind.
+STOP_TIMEOUT_S = 5.0
+# A store that takes longer no longer keeps an otherwise idle engine stepping, and counts as
+# a failure of the tier.
+STORE_PATIENCE_S = 60.0
+
+
+@dataclass(slots=True, eq=False)
+class Running:
+    """A job under way at a tier: a promotion into the primary tier, or a cascade out of it.
+
+    `entries` and `nbytes` are what has not arrived yet. `due`: when it is overdue (anew).
+    """
+
+    link: TierLink
+    entries: dict[bytes, Entry]
+    promotion: bool
+    started: float
+    request: RequestView
+    nbytes: int
+    due: float
+    timing: Timing
+    probe: bool = False
+    on_end: Callable[[Running, JobResult], None] | None = None  # who takes the result
+    arrived: int = 0  # pages, before its end
+    overdue: int = 0  # how often its time has passed
+
+    @property
+    def traffic(self) -> Traffic:
+        """Where it counts."""
+        return self.link.traffic(promotion=self.promotion)
+
+    @property
+    def kind(self) -> Kind:
+        """What a failure counts as."""
+        return Kind.LOAD if self.promotion else Kind.STORE
+
+
+class TierJobs:
+    """Opens and stops the tiers, hands them jobs, and takes the results.
+
+    Args:
+        open_tiers: makes the secondary tiers.
+        view: (slot, bytes) -> the beginning of the slot.
+        layouts: page layout by group.
+        promotion_deadline_s: a tier whose promotions make no progress for longer fails.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        open_tiers: Callable[[], Sequence[NamedTier]],
+        view: Callable[[int, int], memoryview],
+        layouts: Mapping[int, PageLayout],
+        promotion_deadline_s: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self._open_tiers = open_tiers
+        self._view = view
+        # By the last bytes of a key, which are cheaper to look up than to decode
+        self._groups = {
+            group.to_bytes(4, "big"): (group, layout.nbytes) for group, layout in layouts.items()
+        }
+        sizes = {layout.nbytes for layout in layouts.values()}
+        self._one_size = sizes.pop() if len(sizes) == 1 else None
+        self._promotion_deadline_s = promotion_deadline_s
+        self._clock = clock
+        self._running: dict[int, Running] = {}  # oldest first
+        self._next_job = 0
+        self._left_behind: list[TierLink] = []  # did not stop in time; may still end jobs
+        # (tier, kind, request) that failed since `results` was called last: the jobs of one
+        # prefix that fail together are one failure
+        self._blamed: set[tuple[TierLink, Kind, str]] = set()
+        self.links: tuple[TierLink, ...] = ()
+        self._open()
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def submit(
+        self,
+        link: TierLink,
+        entries: Sequence[Entry],
+        request: RequestView,
+        *,
+        promotion: bool,
+        timing: Timing | None = None,
+        probe: bool = False,
+        on_end: Callable[[Running, JobResult], None] | None = None,
+    ) -> None:
+        """Start one job; its result comes from `results`, or to `on_end`.
+
+        `timing`: of the pages it was asked for with, if there are others.
+        """
+        job = self._open_job(link, entries, request, promotion, timing, probe, on_end)
+        if promotion:
+            link.tier.submit_load(job)
+        else:
+            link.tier.submit_store(job)
+
+    def reject(
+        self,
+        link: TierLink,
+        entry: Entry,
+        request: RequestView,
+        *,
+        distrust: bool,
+        on_end: Callable[[Running, JobResult], None],
+    ) -> bool:
+        """Let a tier put a page aside; see `SecondaryTier.submit_reject`. Whether it can."""
+        job = self._open_job(link, [entry], request, False, None, False, on_end)
+        if link.tier.submit_reject(job, distrust=distrust):
+            return True
+        self._close_job(job.job_id)
+        return False
+
+    def _open_job(
+        self,
+        link: TierLink,
+        entries: Sequence[Entry],
+        request: RequestView,
+        promotion: bool,
+        timing: Timing | None,
+        probe: bool,
+        on_end: Callable[[Running, JobResult], None] | None,
+    ) -> Job:
+        job_id = self._next_job
+        self._next_job += 1
+        pages = self._pages(entries)
+        nbytes = sum(self.sizes(entries))
+        traffic = link.traffic(promotion=promotion)
+        traffic.pages += len(pages)
+        traffic.nbytes += nbytes
+        now = self._clock()
+        self._running[job_id] = Running(
+            link,
+            {entry.key: entry for entry in entries},
+            promotion,
+            now,
+            request,
+            nbytes,
+            now + self._patience(promotion),
+            timing or Timing(now, traffic.nbytes, len(pages)),
+            probe,
+            on_end,
+        )
+        return Job(job_id, pages, request)
+
+    def _close_job(self, job_id: int) -> Running:
+        job = self._running.pop(job_id)
+        self._leave(job, len(job.entries), job.nbytes)
+        return job
+
+    def _leave(self, job: Running, pages: int, nbytes: int) -> None:
+        """So much of a job is no longer under way."""
+        job.traffic.pages -= pages
+        job.traffic.nbytes -= nbytes
+        if job.promotion:
+            job.link.pace.moved(pages)
+        job.timing.pages -= pages
+
+    def sizes(self, entries: Sequence[Entry]) -> list[int]:
+        """Bytes of each page."""
+        if self._one_size is not None:
+            return [self._one_size] * len(entries)
+        groups = self._groups
+        return [groups[entry.key[-4:]][1] for entry in entries]
+
+    def results(self) -> Iterator[tuple[Running, JobResult]]:
+        """The jobs that ended since the last call."""
+        self._blamed.clear()
+        if not self._running:
+            return
+        for link in (*self.links, *self._left_behind):
+            for result in link.tier.get_finished():
+                job = self._close_job(result.job_id)
+                self._judge(job, result)
+                if job.on_end is not None:
+                    job.on_end(job, result)
+                else:
+                    yield job, result
+        if self._left_behind:
+            busy = {job.link for job in self._running.values()}
+            self._left_behind = [link for link in self._left_behind if link in busy]
+
+    def arrivals(self) -> Iterator[tuple[Running, list[Entry]]]:
+        """Pages of promotions under way that arrived since the last call; after `results`."""
+        if not self._running:
+            return
+        for link in (*self.links, *self._left_behind):
+            for job_id, keys in link.tier.get_arrived().items():
+                job = self._running[job_id]
+                if job.on_end is not None:
+                    continue  # an audit's one page: its end will say so
+                entries = [job.entries.pop(key) for key in keys]
+                nbytes = sum(self.sizes(entries))
+                job.arrived += len(entries)
+                job.nbytes -= nbytes
+                self._leave(job, len(entries), nbytes)
+                job.traffic.progress = self._clock()
+                yield job, entries
+        self._look_for_overdue()
+
+    def any_in_time(self) -> bool:
+        """Whether a job that somebody counts on is under way and has not outrun its time."""
+        self._look_for_overdue()
+        return any(not job.overdue and not job.probe for job in self._running.values())
+
+    def drain(self) -> None:
+        """Wait for the jobs under way, at most `STOP_TIMEOUT_S` for all tiers together."""
+        self._bounded("drain", lambda link, left: link.tier.drain(left))
+
+    def stop(self) -> None:
+        """Stop the tiers, within `STOP_TIMEOUT_S` in all; one that hangs is left behind."""
+        self._left_behind += self._bounded("stop", lambda link, left: link.tier.shutdown(left))
+
+    def reopen(self) -> None:
+        """Open the tiers anew after `stop`; if that fails, go on without them."""
+        try:
+            self._open()
+        except Exception:  # the engine goes on, whatever a medium does
+            logger.exception("secondary tiers cannot be opened again: they are off")
+            self.links = ()
+
+    def _open(self) -> None:
+        self.links = tuple(
+            TierLink(named, index, self._promotion_deadline_s, self._clock)
+            for index, named in enumerate(self._open_tiers())
+        )
+
+    def _bounded(self, verb: str, call: Callable[[TierLink, float], bool]) -> list[TierLink]:
+        """Do something to every tier, healthy ones first; those that did not end in time."""
+        deadline = self._clock() + STOP_TIMEOUT_S
+        late = []
+        for link in sorted(self.links, key=lambda link: not link.breaker.closed):
+            if not call(link, max(0.0, deadline - self._clock())):
+                logger.warning("tier %s did not %s in time", link.name, verb)
+                late.append(link)
+        return late
+
+    def _patience(self, promotion: bool) -> float:
+        return self._promotion_deadline_s if promotion else STORE_PATIENCE_S
+
+    def _look_for_overdue(self) -> None:
+        """A job is overdue when its tier has made no progress in its direction for too long."""
+        now = self._clock()
+        for job in self._running.values():
+            if now < job.due:
+                continue
+            patience = self._patience(job.promotion)
+            job.due = max(job.due, job.traffic.progress + patience)
+            if now >= job.due:
+                job.overdue += 1  # again and again: a single job that never ends counts too
+                job.due += patience
+                self._blame(job)
+                self._note_overdue(job, now - job.started)
+
+    def _blame(self, job: Running) -> None:
+        failure = job.link, job.kind, job.request.req_id
+        if failure not in self._blamed:
+            self._blamed.add(failure)
+            job.link.breaker.failed(job.kind)
+
+    def _note_overdue(self, job: Running, seconds: float) -> None:
+        link = job.link
+        if not link.overdue_jobs:
+            logger.warning(
+                "tier %s: a %s of %d pages has not ended within %.3g s, and none of the others "
+                "made progress; its slots stay taken until it ends (logged once; counted from now "
+                "on as overdue_jobs)",
+                link.name,
+                "load" if job.promotion else "store",
+                len(job.entries),
+                seconds,
+            )
+        link.overdue_jobs += job.overdue == 1
+
+    def _judge(self, job: Running, result: JobResult) -> None:
+        """What the job says of the tier's health, and what it cost."""
+        if not job.promotion and job.on_end is None:
+            job.link.stores_failing = len(result.failed) == len(job.entries)
+        sick = [cause for cause in result.failed.values() if cause not in PAGE_CAUSES]
+        if len(sick) == len(job.entries) and not job.arrived:
+            if not job.overdue:  # else counted already
+                self._blame(job)
+            job.timing.sound = False
+            return
+        job.traffic.progress = self._clock()
+        if job.probe:  # also if it only found the disk full: loads may be well
+            job.link.breaker.probe_succeeded()
+        if len(result.failed) == len(job.entries) and not job.arrived:
+            job.timing.sound = False
+            return  # says nothing of the medium
+        if not job.overdue:
+            job.link.breaker.succeeded(job.kind)
+        if job.timing.sound and not job.timing.pages:
+            job.traffic.cost.add(job.timing.ahead, self._clock() - job.timing.started)
+
+    def _pages(self, entries: Sequence[Entry]) -> tuple[Page, ...]:
+        view, groups = self._view, self._groups
+        found = [groups[entry.key[-4:]] for entry in entries]
+        fields = [
+            (entry.key, group, entry.end_token, entry.slot, view(entry.slot, nbytes))
+            for entry, (group, nbytes) in zip(entries, found, strict=True)
+        ]
+        return tuple(map(Page._make, fields))

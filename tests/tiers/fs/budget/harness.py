@@ -1,0 +1,249 @@
+"""Servers of a disk budget in this process, and what the tests of it look at."""
+
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvstrata.tiers.base import TierContext
+from kvstrata.tiers.fs.budget import member as space_module
+from kvstrata.tiers.fs.budget.ledger import Books
+from kvstrata.tiers.fs.budget.limits import file_cost
+from kvstrata.tiers.fs.budget.member import Space, Upkeep
+from kvstrata.tiers.fs.budget.stamps import first_access
+from kvstrata.tiers.fs.budget.tail import News
+from kvstrata.tiers.fs.config import FsConfig
+from kvstrata.tiers.fs.files.namespace import namespace_paths
+from kvstrata.tiers.fs.medium import PageFiles
+from kvstrata.tiers.fs.startup import make_root, open_books, open_namespace
+from kvstrata.tiers.process.messages import PageRef
+from kvstrata.tiers.testing import CONTEXT, make_data, make_key
+
+GROUP = 2
+SIZE = CONTEXT.layouts[GROUP].nbytes
+COST = file_cost(SIZE + 4096)
+BUDGET = 100 * COST
+REST_TURNS = 3  # idle ones in a row after which nothing more can come
+
+
+class _TurningSpace(Space):
+    """A space that counts its idle turns, and of which nobody else sees the thread's faults."""
+
+    turned = threading.Condition()  # of all spaces
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        self.idle = 0
+        super().__init__(*args, **more)
+
+    def _tick(self) -> bool:
+        busy = super()._tick()
+        with self.turned:
+            self.idle = 0 if busy or self._events or self._pending else self.idle + 1
+            self.turned.notify_all()
+        return busy
+
+
+class Server:
+    """One server of a budget, with its files, all in this process.
+
+    It stores and loads at once and answers with what became of it. The books are kept on the
+    space's thread, or, if `driven`, whenever `turn` is called.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        context: TierContext = CONTEXT,
+        *,
+        keeps: bool = True,
+        engine: int | None = None,
+        **options: Any,
+    ) -> None:
+        (config,) = map(make_root, FsConfig.parse({"root_dir": str(root), **options}))
+        self.failures: Counter[str] = Counter()
+        self.details: list[str] = []
+        self.news: list[News] = []
+        self.said: list[str] = []
+        self.is_behind = False
+        self.done: Counter[str] = Counter()
+        self._access = first_access() if engine is None else engine << 40
+        self.paths = namespace_paths(config.root_dir, context.model, context.namespace)
+        open_namespace(config, self.paths, context.namespace)
+        limits = open_books(config)
+        assert limits is not None
+        modes = config.file_mode, config.dir_mode
+        self.space = _TurningSpace(str(root), self.paths.name, limits, *modes, self, keeps)
+        self.files = PageFiles(config, context, self.paths, False, self.report, self.space)
+
+    def report(self, cause: str, detail: str) -> None:
+        self.failures[cause] += 1
+        self.details.append(detail)
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def tell(self, news: Sequence[News]) -> None:
+        self.news += news
+
+    def upkeep(self, done: Upkeep) -> None:
+        self.done.update(done._asdict())
+
+    def access(self) -> int:
+        self._access += 1
+        return self._access
+
+    def put(
+        self,
+        numbers: Collection[int],
+        group: int = GROUP,
+        access: int | None = None,
+        rewrite: bool = False,
+    ) -> dict[int, str]:
+        """Store the pages by one access each, or all by `access`; the causes of failures.
+
+        The pages of a given access are `16 * (number + 1)` tokens deep.
+        """
+        failed = {}
+        for number in numbers:
+            data = bytearray(make_data(number, CONTEXT.layouts[group].nbytes))
+            depth = 0 if access is None else 16 * (number + 1)
+            page = PageRef(make_key(number, group), 0, depth, rewrite)
+            found = self.files.store(page, memoryview(data), access or self.access())
+            if found.cause is not None:
+                failed[number] = found.cause
+        return failed
+
+    def get(
+        self, numbers: Collection[int], group: int = GROUP, access: int | None = None
+    ) -> set[int]:
+        """Load pages and compare them; those that arrived."""
+        arrived = set()
+        for number in numbers:
+            data = bytearray(CONTEXT.layouts[group].nbytes)
+            page = PageRef(make_key(number, group))
+            found = self.files.load(page, memoryview(data), access or self.access())
+            if found.cause is None:
+                assert data == make_data(number, len(data)), "wrong bytes"
+                arrived.add(number)
+        return arrived
+
+    def use(self, numbers: Collection[int], group: int = GROUP) -> None:
+        access = self.access()
+        for number in numbers:
+            self.space.used(make_key(number, group), 0, access)
+
+    def promise(self, numbers: Collection[int], group: int = GROUP) -> None:
+        access = self.access()
+        for number in numbers:
+            self.space.promised(make_key(number, group), access)
+
+    def there(self, numbers: Collection[int], group: int = GROUP) -> set[int]:
+        """Which of the pages are on the disk, without asking the server."""
+        return {n for n in numbers if os.path.exists(self.paths.page(make_key(n, group)))}
+
+    @contextmanager
+    def books(self) -> Iterator[Books]:
+        with self.space._place.ledger.locked() as books:
+            yield books
+
+    @property
+    def server(self) -> bytes:
+        return self.space._place.server
+
+    def keeps(self) -> bool:
+        """Whether it is the keeper."""
+        with self.books() as books:
+            return books.keeper == self.server
+
+    def turn(self) -> bool:
+        """Do what the thread does in one turn; True if there is more to do."""
+        return self.space._tick()
+
+    def leave(self) -> None:
+        """What `close` does, for one that is driven."""
+        self.space._leave()
+        if self.space._presence is not None:
+            self.space._presence.close()
+        self.space._place.ledger.close()
+
+    def die(self) -> None:
+        """As if the process of one that is driven had been killed."""
+        presence = self.space._presence
+        if presence is not None:
+            os.close(presence._fd)
+        self.space._place.ledger.close()
+
+    def close(self) -> None:
+        assert self.space.close(60.0)
+        assert self.failures["internal"] == 0
+
+
+def rest(*servers: Server) -> None:
+    """Wait until everything that the servers did is booked, and nothing is left to do."""
+    for server in servers:
+        server.space.idle = 0
+    deadline = time.monotonic() + 60.0
+    with _TurningSpace.turned:
+        while not (all(s.space.idle >= REST_TURNS for s in servers) and _booked(servers[0])):
+            assert _TurningSpace.turned.wait(deadline - time.monotonic()), "no rest"
+
+
+def _booked(server: Server) -> bool:
+    with server.books() as books:
+        return books.known and not any(row.reserved_files for row in books.rows.values())
+
+
+def rest_driven(*servers: Server) -> None:
+    """The same for servers that are driven."""
+    idle = 0
+    deadline = time.monotonic() + 60.0
+    while idle < REST_TURNS:
+        assert time.monotonic() < deadline, "no rest"
+        busy = [server.turn() for server in servers]
+        waits = any(server.space._events or server.space._pending for server in servers)
+        idle = 0 if any(busy) or waits or not _booked(servers[0]) else idle + 1
+
+
+def make_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(space_module, "REPEAT_S", -1.0)
+    monkeypatch.setattr(space_module, "TICK_S", 0.002)
+    monkeypatch.setattr(space_module, "SLICE_S", 0.002)
+    monkeypatch.setattr(space_module, "_BEAT_S", 0.02)
+    # on a busy machine the space's thread may take long to make room
+    monkeypatch.setattr("kvstrata.tiers.fs.budget.admission.WAIT_S", 60.0)
+
+
+def drive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Space, "_run", lambda space: None)
+    monkeypatch.setattr("kvstrata.tiers.fs.budget.admission.WAIT_S", 0.0)
+    monkeypatch.setattr(space_module, "SLICE_S", 0.0)  # a scan goes on by one file
+    monkeypatch.setattr(space_module, "_BEAT_S", 0.0)
+
+
+def disk_usage(root: Path) -> tuple[int, int]:
+    """Bytes, directories included, and files, each inode once."""
+    found: dict[int, tuple[int, bool]] = {}
+    for directory, _, names in os.walk(root):
+        for path in (directory, *(os.path.join(directory, name) for name in names)):
+            with suppress(FileNotFoundError):
+                status = os.lstat(path)
+                found[status.st_ino] = (status.st_blocks * 512, path != directory)
+    return sum(size for size, _ in found.values()), sum(is_file for _, is_file in found.values())
+
+
+def are_the_last(left: set[int], numbers: Sequence[int]) -> bool:
+    """Whether just the pages that were stored last are left."""
+    return left == set(numbers[len(numbers) - len(left) :])
+
+
+def flip(path: str) -> None:
+    """Spoil the last byte of a file."""
+    raw = bytearray(Path(path).read_bytes())
+    raw[-1] ^= 1
+    Path(path).write_bytes(raw)

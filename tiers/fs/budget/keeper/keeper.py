@@ -1,0 +1,132 @@
+"""The keeper: of all servers on a root the one that holds the lease, keeps the books and evicts."""
+
+from __future__ import annotations
+
+import time
+
+from kvstrata.tiers.fs.budget import snapshot
+from kvstrata.tiers.fs.budget.keeper.eviction import Eviction
+from kvstrata.tiers.fs.budget.keeper.inventory import Holdings, Place
+from kvstrata.tiers.fs.budget.keeper.replay import Booking
+from kvstrata.tiers.fs.budget.keeper.rescan import Recount, strike
+from kvstrata.tiers.fs.budget.lease import Watch
+from kvstrata.tiers.fs.budget.ledger import Books
+from kvstrata.tiers.fs.budget.limits import Limits, rotate_bytes
+
+RESCAN_S = 600.0  # between two scans for what was changed by others
+
+
+class Keeper:
+    """The keeper's work in the order in which it is done. One thread only; blocks on the disk."""
+
+    def __init__(self, place: Place, protected: dict[bytes, float], limits: Limits) -> None:
+        """Take over from the last keeper. A scan begins with the first work.
+
+        `limits` are those of this server, which count with those of the others.
+        `protected` says by offload key until when, on the monotonic clock, a page is spared;
+        what other servers promised is added to it.
+        """
+        self._place = place
+        self.holdings = Holdings(place, protected)
+        self.booking = Booking(self.holdings)
+        self.recount = Recount(self.holdings, self.booking)
+        self.eviction = Eviction(self.holdings, limits)
+        self._watch = Watch(place.directory)
+        self._scan_due = 0.0
+        self._dead_at_scan: set[bytes] = set()
+        self._saved_at = 0  # bytes of the journals at the last snapshot
+
+    @property
+    def complete(self) -> bool:
+        """Whether a scan has seen everything, so that the ledger's base is exact."""
+        return self.holdings.complete
+
+    @property
+    def scanning(self) -> bool:
+        """Whether a scan is under way or due at once."""
+        return self.recount.running or self._scan_due == 0.0
+
+    def work(self, slice_s: float) -> bool:
+        """Do what is due, the scan for at most `slice_s` seconds; True if more is due.
+
+        Raises:
+            OSError: the books cannot be read or written.
+        """
+        try:
+            more = self._book(slice_s)
+        except OSError:
+            self._count_anew()  # perhaps what was done is not in the ledger
+            raise
+        # writing a snapshot costs as much as it is long
+        grown = self.booking.length() - self._saved_at
+        if grown > max(rotate_bytes(self.eviction.limits), 64 * len(self.holdings.catalog)):
+            self.save()
+        return more
+
+    def finish(self) -> None:
+        """The server leaves: book what is there and write the snapshot.
+
+        Raises:
+            OSError: the books cannot be read or written.
+        """
+        while self.booking.fold():
+            pass
+        self.save()
+
+    def save(self) -> None:
+        """Write the snapshot and delete the journals that it covers.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        with self._place.ledger.locked() as books:
+            rows, ours = set(books.rows), books.keeper == self._place.server
+        if ours:
+            holdings = self.holdings
+            columns = holdings.catalog, holdings.names, holdings.read
+            snapshot.save(self._place.directory, *columns, self._place.file_mode)
+            self.booking.delete_covered(rows)
+            self._saved_at = self.booking.length()
+
+    def judge(self, books: Books) -> None:
+        """Find the servers that died.
+
+        What they reserved counts until a scan has seen what became of it.
+        """
+        for server, row in list(books.rows.items()):
+            if server == self._place.server or row.dead:
+                continue
+            if self._watch.is_dead(server, row.beat):
+                if row.reserved_bytes or row.reserved_files:
+                    row.dead, self._scan_due = True, 0.0
+                else:
+                    strike(books, server, self._place.directory)
+        self.recount.hosts = {row.host.decode("ascii", "replace") for row in books.rows.values()}
+
+    def _book(self, slice_s: float) -> bool:
+        more = self.booking.fold()
+        if self.complete:
+            self.recount.book_books()
+        self._scan(slice_s)
+        if self.booking.lost:
+            self._count_anew()
+        return self.eviction.make_room() or more
+
+    def _scan(self, slice_s: float) -> None:
+        if not self.recount.running:
+            now = time.monotonic()
+            if now < self._scan_due:
+                return
+            with self._place.ledger.locked() as books:
+                self.judge(books)
+                self._dead_at_scan = {server for server, row in books.rows.items() if row.dead}
+            self._scan_due = now + RESCAN_S
+            self.recount.begin()
+        if self.recount.step(slice_s):
+            self.recount.finish(self._dead_at_scan)
+
+    def _count_anew(self) -> None:
+        self.holdings.complete = False
+        self.booking.lost = False
+        self.recount.abandon()
+        self._scan_due = 0.0

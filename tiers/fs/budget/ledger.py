@@ -1,0 +1,259 @@
+"""The ledger: one small file below the root that all its servers change under a lock.
+
+It says how much is used, how much each server has reserved, which limits each has, and who
+holds the lease, that is, who keeps the books and evicts for all. Whoever reads or changes it
+holds `flock` on it for some microseconds, so a reservation is exact between processes and,
+where the NFS server supports locks, between hosts.
+
+A byte is in exactly one place: in `base` (files), in `spare` (files that were claimed from
+their keys and wait to be overwritten), or in a server's `reserved` (being written, or written
+and not yet booked by the keeper).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+
+import xxhash
+
+from kvstrata.tiers.disk import UNBOUNDED, disk_at
+from kvstrata.tiers.fs.budget.limits import Limits, Usage, smallest
+from kvstrata.tiers.fs.files import nofollow
+
+MAX_ROWS = 512
+LEDGER_NAME = "ledger"  # in the directory of the books
+_MAGIC = b"kvledge1"
+_HEADER = struct.Struct("<8s16sB12sqqqqI")
+_ROW = struct.Struct("<16s12sQB" + "Q" * 3 + "qq" + "qqq" + "IQ")
+_LOCK_WITHIN_S = 2.0
+# Between two tries to lock, which another process does for some 20 us as a rule.
+_PAUSE_S, _MOST_PAUSE_S = 20e-6, 500e-6
+
+
+class LedgerBusy(OSError):
+    """Another process has held the lock for seconds; no use to wait for it now."""
+
+
+@dataclass(slots=True)
+class Row:
+    """One server.
+
+    Attributes:
+        host: machine and pid namespace, as in the names of temporaries.
+        beat: counts up while it lives.
+        dead: the keeper found it dead; its limits count no more, its reservations do until
+            a scan has seen what they became.
+        reserved_bytes, reserved_files: see the module's text.
+        wanted: cost of a store that waits for room, or 0.
+        pressed: bytes that a full disk refused although the budget had room.
+        page: cost of the file that was stored last; spares of this cost are of use.
+        booked: sequence number and length of its journal up to which the ledger was changed.
+    """
+
+    host: bytes
+    limits: Limits
+    beat: int = 0
+    dead: bool = False
+    reserved_bytes: int = 0
+    reserved_files: int = 0
+    wanted: int = 0
+    pressed: int = 0
+    page: int = 0
+    booked: tuple[int, int] = (0, 0)
+
+
+@dataclass(slots=True)
+class Books:
+    """What the ledger says.
+
+    Attributes:
+        keeper: id of the server that holds the lease; zeros at first.
+        known: `base` was counted; until then nothing may be reserved.
+        boot: the boot of the machine that counted; after a crash of it, count anew.
+        rows: servers by id.
+    """
+
+    keeper: bytes = bytes(16)
+    known: bool = False
+    boot: bytes = bytes(12)
+    base_bytes: int = 0
+    base_files: int = 0
+    spare_bytes: int = 0
+    spare_files: int = 0
+    rows: dict[bytes, Row] = field(default_factory=dict)
+
+    def limits(self) -> Limits:
+        """The smallest of the living servers' limits."""
+        return smallest(row.limits for row in self.rows.values() if not row.dead)
+
+    def taken(self, root: str) -> Usage:
+        """What the files take that are booked.
+
+        Raises:
+            OSError: the file system cannot be asked.
+        """
+        return Usage(
+            self.base_bytes + self.spare_bytes,
+            self.base_files + self.spare_files,
+            disk_at(root).free,
+        )
+
+    def usage(self, root: str) -> Usage:
+        """What is taken, reservations included.
+
+        Raises:
+            OSError: the file system cannot be asked.
+        """
+        reserved = sum(row.reserved_bytes for row in self.rows.values())
+        files = sum(row.reserved_files for row in self.rows.values())
+        taken = self.taken(root)
+        free = taken.free_bytes
+        return Usage(
+            taken.nbytes + reserved,
+            taken.files + files,
+            free if free == UNBOUNDED else free - reserved,
+        )
+
+    def encode(self) -> bytes:
+        """The file's content."""
+        parts = [
+            _HEADER.pack(
+                _MAGIC,
+                self.keeper,
+                self.known,
+                self.boot,
+                self.base_bytes,
+                self.base_files,
+                self.spare_bytes,
+                self.spare_files,
+                len(self.rows),
+            )
+        ]
+        for server, row in self.rows.items():
+            limits = row.limits
+            parts.append(
+                _ROW.pack(
+                    *(server, row.host, row.beat, row.dead),
+                    *(limits.max_bytes, limits.max_files, limits.min_free_bytes),
+                    *(row.reserved_bytes, row.reserved_files),
+                    *(row.wanted, row.pressed, row.page, *row.booked),
+                )
+            )
+        content = b"".join(parts)
+        return content + xxhash.xxh3_64_digest(content)
+
+    @classmethod
+    def decode(cls, raw: bytes) -> Books:
+        """The books; empty and unknown where the file is new, torn or not ours."""
+        content = raw[:-8]
+        if len(content) < _HEADER.size or xxhash.xxh3_64_digest(content) != raw[-8:]:
+            return cls()
+        magic, keeper, known, boot, *counts, n_rows = _HEADER.unpack_from(content)
+        if magic != _MAGIC or len(content) != _HEADER.size + n_rows * _ROW.size:
+            return cls()
+        books = cls(keeper, bool(known), boot, *counts)
+        for values in _ROW.iter_unpack(content[_HEADER.size :]):
+            server, row_host, beat, dead, *rest = values
+            bounds, reserved, wishes, booked = rest[:3], rest[3:5], rest[5:8], rest[8:]
+            row = Row(row_host, Limits(*bounds), beat, bool(dead))
+            row.reserved_bytes, row.reserved_files = reserved
+            row.wanted, row.pressed, row.page = wishes
+            row.booked = (booked[0], booked[1])
+            books.rows[server] = row
+        return books
+
+
+class Ledger:
+    """The ledger file. Threads of one process share an object; it blocks on the disk."""
+
+    def __init__(self, path: str, file_mode: int, dir_mode: int) -> None:
+        """The file, and its directory, are created by the first use where they are missing."""
+        self._path = path
+        self._file_mode = file_mode
+        self._dir_mode = dir_mode
+        self._thread_lock = threading.Lock()
+        self._fd = -1
+        self._busy_until = 0.0
+
+    def close(self) -> None:
+        """Close the file; not while it is locked."""
+        with self._thread_lock:
+            if self._fd >= 0:
+                os.close(self._fd)
+            self._fd = -1
+
+    @contextmanager
+    def locked(self) -> Iterator[Books]:
+        """The books, alone; what was changed is written at the end.
+
+        Raises:
+            LedgerBusy: another process does not let go of the lock.
+            OSError: the file cannot be opened, or the file system failed.
+        """
+        if not self._thread_lock.acquire(timeout=_LOCK_WITHIN_S):
+            raise LedgerBusy(f"{self._path} is locked")
+        try:
+            self._lock()
+            try:
+                raw = os.pread(self._fd, _HEADER.size + MAX_ROWS * _ROW.size + 8, 0)
+                books = Books.decode(raw)
+                yield books
+                changed = books.encode()
+                if changed != raw:
+                    os.pwrite(self._fd, changed, 0)
+                    if len(changed) < len(raw):
+                        os.ftruncate(self._fd, len(changed))
+            finally:
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
+        finally:
+            self._thread_lock.release()
+
+    def _lock(self) -> None:
+        deadline, pause = time.monotonic() + _LOCK_WITHIN_S, _PAUSE_S
+        while True:
+            if self._fd < 0:
+                self._fd = self._open()
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                now = time.monotonic()
+                if now > deadline or now < self._busy_until:
+                    # whoever holds it hangs: the next ones do not wait for it, for a while
+                    self._busy_until = max(self._busy_until, now + _LOCK_WITHIN_S)
+                    raise LedgerBusy(f"{self._path} is locked") from None
+                time.sleep(pause)
+                pause = min(2 * pause, _MOST_PAUSE_S)
+                continue
+            try:
+                if self._is_current():
+                    return
+            except OSError:
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
+                raise
+            # somebody deleted the file: begin a new one, as everybody will
+            os.close(self._fd)
+            self._fd = -1
+
+    def _is_current(self) -> bool:
+        """Whether the open file is the one that others find under its name."""
+        try:
+            found = nofollow.lstat(self._path)
+        except FileNotFoundError:
+            return False
+        ours = os.fstat(self._fd)
+        return (found.st_dev, found.st_ino) == (ours.st_dev, ours.st_ino)
+
+    def _open(self) -> int:
+        try:
+            return nofollow.open_or_create(self._path, os.O_RDWR, self._file_mode)
+        except FileNotFoundError:
+            with suppress(FileExistsError):
+                nofollow.mkdir(os.path.dirname(self._path), self._dir_mode)
+            return nofollow.open_or_create(self._path, os.O_RDWR, self._file_mode)

@@ -1,0 +1,412 @@
+"""The books of a root and its disk budget, as one process that stores there sees them.
+
+To the books each such process is a server of its own. What its I/O threads call appends to a
+queue and returns; a thread of the space writes that to the server's journal, reads those of
+the others and, while this server is the keeper, keeps the books and evicts. For room the I/O
+threads ask `admission`.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import NamedTuple, Protocol
+
+from kvstrata.tiers.fs.budget.admission import Admission
+from kvstrata.tiers.fs.budget.journal import Journal, Op, Record, evicted_key
+from kvstrata.tiers.fs.budget.keeper.inventory import Place
+from kvstrata.tiers.fs.budget.keeper.keeper import Keeper
+from kvstrata.tiers.fs.budget.keeper.replay import PROTECT_S
+from kvstrata.tiers.fs.budget.keeper.rescan import boot_id
+from kvstrata.tiers.fs.budget.keeper.walk import BOOKS_NAME
+from kvstrata.tiers.fs.budget.lease import Presence, Watch
+from kvstrata.tiers.fs.budget.ledger import LEDGER_NAME, MAX_ROWS, Books, Ledger, Row
+from kvstrata.tiers.fs.budget.limits import (
+    BLOCK,
+    BOOKS_BYTES,
+    Limits,
+    Usage,
+    room,
+    rotate_bytes,
+    stricter,
+)
+from kvstrata.tiers.fs.budget.tail import Follower, News
+from kvstrata.tiers.fs.files import nofollow
+from kvstrata.tiers.fs.files.failures import error_cause
+from kvstrata.tiers.fs.files.temporary import host_name
+from kvstrata.tiers.fs.ground import Ground
+
+TICK_S = 0.05
+SLICE_S = 0.005  # of a scan; then the engine has the interpreter for as long, or four times so
+REPEAT_S = 1.0  # a page that is used again within this time is not noted again
+_NEWS = 4000  # told at once; each takes the engine about 0.6 us
+_BEAT_S = 1.0
+_MAX_PENDING = 2**16  # records that could not be written yet; of others above that
+_LOSABLE = (Op.USED, Op.PROMISED, Op.EVICTED)  # those without which the budget is right are lost
+
+
+class Upkeep(NamedTuple):
+    """What a server did as the keeper: files it evicted and their bytes, temporaries removed."""
+
+    evicted_files: int = 0
+    evicted_bytes: int = 0
+    swept: int = 0
+
+
+class Listener(Protocol):
+    """What a space tells, on any thread."""
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether what was told before waits to be taken: then news and upkeep are held back."""
+
+    def report(self, cause: str, detail: str) -> None:
+        """Something failed."""
+
+    def tell(self, news: Sequence[News]) -> None:
+        """Pages of the namespace came or went; at first those that the books know."""
+
+    def upkeep(self, done: Upkeep) -> None:
+        """What was done as the keeper since the last call."""
+
+    def say(self, text: str) -> None:
+        """Something that the operator should know, and no failure."""
+
+
+class Space:
+    """One server's part in the books of a root."""
+
+    def __init__(
+        self,
+        root: str,
+        namespace: str | None,
+        limits: Limits,
+        file_mode: int,
+        dir_mode: int,
+        listener: Listener,
+        keeps: bool = True,
+        ground: Ground | None = None,
+    ) -> None:
+        """Begin to work in the background; while the books cannot be opened nothing is admitted.
+
+        Args:
+            root: the directory to which the limits apply.
+            namespace: `<model>_<digest>` of the pages that this server stores, None if it
+                stores none.
+            limits: those of this server.
+            file_mode, dir_mode: permission bits of the books.
+            listener: is told what happens.
+            keeps: whether it becomes the keeper where there is none, and tells news.
+            ground: where the root stands; None if it is not to be made again.
+        """
+        directory, server = os.path.join(root, BOOKS_NAME), secrets.token_bytes(16)
+        ledger = Ledger(os.path.join(directory, LEDGER_NAME), file_mode, dir_mode)
+        self._place = Place(root, directory, server, ledger, file_mode, dir_mode)
+        self._namespace = namespace
+        self._limits = limits
+        self._listener = listener
+        self._keeps = keeps
+        self._ground = ground
+        self._events: deque[tuple[Op, bytes, int, int, int]] = deque()
+        self._pending: list[Record] = []
+        self._recent: set[tuple[Op, bytes]] = set()
+        self._recent_since = 0.0
+        self._protected: dict[bytes, float] = {}
+        self._beat = 0
+        self._beat_due = 0.0
+        self._keeper: Keeper | None = None
+        self._stop = threading.Event()
+        self._wake = threading.Event()
+        self._presence: Presence | None = None
+        self._watch = Watch(directory)
+        self._follower = Follower(directory, server, namespace) if namespace and keeps else None
+        self._journal = (
+            Journal(directory, server, namespace, file_mode, rotate_bytes(limits))
+            if namespace
+            else None
+        )
+        self._entered = False
+        self._shut_out = False  # and that was said
+        self._said_others = False
+        self._books_short = False  # the disk had no room for the books
+        self._settled: tuple[int, int] | None = None  # end of the journal if all was booked
+        self.admission = Admission(ledger, server, root, directory, self._wake.set)
+        self._thread = threading.Thread(target=self._run, name="kvstrata-fs-space", daemon=True)
+        self._thread.start()
+
+    # Called by any thread: one append or two each.
+
+    def stored(self, key: bytes, cost: int, depth: int, access: int) -> None:
+        """The page was written and renamed; `cost` is that of its grant."""
+        self.admission.wrote()
+        self._events.append((Op.STORED, key, cost, depth, access))
+
+    def used(self, key: bytes, depth: int, access: int) -> None:
+        """The page was loaded, or used in another tier; it needs to be spared no longer."""
+        self._events.append((Op.USED, key, 0, depth, access))
+
+    def promised(self, key: bytes, access: int) -> None:
+        """Somebody was told that the page is here: it counts as used and is spared for a while."""
+        self._protected[key] = time.monotonic() + PROTECT_S
+        self._events.append((Op.PROMISED, key, 0, 0, access))
+
+    def gone(self, key: bytes) -> None:
+        """The page's file is not there any more."""
+        self._events.append((Op.GONE, key, 0, 0, 0))
+
+    def quarantined(self) -> None:
+        """A file was moved to the quarantine, which may have lost its oldest ones."""
+        self._events.append((Op.QUARANTINED, b"", 0, 0, 0))
+
+    def close(self, timeout_s: float) -> bool:
+        """Note everything, leave the ledger and end the thread; True if that was in time."""
+        self._stop.set()
+        self._wake.set()
+        self._thread.join(max(0.0, timeout_s))
+        return not self._thread.is_alive()
+
+    def usage(self) -> tuple[Usage, bool]:
+        """What the files below the root take, and whether all limits hold, also for what is
+        being written.
+
+        Raises:
+            OSError: the ledger cannot be read.
+        """
+        with self._place.ledger.locked() as books:
+            taken = books.taken(self._place.root)
+            left = room(books.limits(), books.usage(self._place.root))
+        return taken, not left.is_passed
+
+    def is_counted(self) -> bool:
+        """Whether this server's limits count, and a scan by the keeper, here or not, has ended.
+
+        Raises:
+            OSError: the ledger cannot be read.
+        """
+        with self._place.ledger.locked() as books:
+            kept = {self._place.server, books.keeper} <= books.rows.keys()
+            known, ours = books.known, books.keeper == self._place.server
+        keeper = self._keeper
+        return kept and known and (not ours or (keeper is not None and keeper.complete))
+
+    # The background thread.
+
+    def _run(self) -> None:
+        busy = True
+        while not self._stop.is_set():
+            if not busy:
+                self._wake.wait(TICK_S)
+            self._wake.clear()
+            try:
+                busy = self._tick()
+            except OSError as error:
+                busy = False
+                self._report(error)
+                self._stop.wait(TICK_S)
+                with suppress(OSError):
+                    self._make_directories()
+            except Exception as error:
+                busy = False
+                self._listener.report("internal", f"{type(error).__name__}: {error}")
+                self._keeper = None  # begin anew from what is on the disk
+                self._stop.wait(1.0)
+        try:
+            self._leave()
+        except OSError as error:
+            self._listener.report("books", str(error))
+        finally:
+            if self._presence is not None:
+                self._presence.close()
+            self._place.ledger.close()
+
+    def _tick(self) -> bool:
+        """One round; True if there is more to do at once."""
+        if self._presence is None:
+            self._make_directories()
+            self._presence = Presence(
+                self._place.directory, self._place.server, self._place.file_mode
+            )
+        try:
+            self._note()
+        except OSError as error:  # on a full disk it is for the keeper to make room
+            self._report(error)
+        heard = self._hear()
+        if not self._join():
+            return heard
+        if self._keeper is None:
+            self._keeper = Keeper(self._place, self._protected, self._limits)
+        more = self._keeper.work(0.0 if heard else SLICE_S)  # what we tell saves look-ups
+        self._publish(self._keeper)
+        if self._keeper.scanning and not more and not heard:
+            self._wake.wait(SLICE_S * (4 if self._keeper.complete else 1))
+        return more or heard or self._keeper.scanning
+
+    def _report(self, error: OSError) -> None:
+        """The books could not be kept."""
+        self._books_short = error_cause(error) == "no-space"
+        self._listener.report("books", str(error))
+
+    def _hear(self) -> bool:
+        """Pass on what the other servers say; True if there is more."""
+        if self._follower is None or self._listener.is_behind:
+            return False  # the journals keep what was not read
+        news = self._follower.news(_NEWS)
+        if news:
+            self._listener.tell(news)
+            self._stop.wait(SLICE_S)  # so that the engine is not flooded
+        return len(news) >= _NEWS
+
+    def _publish(self, keeper: Keeper) -> None:
+        """Tell the listener, and the other servers, what the keeper here evicted."""
+        ours: list[News] = []
+        eviction, recount = keeper.eviction, keeper.recount
+        while eviction.told:
+            namespace, key = eviction.told.popleft()
+            if namespace == self._namespace:
+                ours.append((key, False))
+            self._events.append((Op.EVICTED, evicted_key(namespace, key), 0, 0, 0))
+        if eviction.by_others is not None and not self._said_others:
+            self._said_others = True
+            self._listener.say(
+                f"the pages below {self._place.root!r} are evicted by the limits of another server "
+                f"there, or of `kvstrata gc`: {stricter(eviction.by_others, self._limits)}; the "
+                "strictest count for all"
+            )
+        if self._listener.is_behind:
+            return  # a page that it takes for present costs it one failed load
+        if ours:
+            self._listener.tell(ours)
+        done = Upkeep(eviction.files, eviction.nbytes, recount.swept)
+        if any(done):
+            self._listener.upkeep(done)
+            eviction.files = eviction.nbytes = recount.swept = 0
+
+    def _join(self) -> bool:
+        """See to our row in the ledger; True if we are the keeper."""
+        now = time.monotonic()
+        with self._place.ledger.locked() as books:
+            row = books.rows.get(self._place.server) or self._enter(books)
+            if row is None:
+                return False
+            row.dead = False
+            if self._books_short:
+                self._books_short = False
+                row.pressed = max(row.pressed, BOOKS_BYTES)
+            tight = room(books.limits(), books.usage(self._place.root)).is_passed
+            self.admission.give_back(row, tight or self._stop.is_set())
+            beat = now >= self._beat_due
+            if beat:
+                self._beat, self._beat_due = self._beat + 1, now + _BEAT_S
+                row.beat = self._beat
+                self._take_over(books)
+            keeper = self._keeper
+            if books.keeper != self._place.server or (
+                keeper and keeper.complete and not books.known
+            ):
+                self._keeper = None  # in the second case the ledger was lost: begin anew
+            elif keeper is not None and beat:
+                keeper.judge(books)
+            end = self._journal_end()
+            self._settled = None
+            if row.booked == end:
+                # nothing is on its way to the books but what is being written
+                row.reserved_bytes = self.admission.open_bytes
+                row.reserved_files = self.admission.open_files
+                self._settled = None if row.reserved_files else end
+        if beat and self._presence is not None:
+            self._presence.renew()
+        return books.keeper == self._place.server
+
+    def _enter(self, books: Books) -> Row | None:
+        """Make our row; None if there are too many servers.
+
+        Our last one is missing if the ledger was lost, or if we hung until we seemed dead.
+        """
+        is_full = len(books.rows) >= MAX_ROWS
+        if is_full and not self._shut_out:
+            self._listener.report(
+                "books",
+                f"{self._place.root} has {MAX_ROWS} servers, which is the most: this one stores "
+                "nothing until another leaves",
+            )
+        self._shut_out = is_full
+        if is_full:
+            return None
+        if self._presence is not None:
+            self._presence.renew()
+        end = self._journal_end()
+        row = Row(host_name().encode("ascii"), self._limits, booked=end)
+        row.reserved_bytes = self.admission.open_bytes
+        row.reserved_files = self.admission.open_files
+        if self._entered and (row.reserved_files or self._settled != end):
+            books.known = False  # what we stored may be in no book
+        self._entered = True
+        books.rows[self._place.server] = row
+        return row
+
+    def _journal_end(self) -> tuple[int, int]:
+        return self._journal.end if self._journal is not None else (0, 0)
+
+    def _take_over(self, books: Books) -> None:
+        """Become the keeper if there is none that lives."""
+        holder = books.rows.get(books.keeper)
+        if books.keeper == self._place.server or not self._keeps:
+            return
+        if holder is not None and not holder.dead:
+            if not self._watch.is_dead(books.keeper, holder.beat):
+                return
+            holder.dead = True
+        books.keeper = self._place.server
+        self._keeper = None  # another may have kept the books while we seemed dead
+        others = [s for s, row in books.rows.items() if s != self._place.server and not row.dead]
+        if books.boot != boot_id() and not others:
+            books.known = False  # the machine may have lost what was written last
+
+    def _note(self) -> None:
+        """Write the queue to the journal."""
+        now = time.monotonic()
+        if now - self._recent_since > REPEAT_S:
+            self._recent.clear()
+            self._recent_since = now
+            for key, until in list(self._protected.items()):  # others add to it meanwhile
+                if until < now:
+                    self._protected.pop(key, None)
+        while self._events:
+            op, key, cost, depth, access = self._events.popleft()
+            if op in _LOSABLE and len(self._pending) > _MAX_PENDING:
+                continue
+            if op in (Op.USED, Op.PROMISED):
+                if (op, key) in self._recent:
+                    continue
+                self._recent.add((op, key))
+            self._pending.append(Record(op, key, -(-cost // BLOCK), access, depth))
+        if self._journal is None or not self._pending:
+            self._pending.clear()
+            return
+        self._journal.append(self._pending)
+        written = [record.blocks * BLOCK for record in self._pending if record.op == Op.STORED]
+        self._pending = []
+        self.admission.noted(sum(written), len(written))
+
+    def _leave(self) -> None:
+        self._note()
+        if self._join() and self._keeper is not None:
+            self._keeper.finish()
+        with self._place.ledger.locked() as books:
+            if books.keeper == self._place.server:
+                books.keeper = bytes(16)
+            row = books.rows.get(self._place.server)
+            if row is not None and not row.reserved_bytes and not row.reserved_files:
+                del books.rows[self._place.server]
+
+    def _make_directories(self) -> None:
+        if self._ground is not None:
+            self._ground.restore()
+        for path in (self._place.directory, self._place.spares):
+            with suppress(FileExistsError):
+                nofollow.mkdir(path, self._place.dir_mode)

@@ -1,0 +1,140 @@
+"""Which pages may meet: the namespace's digest, and its fields written out in config.json."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from kvstrata.tiers.base import TierConfigError
+from kvstrata.tiers.fs.files import nofollow
+from kvstrata.tiers.fs.files.differences import differences
+from kvstrata.tiers.fs.files.layout import NAMESPACE_DIR, NamespacePaths, directory_name
+from kvstrata.tiers.fs.files.temporary import temporary_name
+
+MAX_CONFIG_BYTES = 2**20  # of config.json
+_MAX_CONFIG_DEPTH = 32  # of nested values; far above any namespace, below Python's recursion limit
+_MAX_SHOWN = 200  # characters of a name or value in an error
+
+
+def canonical_json(value: object) -> str:
+    """JSON with sorted keys, no spaces, ASCII only: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def config_text(fields: Mapping[str, Any]) -> str:
+    """What config.json says, for people: ASCII, indented, in the order of names."""
+    return json.dumps(dict(fields), indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+
+def namespace_digest(fields: Mapping[str, Any]) -> str:
+    """The first 12 hex digits of SHA-256 over the fields as canonical JSON."""
+    return hashlib.sha256(canonical_json(dict(fields)).encode()).hexdigest()[:12]
+
+
+def namespace_paths(root: str, model: str, fields: Mapping[str, Any]) -> NamespacePaths:
+    """Where the namespace with these fields lies below `root`, or is to lie.
+
+    The model's name in the directory's is for display only: a directory that was made under
+    another name, with its config.json, serves unless there is one of exactly this name.
+    """
+    digest = namespace_digest(fields)
+    ours = NamespacePaths(root, directory_name(model, digest))
+    others: list[NamespacePaths] = []
+    with suppress(OSError):  # what is wrong with the root is said when it is opened
+        for name in sorted(os.listdir(root)):
+            match = NAMESPACE_DIR.fullmatch(name)
+            if match is not None and match["digest"] == digest:
+                others.append(NamespacePaths(root, name))
+    return next((paths for paths in (ours, *others) if nofollow.lexists(paths.config)), ours)
+
+
+def write_config(paths: NamespacePaths, fields: Mapping[str, Any], mode: int) -> None:
+    """Write config.json unless it is there; its directory must exist.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if nofollow.lexists(paths.config):
+        return
+    publish(paths.config, config_text(fields), mode)
+
+
+def publish(path: str, text: str, mode: int) -> None:
+    """Write an ASCII file that appears whole, and on the disk, or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    temporary = os.path.join(os.path.dirname(path), temporary_name())
+    fd = nofollow.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        with os.fdopen(fd, "w", encoding="ascii") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(fd)
+        nofollow.rename(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            nofollow.unlink(temporary)
+        raise
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The fields in a config.json, which may be anybody's work.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no regular file of a sane size that holds a JSON object.
+    """
+    fd = nofollow.open(path, os.O_RDONLY)
+    with os.fdopen(fd, "rb") as file:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_CONFIG_BYTES:
+            raise ValueError("not a regular file of at most 1 MiB")
+        try:
+            fields = json.loads(file.read(MAX_CONFIG_BYTES))
+        except RecursionError:
+            raise ValueError("nested too deep") from None
+    if not isinstance(fields, dict):
+        raise ValueError("not a JSON object")
+    if not _is_shallow(fields, _MAX_CONFIG_DEPTH):
+        raise ValueError("nested too deep")
+    return fields
+
+
+def validate_config(paths: NamespacePaths, fields: Mapping[str, Any]) -> None:
+    """Compare config.json with the fields of this engine.
+
+    Raises:
+        PermissionError: it is another user's.
+        TierConfigError: it is unreadable, or a field differs; the message names the field.
+    """
+    remedy = "move that directory away or choose another root_dir"
+    try:
+        found = read_config(paths.config)
+    except PermissionError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"{error!s:.200}"
+        raise TierConfigError(
+            f"root_dir: {paths.config!r} is unreadable ({reason}); {remedy}"
+        ) from error
+    if differing := differences(fields, found):
+        theirs, ours = differing[0].values(_MAX_SHOWN)
+        raise TierConfigError(
+            f"root_dir: field {differing[0].name[:_MAX_SHOWN]!r} of {paths.config!r} is {theirs}, "
+            f"but this engine has {ours}; {remedy}"
+        )
+
+
+def _is_shallow(value: object, depth: int) -> bool:
+    """Whether lists and objects are nested at most `depth` levels."""
+    if not isinstance(value, dict | list):
+        return True
+    inner = value.values() if isinstance(value, dict) else value
+    return depth > 0 and all(_is_shallow(each, depth - 1) for each in inner)
