@@ -18,8 +18,9 @@ import enum
 import math
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 # What `bytes` means in signatures; the content of pages is a `memoryview`, or plain `bytes`.
@@ -218,13 +219,34 @@ class Page(NamedTuple):
     view: memoryview
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Job:
-    """Pages to store or to load together, in prefix order."""
+    """Pages to store or to load together, in prefix order: a column each for what is said of them.
+
+    A tier whose pages are moved elsewhere, by processes that map `TierContext.region`, needs the
+    columns only; `pages` is for those that touch bytes here, and costs a `memoryview` each.
+
+    Attributes:
+        keys: the offload keys.
+        slots: index of each page's slot in the primary tier (in `TierContext.region`).
+        end_tokens: position in the request of each chunk's end, in tokens; 0 if unknown.
+        view: key and slot -> exactly the page's bytes, as in `Page.view`.
+    """
 
     job_id: int
-    pages: tuple[Page, ...]
+    keys: Sequence[PageKey]
+    slots: Sequence[int]
+    end_tokens: Sequence[int]
     request: RequestView
+    view: Callable[[PageKey, int], memoryview]
+
+    @cached_property
+    def pages(self) -> tuple[Page, ...]:
+        """The columns as one tuple for each page, with its bytes."""
+        return tuple(
+            Page(key, key_group(key), end_token, slot, self.view(key, slot))
+            for key, slot, end_token in zip(self.keys, self.slots, self.end_tokens, strict=True)
+        )
 
 
 @dataclass(frozen=True, slots=True)

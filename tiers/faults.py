@@ -128,14 +128,19 @@ class FaultyTier(TierWrapper):
 
     def _spared(self, operation: str, job: Job) -> Job:
         failed = self._failed[job.job_id] = {}
-        spared = []
-        for page in job.pages:
-            cause = self._cause(operation, page.key)
+        spared: list[int] = []
+        for index, key in enumerate(job.keys):
+            cause = self._cause(operation, key)
             if cause is None:
-                spared.append(page)
+                spared.append(index)
             else:
-                failed[page.key] = cause
-        return replace(job, pages=tuple(spared))
+                failed[key] = cause
+        return replace(
+            job,
+            keys=[job.keys[index] for index in spared],
+            slots=[job.slots[index] for index in spared],
+            end_tokens=[job.end_tokens[index] for index in spared],
+        )
 
 
 class SlowTier(TierWrapper):

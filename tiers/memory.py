@@ -20,7 +20,6 @@ from kvstrata.tiers.base import (
     SecondaryTier,
     TierContext,
     TierStats,
-    key_group,
 )
 from kvstrata.tiers.options import check_tier_keys, parse_bytes
 
@@ -124,9 +123,7 @@ class MemoryTier(SecondaryTier):
 
     def _check(self, page: Page) -> str | None:
         layout = self._layouts.get(page.group)
-        if layout is None or len(page.key) <= 4 or key_group(page.key) != page.group:
-            return "key"
-        return None if layout.nbytes == page.view.nbytes else "shape"
+        return "key" if layout is None or len(page.key) <= 4 else None
 
     def _store(self, page: Page) -> str | None:
         size = page.view.nbytes

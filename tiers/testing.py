@@ -22,7 +22,6 @@ from kvstrata.tiers.base import (
     Job,
     JobResult,
     Lookup,
-    Page,
     PageKey,
     PageLayout,
     PageRegion,
@@ -31,6 +30,7 @@ from kvstrata.tiers.base import (
     TensorSpec,
     TierConfigError,
     TierContext,
+    key_group,
     layouts_to_json,
 )
 from kvstrata.tiers.faults import FaultyTier, SlowTier
@@ -140,11 +140,6 @@ class Slots:
         """The bytes of the page in the slot."""
         return self._guarded(index)[_GUARD : _GUARD + self.nbytes]
 
-    def page(self, key: PageKey, index: int) -> Page:
-        """The page of this key in the slot."""
-        group = int.from_bytes(key[-4:], "big")
-        return Page(key, group, 0, self.numbers[index], self.view(index))
-
     def check_guards(self) -> None:
         """Assert that nothing around the pages was written."""
         for index in range(len(self.numbers)):
@@ -157,11 +152,24 @@ class Slots:
         return _MEMORY.view[start : start + self.nbytes + 2 * _GUARD]
 
 
-def make_job(job_id: int, keys: Sequence[PageKey], slots: Slots, context: TierContext) -> Job:
-    """A job that moves `keys[i]` from or to slot i; the keys are of one group."""
-    pages = tuple(slots.page(key, index) for index, key in enumerate(keys))
-    assert all(slots.nbytes == context.layouts[page.group].nbytes for page in pages)
-    return Job(job_id, pages, REQUEST)
+def make_job(
+    job_id: int,
+    keys: Sequence[PageKey],
+    slots: Slots,
+    context: TierContext,
+    *,
+    first: int = 0,
+    request: RequestView = REQUEST,
+) -> Job:
+    """A job that moves `keys[i]` from or to slot `first + i`; the keys are of one group."""
+    layouts = [context.layouts.get(key_group(key)) for key in keys]
+    assert all(layout is None or slots.nbytes == layout.nbytes for layout in layouts)
+    numbers = slots.numbers[first : first + len(keys)]
+
+    def view(key: PageKey, slot: int) -> memoryview:
+        return slots.view(slots.numbers.index(slot))
+
+    return Job(job_id, keys, numbers, [0] * len(keys), request, view)
 
 
 def finish(tier: SecondaryTier, count: int = 1, timeout_s: float = 60.0) -> list[JobResult]:
@@ -274,25 +282,20 @@ class TierContract:
         tier = make_tier(CONTEXT)
         good = make_key(1)
         store(tier, {good: make_data(1, CONTEXT.layouts[0].nbytes)})
-        slots = Slots.make(1, CONTEXT.layouts[0].nbytes)
-        strange = [
-            slots.page(make_key(2, group=9), 0),  # no such group
-            slots.page(make_key(3), 0)._replace(view=slots.view(0)[:-1]),  # a page too short
-            slots.page(b"\0\0\0\0", 0),  # no hash
-            slots.page(b"", 0),
-        ]
+        slots = Slots.make(4, CONTEXT.layouts[0].nbytes)
+        strange = [make_key(2, group=9), b"\0\0\0\0", b""]  # no such group, no hash, nothing
         for submit in (tier.submit_store, tier.submit_load):
-            pages = (*strange, slots.page(good, 0))
-            submit(Job(5, pages, REQUEST))
+            submit(make_job(5, [*strange, good], slots, CONTEXT))
             (result,) = finish(tier)
-            assert set(result.failed) == {page.key for page in strange}
-        for page in strange:
-            assert settle(tier, page.key) is Lookup.MISS
+            assert set(result.failed) == set(strange)
+        for key in strange:
+            assert settle(tier, key) is Lookup.MISS
 
     def test_empty_job_ends(self, make_tier: MakeTier) -> None:
         tier = make_tier(CONTEXT)
-        tier.submit_store(Job(1, (), REQUEST))
-        tier.submit_load(Job(2, (), REQUEST))
+        slots = Slots.make(0, CONTEXT.layouts[0].nbytes)
+        tier.submit_store(make_job(1, (), slots, CONTEXT))
+        tier.submit_load(make_job(2, (), slots, CONTEXT))
         results = finish(tier, 2)
         assert sorted(r.job_id for r in results) == [1, 2]
         assert not any(r.failed for r in results)
@@ -320,8 +323,7 @@ class TierContract:
         store(tier, {key: data})
         slots = Slots.make(4, len(data))
         tier.submit_load(make_job(11, [key] * 2, slots, CONTEXT))
-        pages = tuple(slots.page(key, index) for index in (2, 3))
-        tier.submit_load(Job(12, pages, REQUEST))
+        tier.submit_load(make_job(12, [key] * 2, slots, CONTEXT, first=2))
         assert not any(result.failed for result in finish(tier, 2))
         assert all(bytes(slots.view(slot)) == data for slot in range(4))
         slots.check_guards()

@@ -37,12 +37,12 @@ class InstantTier(SecondaryTier):
         return Lookup.HIT if key in self._keys else Lookup.MISS
 
     def submit_store(self, job: Job) -> None:
-        for page in job.pages:
-            self._keys[page.key] = True
+        for key in job.keys:
+            self._keys[key] = True
         self._finished.append(JobResult(job.job_id))
 
     def submit_load(self, job: Job) -> None:
-        missing = {page.key: "missing" for page in job.pages if page.key not in self._keys}
+        missing = {key: "missing" for key in job.keys if key not in self._keys}
         self._finished.append(JobResult(job.job_id, missing))
 
     def get_finished(self) -> Sequence[JobResult]:

@@ -46,7 +46,7 @@ class GuardedTier(SecondaryTier):
         self._tier = tier
         self._mistakes: Counter[str] = Counter()
         # keys of the jobs that the tier accepted and has not ended
-        self._open: dict[int, list[bytes]] = {}
+        self._open: dict[int, Sequence[bytes]] = {}
         self._loading: set[int] = set()  # those of them that are loads
         self._refused: list[JobResult] = []
         self._trusted = True
@@ -86,7 +86,7 @@ class GuardedTier(SecondaryTier):
         return {job_id: keys for job_id, keys in taken.items() if keys}
 
     def submit_reject(self, job: Job, *, distrust: bool) -> bool:
-        self._open[job.job_id] = [page.key for page in job.pages]
+        self._open[job.job_id] = job.keys
         taken = self._call(
             "submit_reject", False, lambda: self._tier.submit_reject(job, distrust=distrust)
         )
@@ -135,13 +135,14 @@ class GuardedTier(SecondaryTier):
 
     def _submit(self, method: str, submit: Callable[[Job], None], job: Job) -> bool:
         """Whether the tier accepted the job."""
-        keys = [page.key for page in job.pages]
         try:
             submit(job)
         except Exception:
-            self._refused.append(JobResult(job.job_id, dict.fromkeys(keys, self._raised(method))))
+            self._refused.append(
+                JobResult(job.job_id, dict.fromkeys(job.keys, self._raised(method)))
+            )
             return False
-        self._open[job.job_id] = keys
+        self._open[job.job_id] = job.keys
         return True
 
     def _take(self, job_id: int, keys: Collection[bytes]) -> Collection[bytes]:

@@ -10,7 +10,7 @@ from kvstrata.offload.primary.slots import Entry
 from kvstrata.offload.secondary.breaker import Kind
 from kvstrata.offload.secondary.costs import Timing
 from kvstrata.offload.secondary.tier import NamedTier, TierLink, Traffic
-from kvstrata.tiers.base import PAGE_CAUSES, Job, JobResult, Page, PageLayout, RequestView
+from kvstrata.tiers.base import PAGE_CAUSES, Job, JobResult, PageLayout, RequestView
 
 logger = logging.getLogger("kvstrata.manager")
 
@@ -73,11 +73,11 @@ class TierJobs:
         clock: Callable[[], float],
     ) -> None:
         self._open_tiers = open_tiers
-        self._view = view
         # By the last bytes of a key, which are cheaper to look up than to decode
-        self._groups = {
-            group.to_bytes(4, "big"): (group, layout.nbytes) for group, layout in layouts.items()
+        self._nbytes = {
+            group.to_bytes(4, "big"): layout.nbytes for group, layout in layouts.items()
         }
+        self._view = lambda key, slot: view(slot, self._nbytes[key[-4:]])
         sizes = {layout.nbytes for layout in layouts.values()}
         self._one_size = sizes.pop() if len(sizes) == 1 else None
         self._promotion_deadline_s = promotion_deadline_s
@@ -143,25 +143,26 @@ class TierJobs:
     ) -> Job:
         job_id = self._next_job
         self._next_job += 1
-        pages = self._pages(entries)
+        keys = [entry.key for entry in entries]
         nbytes = sum(self.sizes(entries))
         traffic = link.traffic(promotion=promotion)
-        traffic.pages += len(pages)
+        traffic.pages += len(keys)
         traffic.nbytes += nbytes
         now = self._clock()
         self._running[job_id] = Running(
             link,
-            {entry.key: entry for entry in entries},
+            dict(zip(keys, entries, strict=True)),
             promotion,
             now,
             request,
             nbytes,
             now + self._patience(promotion),
-            timing or Timing(now, traffic.nbytes, len(pages)),
+            timing or Timing(now, traffic.nbytes, len(keys)),
             probe,
             on_end,
         )
-        return Job(job_id, pages, request)
+        slots, ends = [e.slot for e in entries], [e.end_token for e in entries]
+        return Job(job_id, keys, slots, ends, request, self._view)
 
     def _close_job(self, job_id: int) -> Running:
         job = self._running.pop(job_id)
@@ -180,8 +181,8 @@ class TierJobs:
         """Bytes of each page."""
         if self._one_size is not None:
             return [self._one_size] * len(entries)
-        groups = self._groups
-        return [groups[entry.key[-4:]][1] for entry in entries]
+        nbytes = self._nbytes
+        return [nbytes[entry.key[-4:]] for entry in entries]
 
     def results(self) -> Iterator[tuple[Running, JobResult]]:
         """The jobs that ended since the last call."""
@@ -312,12 +313,3 @@ class TierJobs:
             job.link.breaker.succeeded(job.kind)
         if job.timing.sound and not job.timing.pages:
             job.traffic.cost.add(job.timing.ahead, self._clock() - job.timing.started)
-
-    def _pages(self, entries: Sequence[Entry]) -> tuple[Page, ...]:
-        view, groups = self._view, self._groups
-        found = [groups[entry.key[-4:]] for entry in entries]
-        fields = [
-            (entry.key, group, entry.end_token, entry.slot, view(entry.slot, nbytes))
-            for entry, (group, nbytes) in zip(entries, found, strict=True)
-        ]
-        return tuple(map(Page._make, fields))

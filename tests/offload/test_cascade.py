@@ -25,7 +25,7 @@ class Recorder(MemoryTier):
         self.given: list[list[bytes]] = []
 
     def submit_store(self, job: Job) -> None:
-        self.given.append([page.key for page in job.pages])
+        self.given.append(list(job.keys))
         super().submit_store(job)
 
 

@@ -51,9 +51,7 @@ class Recorder(MemoryTier):
         self.hooks.append(("step", None))
 
     def submitted(self) -> list[tuple[str, str, list[bytes]]]:
-        return [
-            (kind, job.request.req_id, [page.key for page in job.pages]) for kind, job in self.jobs
-        ]
+        return [(kind, job.request.req_id, list(job.keys)) for kind, job in self.jobs]
 
 
 class Undecided(Recorder):
@@ -98,10 +96,26 @@ def test_a_stored_page_is_hit_and_cascades_to_every_tier() -> None:
     assert [world.lookup(item, request) for item in ITEMS[:4]] == [HIT, HIT, HIT, MISS]
     for tier in tiers:
         assert tier.submitted() == [("store", "r", KEYS[:3])], "in prefix order"
-        pages = tier.jobs[0][1].pages
-        assert [page.end_token for page in pages] == [TOKENS, 2 * TOKENS, 3 * TOKENS]
-        assert [page.slot for page in pages] == plan.slots
+        job = tier.jobs[0][1]
+        assert job.end_tokens == [TOKENS, 2 * TOKENS, 3 * TOKENS]
+        assert job.slots == plan.slots
         assert tier._pages == {key: content(key) for key in KEYS[:3]}
+
+
+def test_views_are_made_only_for_tiers_that_ask_for_them() -> None:
+    class Elsewhere(Recorder):
+        """Its pages are moved by other processes."""
+
+        def submit_store(self, job: Job) -> None:
+            self.jobs.append(("store", job))
+
+    tier = Elsewhere()
+    world = World([tier])
+    world.store(ITEMS[:2], world.request())
+    (_, job) = tier.jobs[0]
+    assert list(job.keys) == KEYS[:2] and "pages" not in vars(job)
+    assert [bytes(page.view) for page in job.pages] == [content(key) for key in KEYS[:2]]
+    assert job.pages is job.pages
 
 
 def test_groups_cascade_with_their_index() -> None:
@@ -315,7 +329,7 @@ def test_one_batch_per_tier_and_request_in_prefix_order() -> None:
     world.step()
     assert near.submitted() == [("load", "one", [KEYS[0], KEYS[2]])]
     assert far.submitted() == [("load", "one", [KEYS[1]]), ("load", "two", [KEYS[3]])]
-    assert [page.end_token for page in near.jobs[0][1].pages] == [TOKENS, 3 * TOKENS]
+    assert near.jobs[0][1].end_tokens == [TOKENS, 3 * TOKENS]
     world.step()
     assert [world.lookup(item, two) for item in ITEMS[:5]] == [HIT] * 4 + [MISS]
 

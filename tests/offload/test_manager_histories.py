@@ -44,7 +44,7 @@ class Telling(TierWrapper):
         self._stopped = False
 
     def submit_load(self, job: Job) -> None:
-        self._loads[job.job_id] = [page.key for page in job.pages]
+        self._loads[job.job_id] = list(job.keys)
         super().submit_load(job)
 
     def get_finished(self) -> Sequence[JobResult]:

@@ -14,7 +14,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from xxhash import xxh3_64_intdigest
 
@@ -22,7 +22,6 @@ from kvstrata.tiers.base import (
     Job,
     JobResult,
     Lookup,
-    Page,
     RequestView,
     SecondaryTier,
     TierConfigError,
@@ -66,9 +65,6 @@ _LOST = (
 # the I/O processes, which take a third of a second, or some on a loaded machine.
 _READY_WITHIN_S = 10.0
 _GIVE_UP_S = 10.0  # for the other directories, if one cannot be opened
-
-
-_P = TypeVar("_P", Page, PageRef)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -318,7 +314,7 @@ class FsTier(SecondaryTier):
         except OSError as error:
             raise TierConfigError(f"fs tier: no I/O process can be started ({error})") from error
 
-    def _by_root(self, pages: Iterable[_P]) -> Iterable[tuple[Root, list[_P]]]:
+    def _by_root(self, pages: Iterable[PageRef]) -> Iterable[tuple[Root, list[PageRef]]]:
         """The roots and which of the pages belong there, in their order.
 
         Rendezvous hashing (Thaler and Ravishankar, 1998): without one of the roots the pages
@@ -326,7 +322,7 @@ class FsTier(SecondaryTier):
         """
         if len(self.roots) == 1:
             return [(self.roots[0], list(pages))]
-        parts: dict[Root, list[_P]] = {root: [] for root in self.roots}
+        parts: dict[Root, list[PageRef]] = {root: [] for root in self.roots}
         for page in pages:
             key = page.key
             parts[max(parts, key=lambda root: xxh3_64_intdigest(key, root.seed))].append(page)
@@ -342,25 +338,26 @@ class FsTier(SecondaryTier):
         layout = self._layouts.get(key_group(key)) if is_key(key) else None
         return None if layout is None else layout.nbytes
 
-    def _unfit(self, page: Page) -> str | None:
+    def _unfit(self, key: bytes, slot: int) -> str | None:
         """Why the page cannot be here; None if it can."""
-        nbytes = self._layout_nbytes(page.key)
+        nbytes = self._layout_nbytes(key)
         if nbytes is None:
             return "key"
-        fits = nbytes == page.view.nbytes <= self._region.slot_bytes
-        return None if fits and 0 <= page.slot < self._region.slots else "shape"
+        fits = nbytes <= self._region.slot_bytes
+        return None if fits and 0 <= slot < self._region.slots else "shape"
 
     def _submit(self, job: Job, kind: Kind) -> None:
         """Note the job, and send off those of its pages that can be here at all."""
-        opened = self._jobs[job.job_id] = _OpenJob(kind, len(job.pages))
+        opened = self._jobs[job.job_id] = _OpenJob(kind, len(job.keys))
         good = []
-        for page in job.pages:
-            if cause := self._unfit(page):
-                self._failures.count(cause, f"page {page.key.hex()} is none of this model")
-                opened.failed[page.key] = cause
+        for key, slot, end_token in zip(job.keys, job.slots, job.end_tokens, strict=True):
+            if cause := self._unfit(key, slot):
+                self._failures.count(cause, f"page {key.hex()} is none of this model")
+                opened.failed[key] = cause
                 opened.pending -= 1
             else:
-                good.append(page)
+                rewrite = kind is Kind.STORE and self._index.is_refused(key)
+                good.append(PageRef(key, slot, end_token, rewrite))
         self._finish_if_over(job.job_id, opened)
         access = self._next_access()
         if (first := self._accesses.get(job.request.req_id)) is not None:
@@ -372,18 +369,19 @@ class FsTier(SecondaryTier):
         self._access += 1
         return self._access
 
-    def _tasks(self, kind: Kind, pages: Iterable[Page], job_id: int, access: int) -> Iterator[Task]:
+    def _tasks(
+        self, kind: Kind, pages: Iterable[PageRef], job_id: int, access: int
+    ) -> Iterator[Task]:
         """The pages in order, cut into tasks."""
         refs: list[PageRef] = []
         nbytes = 0
         for page in pages:
-            full = nbytes + page.view.nbytes > _TASK_BYTES or len(refs) == MOST_PAGES
-            if refs and full:
+            size = self._layouts[key_group(page.key)].nbytes
+            if refs and (nbytes + size > _TASK_BYTES or len(refs) == MOST_PAGES):
                 yield Task(kind, refs, job_id, access)
                 refs, nbytes = [], 0
-            rewrite = kind is Kind.STORE and self._index.is_refused(page.key)
-            refs.append(PageRef(page.key, page.slot, page.end_token, rewrite))
-            nbytes += page.view.nbytes
+            refs.append(page)
+            nbytes += size
         if refs:
             yield Task(kind, refs, job_id, access)
 

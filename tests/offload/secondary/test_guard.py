@@ -12,7 +12,6 @@ from kvstrata.tiers.base import (
     Job,
     JobResult,
     Lookup,
-    Page,
     PageLayout,
     RequestView,
     SecondaryTier,
@@ -90,8 +89,8 @@ def fail() -> None:
 
 
 def job(job_id: int, *keys: bytes) -> Job:
-    pages = tuple(Page(key, 0, 0, 0, memoryview(bytearray(4))) for key in keys)
-    return Job(job_id, pages, REQUEST)
+    nothing = [0] * len(keys)
+    return Job(job_id, keys, nothing, nothing, REQUEST, lambda key, slot: memoryview(bytearray(4)))
 
 
 def call_all(tier: SecondaryTier) -> list[Any]:

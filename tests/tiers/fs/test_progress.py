@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
-from kvstrata.tiers.base import Job, JobResult, RequestView
+from kvstrata.tiers.base import JobResult, RequestView
 from kvstrata.tiers.fs import tier as tier_module
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.process.messages import Kind
@@ -74,7 +74,7 @@ def test_the_jobs_of_a_request_are_one_access(
     slots = Slots.make(1, SIZE)
 
     def move_for(request: RequestView) -> int:
-        submit_job(Job(len(accesses), (slots.page(KEYS[0], 0),), request))
+        submit_job(make_job(len(accesses), KEYS[:1], slots, CONTEXT, request=request))
         return accesses[-1]
 
     tier.on_new_request(one)
@@ -100,6 +100,6 @@ def test_loads_and_stores_of_a_request_are_the_same_access(
     )
     request, slots = RequestView("one"), Slots.make(2, SIZE)
     tier.on_new_request(request)
-    tier.submit_load(Job(0, (slots.page(KEYS[0], 0),), request))
-    tier.submit_store(Job(1, (slots.page(KEYS[1], 1),), request))
+    tier.submit_load(make_job(0, KEYS[:1], slots, CONTEXT, request=request))
+    tier.submit_store(make_job(1, KEYS[1:2], slots, CONTEXT, first=1, request=request))
     assert len(accesses) == 2 and len(set(accesses)) == 1

@@ -20,7 +20,6 @@ from typing import Any, Protocol
 from kvstrata.tiers.base import (
     Job,
     Lookup,
-    Page,
     PageLayout,
     PageRegion,
     RequestView,
@@ -127,10 +126,14 @@ class Ours:
         submit_job = self._tier.submit_store if store else self._tier.submit_load
 
         def submit(job_id: int, slots: range) -> None:
-            pages = (Page(keys[slot], 0, 0, slot, self._memory.page(slot)) for slot in slots)
-            submit_job(Job(job_id, tuple(pages), self.request))
+            chosen = [keys[slot] for slot in slots]
+            view = self._view
+            submit_job(Job(job_id, chosen, slots, [0] * len(slots), self.request, view))
 
         return _in_jobs(len(keys), per_job, submit, self._finished)
+
+    def _view(self, key: bytes, slot: int) -> memoryview:
+        return self._memory.page(slot)
 
     def _finished(self) -> list[bool]:
         return [not result.failed for result in self._tier.get_finished()]
