@@ -156,10 +156,10 @@ test-soak: install ## 300 requests on a real engine over tiers that fail: no wro
 # AGAINST=docs/bench/NAME.csv: then each figure is held against the one that is committed there
 BENCH_DIR := .bench
 AGAINST :=
-against = $(if $(AGAINST),$(PYTHON) docs/bench/against.py $(AGAINST) $(1) env)
+against = $(if $(AGAINST),$(PYTHON) tests/bench/against.py $(AGAINST) $(1) env)
 
 bench-fs: install ## the filesystem tier against stock vLLM's and the device (BENCH_DIR=... on the disk)
-	$(call against,$(BENCH_DIR)/fs.csv) $(BIN)/python -m kvstrata.tiers.fs.bench --root $(BENCH_DIR) \
+	$(call against,$(BENCH_DIR)/fs.csv) $(BIN)/python -m tests.bench.fs --root $(BENCH_DIR) \
 		--csv $(BENCH_DIR)/fs.csv --plot $(BENCH_DIR)/fs.png
 
 bench-kernels: ## pages between GPU (or CPU) caches and CPU memory, against the link (PYTHON, PART=1..5)
@@ -169,20 +169,20 @@ bench-kernels: ## pages between GPU (or CPU) caches and CPU memory, against the 
 
 bench-manager: install ## the scheduler's time in the manager, against stock vLLM's (BENCH_DIR=...)
 	mkdir -p $(BENCH_DIR)
-	$(call against,$(BENCH_DIR)/manager.csv) $(BIN)/python -m kvstrata.offload.bench.manager \
+	$(call against,$(BENCH_DIR)/manager.csv) $(BIN)/python -m tests.bench.manager \
 		--csv $(BENCH_DIR)/manager.csv
 
 GIB := 2
 bench-start: install ## how long the CPU tier takes to become usable (GIB=...)
-	$(BIN)/python -m kvstrata.offload.bench.start --gib $(GIB)
+	$(BIN)/python -m tests.bench.start --gib $(GIB)
 
 bench-eviction: install ## what each order of eviction loads, against stock vLLM's (TRACE=... for a published trace)
 	mkdir -p $(BENCH_DIR)
-	$(call against,$(BENCH_DIR)/eviction.csv) $(BIN)/python -m kvstrata.offload.bench.eviction \
+	$(call against,$(BENCH_DIR)/eviction.csv) $(BIN)/python -m tests.bench.eviction \
 		--csv $(BENCH_DIR)/eviction.csv $(if $(TRACE),--trace $(TRACE))
 
 bench-ttft: install ## time to first token with offload against without (BENCH_DIR=... on the disk)
-	$(call against,$(BENCH_DIR)/ttft.csv) $(BIN)/python -m kvstrata.offload.bench.ttft \
+	$(call against,$(BENCH_DIR)/ttft.csv) $(BIN)/python -m tests.bench.ttft \
 		--root $(BENCH_DIR) --csv $(BENCH_DIR)/ttft.csv
 
 HITS := 1000
@@ -191,7 +191,7 @@ bench-file-hits: install ## time to first token of file hits in a row: median, p
 	$(BIN)/python docs/demo/file_hits.py --hits $(HITS) --csv $(BENCH_DIR)/file-hits.csv
 
 bench-rounding: install ## by how much right pages differ, and wrong ones, on this machine (MODEL=folder)
-	$(BIN)/python -m kvstrata.offload.bench.rounding --model $(MODEL) --csv $(BENCH_DIR)/rounding.csv
+	$(BIN)/python -m tests.bench.rounding --model $(MODEL) --csv $(BENCH_DIR)/rounding.csv
 
 # atheris is no dependency of the tests
 FUZZ_SECONDS := 600

@@ -24,7 +24,8 @@ from rich.progress import track
 from server import BLOCK_SIZE, Answer, Server, kv_transfer_config, serve_args
 from smollm2 import smollm2
 
-from kvstrata.tiers.fs.bench.figures import append_csv, machine
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+from tests.bench.fs.figures import append_csv, machine
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache"

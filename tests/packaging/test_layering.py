@@ -88,8 +88,6 @@ def f():
 @pytest.mark.parametrize("path", sources("kernels"), ids=module_name)
 def test_kernels_import_torch_triton_and_numpy_only(path: Path) -> None:
     allowed = {"torch", "triton", "numpy", "kvstrata.kernels", *sys.stdlib_module_names}
-    if "bench" in path.parts:
-        allowed |= {"typer", "rich"}
     assert outside(path, allowed) == set()
 
 

@@ -64,6 +64,8 @@ def test_wheel_holds_every_module_and_nothing_else(tree: Path, wheel: Path) -> N
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert names ^ expected == set()
+    benchmarks = {name.split("/bench/")[0] for name in names if "/bench/" in name}
+    assert benchmarks == {"kvstrata/kernels"}, "the others are in tests/bench/"
 
 
 @pytest.mark.parametrize("kind", ["wheel", "directory", "editable"])

@@ -5,7 +5,13 @@ from collections.abc import Sequence
 
 import pytest
 
-from kvstrata.offload.bench.prefixes import (
+from kvstrata.offload.primary.eviction.auto import SHARES, Auto
+from kvstrata.offload.primary.eviction.line import Use
+from kvstrata.offload.primary.eviction.policies import policy_class
+from kvstrata.offload.primary.eviction.policy import EvictionPolicy
+from kvstrata.offload.primary.eviction.window import Windowed
+from kvstrata.offload.primary.slots import PrimaryTier, Writer
+from tests.bench.eviction.prefixes import (
     CYCLES,
     MIXED,
     SLOTS,
@@ -14,12 +20,6 @@ from kvstrata.offload.bench.prefixes import (
     fitting,
     in_turn,
 )
-from kvstrata.offload.primary.eviction.auto import SHARES, Auto
-from kvstrata.offload.primary.eviction.line import Use
-from kvstrata.offload.primary.eviction.policies import policy_class
-from kvstrata.offload.primary.eviction.policy import EvictionPolicy
-from kvstrata.offload.primary.eviction.window import Windowed
-from kvstrata.offload.primary.slots import PrimaryTier, Writer
 
 
 class Tier:

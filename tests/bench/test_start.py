@@ -2,9 +2,9 @@
 
 import pytest
 
-from kvstrata.offload.bench import start
 from kvstrata.offload.primary import region
 from kvstrata.offload.primary.region import region_path
+from tests.bench import start
 
 
 def test_all_becomes_usable() -> None:

@@ -1,4 +1,4 @@
-"""`python -m kvstrata.offload.bench.rounding`: how far pages of one key differ that are all right.
+"""`python -m tests.bench.rounding`: how far pages of one key differ that are all right.
 
 The same prompts are computed by engines that differ in what must not matter (tokens per step,
 tensor-parallel size) and, for comparison, in what does (the base of RoPE). Each stores its pages in
@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from kvstrata.offload.audit.comparison import Comparison, Elements, Verdict, compare
-from kvstrata.offload.bench.engine import EngineError
-from kvstrata.tiers.fs.bench.figures import append_csv, machine
+from tests.bench.fs.figures import append_csv, machine
+from tests.bench.ttft.engine import ROOT, EngineError
 
 BLOCK = 32  # tokens; vLLM's CPU attention takes no less
 # safetensors dtypes of the content, by vLLM's word for the model's
@@ -84,10 +84,17 @@ def run(
         "HF_HUB_OFFLINE": "1",
     }
     folder.mkdir(parents=True)
-    task = {"model": str(model), "folder": str(folder), "dtype": dtype, "prompts": prompts, **more}
+    task = {
+        "model": str(model.resolve()),
+        "folder": str(folder),
+        "dtype": dtype,
+        "prompts": prompts,
+        **more,
+    }
     with open(folder / "log", "w") as log:
         done = subprocess.run(
-            [sys.executable, "-m", __spec__.name if __spec__ else __name__, "--engine"],
+            [sys.executable, "-m", "tests.bench.rounding", "--engine"],
+            cwd=ROOT,
             input=json.dumps(task),
             env=os.environ | settings,
             stdout=log,

@@ -12,11 +12,11 @@ from typing import Any, cast
 import numpy as np
 
 from kvstrata.offload.audit.comparison import Elements
-from kvstrata.offload.bench.instant import InstantTier
 from kvstrata.offload.config.offload_config import OffloadConfig, TierEntry
 from kvstrata.offload.primary.region import create_region
 from kvstrata.offload.primary.reserver import Reserver
 from kvstrata.tiers.base import PageLayout, TensorSpec, layouts_to_json
+from tests.bench.manager.instant import InstantTier
 
 OURS, STOCK = "kvstrata", "stock vLLM"
 _PAGE_BYTES = 16  # nobody moves them

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-from kvstrata.offload.bench.prefixes import Chunk
+from tests.bench.eviction.prefixes import Chunk
 
 _TOKENS = 16  # of a chunk
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-import kvstrata.offload.bench.manager as command
-from kvstrata.offload.bench.contestants import OURS, STOCK
-from kvstrata.offload.bench.rounds import (
+import tests.bench.manager.__main__ as command
+from tests.bench.manager.contestants import OURS, STOCK
+from tests.bench.manager.rounds import (
     ARRIVE,
     EVICTING,
     HIT,

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from kvstrata.offload.bench.contestants import OURS, STOCK, make
+from tests.bench.manager.contestants import OURS, STOCK, make
 
 CHUNKS = 64  # of a request
 MOST_AUDITED = 10  # one request in so many: audits take a thousandth of the look-ups

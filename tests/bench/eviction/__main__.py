@@ -1,4 +1,4 @@
-"""`python -m kvstrata.offload.bench.eviction`: what is loaded by each order of eviction.
+"""`python -m tests.bench.eviction`: what is loaded by each order of eviction.
 
 The same requests are played on stock's manager and on ours, both called as vLLM's scheduler calls
 them. A figure is the share of the chunks asked for that were loaded.
@@ -18,9 +18,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kvstrata.offload.bench.contestants import OURS, STOCK, make
-from kvstrata.offload.bench.player import Player
-from kvstrata.offload.bench.prefixes import (
+from tests.bench.eviction.player import Player
+from tests.bench.eviction.prefixes import (
     CYCLES,
     MIXED,
     SLOTS,
@@ -30,7 +29,8 @@ from kvstrata.offload.bench.prefixes import (
     in_turn,
     trace,
 )
-from kvstrata.tiers.fs.bench.figures import append_csv
+from tests.bench.fs.figures import append_csv
+from tests.bench.manager.contestants import OURS, STOCK, make
 
 ORDERS = ((STOCK, "lru"), (STOCK, "arc"), (OURS, "lru"), (OURS, "arc"), (OURS, "auto"))
 AUTO = (OURS, "auto")

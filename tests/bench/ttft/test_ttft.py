@@ -9,10 +9,11 @@ from typing import Any, cast
 import pytest
 import typer
 
-import kvstrata.offload.bench.ttft as command
-from kvstrata.offload.bench.engine import BLOCK, Engine, EngineError, Reply
-from kvstrata.offload.bench.ttft import OFF, ON, Figure, compare, offload_config, summary
-from kvstrata.offload.bench.workloads import (
+import tests.bench.ttft.__main__ as command
+from kvstrata.offload.config.offload_config import parse_config
+from tests.bench.ttft.__main__ import OFF, ON, Figure, compare, offload_config, summary
+from tests.bench.ttft.engine import BLOCK, Engine, EngineError, Reply
+from tests.bench.ttft.workloads import (
     CHUNK_BLOCKS,
     CPU_TOKENS,
     GPU_BLOCKS,
@@ -20,7 +21,6 @@ from kvstrata.offload.bench.workloads import (
     warm_up,
     workloads,
 )
-from kvstrata.offload.config.offload_config import parse_config
 
 NAMES = ["no reuse", "full reuse", "half reuse", "many short", "few long"]
 CHUNK = CHUNK_BLOCKS * BLOCK

@@ -1,4 +1,4 @@
-"""`python -m kvstrata.offload.bench.manager`: the scheduler's time in our manager and in stock's.
+"""`python -m tests.bench.manager`: the scheduler's time in our manager and in stock's.
 
 Both play the same requests in turns, in one process, called as vLLM's scheduler calls them.
 All figures are medians.
@@ -17,8 +17,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kvstrata.offload.bench.contestants import OURS, STOCK
-from kvstrata.offload.bench.rounds import (
+from tests.bench.fs.figures import append_csv, machine
+from tests.bench.manager.contestants import OURS, STOCK
+from tests.bench.manager.rounds import (
     ARRIVE,
     EVICTING,
     EVICTION,
@@ -33,7 +34,6 @@ from kvstrata.offload.bench.rounds import (
     Figure,
     measure,
 )
-from kvstrata.tiers.fs.bench.figures import append_csv, machine
 
 RESIDENT = [1_000, 100_000, 1_000_000]
 TIERS = [0, 1]

@@ -1,4 +1,4 @@
-"""`python -m kvstrata.tiers.fs.bench --root DIR`: this tier, stock vLLM's and the device.
+"""`python -m tests.bench.fs --root DIR`: this tier, stock vLLM's and the device.
 
 All move the same pages between the same shared memory and the same disk, in turns, so that a
 device whose speed drifts treats them alike. "busy" means that a Python thread spins in the
@@ -16,11 +16,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from kvstrata.tiers.fs.bench import budget, lookups, starting, transfers
-from kvstrata.tiers.fs.bench.contestants import has_stock
-from kvstrata.tiers.fs.bench.figures import Figure, append_csv, machine
-from kvstrata.tiers.fs.bench.report import plot, print_table
-from kvstrata.tiers.fs.bench.targets import summary
+from tests.bench.fs import budget, lookups, starting, transfers
+from tests.bench.fs.contestants import has_stock
+from tests.bench.fs.figures import Figure, append_csv, machine
+from tests.bench.fs.report import plot, print_table
+from tests.bench.fs.targets import summary
 
 SIZES_KIB = [128, 512, 2048, 5120]
 

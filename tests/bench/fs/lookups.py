@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from kvstrata.tiers.fs.bench.contestants import Memory, Ours, Tier, tiers
-from kvstrata.tiers.fs.bench.figures import Figure
 from kvstrata.tiers.process.index import Index
+from tests.bench.fs.contestants import Memory, Ours, Tier, tiers
+from tests.bench.fs.figures import Figure
 
 KEYS = 2048  # of a repetition
 INDEXED = 1_000_000  # files

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 BLOCK = 32  # tokens; vLLM's CPU attention takes no less
+ROOT = Path(__file__).parents[3]  # of the repository: there `tests` can be imported
 _MARK = "@@kvstrata "
 # A Llama whose prefill is slow enough to be measured; four heads share a KV head, as in Llama 3.
 _MODEL: dict[str, Any] = {
@@ -109,6 +110,7 @@ class Engine:
         with open(self._log, "w") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", __name__],
+                cwd=ROOT,
                 env=os.environ | settings,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

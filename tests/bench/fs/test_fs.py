@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-import kvstrata.tiers.fs.bench.__main__ as command
-from kvstrata.tiers.fs.bench import budget, lookups, transfers
-from kvstrata.tiers.fs.bench.contestants import Memory, Ours, Raw, Stock, WrongBytes
-from kvstrata.tiers.fs.bench.figures import Figure, append_csv
-from kvstrata.tiers.fs.bench.targets import TARGETS, summary
+import tests.bench.fs.__main__ as command
+from tests.bench.fs import budget, lookups, transfers
+from tests.bench.fs.contestants import Memory, Ours, Raw, Stock, WrongBytes
+from tests.bench.fs.figures import Figure, append_csv
+from tests.bench.fs.targets import TARGETS, summary
 
 PAGE = 4096
 

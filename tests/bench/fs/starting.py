@@ -17,12 +17,12 @@ from kvstrata.tiers.base import (
     TierContext,
     layouts_to_json,
 )
-from kvstrata.tiers.fs.bench.contestants import Memory, Ours
-from kvstrata.tiers.fs.bench.figures import Figure
 from kvstrata.tiers.fs.budget.keeper.walk import BOOKS_NAME
 from kvstrata.tiers.fs.budget.ledger import LEDGER_NAME, Ledger
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.process.index import MAX_PRESENT
+from tests.bench.fs.contestants import Memory, Ours
+from tests.bench.fs.figures import Figure
 
 _PAGE_BYTES = 4096
 _REQUEST = RequestView("bench")

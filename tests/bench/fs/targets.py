@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from kvstrata.tiers.fs.bench import budget
-from kvstrata.tiers.fs.bench.contestants import Ours, Raw, Stock
-from kvstrata.tiers.fs.bench.figures import Figure
+from tests.bench.fs import budget
+from tests.bench.fs.contestants import Ours, Raw, Stock
+from tests.bench.fs.figures import Figure
 
 _KIB = 1024
 _MOVES = ("store", "load cold")

@@ -1,4 +1,4 @@
-"""`python -m kvstrata.offload.bench.ttft`: time to first token with offload and without.
+"""`python -m tests.bench.ttft`: time to first token with offload and without.
 
 Two engines answer the same requests, one after the other in random order. The CPU tier is small,
 so that what is reused comes from a filesystem tier behind a link that is slower than computing,
@@ -20,9 +20,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kvstrata.offload.bench.engine import TOKEN_BYTES, Engine, Reply
-from kvstrata.offload.bench.throttled import ThrottledTier
-from kvstrata.offload.bench.workloads import (
+from tests.bench.fs.figures import append_csv, machine
+from tests.bench.ttft.engine import TOKEN_BYTES, Engine, Reply
+from tests.bench.ttft.throttled import ThrottledTier
+from tests.bench.ttft.workloads import (
     BATCH_TOKENS,
     CHUNK_BLOCKS,
     CPU_TOKENS,
@@ -32,7 +33,6 @@ from kvstrata.offload.bench.workloads import (
     warm_up,
     workloads,
 )
-from kvstrata.tiers.fs.bench.figures import append_csv, machine
 
 # How long the link takes for a token, in the time that computing it takes.
 SPEEDS = {"slow": 5.0, "equal": 1.0, "fast": 0.1}

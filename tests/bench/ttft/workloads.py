@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from kvstrata.offload.bench.engine import BLOCK, VOCABULARY
+from tests.bench.ttft.engine import BLOCK, VOCABULARY
 
 CHUNK_BLOCKS = 4
 BATCH_TOKENS = 256  # of a step: most prompts take several

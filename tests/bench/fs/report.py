@@ -8,10 +8,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from kvstrata.tiers.fs.bench.contestants import Ours, Raw, Stock
-from kvstrata.tiers.fs.bench.figures import Figure
-from kvstrata.tiers.fs.bench.targets import ratio
-from kvstrata.tiers.fs.bench.transfers import OPERATIONS, SHAPES
+from tests.bench.fs.contestants import Ours, Raw, Stock
+from tests.bench.fs.figures import Figure
+from tests.bench.fs.targets import ratio
+from tests.bench.fs.transfers import OPERATIONS, SHAPES
 
 _STYLES = {Ours.name: ("tab:blue", "o"), Stock.name: ("tab:orange", "s"), Raw.name: ("grey", "x")}
 

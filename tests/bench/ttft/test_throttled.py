@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from kvstrata.offload.bench.throttled import ThrottledTier
 from kvstrata.tiers.base import SecondaryTier, TierConfigError, TierContext
 from kvstrata.tiers.memory import MemoryTier
 from kvstrata.tiers.testing import CONTEXT, MakeTier, Slots, TierContract, make_job, make_key
+from tests.bench.ttft.throttled import ThrottledTier
 
 SIZE = CONTEXT.layouts[0].nbytes
 OPTIONS: dict[str, Any] = {

@@ -7,10 +7,10 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from kvstrata.tiers.fs.bench.contestants import Contestant, Memory, Ours, Stock, has_stock
-from kvstrata.tiers.fs.bench.figures import Figure
-from kvstrata.tiers.fs.bench.transfers import PAGES, new_keys
 from kvstrata.tiers.fs.budget.limits import file_cost
+from tests.bench.fs.contestants import Contestant, Memory, Ours, Stock, has_stock
+from tests.bench.fs.figures import Figure
+from tests.bench.fs.transfers import PAGES, new_keys
 
 OPERATION = "store at the budget"
 _PAGE_BYTES = 2**21

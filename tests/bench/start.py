@@ -1,4 +1,4 @@
-"""`python -m kvstrata.offload.bench.start`: how long the CPU tier takes to become usable.
+"""`python -m tests.bench.start`: how long the CPU tier takes to become usable.
 
 Processes stand for an engine's workers, with the code of `kvstrata.offload.primary.reserver`;
 where there are GPUs they pin, too. Beside it what an engine did before and others do: one thread

@@ -1,4 +1,4 @@
-"""`python -m kvstrata.offload.bench.weights MODEL`: what a start pays for the weights' name.
+"""`python -m tests.bench.weights MODEL`: what a start pays for the weights' name.
 
 The first start reads every byte of the weight files, the second remembers. The memory of the
 user's cache directory is neither used nor changed.

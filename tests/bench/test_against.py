@@ -1,30 +1,17 @@
 """`make bench-* AGAINST=...`: the ratio of each figure to the committed one."""
 
-import importlib.util
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+from tests.bench import against
 from tests.docs.blocks import ROOT
 
 BENCH = ROOT / "docs" / "bench"
 HEAD = "machine,python,vllm,contestant,page_bytes,value,target"
-
-
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("against", BENCH / "against.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["against"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-against = load()
 
 
 def lines(*rows: str) -> list[str]:
@@ -53,7 +40,7 @@ def test_of_several_committed_lines_it_is_their_median() -> None:
 
 
 def run(then: Path, now: Path, script: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(BENCH / "against.py"), str(then), str(now)]
+    command = [sys.executable, against.__file__, str(then), str(now)]
     return subprocess.run([*command, "bash", "-c", script], capture_output=True, text=True)
 
 
@@ -102,7 +89,7 @@ def test_make_passes_it_on(name: str, python: list[str]) -> None:
     )
     assert done.returncode == 0, done.stderr
     (measured,) = re.findall(
-        r"^.* docs/bench/against\.py .*$", done.stdout.replace("\\\n", " "), re.M
+        r"^.* tests/bench/against\.py .*$", done.stdout.replace("\\\n", " "), re.M
     )
     assert f"against.py docs/bench/{name}.csv .bench/{name}.csv env " in measured
     assert f"--csv .bench/{name}.csv" in measured
