@@ -18,9 +18,11 @@ import torch
 
 from kvstrata.kernels.bench import ceiling, cost_model, cpu, host
 from kvstrata.kernels.bench.models import LAYOUTS, MODELS, Model
-from kvstrata.kernels.bench.results.cases import Case, Result
-from kvstrata.kernels.bench.results.figures import append_csv, machine
-from kvstrata.kernels.bench.results.report import plot, print_table
+from kvstrata.kernels.bench.results.cases import Result
+from kvstrata.kernels.bench.results.figures import append_csv, machine_line
+from kvstrata.kernels.bench.results.kernel_targets import held
+from kvstrata.kernels.bench.results.report import plot, rows
+from kvstrata.kernels.bench.results.tables import print_table
 from kvstrata.kernels.bench.results.targets import summary
 from kvstrata.kernels.gpu.device import CudaDevice, cuda
 
@@ -31,13 +33,6 @@ PER_CHUNK = [1, 4, 16]
 PICTURES = [".png", ".svg", ".pdf"]
 _CPU_ROUNDS = 5  # for each one of a GPU: they take milliseconds, and CPUs are noisy
 _HOST_ROUNDS = 100  # likewise
-
-
-def measure_cpu(repeat: int, round_bytes: int) -> Iterator[Result]:
-    """The CPU path."""
-    for figure in cpu.measure(repeat, round_bytes=round_bytes):
-        case = Case("", "", figure.case)
-        yield Result(case, figure.contestant, figure.metric, figure.value, figure.unit)
 
 
 def measure_gpu(
@@ -93,10 +88,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if wanted.part in (None, 1):  # the same for all models
         print("measuring the CPU path", file=sys.stderr)
         # forks, so before CUDA has threads
-        results += measure_cpu(_CPU_ROUNDS * wanted.repeat, wanted.cpu_mib << 20)
+        results += cpu.measure(_CPU_ROUNDS * wanted.repeat, round_bytes=wanted.cpu_mib << 20)
         print("measuring the host's part of a GPU's work", file=sys.stderr)
         results += host.measured(_HOST_ROUNDS * wanted.repeat)
-    print(", ".join(f"{name} {value}" for name, value in machine().items()))
+    print(machine_line())
     predictions = []
     if cuda.is_available():
         from kvstrata.kernels.bench.contestants import has_stock
@@ -108,12 +103,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         print("no GPU here: measuring the CPU path; for GPUs a model, which measures nothing")
         predictions = list(cost_model.predict(models, layouts, per_chunks))
-    print_table(results, predictions)
+    print_table(rows(results, predictions), 2)
     if wanted.csv:
-        append_csv(wanted.csv, [result.figure for result in results])
+        append_csv(wanted.csv, results)
     if wanted.plot:
         plot(results, predictions, wanted.plot)
-    print(summary(results))
+    print(summary(held(results)))
 
 
 def _wanted(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -18,7 +18,7 @@ from multiprocessing import get_context
 import numpy as np
 import torch
 
-from kvstrata.kernels.bench.results.figures import Figure
+from kvstrata.kernels.bench.results.cases import Case, Result
 from kvstrata.kernels.cpu import CpuPipeline
 from kvstrata.kernels.geometry import head_slabs
 from kvstrata.kernels.pack import copy_torch
@@ -108,7 +108,7 @@ class World:
 
 def measure(
     repeat: int, shapes: tuple[Shape, ...] = SHAPES, round_bytes: int = ROUND_BYTES
-) -> Iterator[Figure]:
+) -> Iterator[Result]:
     """GB/s of both, and the median of the ratios of neighbouring rounds, for each shape."""
     for shape in shapes:
         for scattered in (False, True):
@@ -118,7 +118,7 @@ def measure(
                 yield from case.result()
 
 
-def _measure(shape: Shape, scattered: bool, round_bytes: int, repeat: int) -> list[Figure]:
+def _measure(shape: Shape, scattered: bool, round_bytes: int, repeat: int) -> list[Result]:
     torch.set_num_threads(1)
     world = World(shape, scattered, round_bytes)
     world.verify()
@@ -134,12 +134,12 @@ def _measure(shape: Shape, scattered: bool, round_bytes: int, repeat: int) -> li
     figures = []
     for operation, times in seconds.items():
         blocks = "scattered" if scattered else "a run"
-        case = f"{operation}, {shape.page_bytes >> 10} KiB pages, blocks {blocks}"
+        case = Case("", "", f"{operation}, {shape.page_bytes >> 10} KiB pages, blocks {blocks}")
         for contestant, medians in zip((OURS, MEMCPY), zip(*times, strict=True), strict=True):
             speed = region.nbytes / 1e9 / statistics.median(medians)
-            figures.append(Figure(case, contestant, "speed", speed, "GB/s"))
+            figures.append(Result(case, contestant, "speed", speed, "GB/s"))
         ratio = statistics.median(memcpy / ours for ours, memcpy in times)
-        figures.append(Figure(case, OURS, RATIO, ratio, ""))
+        figures.append(Result(case, OURS, RATIO, ratio, ""))
     return figures
 
 

@@ -2,8 +2,6 @@
 
 from typing import NamedTuple
 
-from kvstrata.kernels.bench.results.figures import Figure
-
 STORE, LOAD, BOTH = OPERATIONS = ("store", "load", "both")
 ONE_PAGE = "load of one page, expedited"
 
@@ -48,15 +46,14 @@ class Case(NamedTuple):
 
 
 class Result(NamedTuple):
-    """A figure whose case is taken apart."""
+    """A figure: one number, the median of its repetitions.
+
+    contestant: who moved it.
+    metric, value, unit: what was measured; "ratio" has the unit "".
+    """
 
     case: Case
     contestant: str
     metric: str
     value: float
     unit: str
-
-    @property
-    def figure(self) -> Figure:
-        """As a line of the CSV file."""
-        return Figure(str(self.case), *self[1:])

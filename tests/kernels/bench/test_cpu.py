@@ -1,12 +1,8 @@
 """The CPU benchmark measures what it says, with small pages and no look at the speed."""
 
-import csv
-from pathlib import Path
-
 import pytest
 
 from kvstrata.kernels.bench import cpu
-from kvstrata.kernels.bench.results.figures import Figure, append_csv, machine
 
 SMALL = cpu.Shape(layers=2, heads=3, blocks=2, slab_bytes=64)
 
@@ -43,14 +39,3 @@ def test_a_copy_that_moves_other_bytes_is_found_out(
     monkeypatch.setattr(cpu.World, direction, wrong)
     with pytest.raises(cpu.WrongBytes, match=direction):
         list(cpu.measure(1, (SMALL,), round_bytes=5 * SMALL.page_bytes))
-
-
-def test_the_csv_file_grows_below_one_line_of_names(tmp_path: Path) -> None:
-    path = tmp_path / "kernels.csv"
-    figures = [Figure("load", cpu.OURS, "speed", 1.5, "GB/s"), Figure("load", "b", "x", 2.0, "")]
-    append_csv(path, figures[:1])
-    append_csv(path, figures[1:])
-    with path.open(newline="") as file:
-        lines = list(csv.DictReader(file))
-    assert [line["contestant"] for line in lines] == [cpu.OURS, "b"]
-    assert lines[0]["value"] == "1.5" and lines[0]["machine"] == machine()["machine"]
