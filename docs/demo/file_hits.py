@@ -24,8 +24,7 @@ from rich.progress import track
 from server import BLOCK_SIZE, Answer, Server, kv_transfer_config, serve_args
 from smollm2 import smollm2
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))
-from tests.bench.fs.figures import append_csv, machine
+from kvstrata.kernels.bench.results.figures import append_csv, machine_line
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache"
@@ -127,14 +126,14 @@ def main(
     finally:
         server.stop()
         shutil.rmtree(KV_DIR, ignore_errors=True)
-    console.print(", ".join(f"{name} {value}" for name, value in machine().items()))
+    console.print(machine_line())
     for name, value in figure._asdict().items():
         console.print(f"{name:12} {value:>10,.0f}")
     ratio = figure.p99_ms / figure.median_ms
     met = "met" if ratio <= MOST_P99 else "missed"
     console.print(f"target: p99 at most {MOST_P99:g} times the median: {met}, {ratio:.2f}")
     if csv:
-        append_csv(csv, [figure], Figure._fields)
+        append_csv(csv, [figure])
     raise typer.Exit(figure.lost > 0)
 
 

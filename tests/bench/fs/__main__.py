@@ -7,20 +7,21 @@ calling process, as vLLM's engine does. All figures are medians.
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from kvstrata.kernels.bench.results.figures import append_csv, machine_line
+from kvstrata.kernels.bench.results.tables import print_table
+from kvstrata.kernels.bench.results.targets import summary
 from tests.bench.fs import budget, lookups, starting, transfers
 from tests.bench.fs.contestants import has_stock
-from tests.bench.fs.figures import Figure, append_csv, machine
-from tests.bench.fs.report import plot, print_table
-from tests.bench.fs.targets import summary
+from tests.bench.fs.figures import Figure
+from tests.bench.fs.report import plot, rows
+from tests.bench.fs.targets import TARGETS
 
 SIZES_KIB = [128, 512, 2048, 5120]
 
@@ -49,19 +50,18 @@ def main(
     kib: Annotated[list[int], typer.Option(min=4, help="Page sizes.")] = SIZES_KIB,
 ) -> None:
     """Measure the filesystem tier against stock vLLM's and against the device."""
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    print(", ".join(f"{name} {value}" for name, value in machine().items()))
+    print(machine_line())
     if not has_stock():
         print("stock vLLM is not installed: measuring against the device only")
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root.resolve()) as directory:
         figures = list(measure(Path(directory), kib, repeat, files))
-    print_table(figures, console)
+    print_table([*rows(figures)], 2)
     if csv:
         append_csv(csv, figures)
     if picture:
         plot(figures, picture)
-    print(summary(figures))
+    print(summary(target.held(figures) for target in TARGETS))
 
 
 if __name__ == "__main__":

@@ -1,40 +1,31 @@
-"""The figures for people: a table and a plot."""
+"""The figures for people: the rows of a table, and a plot."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
+from kvstrata.kernels.bench.results.tables import shown
+from kvstrata.kernels.bench.results.targets import ratios
 from tests.bench.fs.contestants import Ours, Raw, Stock
 from tests.bench.fs.figures import Figure
-from tests.bench.fs.targets import ratio
 from tests.bench.fs.transfers import OPERATIONS, SHAPES
 
 _STYLES = {Ours.name: ("tab:blue", "o"), Stock.name: ("tab:orange", "s"), Raw.name: ("grey", "x")}
 
 
-def print_table(figures: Sequence[Figure], console: Console) -> None:
-    """A line per case and metric: ours, stock, raw, and the ratios to both."""
-    table = Table(box=None)
-    for name in ("case", "metric"):
-        table.add_column(name, no_wrap=True)
-    for name in (Ours.name, Stock.name, "ratio", Raw.name, "ratio"):
-        table.add_column(name, justify="right", no_wrap=True)
+def rows(figures: Sequence[Figure]) -> Iterator[list[str]]:
+    """The columns' names; then a line per case and metric, with our ratios to stock and raw."""
+    yield ["case", "metric", Ours.name, Stock.name, "ratio", Raw.name, "ratio"]
     values = {figure[:-1]: figure.value for figure in figures}
+    by = {name: ratios(figures, Ours.name, name) for name in (Stock.name, Raw.name)}
     for figure in figures:
-        if figure.contestant != Ours.name:
-            continue
-        cells = [figure.case, figure.metric, f"{figure.value:.2f}"]
-        for other in (Stock.name, Raw.name):
-            value = values.get(figure._replace(contestant=other)[:-1])
-            share = ratio(figure, other, figures)
-            cells.append("" if value is None else f"{value:.2f}")
-            cells.append("" if share is None else f"{share:.2f}")
-        table.add_row(*cells)
-    console.print(table)
+        if figure.contestant == Ours.name:
+            cells = [figure.case, figure.metric, shown(figure.value)]
+            for name in by:
+                cells.append(shown(values.get(figure._replace(contestant=name)[:-1])))
+                cells.append(shown(by[name].get(figure)))
+            yield cells
 
 
 def plot(figures: Sequence[Figure], path: Path) -> None:

@@ -6,18 +6,17 @@ All figures are medians.
 
 from __future__ import annotations
 
-import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from tests.bench.fs.figures import append_csv, machine
+from kvstrata.kernels.bench.results.figures import append_csv, machine_line
+from kvstrata.kernels.bench.results.tables import print_table, shown
+from kvstrata.kernels.bench.results.targets import Held, Target, ratios, summary
 from tests.bench.manager.contestants import OURS, STOCK
 from tests.bench.manager.rounds import (
     ARRIVE,
@@ -41,64 +40,42 @@ TARGETED = (
     *(HIT, MISS, STORING, PROMOTING, FREE, EVICTING, EVICTION),
     *(STORED, LOAD, LOADED, ARRIVE),
 )
-AGAINST_STOCK = 0.7  # the most that an operation may take of stock's time
+AGAINST_STOCK = Target(
+    "time against stock",
+    OURS,
+    lambda figure: figure.operation in TARGETED,
+    0.7,
+    against=(STOCK,),
+    at_most=True,
+)
 FLAT = 1.5  # the most that it may take with the most pages, of its time with the fewest
 
 
-def against_stock(figures: Sequence[Figure]) -> dict[Figure, float]:
-    """Each of our figures with its ratio to stock's; infinite where that is nothing."""
-    stock = {f[1:-1]: f.value for f in figures if f.contestant == STOCK}
-    ours = [f for f in figures if f.contestant == OURS]
-    return {f: f.value / stock[f[1:-1]] if stock[f[1:-1]] else math.inf for f in ours}
-
-
-def growth(figures: Sequence[Figure]) -> dict[Figure, float]:
-    """Our figures that have a target: with the most pages against those with the fewest."""
-    ours = [f for f in figures if f.contestant == OURS]
+def growth(figures: Sequence[Figure]) -> Held:
+    """Our figures with the most pages by those with the fewest."""
+    ours = [f for f in figures if f.contestant == OURS and f.operation in TARGETED]
     fewest, most = (pick(f.resident for f in ours) for pick in (min, max))
     small = {f._replace(resident=most)[:-1]: f.value for f in ours if f.resident == fewest}
-    return {
-        f: f.value / small[f[:-1]] for f in ours if f.resident == most and f.operation in TARGETED
-    }
+    values = [(f.value / small[f[:-1]], f.case) for f in ours if f.resident == most]
+    return Held("most pages against fewest", values, FLAT, at_most=True)
 
 
-def print_table(figures: Sequence[Figure], console: Console) -> None:
-    """A line per operation; per number of pages ours, stock's and the ratio."""
-    table = Table(box=None)
-    for name in ("tiers", "operation", "unit"):
-        table.add_column(name, no_wrap=True)
+def rows(figures: Sequence[Figure]) -> Iterator[list[str]]:
+    """The columns' names; then a line per operation: ours, stock's and the ratio per size."""
     sizes = sorted({figure.resident for figure in figures})
-    for size in sizes:
-        for heading in (f"{size:,} {OURS}", STOCK, "ratio"):
-            table.add_column(heading, justify="right")
-    ratios = against_stock(figures)
+    headings = ([f"{size:,} {OURS}", STOCK, "ratio"] for size in sizes)
+    yield ["tiers", "operation", "unit", *(name for each in headings for name in each)]
+    by_stock = ratios(figures, OURS, STOCK)
     values = {figure[:-1]: figure.value for figure in figures}
-    for first in (f for f in ratios if f.resident == sizes[0]):
+    for first in (f for f in figures if f.contestant == OURS and f.resident == sizes[0]):
         cells = [str(first.tiers), first.operation, first.unit]
-        for figure in (f for f in ratios if f._replace(resident=sizes[0])[:-1] == first[:-1]):
-            stock = values[figure._replace(contestant=STOCK)[:-1]]
-            cells += [f"{figure.value:.2f}", f"{stock:.2f}", f"{ratios[figure]:.2f}"]
-        table.add_row(*cells)
-    console.print(table)
-
-
-def summary(figures: Sequence[Figure]) -> str:
-    """The ratios that have a target, in one line."""
-    return "targets: " + "; ".join(
-        _judge(name, bound, {f: ratio for f, ratio in ratios.items() if f.operation in TARGETED})
-        for name, bound, ratios in (
-            ("time against stock", AGAINST_STOCK, against_stock(figures)),
-            ("most pages against fewest", FLAT, growth(figures)),
-        )
-    )
-
-
-def _judge(name: str, bound: float, ratios: dict[Figure, float]) -> str:
-    missed = sorted(((r, f) for f, r in ratios.items() if r > bound), reverse=True)
-    if not missed:
-        return f"{name} met, worst of {len(ratios)}: {max(ratios.values()):.2f} <= {bound:g}"
-    worst = ", ".join(f"{r:.2f} {f.operation} ({f.resident:,}, {f.tiers} tiers)" for r, f in missed)
-    return f"{name} <= {bound:g} missed in {len(missed)} of {len(ratios)}: {worst}"
+        for size in sizes:
+            case = first._replace(resident=size)[:-1]
+            ours = Figure(*case, values[case])
+            cells.append(shown(ours.value))
+            cells.append(shown(values.get(ours._replace(contestant=STOCK)[:-1])))
+            cells.append(shown(by_stock.get(ours)))
+        yield cells
 
 
 def main(
@@ -111,16 +88,16 @@ def main(
 ) -> None:
     """Measure the time that the manager takes from vLLM's scheduler, against stock vLLM's."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    print(", ".join(f"{name} {value}" for name, value in machine().items()))
+    print(machine_line())
     figures: list[Figure] = []
     for count in tiers:
         for size in resident:
             print(f"measuring {size:,} pages, {count} secondary tiers", file=sys.stderr)
             figures += measure(size, count, rounds)
-    print_table(figures, Console(width=None if sys.stdout.isatty() else 160))
+    print_table([*rows(figures)], 3)
     if csv:
-        append_csv(csv, figures, Figure._fields)
-    print(summary(figures))
+        append_csv(csv, figures)
+    print(summary([AGAINST_STOCK.held(figures), growth(figures)]))
 
 
 if __name__ == "__main__":

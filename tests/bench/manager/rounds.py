@@ -53,6 +53,11 @@ class Figure(NamedTuple):
     unit: str
     value: float
 
+    @property
+    def case(self) -> str:
+        """What was measured, in words."""
+        return f"{self.operation} ({self.resident:,}, {self.tiers} tiers)"
+
 
 class WrongAnswer(AssertionError):
     """A manager did not do what the benchmark means to measure."""

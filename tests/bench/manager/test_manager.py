@@ -75,19 +75,18 @@ def test_a_manager_that_does_something_else_is_found_out() -> None:
         player.load("old", keys)
 
 
-def test_the_summary_names_the_ratios() -> None:
+def test_growth_is_the_most_pages_by_the_fewest() -> None:
     figures = [figure(OURS, 0.6), figure(STOCK, 1.0)]
     figures += [f._replace(resident=10**6, value=f.value * 2) for f in figures]
-    assert command.summary(figures) == (
-        "targets: time against stock met, worst of 2: 0.60 <= 0.7; most pages against fewest "
-        "<= 1.5 missed in 1 of 1: 2.00 lookup, hit (1,000,000, 0 tiers)"
-    )
+    assert command.growth(figures).values == [(2.0, "lookup, hit (1,000,000, 0 tiers)")]
 
 
 def test_only_operations_with_a_target_are_judged() -> None:
     figures = [figure(OURS, 1.0, operation=name) for name in (LOAD, "on_new_request")]
-    figures += [f._replace(contestant=STOCK) for f in figures]
-    assert "missed in 1 of 1: 1.00 prepare_load (1,000, 0 tiers);" in command.summary(figures)
+    figures += [f._replace(contestant=STOCK, value=2.0) for f in figures]
+    found = command.AGAINST_STOCK.held(figures)
+    assert found.values == [(0.5, "prepare_load (1,000, 0 tiers)")]
+    assert len(command.growth(figures).values) == 1
 
 
 def test_the_command_prints_the_ratios_and_appends_the_figures(
@@ -102,7 +101,8 @@ def test_the_command_prints_the_ratios_and_appends_the_figures(
     for _ in range(2):
         command.main(path, [1000, 2000], [0, 1], 1)
     printed = capsys.readouterr().out.splitlines()
-    assert printed[-1].startswith("targets: time against stock <= 0.7 missed in 4 of 4: 1.00")
+    assert printed[-1].startswith("targets: 2 missed (time against stock <= 0.7 in 4 of 4")
+    assert "1,000 kvstrata" in printed[1] and printed[2].startswith("0      lookup, hit")
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 16
