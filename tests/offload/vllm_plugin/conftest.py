@@ -1,10 +1,17 @@
 """What several files of this folder need."""
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def own_logger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`register`, which vLLM calls in every engine, changes where our log lines go."""
+    monkeypatch.setattr(logging.getLogger("kvstrata"), "parent", logging.getLogger())
 
 
 @pytest.fixture

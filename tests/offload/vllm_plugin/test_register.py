@@ -37,12 +37,6 @@ def put_factory(monkeypatch: pytest.MonkeyPatch, factory: object) -> None:
         sys.modules[FACTORY].OffloadingSpecFactory = factory  # type: ignore[attr-defined]
 
 
-@pytest.fixture(autouse=True)
-def own_logger(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`register` changes where our log lines go; undo it after each test."""
-    monkeypatch.setattr(logging.getLogger("kvstrata"), "parent", logging.getLogger())
-
-
 def test_log_lines_go_where_vllm_sends_its_own(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
