@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import cast
@@ -36,21 +35,15 @@ from kvstrata.offload.lookup import Answer
 from kvstrata.offload.manager import TieringManager
 from kvstrata.offload.primary.region import Region, open_region
 from kvstrata.offload.primary.slots import Entry
-from kvstrata.offload.secondary.guard import GuardedTier, check_words
+from kvstrata.offload.secondary.guard import GuardedTier
+from kvstrata.offload.secondary.opening import TierOpener, usable_entries
 from kvstrata.offload.secondary.tier import NamedTier
 from kvstrata.offload.vllm_plugin.host.offload_cap import below_cap, has_partial_tails, take_cap
 from kvstrata.offload.vllm_plugin.info import Labels, config_info
 from kvstrata.offload.vllm_plugin.metrics import StatsReader
 from kvstrata.offload.vllm_plugin.transfer import PageSlots
 from kvstrata.offload.vllm_plugin.weights.watch import WeightWatch
-from kvstrata.tiers.base import (
-    EPOCH,
-    RequestView,
-    SecondaryTier,
-    TierContext,
-    layouts_from_json,
-)
-from kvstrata.tiers.registry import tier_class, tier_options
+from kvstrata.tiers.base import RequestView, SecondaryTier, TierContext, layouts_from_json
 
 logger = logging.getLogger("kvstrata")
 
@@ -305,41 +298,8 @@ def open_manager(
     fields = region.fields
     layouts = layouts_from_json(fields["layouts"])
     fixed = bool(fields["weights_fixed"])
-    entries = settings.tiers
-    if entries and fields["lora"] and not settings.lora_paths_immutable:
-        logger.warning(
-            "secondary tiers are off: with LoRA a page's key names the adapter's path but not "
-            'its content; set "lora_paths_immutable": true if a path never changes content'
-        )
-        entries = ()
-
-    private = not fixed
-
-    def open_tiers() -> list[NamedTier]:
-        nonlocal private
-        namespace = dict(fields["namespace"] or {})
-        if private:
-            namespace[EPOCH] = secrets.token_hex(8)
-        private = True  # they are opened again where the weights are not fixed, or turn out so
-        context = TierContext(fields["model"], namespace, layouts, region.page_region())
-        opened: list[NamedTier] = []
-        for entry in entries:
-            cls: type[SecondaryTier] = tier_class(entry.entry)
-            tier = cls(tier_options(entry.entry), context)
-            tier.locality = entry.locality or tier.locality
-            check_words(entry.name, tier)
-            opened.append(
-                NamedTier(
-                    entry.name,
-                    GuardedTier(entry.name, tier),
-                    cls.medium,
-                    entry.store_threshold,
-                    entry.max_tracker_size,
-                    entry.kv_events,
-                )
-            )
-        return opened
-
+    entries = usable_entries(settings, lora=fields["lora"])
+    context = TierContext(fields["model"], fields["namespace"] or {}, layouts, region.page_region())
     watch = fields.get("weights_watch")
     manager = TieringManager(
         settings,
@@ -347,7 +307,7 @@ def open_manager(
         layouts,
         region.view,
         region.is_complete,
-        open_tiers,
+        TierOpener(entries, context, private=not fixed),
         Comparer(
             {
                 int(group): [Elements.from_json(each) for each in tensors]
