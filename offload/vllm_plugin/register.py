@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 
-SPEC_NAME = "KVStrataSpec"
+from kvstrata.offload.vllm_plugin.host.early import SPEC_NAME, check_early
+
 SPEC_MODULE = "kvstrata.offload.vllm_plugin.spec"
 
 logger = logging.getLogger("kvstrata")
@@ -30,8 +31,6 @@ def register() -> None:
         logger.warning("kvstrata is not available in this vLLM: %s", error)
         return
     try:
-        from kvstrata.offload.vllm_plugin.host.early import check_early
-
         check_early()
     except Exception as error:
         logger.debug("kvstrata checks its configuration only once the model is loaded: %s", error)

@@ -12,8 +12,7 @@ import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from kvstrata.offload.vllm_plugin.register import SPEC_NAME
-
+SPEC_NAME = "KVStrataSpec"  # by which users ask for us
 _METHOD = "_post_init_kv_transfer_config"  # of 0.31 to 0.33
 _MARK = "checks_kvstrata"  # of ours: other plugins may have theirs
 _checked = False  # in this process

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from vllm import envs
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import VllmConfig
 
 from kvstrata.offload.vllm_plugin.caches.drafts import drafting
 from kvstrata.offload.vllm_plugin.weights.content import (
@@ -92,19 +92,6 @@ def name_weights(vllm_config: VllmConfig, gather: Gather = alone, rank: int = 0)
         "draft_weights": getattr(vllm_config.speculative_config, "draft_load_config", None)
         or vllm_config.load_config,
     }
-    return _names(models, loads, gather, rank)
-
-
-def weights_fingerprint(model: ModelConfig, vllm_config: VllmConfig) -> str:
-    """The name of one model's weights, found out by this process alone."""
-    names = _names({"weights": model}, {"weights": vllm_config.load_config}, alone, 0)
-    assert names.fields["weights"] is not None
-    return names.fields["weights"]
-
-
-def _names(
-    models: Mapping[str, Any], loads: Mapping[str, Any], gather: Gather, rank: int
-) -> WeightNames:
     memory = default_memory()
     planned = Outcome(None)
     if rank == 0:

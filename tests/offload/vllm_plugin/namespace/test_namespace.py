@@ -13,8 +13,8 @@ pytestmark = pytest.mark.vllm
 
 from kvstrata.kernels.geometry import HEAD_SLABS, OPAQUE, TOKEN_MAJOR, LayerShape  # noqa: E402
 from kvstrata.offload.vllm_plugin.caches.page_layouts import layout_of  # noqa: E402
+from kvstrata.offload.vllm_plugin.host.errors import NamespaceError  # noqa: E402
 from kvstrata.offload.vllm_plugin.namespace.namespace import (  # noqa: E402
-    NamespaceError,
     check_secondary_tiers,
     namespace_fields,
 )

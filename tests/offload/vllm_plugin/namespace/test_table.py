@@ -17,6 +17,7 @@ from kvstrata.offload.vllm_plugin.namespace import environment, length, rule  # 
 from kvstrata.offload.vllm_plugin.namespace.fields import Fields  # noqa: E402
 from kvstrata.offload.vllm_plugin.namespace.table import TABLE  # noqa: E402
 from kvstrata.offload.vllm_plugin.version import SUPPORTED  # noqa: E402
+from tests.offload.vllm_plugin.namespace.length_readers import HARMLESS, LAYERS  # noqa: E402
 from tests.offload.vllm_plugin.namespace.vllm_names import RECORD, names  # noqa: E402
 
 RECORDS: dict[str, Any] = json.loads(RECORD.read_text())
@@ -104,5 +105,5 @@ def test_no_environment_variable_is_made_up() -> None:
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_reader_of_max_model_len_was_looked_at(version: str) -> None:
     found = names_of(version)["max_model_len"]
-    assert set(found["models"]) <= {*length.READERS, *length.HARMLESS}
-    assert set(found["layers"]) <= {*length.LAYERS}
+    assert set(found["models"]) <= {*length.READERS, *HARMLESS}
+    assert set(found["layers"]) <= LAYERS.keys()

@@ -15,8 +15,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
+from kvstrata.offload.vllm_plugin.host.errors import NamespaceError  # noqa: E402
 from kvstrata.offload.vllm_plugin.namespace.values import (  # noqa: E402
-    NamespaceError,
     digest_of,
     plain,
     shortened,

@@ -22,10 +22,7 @@ from kvstrata.offload.vllm_plugin.weights import weights as weights_module  # no
 from kvstrata.offload.vllm_plugin.weights.content import alone  # noqa: E402
 from kvstrata.offload.vllm_plugin.weights.memory import DigestMemory  # noqa: E402
 from kvstrata.offload.vllm_plugin.weights.watch import WeightWatch  # noqa: E402
-from kvstrata.offload.vllm_plugin.weights.weights import (  # noqa: E402
-    name_weights,
-    weights_fingerprint,
-)
+from kvstrata.offload.vllm_plugin.weights.weights import name_weights  # noqa: E402
 from kvstrata.tiers.base import unseen_reason  # noqa: E402
 
 MIB = 2**20
@@ -53,8 +50,9 @@ def engine_of(model: Any, load_format: str = "auto", **more: Any) -> Any:
 
 def fingerprint(model: Path | str, load_format: str = "auto", **more: Any) -> str:
     where = {key: more.pop(key) for key in ("download_dir", "extra") if key in more}
-    made = model_of(model, **more)
-    return weights_fingerprint(made, engine_of(made, load_format, **where))
+    name = name_weights(engine_of(model_of(model, **more), load_format, **where)).fields["weights"]
+    assert name is not None
+    return name
 
 
 @pytest.fixture
