@@ -1,9 +1,10 @@
-"""Who may import whom: kernels <- offload -> tiers, and vLLM in offload/vllm_plugin alone."""
+"""Who may import whom: between the top-level folders, between the rooms in them, and when."""
 
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,69 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("kernels", "offload", "tiers")
 
+# Files, and what none of them imports at any place of its code: packages, or modules of kvstrata
+# without that name before them.
+_NOT_OF_OFFLOAD = "vllm kernels offload.cli offload.vllm_plugin"
+_DECISIONS = "offload.manager offload.lookup offload.promotion offload.cascade"
+_MEDIA = "tiers.process tiers.fs tiers.page"
+FORBIDDEN: Mapping[str, str] = {
+    "kernels/**/*.py": "vllm offload tiers",
+    # what moves does not depend on the form that moves it
+    "kernels/*.py": "kernels.gpu kernels.bench",
+    "kernels/gpu/*.py": "kernels.bench kernels.opening",
+    # a room of offload/ knows those below it
+    "offload/*.py": _NOT_OF_OFFLOAD,
+    "offload/audit/*.py": f"{_NOT_OF_OFFLOAD} offload.manager offload.promotion offload.cascade",
+    "offload/secondary/*.py": f"{_NOT_OF_OFFLOAD} {_DECISIONS} offload.load_or_recompute",
+    "offload/request/*.py": f"{_NOT_OF_OFFLOAD} {_DECISIONS} offload.audit offload.config",
+    "offload/primary/**/*.py": (
+        f"{_NOT_OF_OFFLOAD} {_DECISIONS} {_MEDIA} offload.audit offload.config offload.events "
+        "offload.request offload.secondary"
+    ),
+    "offload/config/*.py": (
+        f"{_NOT_OF_OFFLOAD} {_DECISIONS} offload.audit offload.request offload.secondary"
+    ),
+    # the command line knows roots and configurations, and no engine
+    "offload/cli/*.py": (
+        f"vllm kernels offload.vllm_plugin {_DECISIONS} offload.audit offload.request "
+        "offload.secondary tiers.process tiers.fs.tier tiers.fs.medium"
+    ),
+    "offload/vllm_plugin/**/*.py": "offload.cli tiers.process tiers.fs.tools tiers.fs.budget",
+    "tiers/**/*.py": "torch triton vllm kernels offload",
+    # the contract and what goes with it know no medium
+    "tiers/*.py": _MEDIA,
+    "tiers/page/*.py": "tiers.process tiers.fs",
+    "tiers/fs/files/*.py": "tiers.process tiers.fs.budget tiers.fs.tools tiers.fs.tier",
+    "tiers/fs/budget/**/*.py": "tiers.process tiers.fs.tools tiers.fs.tier tiers.fs.medium",
+    # what the command line does to a root needs no engine and no I/O process
+    "tiers/fs/tools/*.py": "tiers.process tiers.fs.tier tiers.fs.medium",
+}
+# (file, what it imports all the same) -> why
+ALLOWED: Mapping[tuple[str, str], str] = {
+    ("kernels/opening.py", "kernels.gpu"): "it chooses the form",
+    ("offload/cli/doctor.py", "offload.vllm_plugin.version"): "the versions that are supported",
+    ("offload/cli/doctor_config.py", "offload.vllm_plugin.host.early"): "the name of the spec",
+    ("offload/cli/doctor_config.py", "offload.vllm_plugin.register"): "the module of the spec",
+}
+# Files that import something only where it is used -> why
+LAZY: Mapping[str, str] = {
+    "offload/cli": "a command starts at once, and the doctor where packages are missing",
+    "offload/vllm_plugin/caches/content_order.py": "a private name of one backend",
+    "offload/vllm_plugin/host/early.py": "engines without our spec load it too",
+    "offload/vllm_plugin/register.py": "any vLLM loads it, or none",
+    "offload/vllm_plugin/spec.py": "a process loads its own side alone",
+    "offload/vllm_plugin/version.py": "the doctor asks it where there is no vLLM",
+    "tiers/fs/budget/catalog.py": "the engine's processes do without numpy's memory",
+}
 
-def sources(folder: str) -> list[Path]:
-    """The Python files of a top-level folder."""
-    found = sorted((ROOT / folder).rglob("*.py"))
+
+def sources(folder: str = "") -> list[Path]:
+    """The Python files of a top-level folder, or of all."""
+    found = [
+        path for name in FOLDERS if folder in ("", name) for path in (ROOT / name).rglob("*.py")
+    ]
     assert found, f"{folder}/ holds no Python file"
-    return found
+    return sorted(found)
 
 
 def module_name(path: Path) -> str:
@@ -24,9 +82,15 @@ def module_name(path: Path) -> str:
     return ".".join(("kvstrata", *path.relative_to(ROOT).with_suffix("").parts))
 
 
+def file_name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
 def statements(tree: ast.AST, lazy: bool) -> Iterator[ast.AST]:
-    """Every node below `tree`; without `lazy`, those that run when the module is imported."""
+    """Every node below `tree` that may run; without `lazy`, when the module is imported."""
     for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
         yield node
         if lazy or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield from statements(node, lazy)
@@ -45,9 +109,8 @@ def imports(source: str, module: str, lazy: bool = True) -> set[str]:
     return found
 
 
-def imports_of(path: Path) -> set[str]:
-    """What a file imports. A benchmark may import its baselines lazily, inside functions."""
-    return imports(path.read_text(), module_name(path), lazy="bench" not in path.parts)
+def imports_of(path: Path, lazy: bool = True) -> set[str]:
+    return imports(path.read_text(), module_name(path), lazy)
 
 
 def under(name: str, packages: set[str]) -> bool:
@@ -55,12 +118,9 @@ def under(name: str, packages: set[str]) -> bool:
     return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
-def outside(path: Path, allowed: set[str]) -> set[str]:
-    return {name for name in imports_of(path) if not under(name, allowed)}
-
-
-def inside(path: Path, banned: set[str]) -> set[str]:
-    return {name for name in imports_of(path) if under(name, banned)}
+def full(name: str) -> str:
+    """A name of the tables as an import has it."""
+    return f"kvstrata.{name}" if name.split(".")[0] in FOLDERS else name
 
 
 def test_imports_are_read_whole() -> None:
@@ -71,6 +131,8 @@ from . import tier
 from ..base import SecondaryTier
 class C:
     import triton
+if TYPE_CHECKING:
+    import rich
 def f():
     import vllm
 """
@@ -85,41 +147,74 @@ def f():
     assert imports(source, "kvstrata.tiers.fs.tier") == eager | {"vllm"}
 
 
-@pytest.mark.parametrize("path", sources("kernels"), ids=module_name)
-def test_kernels_import_torch_triton_and_numpy_only(path: Path) -> None:
+@pytest.mark.parametrize("pattern", FORBIDDEN)
+def test_a_room_imports_none_but_those_below_it(pattern: str) -> None:
+    files = sorted(ROOT.glob(pattern))
+    assert files, f"no file is of {pattern}: mend the table"
+    for path in files:
+        allowed = {full(name) for file, name in ALLOWED if file == file_name(path)}
+        banned = {full(name) for name in FORBIDDEN[pattern].split()}
+        # a benchmark imports its baselines where it needs them
+        found = imports_of(path, lazy="bench" not in path.parts)
+        wrong = {name for name in found if under(name, banned) and not under(name, allowed)}
+        assert not wrong, f"{file_name(path)} must not import {sorted(wrong)}"
+
+
+def test_every_room_has_a_rule() -> None:
+    ruled = {path for pattern in FORBIDDEN for path in ROOT.glob(pattern)}
+    left = [file_name(path) for path in sources() if path not in ruled]
+    assert not left, "say in FORBIDDEN what these must not import"
+
+
+def test_the_tables_name_what_there_is() -> None:
+    names = {name for banned in FORBIDDEN.values() for name in banned.split()}
+    for name in names | {name for _, name in ALLOWED}:
+        path = ROOT.joinpath(*name.split("."))
+        known = path.is_dir() or path.with_suffix(".py").exists()
+        assert known or name in ("torch", "triton", "vllm"), f"{name} is no module: mend the table"
+    for file, name in ALLOWED:
+        assert any(under(found, {full(name)}) for found in imports_of(ROOT / file)), (file, name)
+
+
+def test_kernels_import_torch_triton_and_numpy_only() -> None:
     allowed = {"torch", "triton", "numpy", "kvstrata.kernels", *sys.stdlib_module_names}
-    assert outside(path, allowed) == set()
+    for path in sources("kernels"):
+        # a benchmark imports its baselines where it needs them
+        found = imports_of(path, lazy="bench" not in path.parts)
+        wrong = {name for name in found if not under(name, allowed)}
+        assert not wrong, f"{file_name(path)} imports {sorted(wrong)}"
 
 
-def kernels_but(*rooms: str) -> list[Path]:
-    """The sources of kernels/ outside these sub-folders."""
-    return [p for p in sources("kernels") if p.relative_to(ROOT / "kernels").parts[0] not in rooms]
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """Nor in a function, where a cycle would hide."""
+    modules = {module_name(path): path for path in sources()}
+
+    def module_of(name: str) -> str:
+        while name and name not in modules:
+            name = name.rpartition(".")[0]
+        return name
+
+    graph = {
+        module: {module_of(name) for name in imports_of(path)} - {"", module}
+        for module, path in modules.items()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"an import cycle: {' <- '.join(error.args[1])}")
 
 
-@pytest.mark.parametrize("path", kernels_but("bench", "gpu"), ids=module_name)
-def test_what_moves_does_not_depend_on_the_form_that_moves_it(path: Path) -> None:
-    """The one who chooses a form knows both; nobody outside gpu/ knows more of it."""
-    forms = set() if path.stem == "opening" else {"kvstrata.kernels.gpu"}
-    assert inside(path, forms | {"kvstrata.kernels.bench"}) == set()
-
-
-@pytest.mark.parametrize("path", kernels_but("bench"), ids=module_name)
-def test_kernels_hide_no_import_in_a_function(path: Path) -> None:
-    source, module = path.read_text(), module_name(path)
-    assert imports(source, module) == imports(source, module, lazy=False)
-
-
-@pytest.mark.parametrize("path", sources("tiers"), ids=module_name)
-def test_tiers_import_no_torch_no_vllm_and_no_other_folder(path: Path) -> None:
-    assert (
-        inside(path, {"torch", "triton", "vllm", "kvstrata.kernels", "kvstrata.offload"}) == set()
-    )
-
-
-@pytest.mark.parametrize("path", sources("offload"), ids=module_name)
-def test_only_the_plugin_imports_vllm(path: Path) -> None:
-    if not path.is_relative_to(ROOT / "offload" / "vllm_plugin"):
-        assert inside(path, {"vllm"}) == set()
+def test_no_import_hides_in_a_function_without_a_reason() -> None:
+    hiding = {
+        file_name(path)
+        for path in sources()
+        if imports_of(path) != imports_of(path, lazy=False)
+        and "bench" not in path.parts  # which may do without its baselines and pictures
+    }
+    named = {file for file in hiding for name in LAZY if Path(file).is_relative_to(name)}
+    assert not hiding - named, "import at the top, or give LAZY the reason"
+    for name in LAZY:
+        assert any(Path(file).is_relative_to(name) for file in hiding), f"{name} hides none"
 
 
 def test_no_folder_is_a_regular_package() -> None:

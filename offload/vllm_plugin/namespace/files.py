@@ -12,6 +12,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
+
 from kvstrata.offload.vllm_plugin.host.errors import NamespaceError
 from kvstrata.offload.vllm_plugin.namespace.values import digest_of, plain, shortened, without
 
@@ -107,8 +109,6 @@ def _folders(model: Any, download_dir: str | None) -> Iterator[Path]:
     if root.exists():
         yield root if root.is_dir() else root.parent
         return
-    from huggingface_hub import snapshot_download
-
     for cache in dict.fromkeys((None, download_dir)):
         try:
             found = snapshot_download(

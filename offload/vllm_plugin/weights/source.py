@@ -7,6 +7,8 @@ import json
 import os
 from dataclasses import dataclass
 
+from huggingface_hub import snapshot_download
+
 from kvstrata.offload.vllm_plugin.weights.identity import identity_of
 from kvstrata.offload.vllm_plugin.weights.selection import weight_files
 
@@ -45,8 +47,6 @@ class WeightSource:
         return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
     def _downloaded(self) -> str:
-        from huggingface_hub import snapshot_download
-
         try:
             return str(
                 snapshot_download(
