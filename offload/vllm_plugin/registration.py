@@ -120,8 +120,14 @@ def open_worker(
     mine = ranks.agree(lambda: collect_layers(config, vllm_config, caches))
     parts = ranks.gather(
         {
-            group: [(layer.shape, layer.order, layer.local.cache.dtype) for layer in layers]
+            group: [(layer.shape, layer.content_order, layer.local.cache.dtype) for layer in layers]
             for group, layers in mine.items()
+        }
+    )
+    shapes = ranks.agree(
+        lambda: {
+            group: merge_layers([[shape for shape, *_ in part[group]] for part in parts])
+            for group in mine
         }
     )
 
@@ -138,12 +144,12 @@ def open_worker(
     def create() -> Region | None:
         if rank != 0:
             return None
-        return _create_region(config, settings, vllm_config, parts, weights)
+        return _create_region(config, settings, vllm_config, parts, shapes, weights)
 
     def register() -> Pipeline:
         groups = {
             group: plan(
-                merge_layers([[shape for shape, *_ in part[group]] for part in parts]),
+                shapes[group],
                 {layer.shape.name: layer.local for layer in layers},
                 config.cache.blocks_per_chunk,
             )
@@ -182,18 +188,13 @@ def _create_region(
     settings: OffloadConfig,
     vllm_config: VllmConfig,
     parts: Sequence[Mapping[int, Sequence[tuple[LayerShape, str, str]]]],
+    shapes: Mapping[int, Sequence[LayerShape]],
     weights: WeightNames | None,
 ) -> Region:
     """Rank 0: size the region from what all ranks hold, and write its header.
 
     `weights` is given where there are secondary tiers.
     """
-    shapes = {
-        group.group_id: merge_layers(
-            [[shape for shape, *_ in part[group.group_id]] for part in parts]
-        )
-        for group in config.groups
-    }
     # Ranks may differ, for example in the scales of their heads: all of them count.
     found: dict[str, set[str]] = {}
     dtypes: dict[str, str] = {}
@@ -202,7 +203,7 @@ def _create_region(
             for shape, order, dtype in layers:
                 found.setdefault(shape.name, set()).add(order)
                 dtypes[shape.name] = dtype
-    orders = {name: "|".join(sorted(each)) for name, each in found.items()}
+    content_orders = {name: "|".join(sorted(each)) for name, each in found.items()}
     blocks = config.cache.blocks_per_chunk
     layouts = {
         group.group_id: layout_of(shapes[group.group_id], blocks, group.tokens_per_block * blocks)
@@ -242,7 +243,7 @@ def _create_region(
     if weights is not None:
         check_secondary_tiers(vllm_config)
         fields["namespace"] = namespace_fields(
-            config, vllm_config, layouts, shapes, orders, weights.fields
+            config, vllm_config, layouts, shapes, content_orders, weights.fields
         )
         fields["weights_watch"] = weights.watch
     return create_region(config.engine_id, fields, text_bytes=HEADER_TEXT_BYTES)

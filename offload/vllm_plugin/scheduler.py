@@ -65,7 +65,7 @@ _EXPECTS = "removal_expected" in _EVENT_FIELDS
 _FORGETS = "metadata_only" in _EVENT_FIELDS  # from vLLM 0.33 on
 
 
-class KVStrataManager(OffloadingManager):
+class KVStrataScheduler(OffloadingManager):
     """Translates between vLLM's calls and ours; holds no policy of its own."""
 
     def __init__(
@@ -279,9 +279,9 @@ def _tells_removals(tier: SecondaryTier) -> bool:
     return type(inner).take_removed is not SecondaryTier.take_removed
 
 
-def open_manager(
+def open_scheduler(
     config: OffloadingConfig, settings: OffloadConfig, *, events: bool
-) -> KVStrataManager:
+) -> KVStrataScheduler:
     """Map the region that the workers made, and open the tiers.
 
     Raises:
@@ -342,6 +342,6 @@ def open_manager(
             weights_fixed=fixed,
         )
 
-    return KVStrataManager(
+    return KVStrataScheduler(
         manager, region, events=events, info=info, caps=has_partial_tails(config)
     )

@@ -63,9 +63,9 @@ class KVStrataSpec(OffloadingSpec):
     def get_manager(self) -> OffloadingManager:
         """The scheduler's side; the workers have registered before."""
         if self._manager is None:
-            from kvstrata.offload.vllm_plugin.scheduler import open_manager
+            from kvstrata.offload.vllm_plugin.scheduler import open_scheduler
 
-            self._manager = open_manager(
+            self._manager = open_scheduler(
                 self.config, self._settings, events=self.kv_events_config.enable_kv_cache_events
             )
         return self._manager

@@ -66,7 +66,7 @@ class WorkerLayer:
 
     shape: LayerShape
     local: LocalLayer
-    order: str
+    content_order: str
 
 
 @dataclass(frozen=True, slots=True)

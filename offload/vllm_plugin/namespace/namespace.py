@@ -33,7 +33,7 @@ def namespace_fields(
     vllm_config: VllmConfig,
     layouts: Mapping[int, PageLayout],
     shapes: Mapping[int, Sequence[LayerShape]],
-    orders: Mapping[str, str],
+    content_orders: Mapping[str, str],
     weights: Mapping[str, str | None] | None = None,
 ) -> dict[str, Any]:
     """The namespace as JSON-serialisable fields.
@@ -43,7 +43,7 @@ def namespace_fields(
         vllm_config: the engine's configuration.
         layouts: page layout by group.
         shapes: the layers of each group over all pipeline stages, in order.
-        orders: content-order id by layer name.
+        content_orders: content-order id by layer name.
         weights: the fields of `name_weights`; found out by this process alone if not given.
 
     Raises:
@@ -52,7 +52,7 @@ def namespace_fields(
     cache = vllm_config.cache_config
     model = vllm_config.model_config
     opaque = any(shape.content == OPAQUE for group in shapes.values() for shape in group)
-    blocked = any(order for order in orders.values())
+    blocked = any(content_orders.values())
     parallel = config.parallel
     split = getattr(vllm_config, "parallel_config", None)
     fields: dict[str, Any] = {
@@ -75,7 +75,7 @@ def namespace_fields(
         "groups": {
             str(group): {
                 "layers": [shape.name for shape in shapes[group]],
-                "orders": sorted({orders[shape.name] for shape in shapes[group]}),
+                "orders": sorted({content_orders[shape.name] for shape in shapes[group]}),
             }
             for group in layouts
         },

@@ -35,7 +35,7 @@ def make(name: str, slots: int, tier: bool, policy: str | None = None, groups: i
 
 def _ours(slots: int, tier: bool, policy: str, groups: int) -> Any:
     """As an engine opens it: behind the adapter, the tier behind its guard."""
-    from kvstrata.offload.vllm_plugin.scheduler import open_manager
+    from kvstrata.offload.vllm_plugin.scheduler import open_scheduler
 
     layout = PageLayout((TensorSpec("kv", "U8", (_PAGE_BYTES,)),), _TOKENS)
     fields = {
@@ -66,7 +66,7 @@ def _ours(slots: int, tier: bool, policy: str, groups: int) -> Any:
     entry = {"type": InstantTier.__name__, "module_path": InstantTier.__module__}
     tiers = (TierEntry("instant", entry),) if tier else ()
     settings = OffloadConfig(cpu_bytes=slots * _PAGE_BYTES, tiers=tiers, eviction_policy=policy)
-    manager = open_manager(cast(Any, engine), settings, events=False)
+    manager = open_scheduler(cast(Any, engine), settings, events=False)
     region.close()
     return manager
 

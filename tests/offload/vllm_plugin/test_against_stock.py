@@ -26,7 +26,7 @@ from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager  # noqa: E402
 from kvstrata.offload.config.offload_config import OffloadConfig  # noqa: E402
 from kvstrata.offload.manager import TieringManager  # noqa: E402
 from kvstrata.offload.primary.region import Region  # noqa: E402
-from kvstrata.offload.vllm_plugin.scheduler import KVStrataManager  # noqa: E402
+from kvstrata.offload.vllm_plugin.scheduler import KVStrataScheduler  # noqa: E402
 from kvstrata.tiers.base import PageLayout, TensorSpec  # noqa: E402
 from tests.offload.vllm_plugin.block_engine import (  # noqa: E402
     BLOCK,
@@ -72,7 +72,7 @@ def make(name: str, model: Model, slots: int, threshold: int) -> OffloadingManag
         weights_fixed=True,
         windows=model.windows,
     )
-    return KVStrataManager(manager, cast(Region, NoRegion()), events=False)
+    return KVStrataScheduler(manager, cast(Region, NoRegion()), events=False)
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ from kvstrata.offload.manager import TieringManager  # noqa: E402
 from kvstrata.offload.primary.region import Region, create_region  # noqa: E402
 from kvstrata.offload.secondary.guard import GuardedTier  # noqa: E402
 from kvstrata.offload.secondary.tier import NamedTier  # noqa: E402
-from kvstrata.offload.vllm_plugin.scheduler import _FORGETS, KVStrataManager  # noqa: E402
+from kvstrata.offload.vllm_plugin.scheduler import _FORGETS, KVStrataScheduler  # noqa: E402
 from kvstrata.tiers.base import PageLayout, SecondaryTier, TensorSpec  # noqa: E402
 from kvstrata.tiers.faults import FaultyTier, SlowTier  # noqa: E402
 from kvstrata.tiers.memory import MemoryTier  # noqa: E402
@@ -83,7 +83,7 @@ class Tracked:
         self.world = World([tier], slots)
         fields = {"slots": slots, "slot_bytes": 4096, "workers": 1}
         region: Region = create_region("events", fields, text_bytes=500, directory=folder)
-        self.manager = KVStrataManager(self.world.manager, region, events=True)
+        self.manager = KVStrataScheduler(self.world.manager, region, events=True)
         self.tracker = OffloadingEventsTracker(SELF_DESCRIBING)
         self.follower = Follower()
         self._group: Any = SimpleNamespace(
@@ -231,7 +231,7 @@ def test_a_follower_knows_what_is_where(seed: int, model: Model) -> None:
         lambda: [NamedTier("disk", GuardedTier("disk", tier), "STORAGE")],
         weights_fixed=True,
     )
-    manager = KVStrataManager(inner, cast(Region, NoRegion()), events=True)
+    manager = KVStrataScheduler(inner, cast(Region, NoRegion()), events=True)
     engine = BlockEngine(model, manager, slots)
     half = engine._half
     half._events_tracker = tracker = OffloadingEventsTracker(SELF_DESCRIBING)

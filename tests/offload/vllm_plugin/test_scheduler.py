@@ -23,13 +23,13 @@ from vllm.v1.kv_offload.base import (  # noqa: E402
     TierMatcher,
 )
 
-import kvstrata.offload.vllm_plugin.scheduler as manager_module  # noqa: E402
+import kvstrata.offload.vllm_plugin.scheduler as scheduler_module  # noqa: E402
 from kvstrata.offload.config.offload_config import OffloadConfig, TierEntry  # noqa: E402
 from kvstrata.offload.manager import TieringManager  # noqa: E402
 from kvstrata.offload.primary.region import Region, create_region  # noqa: E402
 from kvstrata.offload.vllm_plugin.host.offload_cap import has_partial_tails  # noqa: E402
 from kvstrata.offload.vllm_plugin.metrics import SLOTS, StatsReader  # noqa: E402
-from kvstrata.offload.vllm_plugin.scheduler import KVStrataManager, open_manager  # noqa: E402
+from kvstrata.offload.vllm_plugin.scheduler import KVStrataScheduler, open_scheduler  # noqa: E402
 from kvstrata.offload.vllm_plugin.transfer import PageSlots  # noqa: E402
 from kvstrata.tiers.base import layouts_to_json  # noqa: E402
 from kvstrata.tiers.memory import MemoryTier  # noqa: E402
@@ -54,7 +54,7 @@ class Adapter:
         self.world = World([self.tier], slots)
         fields = {"slots": slots, "slot_bytes": 4096, "workers": 2}
         self.region: Region = create_region("e", fields, text_bytes=500, directory=folder)
-        self.manager = KVStrataManager(self.world.manager, self.region, events=events)
+        self.manager = KVStrataScheduler(self.world.manager, self.region, events=events)
 
     @property
     def inner(self) -> TieringManager:
@@ -234,7 +234,7 @@ def test_a_request_that_waits_is_answered_from_memory(
 
 
 def workers_region(name: str) -> tuple[Any, Region]:
-    """What workers leave for `open_manager`: vLLM's configuration, and their region."""
+    """What workers leave for `open_scheduler`: vLLM's configuration, and their region."""
     fields = {
         "slots": 1,
         "slot_bytes": 4096,
@@ -267,7 +267,7 @@ def test_a_tier_is_where_its_entry_says_and_is_quiet_if_it_says_so(
     )
     settings = OffloadConfig(2**20, tiers=tiers, without_effect={"backpressure": "no need"})
     with caplog.at_level("INFO", "kvstrata"):
-        manager = open_manager(engine, settings, events=True)
+        manager = open_scheduler(engine, settings, events=True)
     try:
         named = manager._manager.tiers
         assert [each.tier.locality for each in named] == ["REMOTE", "LOCAL"]
@@ -314,7 +314,7 @@ def test_events_that_nobody_asked_for_do_not_pile_up(tmp_path: Path) -> None:
 def test_stats_are_collected_now_and_then_and_when_all_requests_have_ended(
     adapter: Adapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(manager_module, "STATS_EVERY_S", 1000.0)
+    monkeypatch.setattr(scheduler_module, "STATS_EVERY_S", 1000.0)
     request = context()
     adapter.manager.on_new_request(request)
     assert adapter.manager.get_stats() is not None
@@ -377,7 +377,7 @@ def test_stats_tell_slots_that_are_not_ready() -> None:
 
 
 def test_stats_are_increments(adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manager_module, "STATS_EVERY_S", 0.0)
+    monkeypatch.setattr(scheduler_module, "STATS_EVERY_S", 0.0)
     request = context()
     spec = adapter.store(KEYS[:2], request)
     assert spec is not None
@@ -398,7 +398,7 @@ def test_a_cap_is_kept_here_and_vllm_does_not_see_it(
     tmp_path: Path, tokens: int, stored: int
 ) -> None:
     adapter = Adapter(tmp_path)
-    manager = KVStrataManager(adapter.inner, adapter.region, events=False, caps=True)
+    manager = KVStrataScheduler(adapter.inner, adapter.region, events=False, caps=True)
     params = {"max_offload_tokens": tokens, "kv_load_tiers": None}
     request = context(kv_transfer_params=params)
     manager.on_new_request(request)
@@ -410,7 +410,7 @@ def test_a_cap_is_kept_here_and_vllm_does_not_see_it(
 @pytest.mark.parametrize(("caps", "value"), [(False, 16), (True, -1), (True, True), (True, "16")])
 def test_what_vllm_keeps_or_refuses_is_left_to_it(tmp_path: Path, caps: bool, value: Any) -> None:
     adapter = Adapter(tmp_path)
-    manager = KVStrataManager(adapter.inner, adapter.region, events=False, caps=caps)
+    manager = KVStrataScheduler(adapter.inner, adapter.region, events=False, caps=caps)
     request = context(kv_transfer_params={"max_offload_tokens": value})
     manager.on_new_request(request)
     assert request.kv_transfer_params == {"max_offload_tokens": value}

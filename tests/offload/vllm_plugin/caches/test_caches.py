@@ -303,7 +303,7 @@ def order_of(monkeypatch: pytest.MonkeyPatch, module: Module | None) -> str:
     [layer] = collect(monkeypatch, {"a": module})
     if module is None or module.backend.get_name() == "OTHER":
         assert layer.shape.content == OPAQUE
-    return layer.order
+    return layer.content_order
 
 
 def test_order_of_opaque_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,7 +323,7 @@ def test_order_of_packed_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = {"a": Module(2, "X"), "b": Module(2, "X"), "c": Module(2, "Y"), "d": None}
     [layer] = collect(monkeypatch, layers, packed=True)
     assert layer.shape.content == OPAQUE
-    assert layer.order == (
+    assert layer.content_order == (
         f"opaque/{content_version()}/X/block16/kernel16/torch.float32,Y/block16/kernel16/torch.float32,"
         "unknown/block16/unknown"
     )
@@ -358,7 +358,7 @@ def test_scales_mean_nothing_without_fp8(
     monkeypatch.setattr(caches, "cpu_isa", lambda *_: "isa")
     [one] = collect(monkeypatch, {"a": Module(2, backend)})
     [other] = collect(monkeypatch, {"a": Module(2, backend, k_scale=0.5)})
-    assert one.shape.content == content and one.order == other.order
+    assert one.shape.content == content and one.content_order == other.content_order
 
 
 def test_states_of_layers_side_by_side() -> None:
