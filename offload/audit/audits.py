@@ -24,7 +24,7 @@ from kvstrata.offload.primary.slots import Entry, PrimaryTier, Writer
 from kvstrata.offload.request.request import RequestState
 from kvstrata.offload.secondary.tier import TierLink
 from kvstrata.offload.secondary.tiers import Running, TierJobs
-from kvstrata.tiers.base import JobResult, Lookup, PageLayout, RequestView, key_group
+from kvstrata.tiers.base import JobResult, Lookup, PageKey, PageLayout, RequestView, key_group
 
 # A spare slot is taken only while so many others could be had: requests come first.
 _LEAST_FREE = 2 * MOST_AT_ONCE
@@ -45,7 +45,7 @@ class Audit:
         dropped: a reset came in between; the slots are given back and nothing is compared.
     """
 
-    key: bytes
+    key: PageKey
     forced: bool
     computed: Entry
     served: Entry | None
@@ -85,7 +85,7 @@ class Audits:
         self._report = report
         self._probing: RequestState | None = None
         self._probe = Probe()
-        self._open: dict[tuple[str, bytes], Audit] = {}  # by request and key, until it is stored
+        self._open: dict[tuple[str, PageKey], Audit] = {}  # by request and key, until it is stored
         self._under_way: set[Audit] = set()
         self._comparing: dict[int, Audit] = {}
         self._next = 0
@@ -115,7 +115,7 @@ class Audits:
             self._note_intervention()
 
     def answer(
-        self, key: bytes, end_token: int, state: RequestState, natural: Answer, step: int
+        self, key: PageKey, end_token: int, state: RequestState, natural: Answer, step: int
     ) -> Answer:
         """What to tell vLLM of a page, in place of the `natural` answer in this step."""
         if state is not self._probing:
@@ -138,8 +138,8 @@ class Audits:
 
     def choose(
         self,
-        ends: Mapping[bytes, int],
-        present: Sequence[bytes],
+        ends: Mapping[PageKey, int],
+        present: Sequence[PageKey],
         new: Sequence[Entry],
         state: RequestState,
     ) -> list[Entry]:
@@ -175,8 +175,8 @@ class Audits:
         return [entry for entry in spare if entry is not None]
 
     def computed(
-        self, keys: Collection[bytes], req_id: str, valid: Callable[[int], bool]
-    ) -> Collection[bytes]:
+        self, keys: Collection[PageKey], req_id: str, valid: Callable[[int], bool]
+    ) -> Collection[PageKey]:
         """The GPU's pages have arrived: compare those in spare slots; the keys of the others."""
         if not self._open:
             return keys
@@ -196,7 +196,7 @@ class Audits:
                 self._end(audit)
         return others
 
-    def stored(self, keys: Iterable[bytes], request: RequestView) -> None:
+    def stored(self, keys: Iterable[PageKey], request: RequestView) -> None:
         """New pages of one plan are ready, or were discarded: ask the tiers for theirs."""
         if not self._open:
             return
@@ -261,7 +261,7 @@ class Audits:
 
     # -- inside -------------------------------------------------------------------
 
-    def _again(self, key: bytes, state: RequestState) -> Entry | None:
+    def _again(self, key: PageKey, state: RequestState) -> Entry | None:
         """A spare slot for a page that is present."""
         served = self._primary.get(key)
         if served is None or not served.ready:
@@ -294,14 +294,14 @@ class Audits:
         enough = self._primary.free + self._primary.idle >= _LEAST_FREE
         return enough and len(self._under_way) < MOST_AT_ONCE and self._schedule.has_time()
 
-    def _borrow(self, key: bytes, end_token: int, writer: Writer) -> Entry | None:
+    def _borrow(self, key: PageKey, end_token: int, writer: Writer) -> Entry | None:
         if self._primary.free + self._primary.idle < _LEAST_FREE:
             return None
         entry, evicted = self._primary.borrow(key, end_token, writer)
         self._report.left(evicted)
         return entry
 
-    def _is_forced(self, key: bytes, state: RequestState) -> bool:
+    def _is_forced(self, key: PageKey, state: RequestState) -> bool:
         return state is self._probing and key == self._probe.target
 
     def _note(self, audit: Audit, state: RequestState) -> None:

@@ -12,7 +12,7 @@ from kvstrata.offload.events import Report
 from kvstrata.offload.primary.slots import Entry, PrimaryTier
 from kvstrata.offload.secondary.tier import TierLink
 from kvstrata.offload.secondary.tiers import Running, TierJobs
-from kvstrata.tiers.base import JobResult, Lookup, RequestView
+from kvstrata.tiers.base import JobResult, Lookup, PageKey, RequestView
 
 logger = logging.getLogger("kvstrata.audit")
 
@@ -35,9 +35,9 @@ class Findings:
         self._report = report
         self._cpu = Trust()
         self._blamed: set[str] = set()  # tiers of which a different page was logged
-        self._leaving: dict[bytes, Entry] = {}  # to be dropped once the GPU has read them
+        self._leaving: dict[PageKey, Entry] = {}  # to be dropped once the GPU has read them
         # Keys that are neither loaded nor stored any more -> whether a tier still has such a page
-        self.refused: dict[bytes, bool] = {}
+        self.refused: dict[PageKey, bool] = {}
         self.largest_error = 0.0
 
     @property
@@ -51,11 +51,13 @@ class Findings:
         """Whether there are pages in the primary tier that must not be loaded."""
         return self._cpu.lost or bool(self._leaving)
 
-    def blocks(self, key: bytes) -> bool:
+    def blocks(self, key: PageKey) -> bool:
         """Whether the page must not be loaded, although the primary tier may have it."""
         return self._cpu.lost or key in self._leaving
 
-    def judge(self, key: bytes, computed: Entry, link: TierLink | None, found: Comparison) -> None:
+    def judge(
+        self, key: PageKey, computed: Entry, link: TierLink | None, found: Comparison
+    ) -> None:
         """A page was compared.
 
         Args:
@@ -102,7 +104,7 @@ class Findings:
         for key in [key for key, stays in self.refused.items() if not stays]:
             del self.refused[key]
 
-    def _refuse(self, key: bytes, link: TierLink | None, found: Comparison) -> None:
+    def _refuse(self, key: PageKey, link: TierLink | None, found: Comparison) -> None:
         """Neither load nor store the page any more."""
         name = link.name if link is not None else CPU_TIER
         log = logger.debug if name in self._blamed else logger.error
@@ -126,7 +128,7 @@ class Findings:
             self._drop([entry])
 
     def _quarantine(
-        self, key: bytes, computed: Entry, blamed: TierLink | None, *, distrust: bool
+        self, key: PageKey, computed: Entry, blamed: TierLink | None, *, distrust: bool
     ) -> None:
         """Have the page put aside by every tier that holds it, together with the computed one."""
         view = RequestView("audit")

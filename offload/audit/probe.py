@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvstrata.offload.lookup import Answer
+from kvstrata.tiers.base import PageKey
 
 # Members bound once: in Python 3.11 each `Answer.HIT` is a call.
 _HIT, _PENDING, _RETRY, _MISS = Answer.HIT, Answer.PENDING, Answer.RETRY, Answer.MISS
@@ -24,13 +25,13 @@ class Probe:
         withheld: that it was, for the caller to note.
     """
 
-    target: bytes = b""
+    target: PageKey = b""
     withheld: bool = False
     _step: int = -1
-    _last: bytes = b""  # last key of this step's hits
+    _last: PageKey = b""  # last key of this step's hits
     _open: bool = False  # a tier did not know yet, so that more hits may follow
 
-    def answer(self, key: bytes, natural: Answer, step: int) -> Answer:
+    def answer(self, key: PageKey, natural: Answer, step: int) -> Answer:
         """What to tell vLLM of a key, in place of the `natural` answer in this step."""
         if step != self._step:
             if self._step >= 0 and self._last and not self._open and not self.target:

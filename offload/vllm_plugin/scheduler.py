@@ -43,7 +43,7 @@ from kvstrata.offload.vllm_plugin.info import Labels, config_info
 from kvstrata.offload.vllm_plugin.metrics import StatsReader
 from kvstrata.offload.vllm_plugin.transfer import PageSlots
 from kvstrata.offload.vllm_plugin.weights.watch import WeightWatch
-from kvstrata.tiers.base import RequestView, SecondaryTier, TierContext, layouts_from_json
+from kvstrata.tiers.base import PageKey, RequestView, SecondaryTier, TierContext, layouts_from_json
 
 logger = logging.getLogger("kvstrata")
 
@@ -235,7 +235,7 @@ class KVStrataScheduler(OffloadingManager):
 
     # -- inside -------------------------------------------------------------------
 
-    def _transfer(self, keys: Sequence[bytes], slots: Sequence[int]) -> PageSlots:
+    def _transfer(self, keys: Sequence[PageKey], slots: Sequence[int]) -> PageSlots:
         self._ticket += 1
         groups = np.frombuffer(b"".join([key[-4:] for key in keys]), ">i4")  # key_group of each
         return PageSlots(self._ticket, slots, groups)
