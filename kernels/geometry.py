@@ -46,6 +46,7 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
 }
+# (kvstrata.tiers.base has a table of its own: neither folder imports the other.)
 DTYPE_BYTES: Mapping[str, int] = {name: dtype.itemsize for dtype, name in DTYPE_NAMES.items()}
 
 

@@ -23,12 +23,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
+from kvstrata.tiers.options import TierConfigError as TierConfigError
+from kvstrata.tiers.options import parse_options
+
 # What `bytes` means in signatures; the content of pages is a `memoryview`, or plain `bytes`.
 ChunkHash: TypeAlias = bytes  # vLLM's block hash of a chunk's end
 PageKey: TypeAlias = bytes  # vLLM's offload key: a `ChunkHash` and a 4-byte big-endian group index
 
 # Bytes per element of the safetensors dtypes a page may have
-# (https://github.com/huggingface/safetensors, safetensors/src/tensor.rs).
+# (https://github.com/huggingface/safetensors, safetensors/src/tensor.rs). The kernels have a table
+# of their own, made of torch's dtypes: tiers read files without torch and without kernels.
 DTYPE_BYTES: Mapping[str, int] = {
     "U8": 1,
     "I8": 1,
@@ -74,10 +78,6 @@ def unseen_reason(value: object) -> str | None:
 # What a tier may say of itself, in vLLM's words.
 MEDIA = ("CPU", "STORAGE")
 LOCALITIES = ("LOCAL", "REMOTE")
-
-
-class TierConfigError(ValueError):
-    """A tier's options are wrong: the message names the key, the value and the remedy."""
 
 
 class Lookup(enum.Enum):
@@ -296,14 +296,17 @@ class SecondaryTier(ABC):
     # compute, until the operator confirms that they may be.
     trusted: bool = True
 
+    # What it may be told: a dataclass of `option`s (kvstrata.tiers.options).
+    Options: ClassVar[type[Any]] = object
+
     @classmethod
-    @abstractmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:
         """Check the tier's part of the configuration without touching the medium.
 
         Raises:
             TierConfigError: naming the key, the value and the remedy.
         """
+        parse_options(cls.Options, options, cls.__name__)
 
     @classmethod
     def directories(cls, options: Mapping[str, Any]) -> tuple[str, ...]:

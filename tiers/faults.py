@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from kvstrata.tiers.base import (
     Job,
@@ -16,16 +15,13 @@ from kvstrata.tiers.base import (
     SecondaryTier,
     TierStats,
 )
-from kvstrata.tiers.options import check_tier_keys
 
 
 class TierWrapper(SecondaryTier):
-    """Passes every call on to `inner`; subclasses change what they mean to."""
+    """Passes every call on to `inner`; subclasses change what they mean to.
 
-    @classmethod
-    def check_options(cls, options: Mapping[str, Any]) -> None:
-        """Wrappers are made in code and have no options."""
-        check_tier_keys(cls.__name__, options, ())
+    Wrappers are made in code and have no options.
+    """
 
     def __init__(self, inner: SecondaryTier) -> None:
         self.inner = inner

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from kvstrata.tiers.base import (
@@ -21,28 +22,31 @@ from kvstrata.tiers.base import (
     TierContext,
     TierStats,
 )
-from kvstrata.tiers.options import check_tier_keys, parse_bytes
+from kvstrata.tiers.options import option, parse_bytes, parse_options
+
+
+@dataclass(frozen=True)
+class MemoryOptions:
+    """Options of the memory tier, checked."""
+
+    max_bytes: int | None = option(
+        parse_bytes,
+        "most bytes; the least recently used pages go",
+        default=None,
+        shown="none",
+    )
 
 
 class MemoryTier(SecondaryTier):
-    """Pages in a dict; option `max_bytes` bounds their sum, the least recently used go first."""
+    """Pages in a dict."""
 
     medium = "CPU"
-
-    @classmethod
-    def check_options(cls, options: Mapping[str, Any]) -> None:
-        """See `SecondaryTier.check_options`."""
-        check_tier_keys("memory tier", options, {"max_bytes"})
-        if "max_bytes" in options:
-            parse_bytes("max_bytes", options["max_bytes"])
+    Options = MemoryOptions
 
     def __init__(self, options: Mapping[str, Any], context: TierContext) -> None:
         """See `SecondaryTier.__init__`."""
-        self.check_options(options)
+        self._max_bytes = parse_options(MemoryOptions, options, "memory tier").max_bytes
         self.locality = "LOCAL"
-        self._max_bytes = (
-            parse_bytes("max_bytes", options["max_bytes"]) if "max_bytes" in options else None
-        )
         self._layouts = context.layouts
         self._pages: OrderedDict[PageKey, bytes] = OrderedDict()  # least recently used first
         self._bytes = 0

@@ -1,22 +1,26 @@
-"""Reading options: every mistake is one error that names the key, the value and the remedy."""
+"""Options from one table: a dataclass in which each field says how its key is read and what it is.
+
+    @dataclass(frozen=True)
+    class BucketOptions:
+        bucket: str = option(parse_text, "the bucket for the pages")
+        io_threads: int = option(partial(parse_count, most=64), "threads for I/O", default=8)
+
+    options = parse_options(BucketOptions, {"bucket": "kv"}, "bucket tier")
+
+Every mistake is one error that names the key, the value and the remedy.
+"""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import MISSING, dataclass, field
 from fractions import Fraction
 from math import inf
-from typing import Any
+from typing import Any, TypeVar
 
-from kvstrata.tiers.base import TierConfigError
-
-# Keys that an entry of `secondary_tiers` of any type may have: those that say which class it is,
-# and those of the manager.
-COMMON_KEYS = (
-    *("type", "module_path", "store_threshold", "max_tracker_size"),
-    *("enable_kv_events", "locality", "backpressure", "tier_poll_interval_s"),
-)
+T = TypeVar("T")
 
 MAX_BYTES = 2**60  # 1 EiB: no medium is larger, so a larger number is a mistake
 
@@ -28,6 +32,133 @@ for _power, _letter in enumerate("kmgtp", start=1):
 _SIZE = re.compile(r"([0-9]{1,24}(?:\.[0-9]{1,24})?) ?([A-Za-z]*)")
 
 _LEAST_BEGINNING = 3  # characters that name a key
+
+
+class TierConfigError(ValueError):
+    """A tier's options are wrong: the message names the key, the value and the remedy."""
+
+
+class WrongValue(TierConfigError):
+    """The value of `key` is wrong; `remedy` says what to give instead."""
+
+    def __init__(self, key: str, value: object, remedy: str) -> None:
+        self.key, self.value, self.remedy = key, value, remedy
+        super().__init__(f"{key}: {value!r} is wrong; give {remedy}")
+
+
+class UnknownKeyError(TierConfigError):
+    """A key that `where` does not know; `instead` says what to use, if that is known."""
+
+    def __init__(self, where: str, key: object, known: Collection[str], instead: str = "") -> None:
+        self.where, self.key, self.known, self.instead = where, str(key), known, instead
+        names = ", ".join(sorted(known)) or "none"
+        text = f"{nearest(self.key, known)}; known keys: {names}"
+        super().__init__(f"{where}: unknown key {key!r}{f': {instead}' if instead else text}")
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A key of a configuration.
+
+    Attributes:
+        parse: makes of key and value what the field holds, or raises a `TierConfigError`.
+        help: what it is, in Markdown; of a required one it begins with what to give.
+        default: what holds without the key, as one would write it, or in words.
+        required: whether the key must be given.
+        idle: it is taken, and does nothing; `help` says why.
+        other_names: by which people look for it, between blanks.
+    """
+
+    parse: Callable[[str, Any], Any]
+    help: str
+    default: Any
+    required: bool
+    idle: bool
+    other_names: str
+
+    def is_called(self, name: str) -> bool:
+        """Whether `name` is one of the other names, in any way of writing it."""
+        return _letters(name) in map(_letters, self.other_names.split())
+
+
+def option(
+    parse: Callable[[str, Any], Any],
+    help: str,
+    *,
+    default: Any = MISSING,
+    key: str = "",
+    shown: str = "",
+    idle: bool = False,
+    other_names: str = "",
+) -> Any:
+    """A dataclass field that is an option. An `InitVar` is checked, and not kept.
+
+    Args:
+        parse, help, idle, other_names: see `Option`.
+        default: what the field holds without the key; left out, the key is required.
+        key: where it is not the field's name.
+        shown: the default in words, where it is not what one would write.
+    """
+    required = default is MISSING
+    text = shown or (None if required else default)
+    made = Option(parse, help, text, required, idle, other_names)
+    return field(default=default, kw_only=not required, metadata={"option": made, "key": key})
+
+
+def options_of(cls: type) -> dict[str, Option]:
+    """The options that a dataclass declares, by key."""
+    return {key: made for key, _, made in _declared(cls)}
+
+
+def parse_options(cls: type[T], given: Mapping[str, Any], where: str) -> T:
+    """The dataclass of what is `given`, whose options it declares.
+
+    Args:
+        cls: a dataclass with an `option` for each field.
+        given: keys and values, as the user wrote them.
+        where: what has these options, for errors: "fs tier".
+
+    Raises:
+        TierConfigError: naming the key, the value and the remedy.
+    """
+    return cls(**read_options(cls, given, where))
+
+
+def read_options(cls: type, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What is given, checked, by the name of the field; see `parse_options`."""
+    known = options_of(cls)
+    for key in given:
+        if key not in known:
+            raise UnknownKeyError(where, key, known, use_instead(str(key), known))
+    values: dict[str, Any] = {}
+    for key, name, made in _declared(cls):
+        if made.required and given.get(key) is None:
+            raise TierConfigError(f"{key} is missing: give {plain(made.help.partition(';')[0])}")
+        if key in given:
+            values[name] = made.parse(key, given[key])
+    return values
+
+
+def use_instead(key: str, known: Mapping[str, Option]) -> str:
+    """`use x` or `use x and y`: the options for which people write `key`; "" for none."""
+    found = [name for name, made in known.items() if made.is_called(key)]
+    return f"use {' and '.join(found)}" if found else ""
+
+
+def check_keys(where: str, options: Mapping[str, Any], known: Collection[str]) -> None:
+    """Refuse keys that `where` does not know.
+
+    Raises:
+        UnknownKeyError: naming the first unknown key, the nearest known one, and all known.
+    """
+    for key in options:
+        if key not in known:
+            raise UnknownKeyError(where, key, known)
+
+
+def plain(markdown: str) -> str:
+    """The text of a `help` without links and code marks."""
+    return re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", markdown).replace("`", "")
 
 
 def nearest(word: str, known: Collection[str]) -> str:
@@ -51,37 +182,27 @@ def size_text(nbytes: int) -> str:
     return f"{nbytes} B" if unit == "B" else f"{size:.1f} {unit}"
 
 
-class UnknownKeyError(TierConfigError):
-    """An option that `where` does not know: `key`."""
-
-    def __init__(self, where: str, key: object, known: Collection[str]) -> None:
-        self.where, self.key = where, str(key)
-        names = ", ".join(sorted(known)) or "none"
-        near = nearest(self.key, known)
-        super().__init__(f"{where}: unknown key {key!r}{near}; known keys: {names}")
+# -- what an option's value may be: each takes the key and the value, and raises TierConfigError --
 
 
-def check_keys(where: str, options: Mapping[str, Any], known: Collection[str]) -> None:
-    """Refuse keys that `where` does not know.
-
-    Raises:
-        UnknownKeyError: naming the first unknown key, the nearest known one, and all known.
-    """
-    for key in options:
-        if key not in known:
-            raise UnknownKeyError(where, key, known)
+def parse_any(key: str, value: Any) -> Any:
+    """Whatever it is: somebody else checks it."""
+    return value
 
 
-def check_tier_keys(where: str, options: Mapping[str, Any], known: Collection[str]) -> None:
-    """Refuse options that a tier does not know; the message names the `COMMON_KEYS` as well.
-
-    Raises:
-        UnknownKeyError: as `check_keys`.
-    """
-    check_keys(where, options, {*known, *COMMON_KEYS})
+def or_none(parse: Callable[[str, Any], T]) -> Callable[[str, Any], T | None]:
+    """A parser that takes None as well, as if the key were left out."""
+    return lambda key, value: None if value is None else parse(key, value)
 
 
-def parse_bytes(key: str, value: object) -> int:
+def parse_text(key: str, value: object) -> str:
+    """A string that is not empty."""
+    if not isinstance(value, str) or not value:
+        raise WrongValue(key, value, "a string")
+    return value
+
+
+def parse_bytes(key: str, value: object, *, zero: bool = False) -> int:
     """A size in bytes from a number or from a string such as "8GiB", "500MB" or "1.5TiB".
 
     Units are K, M, G, T and P, alone or with B (powers of 1000), and Ki, Mi, Gi, Ti and Pi, alone
@@ -89,7 +210,7 @@ def parse_bytes(key: str, value: object) -> int:
     byte is dropped: vLLM's `--kv-offloading-size` makes one of a fraction of a GiB.
 
     Raises:
-        TierConfigError: not a size, not positive, or larger than `MAX_BYTES`.
+        TierConfigError: not a size, larger than `MAX_BYTES`, or not positive (nor 0, with `zero`).
     """
     remedy = 'give a positive number of bytes or a string such as "8GiB"'
     if isinstance(value, str):
@@ -98,44 +219,52 @@ def parse_bytes(key: str, value: object) -> int:
         if match is None or unit is None:
             units = "KB, MB, GB, TB, PB, KiB, MiB, GiB, TiB, PiB, or without the B"
             raise TierConfigError(f"{key}: {value!r} is not a size; {remedy} (units: {units})")
-        size = int(Fraction(match[1]) * unit)
+        exact = Fraction(match[1]) * unit
     elif isinstance(value, int | float) and not isinstance(value, bool) and -inf < value < inf:
-        size = int(value)
+        exact = Fraction(value)
     else:
         raise TierConfigError(f"{key}: {value!r} is not a size; {remedy}")
-    if size <= 0:
+    if exact < 1 and not (zero and exact == 0):
         raise TierConfigError(f"{key}: {value!r} is not positive; {remedy}")
-    if size > MAX_BYTES:
+    if exact >= MAX_BYTES + 1:
         raise TierConfigError(f"{key}: {value!r} is more than {size_text(MAX_BYTES)}; {remedy}")
-    return size
+    return int(exact)
 
 
-def parse_count(key: str, value: object, most: int) -> int:
-    """A whole number from 1 to `most`.
+def parse_count(key: str, value: object, most: int, least: int = 1) -> int:
+    """A whole number from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        remedy = f"a whole number from {least} to {most:,}"
+        raise WrongValue(key, value, remedy + _unquoted(value))
+    return value
 
-    Raises:
-        TierConfigError: another type or outside the range.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        unquoted = ", without quotes" if isinstance(value, str) and value.isdecimal() else ""
-        raise TierConfigError(
-            f"{key}: {value!r} is wrong; give a whole number from 1 to {most:,}{unquoted}"
-        )
+
+def parse_number(key: str, value: object, most: float, *, zero: bool = False) -> float:
+    """A number above 0, or from 0 on with `zero`, and at most `most`."""
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not 0 <= value <= most  # NaN is not either
+        or (value == 0 and not zero)
+    ):
+        bounds = f"from 0 to {most:g}" if zero else f"above 0 and at most {most:g}"
+        raise WrongValue(key, value, f"a number {bounds}{_unquoted(value)}")
+    return float(value)
+
+
+def parse_flag(key: str, value: object) -> bool:
+    """True or false."""
+    if not isinstance(value, bool):
+        raise WrongValue(key, value, f"true or false{_unquoted(value)}")
     return value
 
 
 def parse_choice(key: str, value: object, choices: Collection[str]) -> str:
-    """One of the words in `choices`.
-
-    Raises:
-        TierConfigError: anything else; the message lists the choices.
-    """
-    if isinstance(value, str) and value in choices:
-        return value
-    near = nearest(value, choices) if isinstance(value, str) else ""
-    raise TierConfigError(
-        f"{key}: {value!r} is wrong{near}; give one of {', '.join(sorted(choices))}"
-    )
+    """One of the words in `choices`."""
+    if not isinstance(value, str) or value not in choices:
+        near = nearest(value, choices) if isinstance(value, str) else ""
+        raise WrongValue(key, value, f"one of {', '.join(choices)}{near}")
+    return value
 
 
 def parse_mode(key: str, value: object, needed: int, most: int = 0o777) -> int:
@@ -157,3 +286,24 @@ def parse_mode(key: str, value: object, needed: int, most: int = 0o777) -> int:
     if mode & needed != needed:
         raise TierConfigError(f"{key}: {value!r} lacks the owner's {needed:04o}; {remedy}")
     return mode
+
+
+def _declared(cls: type) -> list[tuple[str, str, Option]]:
+    """Key, field and option of each field that is one."""
+    # `dataclasses.fields` leaves `InitVar`s out
+    fields = getattr(cls, "__dataclass_fields__", {}).values()
+    return [
+        (each.metadata["key"] or each.name, each.name, each.metadata["option"])
+        for each in fields
+        if "option" in each.metadata
+    ]
+
+
+def _letters(name: str) -> str:
+    return re.sub("[^a-z0-9]", "", name.lower())
+
+
+def _unquoted(value: object) -> str:
+    """What to say of a number, or true or false, that was written as a string."""
+    written = isinstance(value, str) and re.fullmatch(r"true|false|-?[0-9]+(\.[0-9]+)?", value)
+    return ", without quotes" if written else ""

@@ -1,14 +1,25 @@
-"""From an entry of `secondary_tiers` to the tier's class."""
+"""An entry of `secondary_tiers`: what any may say, and from it to the tier's class."""
 
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Mapping
+from dataclasses import InitVar, dataclass
+from functools import partial
 from importlib.metadata import entry_points
 from typing import Any
 
-from kvstrata.tiers.base import SecondaryTier, TierConfigError
-from kvstrata.tiers.options import COMMON_KEYS, nearest
+from kvstrata.tiers.base import LOCALITIES, SecondaryTier, TierConfigError
+from kvstrata.tiers.options import (
+    WrongValue,
+    nearest,
+    option,
+    options_of,
+    parse_any,
+    parse_count,
+    parse_flag,
+)
 
 ENTRY_POINT_GROUP = "kvstrata.tiers"
 
@@ -18,9 +29,90 @@ BUILT_IN: Mapping[str, str] = {
     "memory": "kvstrata.tiers.memory:MemoryTier",
 }
 
+# What people call the files of a directory, in letters.
+_FILES = re.compile("(local|posix)?(file|filesystem|files|dir|directory|folder|disk|ssd|nvme|nfs)")
 # Tiers of vLLM's own TieringOffloadingSpec that have no counterpart here.
 _STOCK = ("example", "kvcr", "obj", "p2p")
 _STOCK_BASE = ("vllm.v1.kv_offload.tiering.base", "SecondaryTierManager")
+
+
+def _check_backpressure(key: str, value: object) -> None:
+    if value is not None and not isinstance(value, Mapping):
+        raise WrongValue(key, value, "an object, or remove the key")
+
+
+def _check_interval(key: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 3600:
+        raise WrongValue(key, value, "a number, or remove the key")
+
+
+def _parse_locality(key: str, value: object) -> object:
+    if value is not None and value not in LOCALITIES:
+        near = nearest(value, LOCALITIES) if isinstance(value, str) else ""
+        raise WrongValue(key, value, f"{' or '.join(LOCALITIES)}{near}")
+    return value
+
+
+# What `option` takes for the keys that the engine has as well.
+STORE_THRESHOLD: Mapping[str, Any] = {
+    "parse": partial(parse_count, least=0, most=1000),
+    "help": "store a chunk only from this many offers on; 0 and 1: at once",
+    "default": 0,
+}
+MAX_TRACKER_SIZE: Mapping[str, Any] = {
+    "parse": partial(parse_count, most=10**9),
+    "help": "how many keys that counting remembers",
+    "default": 64_000,
+}
+BACKPRESSURE: Mapping[str, Any] = {
+    "parse": _check_backpressure,
+    "help": "a slow tier is always held back, by its measured speed",
+    "default": None,
+    "idle": True,
+}
+TIER_POLL_INTERVAL_S: Mapping[str, Any] = {
+    "parse": _check_interval,
+    "help": "tiers work between steps without being polled",
+    "default": None,
+    "idle": True,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TierEntry:
+    """One element of `secondary_tiers`, checked. `entry` is as the user wrote it.
+
+    Its options are those that a tier of any type may have; they are not the tier's own.
+    `store_threshold` and `max_tracker_size` mean for this tier what they mean for the engine.
+    """
+
+    name: str
+    entry: Mapping[str, Any]
+    type: InitVar[Any] = option(
+        parse_any,
+        "`fs`, `memory`, a type that an installed package brings, or the name of a class",
+        default=None,
+        shown="required",
+    )
+    module_path: InitVar[Any] = option(
+        parse_any, "the module of the class that `type` names", default=None
+    )
+    store_threshold: int = option(**STORE_THRESHOLD)
+    max_tracker_size: int = option(**MAX_TRACKER_SIZE)
+    kv_events: bool = option(
+        parse_flag,
+        "false: no KV events of this tier's pages, where events are on",
+        default=True,
+        key="enable_kv_events",
+    )
+    locality: str | None = option(
+        _parse_locality,
+        "`LOCAL` or `REMOTE`, for KV events and `kv_load_tiers`",
+        default=None,
+        shown="what the tier says",
+    )
+    backpressure: InitVar[Any] = option(**BACKPRESSURE)
+    tier_poll_interval_s: InitVar[Any] = option(**TIER_POLL_INTERVAL_S)
 
 
 def tier_class(entry: Mapping[str, Any]) -> type[SecondaryTier]:
@@ -37,7 +129,8 @@ def tier_class(entry: Mapping[str, Any]) -> type[SecondaryTier]:
     if not isinstance(name, str) or not name:
         wrong = f'"type": {name!r} is wrong' if "type" in entry else '"type" is missing'
         raise TierConfigError(
-            f"{wrong}; give one of {', '.join(_known())}, or a class name together with module_path"
+            f"{wrong}; give one of {', '.join(tier_types())}, or a class name together with "
+            "module_path"
         )
     module = entry.get("module_path")
     if module is not None:
@@ -48,24 +141,28 @@ def tier_class(entry: Mapping[str, Any]) -> type[SecondaryTier]:
         return _import(BUILT_IN[name], name)
     for point in entry_points(group=ENTRY_POINT_GROUP, name=name):
         return _import(point.value, name)
-    known = _known()
+    known = tier_types()
     if name in _STOCK:
         raise TierConfigError(
             f"type {name!r} is a tier of vLLM's own TieringOffloadingSpec, which kvstrata does not "
             f"have; known types: {', '.join(known)}; use one of them, or remove the entry"
         )
+    is_files = _FILES.fullmatch(re.sub("[^a-z]", "", name.lower()))
+    near = " (did you mean 'fs'?)" if is_files else nearest(name, known)
     raise TierConfigError(
-        f"unknown type {name!r}{nearest(name, known)}; known types: "
+        f"unknown type {name!r}{near}; known types: "
         f"{', '.join(known)}; for a class of your own give module_path as well"
     )
 
 
 def tier_options(entry: Mapping[str, Any]) -> dict[str, Any]:
     """The entry without the keys that every tier has: what the tier's class receives."""
-    return {key: value for key, value in entry.items() if key not in COMMON_KEYS}
+    common = options_of(TierEntry)
+    return {key: value for key, value in entry.items() if key not in common}
 
 
-def _known() -> list[str]:
+def tier_types() -> list[str]:
+    """The short names that `type` can be here."""
     return sorted({*BUILT_IN, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))})
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from vllm.v1.kv_offload.config import OffloadingConfig
 
-from kvstrata.offload.config.offload_config import OffloadConfig, TierEntry
+from kvstrata.offload.config.offload_config import OffloadConfig
+from kvstrata.tiers.registry import TierEntry
 
 Labels = Mapping[str, str | int | float | bool]
 

@@ -74,9 +74,9 @@ def test_parse_count_refuses(value: object) -> None:
 
 @pytest.mark.parametrize("value", ["Direct", "", None, 1, ["direct"]])
 def test_parse_choice_refuses(value: object) -> None:
-    assert parse_choice("io", "direct", ("direct", "auto")) == "direct"
+    assert parse_choice("io", "direct", ("auto", "direct")) == "direct"
     with pytest.raises(TierConfigError, match=r"io: .* one of auto, direct"):
-        parse_choice("io", value, ("direct", "auto"))
+        parse_choice("io", value, ("auto", "direct"))
 
 
 def test_the_remedy_for_a_directory_is_one_that_can_be_entered() -> None:

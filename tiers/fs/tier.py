@@ -96,6 +96,7 @@ class FsTier(SecondaryTier):
     """
 
     medium = "STORAGE"
+    Options = FsConfig
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from kvstrata.tiers.base import Job, JobResult, TierConfigError, TierContext
 from kvstrata.tiers.faults import TierWrapper
-from kvstrata.tiers.options import check_tier_keys
+from kvstrata.tiers.options import check_keys
 from kvstrata.tiers.registry import tier_class, tier_options
 
 _LATENCY, _SPEED, _INNER = "latency_s", "bytes_per_second", "tier"
@@ -26,7 +26,7 @@ class ThrottledTier(TierWrapper):
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:
         """See `SecondaryTier.check_options`."""
-        check_tier_keys("throttled tier", options, {_LATENCY, _SPEED, _INNER})
+        check_keys("throttled tier", options, {_LATENCY, _SPEED, _INNER})
         for name, least in ((_LATENCY, 0.0), (_SPEED, 1.0)):
             value = options.get(name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
