@@ -13,6 +13,7 @@ Every mistake is one error that names the key, the value and the remedy.
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, field
@@ -63,7 +64,7 @@ class Option:
     Attributes:
         parse: makes of key and value what the field holds, or raises a `TierConfigError`.
         help: what it is, in Markdown; of a required one it begins with what to give.
-        default: what holds without the key, as one would write it, or in words.
+        default: what holds without the key, in Markdown: as one would write it, or in words.
         required: whether the key must be given.
         idle: it is taken, and does nothing; `help` says why.
         other_names: by which people look for it, between blanks.
@@ -71,7 +72,7 @@ class Option:
 
     parse: Callable[[str, Any], Any]
     help: str
-    default: Any
+    default: str
     required: bool
     idle: bool
     other_names: str
@@ -100,8 +101,11 @@ def option(
         shown: the default in words, where it is not what one would write.
     """
     required = default is MISSING
-    text = shown or (None if required else default)
-    made = Option(parse, help, text, required, idle, other_names)
+    if not shown and required:
+        shown = "required"
+    elif not shown:
+        shown = f"`{json.dumps(default, default=str)}`" if default is not None else "none"
+    made = Option(parse, help, shown, required, idle, other_names)
     return field(default=default, kw_only=not required, metadata={"option": made, "key": key})
 
 
@@ -143,17 +147,6 @@ def use_instead(key: str, known: Mapping[str, Option]) -> str:
     """`use x` or `use x and y`: the options for which people write `key`; "" for none."""
     found = [name for name, made in known.items() if made.is_called(key)]
     return f"use {' and '.join(found)}" if found else ""
-
-
-def check_keys(where: str, options: Mapping[str, Any], known: Collection[str]) -> None:
-    """Refuse keys that `where` does not know.
-
-    Raises:
-        UnknownKeyError: naming the first unknown key, the nearest known one, and all known.
-    """
-    for key in options:
-        if key not in known:
-            raise UnknownKeyError(where, key, known)
 
 
 def plain(markdown: str) -> str:

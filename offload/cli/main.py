@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvstrata.offload.cli.check import check
+from kvstrata.offload.cli.config import config
 from kvstrata.offload.cli.gc import gc
 from kvstrata.offload.cli.inspect import inspect
 from kvstrata.offload.cli.ls import list_root
@@ -59,6 +60,7 @@ app.command("ls")(list_root)
 app.command()(check)
 app.command()(gc)
 app.command()(trust)
+app.command()(config)
 
 
 @app.command()

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvstrata.offload.cli.names import named_namespace
 from kvstrata.offload.cli.printing import fail, printable
-from kvstrata.offload.cli.root import Root, no_namespaces
+from kvstrata.offload.cli.root import Root, named_namespace, no_namespaces
 
 if TYPE_CHECKING:
     from kvstrata.tiers.fs.files.layout import NamespacePaths

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from kvstrata.offload.cli.names import named_namespace, refuse
 from kvstrata.offload.cli.printing import fail, print_json, printable
-from kvstrata.offload.cli.root import no_namespaces
+from kvstrata.offload.cli.root import named_namespace, no_namespaces, refuse
 
 if TYPE_CHECKING:
     from kvstrata.tiers.fs.files.differences import Difference

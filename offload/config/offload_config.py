@@ -170,7 +170,6 @@ class OffloadConfig:
         'ordered list of `{"type": ..., ...}`',
         default=(),
         key="secondary_tiers",
-        shown="`[]`",
         other_names="tiers",
     )
     promotion_fraction: float = option(

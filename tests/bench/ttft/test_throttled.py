@@ -69,5 +69,5 @@ def test_results_are_due_after_latency_and_bytes_and_each_direction_has_its_link
     ],
 )
 def test_wrong_options_are_named(name: str, value: object) -> None:
-    with pytest.raises(TierConfigError, match=name if name != "tier" else "tier=|unknown type"):
+    with pytest.raises(TierConfigError, match=name if name != "tier" else "tier: |unknown type"):
         ThrottledTier.check_options({**OPTIONS, name: value})

@@ -7,34 +7,41 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from kvstrata.tiers.base import Job, JobResult, TierConfigError, TierContext
+from kvstrata.tiers.base import Job, JobResult, TierContext
 from kvstrata.tiers.faults import TierWrapper
-from kvstrata.tiers.options import check_keys
+from kvstrata.tiers.options import WrongValue, option, parse_number, parse_options
 from kvstrata.tiers.registry import tier_class, tier_options
 
-_LATENCY, _SPEED, _INNER = "latency_s", "bytes_per_second", "tier"
+
+def _parse_tier(key: str, value: object) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise WrongValue(key, value, 'an object such as {"type": "memory"}')
+    tier_class(value).check_options(tier_options(value))
+    return value
+
+
+@dataclass(frozen=True)
+class Throttled:
+    """A link and what lies behind it."""
+
+    tier: Mapping[str, Any] = option(_parse_tier, "the entry of `secondary_tiers` behind the link")
+    latency_s: float = option(
+        partial(parse_number, most=3600.0, zero=True), "the time that each job takes more"
+    )
+    bytes_per_second: float = option(
+        partial(parse_number, most=1e12), "the speed of the link, each way"
+    )
 
 
 class ThrottledTier(TierWrapper):
-    """Options: `tier`, an entry of `secondary_tiers`; `latency_s`; `bytes_per_second`."""
+    """The tier of `Throttled.tier`, behind the link."""
 
     medium = "STORAGE"
-
-    @classmethod
-    def check_options(cls, options: Mapping[str, Any]) -> None:
-        """See `SecondaryTier.check_options`."""
-        check_keys("throttled tier", options, {_LATENCY, _SPEED, _INNER})
-        for name, least in ((_LATENCY, 0.0), (_SPEED, 1.0)):
-            value = options.get(name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
-                raise TierConfigError(f"{name}={value!r}: use a number of at least {least:g}")
-        inner = options.get(_INNER)
-        if not isinstance(inner, Mapping):
-            raise TierConfigError(f'{_INNER}={inner!r}: use an object such as {{"type": "memory"}}')
-        tier_class(inner).check_options(tier_options(inner))
+    Options = Throttled
 
     def __init__(
         self,
@@ -43,11 +50,9 @@ class ThrottledTier(TierWrapper):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """See `SecondaryTier.__init__`."""
-        self.check_options(options)
-        inner = options[_INNER]
-        super().__init__(tier_class(inner)(tier_options(inner), context))
-        self._latency_s = float(options[_LATENCY])
-        self._bytes_per_second = float(options[_SPEED])
+        link = parse_options(Throttled, options, "throttled tier")
+        super().__init__(tier_class(link.tier)(tier_options(link.tier), context))
+        self._latency_s, self._bytes_per_second = link.latency_s, link.bytes_per_second
         self._clock = clock
         self._free = {"load": 0.0, "store": 0.0}  # when each link will have moved what it has
         self._started: dict[int, tuple[float, float]] = {}  # job -> when it began, when it is due
