@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -16,14 +17,20 @@ if TYPE_CHECKING:
 
 
 def option_tables() -> dict[str, Mapping[str, Option]]:
-    """The options by key: of the engine, of any tier, and of each type of tier that is there."""
+    """The options by key: of the engine, of any tier, and of each type of tier that is there.
+
+    A type that cannot be imported is said on stderr.
+    """
     from kvstrata.offload.config.offload_config import OffloadConfig
-    from kvstrata.tiers.options import options_of
+    from kvstrata.tiers.options import TierConfigError, options_of
     from kvstrata.tiers.registry import TierEntry, tier_class, tier_types
 
     tables = {"kv_connector_extra_config": OffloadConfig, "secondary_tiers": TierEntry}
     for name in tier_types():
-        tables[name] = tier_class({"type": name}).Options
+        try:
+            tables[name] = tier_class({"type": name}).Options
+        except TierConfigError as error:
+            typer.echo(f"kvstrata: {error}", err=True)
     return {name: options_of(cls) for name, cls in tables.items()}
 
 

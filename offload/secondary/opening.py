@@ -7,11 +7,11 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import replace
 
-from kvstrata.offload.config.offload_config import OffloadConfig, TierEntry
+from kvstrata.offload.config.offload_config import OffloadConfig
 from kvstrata.offload.secondary.guard import GuardedTier, check_words
 from kvstrata.offload.secondary.tier import NamedTier
 from kvstrata.tiers.base import EPOCH, SecondaryTier, TierContext
-from kvstrata.tiers.registry import tier_class, tier_options
+from kvstrata.tiers.registry import TierEntry, tier_class, tier_options
 
 logger = logging.getLogger("kvstrata")
 

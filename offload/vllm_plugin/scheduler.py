@@ -44,6 +44,7 @@ from kvstrata.offload.vllm_plugin.metrics import StatsReader
 from kvstrata.offload.vllm_plugin.transfer import PageSlots
 from kvstrata.offload.vllm_plugin.weights.watch import WeightWatch
 from kvstrata.tiers.base import PageKey, RequestView, SecondaryTier, TierContext, layouts_from_json
+from kvstrata.tiers.options import size_text
 
 logger = logging.getLogger("kvstrata")
 
@@ -320,13 +321,11 @@ def open_scheduler(
         ready=region.progress.usable,
     )
     region.progress.serve()
-    gib = region.slots * region.slot_bytes / 2**30
     logger.info(
-        "kvstrata: CPU tier of %d pages of %d bytes (%.1f GiB), %d of them ready; "
-        "secondary tiers: %s",
+        "kvstrata: CPU tier of %d pages of %s (%s), %d of them ready; secondary tiers: %s",
         region.slots,
-        region.slot_bytes,
-        gib,
+        size_text(region.slot_bytes),
+        size_text(region.slots * region.slot_bytes),
         manager.primary.slots,
         ", ".join(named.name for named in manager.tiers) or "none",
     )

@@ -1,15 +1,25 @@
+from dataclasses import InitVar, dataclass, fields
+from functools import partial
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstrata.tiers.base import TierConfigError
+from kvstrata.tiers.base import SecondaryTier, TierConfigError
 from kvstrata.tiers.options import (
     MAX_BYTES,
-    check_keys,
+    option,
+    options_of,
+    or_none,
     parse_bytes,
     parse_choice,
     parse_count,
+    parse_flag,
     parse_mode,
+    parse_number,
+    parse_options,
+    parse_text,
 )
 
 
@@ -57,14 +67,6 @@ def test_parse_bytes_scales_exactly(number: int, unit: tuple[str, int]) -> None:
     assert parse_bytes("key", f"{number}{unit[0]}") == number * unit[1]
 
 
-def test_check_keys_names_the_nearest() -> None:
-    check_keys("place", {"root_dir": 1}, ("root_dir", "io"))
-    with pytest.raises(TierConfigError, match=r"^place: .*'rootdir' \(did you mean 'root_dir'\?\)"):
-        check_keys("place", {"rootdir": 1}, ("root_dir", "io"))
-    with pytest.raises(TierConfigError, match=r"'zzzzz'; known keys: io, root_dir$"):
-        check_keys("place", {"zzzzz": 1}, ("root_dir", "io"))
-
-
 @pytest.mark.parametrize("value", [0, -3, 1.0, "4", None, True, 65])
 def test_parse_count_refuses(value: object) -> None:
     assert parse_count("n", 64, 64) == 64
@@ -96,3 +98,82 @@ def test_parse_mode() -> None:
 def test_parse_mode_refuses(value: object) -> None:
     with pytest.raises(TierConfigError, match=r'file_mode: .*"0640"|file_mode: .*lacks'):
         parse_mode("file_mode", value, 0o600)
+
+
+# -- a table of options ------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    root_dir: str = option(parse_text, "the directory of [files](x.md); or `nothing`")
+    size: int = option(parse_bytes, "bytes", default=7, key="max_bytes", other_names="quota")
+    only_checked: InitVar[Any] = option(parse_flag, "checked", default=False, other_names="quota")
+    share: float = option(partial(parse_number, most=1.0), "a share", default=0.5, shown="half")
+    note: str | None = option(or_none(parse_text), "a note", default=None)
+
+
+def parse(**given: object) -> Options:
+    return parse_options(Options, {"root_dir": "/a", **given}, "odd tier")
+
+
+def test_what_is_left_out_has_its_default() -> None:
+    assert parse() == Options("/a", size=7, share=0.5, note=None)
+    assert parse(max_bytes="1KiB", share=1, note="x") == Options(
+        "/a", size=1024, share=1.0, note="x"
+    )
+    assert parse(note=None) == parse(only_checked=True) == parse()
+    assert "only_checked" not in {each.name for each in fields(Options)}
+
+
+def test_the_table_says_what_a_user_would_write() -> None:
+    found = {key: made.default for key, made in options_of(Options).items()}
+    assert found == {
+        "root_dir": "required",
+        "max_bytes": "`7`",
+        "only_checked": "`false`",
+        "share": "half",
+        "note": "none",
+    }
+    assert options_of(object) == {}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"root_dir": None}, "^root_dir is missing: give the directory of files$"),
+        ({"root_dir": ""}, "^root_dir: '' is wrong; give a string$"),
+        ({"max_bytes": 0}, "^max_bytes: 0 is not positive"),
+        ({"only_checked": 1}, "^only_checked: 1 is wrong; give true or false$"),
+        ({"only_checked": "true"}, "true or false, without quotes$"),
+        ({"share": 0}, "^share: 0 is wrong; give a number above 0 and at most 1$"),
+        ({"share": "0.5"}, "at most 1, without quotes$"),
+        ({"size": 1}, "^odd tier: unknown key 'size'; known keys: max_bytes, note, only_checked, "),
+        ({"rootdir": 1}, r"'rootdir' \(did you mean 'root_dir'\?\); known keys: "),
+        ({"Quota": 1}, "^odd tier: unknown key 'Quota': use max_bytes and only_checked$"),
+    ],
+    ids=repr,
+)
+def test_what_is_wrong_is_named(given: dict[str, object], message: str) -> None:
+    with pytest.raises(TierConfigError, match=message):
+        parse(**given)
+
+
+def test_without_options_every_key_is_unknown() -> None:
+    class Plain(SecondaryTier): ...
+
+    Plain.check_options({})
+    with pytest.raises(TierConfigError, match=r"^Plain: unknown key 'x'; known keys: none$"):
+        Plain.check_options({"x": 1})
+
+
+@pytest.mark.parametrize("value", ["0", "0.0 GiB", " 0KiB", 0, 0.0], ids=repr)
+def test_zero_bytes_in_any_way(value: object) -> None:
+    assert parse_bytes("key", value, zero=True) == 0
+    with pytest.raises(TierConfigError, match="is not positive"):
+        parse_bytes("key", value)
+
+
+@pytest.mark.parametrize("value", ["0 apples", "0.1B", -0.5, "-0"], ids=repr)
+def test_what_is_not_quite_zero(value: object) -> None:
+    with pytest.raises(TierConfigError):
+        parse_bytes("key", value, zero=True)

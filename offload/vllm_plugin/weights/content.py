@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from kvstrata.offload.vllm_plugin.weights.hub import hub_digest
 from kvstrata.offload.vllm_plugin.weights.identity import Identity, identity_of
 from kvstrata.offload.vllm_plugin.weights.memory import SETTLED_NS, DigestMemory
+from kvstrata.tiers.options import size_text
 
 logger = logging.getLogger("kvstrata")
 
@@ -103,9 +104,9 @@ def read_digests(
     total = sum(found[path].identity.size for path in paths)
     if total >= LARGE_BYTES:
         logger.info(
-            "kvstrata reads %.1f GiB of weight files to give their pages a name (remembered until "
+            "kvstrata reads %s of weight files to give their pages a name (remembered until "
             "they change, where the file system keeps exact change times)",
-            total / 2**30,
+            size_text(total),
         )
 
     def read(path: str) -> str:

@@ -28,6 +28,12 @@ def run(*arguments: object, exit_code: int = 0) -> str:
     return result.stderr if exit_code == 2 else result.stdout
 
 
+def outcome(*arguments: object) -> tuple[int, str, str]:
+    """The exit code, and what a command printed on stdout and stderr."""
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    return result.exit_code, result.stdout, result.stderr
+
+
 def run_json(*arguments: object, exit_code: int = 0) -> Any:
     return json.loads(run(*arguments, "--json", exit_code=exit_code))
 

@@ -38,12 +38,14 @@ def test_a_good_one(tmp_path: Path) -> None:
     assert [value for name, value in checks if name == "fs"] == roots
     assert os.listdir(tmp_path) == []
     inner = {"kv_connector": "OffloadingConnector", "kv_connector_extra_config": config}
-    assert doctor(inner) == (code, found)
-    assert doctor({"kv_connector_extra_config": config}) == (code, found)
     other = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
     several = {"connectors": [other, inner]}
     multi = {"kv_connector": "MultiConnector", "kv_connector_extra_config": several}
-    assert doctor(multi) == (code, found)
+    for around in (inner, {"kv_connector_extra_config": config}, multi):
+        again = doctor(around)[1]["checks"]  # what is free may be other than before
+        assert [(check["name"], check["status"]) for check in again] == [
+            (check["name"], check["status"]) for check in found["checks"]
+        ]
 
 
 def test_in_words(tmp_path: Path) -> None:

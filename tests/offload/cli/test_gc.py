@@ -106,7 +106,7 @@ def test_the_least_that_can_be_reached(root: Path, paths: NamespacePaths) -> Non
         (["--max-files", "0"], "max_files: 0 is wrong"),
         (["--max-files", str(2**64)], "is wrong"),
         (["--max-files", "many"], "unable to parse string as an integer"),
-        (["--min-free-bytes", "0%"], "min_free_bytes: '0%' is no share of a disk"),
+        (["--min-free-bytes", "0%"], "give at least one limit"),
         (["--min-free-bytes", "100%"], "is no share of a disk"),
         (["--min-free-bytes", "1000000TiB"], "smaller than that"),
     ],

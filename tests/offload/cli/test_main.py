@@ -13,25 +13,17 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from kvstrata.offload.cli.main import app
 from kvstrata.tiers.base import TierContext
 from kvstrata.tiers.fs.files.layout import NamespacePaths
 from kvstrata.tiers.fs.files.temporary import temporary_name
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.testing import CONTEXT, make_data, store
-from tests.offload.cli.cli_world import KEYS, fill, flip, run, run_json
+from tests.offload.cli.cli_world import KEYS, fill, flip, outcome, run, run_json
 
 SCRIPT = Path(sysconfig.get_path("scripts"), "kvstrata")
 PAGES = {"0": {"tokens": 32, "tensors": []}, "1": {"tokens": 64, "tensors": []}}
 FIELDS = {"kv_dtype": "bfloat16", "pages": PAGES, "weights": "0123456789abcdef"}
-
-
-def outcome(*arguments: object) -> tuple[int, str, str]:
-    """The exit code, and what a command printed on stdout and stderr."""
-    result = CliRunner().invoke(app, list(map(str, arguments)))
-    return result.exit_code, result.stdout, result.stderr
 
 
 # ---- ls ----
@@ -179,7 +171,7 @@ def test_the_bar_is_shown_on_a_terminal(root: Path, paths: NamespacePaths) -> No
 def test_version_and_help() -> None:
     assert run("--version") == f"kvstrata {version('kvstrata')}\n"
     shown = run("--help")
-    assert all(name in shown for name in ("inspect", "ls", "check", "gc", "doctor"))
+    assert all(name in shown for name in ("inspect", "ls", "check", "gc", "doctor", "config"))
     assert "root_dir" in run("check", "--help")
     assert "Exits with 1" in run("doctor", "--help")
     assert "nonsense" in run("nonsense", exit_code=2)

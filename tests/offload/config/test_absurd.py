@@ -14,6 +14,8 @@ TYPES = (FIRST, "fs, memory")
 SHARE = ("more than 0%", "10%")
 CLASS = "package.module:Class"
 
+WINDOWS = ("C:\\kv", "c:/kv", "C:kv", "\\\\host\\kv", "kv\\deep", ".\\kv", "~\\kv")
+
 
 def fs(**options: Any) -> dict[str, Any]:
     return {"secondary_tiers": [{"type": "fs", "root_dir": "/some/where", **options}]}
@@ -49,6 +51,17 @@ REFUSED: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"tiers": []}, ("'tiers'", "use secondary_tiers")),
     ({"shutdown_timeout": 15}, ("'shutdown_timeout'", "--shutdown-timeout 15")),
     (fs(max_size="1GiB"), (FIRST, "'max_size'", "use max_bytes")),
+    ({"max_size": "1GiB"}, ("'max_size'", "use max_bytes of an entry of secondary_tiers")),
+    ({"path": "/mnt/kv"}, ("'path'", "use root_dir of an entry of secondary_tiers")),
+    ({"store_config": {}}, ("'store_config'", "it is a key of an entry of secondary_tiers")),
+    ({"locality": "LOCAL"}, ("'locality'", "it is a key of an entry of secondary_tiers")),
+    (fs(path="/mnt/kv"), (FIRST, "'path'", "use root_dir")),
+    (fs(directory="/mnt/kv"), (FIRST, "'directory'", "use root_dir")),
+    (fs(threads=4), (FIRST, "'threads'", "use n_read_threads and n_write_threads")),
+    (fs(numThreads=4), (FIRST, "'numThreads'", "use n_read_threads and n_write_threads")),
+    (fs(mode="0600"), (FIRST, "'mode'", "use file_mode and dir_mode")),
+    (fs(num_cpu_blocks=1), (FIRST, "use cpu_bytes_to_use of kv_connector_extra_config, beside")),
+    (tiers({"type": "memory", "path": "/x"}), (FIRST, "'path'", "known keys")),
     (fs(dir_mode="4777"), (FIRST, "dir_mode: '4777'", '"0750"')),
     (fs(max_bytes=None), (FIRST, "max_bytes is null", "leave it out")),
     (fs(min_free_bytes=None), (FIRST, "min_free_bytes is null", "leave it out", "0 for none")),
@@ -116,6 +129,10 @@ REFUSED: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     (tiers("fs"), (FIRST, "'fs'", '{"type": "fs", ...}')),
     (tiers({}), (*TYPES, '"type" is missing')),
     (tiers({"type": "FS", "root_dir": "/x"}), (*TYPES, "'FS'", "did you mean 'fs'?")),
+    *(
+        (tiers({"type": name, "root_dir": "/x"}), (*TYPES, f"{name!r} (did you mean 'fs'?)"))
+        for name in ("filesystem", "file", "File_System", "disk", "local-disk", "directory")
+    ),
     (tiers({"type": "redis"}), (*TYPES, "'redis'", "module_path")),
     (tiers({"type": "obj"}), (*TYPES, "'obj'", "vLLM's own")),
     (tiers({"type": "p2p"}), (*TYPES, "'p2p'", "vLLM's own")),
@@ -139,6 +156,10 @@ REFUSED: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     (root("/mnt/{{ name }}"), (FIRST, "'/mnt/{{ name }}'", "variable")),
     (root("s3://bucket/kv"), (FIRST, "'s3://bucket/kv'", "URL", "mounted")),
     (root("file:///mnt/kv"), (FIRST, "'file:///mnt/kv'", "URL")),
+    (root("nfs:/export"), (FIRST, "'nfs:/export'", "names another host", "mounted")),
+    (root("10.0.0.1:/export"), (FIRST, "names another host", "mounted")),
+    (root("user@host:/kv"), (FIRST, "names another host", "mounted")),
+    *((root(path), (FIRST, repr(path), "Windows", "/mnt/kv")) for path in WINDOWS),
     (root("/mnt/kv "), (FIRST, "'/mnt/kv '", "white space")),
     (root("/"), (FIRST, "'/'", "whole file system", "/mnt/kv")),
     (root("//../"), (FIRST, "'//../'", "whole file system")),
@@ -178,6 +199,10 @@ TAKEN: list[dict[str, Any]] = [
     {"sync_load_budget_bytes": 1e9},
     fs(max_bytes="50 %"),
     fs(file_mode="600"),
+    *(fs(min_free_bytes=none) for none in (0, 0.0, "0", "0GiB", "0 B", "0%", "0.00 %")),
+    root("/mnt/a:/b"),
+    root("/mnt/back\\slash"),
+    root("~/x:/y"),
     tiers({"type": "memory"}),
     tiers({"type": "memory", "max_bytes": "1GiB"}),
 ]
