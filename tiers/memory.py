@@ -32,7 +32,7 @@ class MemoryOptions:
     max_bytes: int | None = option(
         parse_bytes,
         "most bytes; the least recently used pages go",
-        default=None,
+        None,
         shown="none",
     )
 

@@ -85,8 +85,8 @@ class Option:
 def option(
     parse: Callable[[str, Any], Any],
     help: str,
-    *,
     default: Any = MISSING,
+    *,
     key: str = "",
     shown: str = "",
     idle: bool = False,
@@ -107,6 +107,12 @@ def option(
         shown = f"`{json.dumps(default, default=str)}`" if default is not None else "none"
     made = Option(parse, help, shown, required, idle, other_names)
     return field(default=default, kw_only=not required, metadata={"option": made, "key": key})
+
+
+def same_option(cls: type, name: str) -> Any:
+    """A dataclass field that is the same option as the field `name` of `cls`."""
+    like = cls.__dataclass_fields__[name]  # type: ignore[attr-defined]
+    return field(default=like.default, kw_only=like.kw_only, metadata=like.metadata)
 
 
 def options_of(cls: type) -> dict[str, Option]:

@@ -53,31 +53,6 @@ def _parse_locality(key: str, value: object) -> object:
     return value
 
 
-# What `option` takes for the keys that the engine has as well.
-STORE_THRESHOLD: Mapping[str, Any] = {
-    "parse": partial(parse_count, least=0, most=1000),
-    "help": "store a chunk only from this many offers on; 0 and 1: at once",
-    "default": 0,
-}
-MAX_TRACKER_SIZE: Mapping[str, Any] = {
-    "parse": partial(parse_count, most=10**9),
-    "help": "how many keys that counting remembers",
-    "default": 64_000,
-}
-BACKPRESSURE: Mapping[str, Any] = {
-    "parse": _check_backpressure,
-    "help": "a slow tier is always held back, by its measured speed",
-    "default": None,
-    "idle": True,
-}
-TIER_POLL_INTERVAL_S: Mapping[str, Any] = {
-    "parse": _check_interval,
-    "help": "tiers work between steps without being polled",
-    "default": None,
-    "idle": True,
-}
-
-
 @dataclass(frozen=True, slots=True)
 class TierEntry:
     """One element of `secondary_tiers`, checked. `entry` is as the user wrote it.
@@ -89,30 +64,43 @@ class TierEntry:
     name: str
     entry: Mapping[str, Any]
     type: InitVar[Any] = option(
-        parse_any,
-        "`fs`, `memory`, a type that an installed package brings, or the name of a class",
-        default=None,
-        shown="required",
+        parse_any, "`fs`, `memory`, one of an installed package, or a class", None, shown="required"
     )
-    module_path: InitVar[Any] = option(
-        parse_any, "the module of the class that `type` names", default=None
+    module_path: InitVar[Any] = option(parse_any, "the module of the class that `type` names", None)
+    store_threshold: int = option(
+        partial(parse_count, least=0, most=1000),
+        "store a chunk only from this many offers on; 0 and 1: at once",
+        0,
     )
-    store_threshold: int = option(**STORE_THRESHOLD)
-    max_tracker_size: int = option(**MAX_TRACKER_SIZE)
+    max_tracker_size: int = option(
+        partial(parse_count, most=10**9), "how many keys that counting remembers", 64_000
+    )
     kv_events: bool = option(
         parse_flag,
         "false: no KV events of this tier's pages, where events are on",
-        default=True,
+        True,
         key="enable_kv_events",
     )
     locality: str | None = option(
         _parse_locality,
         "`LOCAL` or `REMOTE`, for KV events and `kv_load_tiers`",
-        default=None,
+        None,
         shown="what the tier says",
     )
-    backpressure: InitVar[Any] = option(**BACKPRESSURE)
-    tier_poll_interval_s: InitVar[Any] = option(**TIER_POLL_INTERVAL_S)
+    backpressure: InitVar[Any] = option(
+        _check_backpressure,
+        "a slow tier is always held back, by its measured speed",
+        None,
+        idle=True,
+    )
+    tier_poll_interval_s: InitVar[Any] = option(
+        _check_interval, "tiers work between steps without being polled", None, idle=True
+    )
+
+    @property
+    def directories(self) -> tuple[str, ...]:
+        """Those below which the tier keeps files, as absolute paths."""
+        return tier_class(self.entry).directories(tier_options(self.entry))
 
 
 def tier_class(entry: Mapping[str, Any]) -> type[SecondaryTier]:

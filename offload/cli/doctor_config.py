@@ -12,7 +12,6 @@ from kvstrata.offload.config.precheck import SHM, check_directories, check_size
 from kvstrata.offload.vllm_plugin.host.early import SPEC_NAME
 from kvstrata.offload.vllm_plugin.register import SPEC_MODULE
 from kvstrata.tiers.options import size_text
-from kvstrata.tiers.registry import tier_class, tier_options
 
 _INNER = "kv_connector_extra_config"
 _CONNECTOR = "OffloadingConnector"
@@ -97,6 +96,6 @@ def _check_tiers(config: OffloadConfig) -> Iterator[Check]:
         yield Check("directories", PROBLEM, "cannot be used", str(error))
         return
     for tier in config.tiers:
-        for path in tier_class(tier.entry).directories(tier_options(tier.entry)):
+        for path in tier.directories:
             yield Check(tier.name, OK, path)
             yield from check_storage(path)

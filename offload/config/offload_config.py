@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import InitVar, dataclass, field
 from functools import partial
+from itertools import product
 from typing import Any
 
 from kvstrata.offload.config.misplaced import elsewhere
@@ -25,17 +26,10 @@ from kvstrata.tiers.options import (
     parse_flag,
     parse_number,
     read_options,
+    same_option,
     size_text,
 )
-from kvstrata.tiers.registry import (
-    BACKPRESSURE,
-    MAX_TRACKER_SIZE,
-    STORE_THRESHOLD,
-    TIER_POLL_INTERVAL_S,
-    TierEntry,
-    tier_class,
-    tier_options,
-)
+from kvstrata.tiers.registry import TierEntry, tier_class, tier_options
 
 TRANSPORTS = ("auto", "staged", "direct", "zero-copy")  # see kvstrata.kernels.gpu.transport
 
@@ -43,7 +37,9 @@ TRANSPORTS = ("auto", "staged", "direct", "zero-copy")  # see kvstrata.kernels.g
 _LEAST_CPU_BYTES, _MOST_CPU_BYTES = 2**20, 2**46
 # A prompt is stored in whole chunks, so a chunk longer than any prompt stores nothing.
 _MOST_BLOCKS, _MOST_TOKENS = 2**16, 2**20
-_WHERE = "kv_connector_extra_config"
+_FRACTION = partial(parse_number, most=1.0)
+_ZERO_TO_ONE = partial(parse_number, most=1.0, zero=True)
+_SECONDS = partial(parse_number, most=3600.0)
 
 
 class ConfigError(ValueError):
@@ -115,11 +111,11 @@ class OffloadConfig:
             the reason.
     """
 
-    spec_name: InitVar[Any] = option(parse_any, "`KVStrataSpec`", default=None, shown="required")
+    spec_name: InitVar[Any] = option(parse_any, "`KVStrataSpec`", None, shown="required")
     spec_module_path: InitVar[Any] = option(
         parse_any,
         "`kvstrata.offload.vllm_plugin.spec`; only where `VLLM_PLUGINS` disables plugins",
-        default=None,
+        None,
     )
     cpu_bytes: int = option(
         _cpu_bytes,
@@ -132,78 +128,72 @@ class OffloadConfig:
     block_size: InitVar[Any] = option(
         or_none(partial(parse_count, most=_MOST_TOKENS)),
         "the chunk's size in tokens, a multiple of the GPU block; not beside `blocks_per_chunk`",
-        default=None,
+        None,
         shown="GPU block size",
     )
     blocks_per_chunk: InitVar[Any] = option(
         or_none(partial(parse_count, most=_MOST_BLOCKS)),
         "the chunk's size in blocks; for very long prompts use 8 to 32 "
         "([manager.md](manager.md#what-is-awaited-and-how-long))",
-        default=None,
-        shown="1",
+        None,
+        shown="`1`",
     )
     eviction_policy: str = option(
         parse_any,
         "`auto` ([no cliff, resists scans](manager.md#what-is-kept-in-cpu-memory)), `lru`, `arc`, "
         "or `package.module:Class`, a subclass of "
         "`kvstrata.offload.primary.eviction.policy.EvictionPolicy`",
-        default="auto",
+        "auto",
     )
     cache_policy_module_path: InitVar[Any] = option(
-        parse_any,
-        "the module of a class in `eviction_policy`, as in vLLM ([stock.md](stock.md))",
-        default=None,
+        parse_any, "the module of a class in `eviction_policy` ([stock.md](stock.md))", None
     )
-    store_threshold: int = option(**STORE_THRESHOLD)
-    max_tracker_size: int = option(**MAX_TRACKER_SIZE)
+    store_threshold: int = same_option(TierEntry, "store_threshold")
+    max_tracker_size: int = same_option(TierEntry, "max_tracker_size")
     offload_prompt_only: InitVar[Any] = option(
-        parse_flag, "false: generated tokens are stored as well", default=True
+        parse_flag, "false: generated tokens are stored as well", True
     )
-    self_describing_kv_events: InitVar[Any] = option(parse_flag, "as in vLLM", default=False)
+    self_describing_kv_events: InitVar[Any] = option(parse_flag, "as in vLLM", False)
     sync_load_budget_bytes: InitVar[Any] = option(
         _check_sync_budget,
         "vLLM 0.33's own key: bytes per step that may be loaded inside the step",
-        default=0,
+        0,
     )
     tiers: tuple[TierEntry, ...] = option(
         _parse_tiers,
         'ordered list of `{"type": ..., ...}`',
-        default=(),
+        (),
         key="secondary_tiers",
         other_names="tiers",
     )
     promotion_fraction: float = option(
-        partial(parse_number, most=1.0),
+        _FRACTION,
         "largest share of the CPU tier taken by pages on their way in from secondary tiers",
-        default=0.5,
+        0.5,
     )
     pin_fraction: float = option(
-        partial(parse_number, most=1.0, zero=True),
-        "largest share of the CPU tier kept by requests' `pin_seconds`; 0: none",
-        default=0.25,
+        _ZERO_TO_ONE, "largest share of the CPU tier kept by requests' `pin_seconds`; 0: none", 0.25
     )
     load_or_recompute: bool = option(
         parse_flag,
         "true: a prefix that takes longer to load from a secondary tier than to compute is "
         "computed ([manager.md](manager.md))",
-        default=False,
+        False,
     )
     lookup_deadline_s: float = option(
-        partial(parse_number, most=3600.0),
-        "a tier that has not answered a look-up by then counts as a miss",
-        default=1.0,
+        _SECONDS, "a tier that has not answered a look-up by then counts as a miss", 1.0
     )
     promotion_deadline_s: float = option(
-        partial(parse_number, most=3600.0),
+        _SECONDS,
         "so long a request waits for pages, of tiers and of the GPU; what has not arrived by then "
         "counts as a miss ([manager.md](manager.md#what-is-awaited-and-how-long))",
-        default=10.0,
+        10.0,
     )
     weights_fixed: bool | None = option(
         or_none(parse_flag),
         "false: every cache reset makes all earlier files unreachable, and files are private to "
         "the process; the `fs` tier then needs one of its limits ([weights.md](weights.md))",
-        default=None,
+        None,
         shown="true; false with `weight_transfer_config`; must be given with sleep mode, a worker "
         "extension or an executor of your own",
     )
@@ -211,25 +201,25 @@ class OffloadConfig:
         parse_flag,
         "true: your word that a LoRA path never changes content; without it LoRA turns secondary "
         "tiers off",
-        default=False,
+        False,
     )
     transport: str = option(
         partial(parse_choice, choices=TRANSPORTS),
         "how pages go between a GPU and the CPU tier: `staged`, `direct`, `zero-copy`, or what is "
         "fastest in a trial at start ([transfers.md](transfers.md))",
-        default="auto",
+        "auto",
     )
     audit_fraction: float = option(
-        partial(parse_number, most=1.0, zero=True),
+        _ZERO_TO_ONE,
         "of the pages that requests load, how many are computed again and compared with what was "
         "stored ([audit.md](audit.md)); 0: none",
-        default=0.001,
+        0.001,
     )
     canonical_layout: InitVar[Any] = option(
-        _check_canonical, "pages are always canonical", default=True, idle=True
+        _check_canonical, "pages are always canonical", True, idle=True
     )
-    backpressure: InitVar[Any] = option(**BACKPRESSURE)
-    tier_poll_interval_s: InitVar[Any] = option(**TIER_POLL_INTERVAL_S)
+    backpressure: InitVar[Any] = same_option(TierEntry, "backpressure")
+    tier_poll_interval_s: InitVar[Any] = same_option(TierEntry, "tier_poll_interval_s")
     without_effect: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -272,7 +262,7 @@ def _parse(extra: Mapping[str, Any]) -> OffloadConfig:
 def _read(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
     """What is given, checked, by field; errors in the engine's words."""
     try:
-        return read_options(cls, given, _WHERE)
+        return read_options(cls, given, "kv_connector_extra_config")
     except WrongValue as error:
         raise ConfigError(f"{error.key}={error.value!r}: use {error.remedy}") from None
 
@@ -296,36 +286,32 @@ def _parse_tier(entry: Mapping[str, Any], before: list[TierEntry]) -> TierEntry:
     cls.check_options(tier_options(entry))
     common = options_of(TierEntry)
     given = _read(TierEntry, {key: value for key, value in entry.items() if key in common})
-    _check_apart(entry, before)
     type_name = str(entry["type"])
     others = sum(1 for tier in before if tier.entry["type"] == type_name)
-    name = f"{type_name}-{others + 1}" if others else type_name
-    return TierEntry(name, dict(entry), **given)
+    tier = TierEntry(f"{type_name}-{others + 1}" if others else type_name, dict(entry), **given)
+    _check_apart(tier, before)
+    return tier
 
 
-def _check_apart(entry: Mapping[str, Any], before: list[TierEntry]) -> None:
+def _check_apart(tier: TierEntry, before: list[TierEntry]) -> None:
     """Refuse a tier that would keep the same pages in the same place as one before it."""
-    same = _same(entry)
-    mine = tier_class(entry).directories(tier_options(entry))
-    for tier in before:
-        theirs = tier_class(tier.entry).directories(tier_options(tier.entry))
-        for here in mine:
-            for there in theirs:
-                if here != there and os.path.commonpath((here, there)) in (here, there):
-                    raise ConfigError(
-                        f"{here!r} and {there!r} of tier {tier.name} lie one in the other: each "
-                        "would count and evict the other's files; give directories that do not"
-                    )
-        if _same(tier.entry) == same or set(mine) & set(theirs):
+    for other in before:
+        for here, there in product(tier.directories, other.directories):
+            if here != there and os.path.commonpath((here, there)) in (here, there):
+                raise ConfigError(
+                    f"{here!r} and {there!r} of tier {other.name} lie one in the other: each "
+                    "would count and evict the other's files; give directories that do not"
+                )
+        if _same(tier) == _same(other) or set(tier.directories) & set(other.directories):
             raise ConfigError(
-                f"{dict(entry)!r} is listed twice: every page would be stored twice; remove one"
+                f"{tier.entry!r} is listed twice: every page would be stored twice; remove one"
             )
 
 
-def _same(entry: Mapping[str, Any]) -> object:
+def _same(tier: TierEntry) -> object:
     """Equal for two tiers that keep the same pages in the same place."""
-    options = {key: _normal(value) for key, value in tier_options(entry).items()}
-    return tier_class(entry), options
+    options = {key: _normal(value) for key, value in tier_options(tier.entry).items()}
+    return tier_class(tier.entry), options
 
 
 def _normal(value: Any) -> Any:

@@ -9,7 +9,6 @@ from kvstrata.offload.config.offload_config import ConfigError, OffloadConfig
 from kvstrata.tiers.base import TierConfigError
 from kvstrata.tiers.directories import check_directory
 from kvstrata.tiers.options import size_text
-from kvstrata.tiers.registry import tier_class, tier_options
 
 SHM = Path("/dev/shm")
 
@@ -60,7 +59,7 @@ def check_directories(config: OffloadConfig) -> None:
     """
     seen: dict[str, str] = {}
     for index, tier in enumerate(config.tiers):
-        for path in tier_class(tier.entry).directories(tier_options(tier.entry)):
+        for path in tier.directories:
             try:
                 check_directory(path)
             except (TierConfigError, OSError) as error:

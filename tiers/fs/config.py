@@ -117,62 +117,62 @@ class FsConfig:
     n_read_threads: int = option(
         partial(parse_count, most=1024),
         "threads of the I/O process that reads; it helps the one that writes",
-        default=16,
+        16,
         other_names="threads n_threads num_threads io_threads workers",
     )
     n_write_threads: int = option(
         partial(parse_count, most=1024),
         "threads of the I/O process that writes; it helps the one that reads",
-        default=16,
+        16,
         other_names="threads n_threads num_threads io_threads workers",
     )
     io: str = option(
         partial(parse_choice, choices=("auto", "buffered", "direct")),
         "`auto`: from the page cache what is there, else O_DIRECT; `direct`: always O_DIRECT; "
         "`buffered`: never, so that pages fill the page cache too; see [fs.md](fs.md)",
-        default="auto",
+        "auto",
         other_names="o_direct direct use_odirect",
     )
     durability: str = option(
         partial(parse_choice, choices=("fsync", "none")),
         "`none`: atomic rename, and the kernel writes when it likes; `fsync`: file and directory "
         "reach the disk before a page counts as stored",
-        default="none",
+        "none",
         other_names="sync fsync",
     )
     max_bytes: int | Fraction = option(
         _max_bytes,
         'the disk budget: most bytes below `root_dir`, or a share of the disk such as `"50%"`; the '
         "least recently used pages go first ([budget.md](budget.md))",
-        default=0,
+        0,
         shown="none",
         other_names="disk_capacity_bytes max_size max_disk_gib size capacity quota",
     )
     max_files: int = option(
         partial(parse_count, most=2**40),
         "the disk budget: most files below `root_dir`",
-        default=0,
+        0,
         shown="none",
     )
     min_free_bytes: int | Fraction | None = option(
         _min_free_bytes,
         'bytes, or a share such as `"10%"`, that stay free on the file system; 0: none '
         "([budget.md](budget.md))",
-        default=None,
+        None,
         shown="5 % or 1 GiB, whichever is more; at most a tenth",
         other_names="reserved_bytes min_free free_bytes",
     )
     file_mode: int = option(
         partial(parse_mode, needed=0o600),
         "permissions of the files that are created",
-        default=0o600,
+        0o600,
         shown='`"0600"`',
         other_names="mode permissions",
     )
     dir_mode: int = option(
         partial(parse_mode, needed=0o700, most=_MOST_DIR_MODE),
         "permissions of the directories that are created, which also keep an inherited setgid bit",
-        default=0o700,
+        0o700,
         shown='`"0700"`',
         other_names="mode permissions",
     )
