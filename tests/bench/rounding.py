@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from kvstrata.kernels.bench.results.figures import append_csv, machine_line
+from kvstrata.kernels.bench.results.tables import print_table
 from kvstrata.offload.audit.comparison import Comparison, Elements, Verdict, compare
-from tests.bench.fs.figures import append_csv, machine
 from tests.bench.ttft.engine import ROOT, EngineError
 
 BLOCK = 32  # tokens; vLLM's CPU attention takes no less
@@ -215,19 +214,15 @@ def main(
         return
     if model is None:
         raise typer.BadParameter("give the folder of a checkpoint: --model")
-    print(", ".join(f"{name} {value}" for name, value in machine().items()))
+    print(machine_line())
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         figures = [f for each in dtype for f in measure(model, root, each, prompts, tokens)]
-    table = Table("dtype", "engine", box=None)
-    for heading in ("pages", "equal", "different", "median error", "largest"):
-        table.add_column(heading, justify="right")
-    for figure in figures:
-        numbers = (f"{figure.median:.2g}", f"{figure.largest:.2g}")
-        table.add_row(*map(str, figure[:5]), *numbers)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    headings = ["dtype", "engine", "pages", "equal", "different", "median error", "largest"]
+    rows = [[*map(str, f[:5]), f"{f.median:.2g}", f"{f.largest:.2g}"] for f in figures]
+    print_table([headings, *rows], 2)
     if csv:
-        append_csv(csv, figures, Figure._fields)
+        append_csv(csv, figures)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ from statistics import mean
 from typing import Annotated, NamedTuple
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from kvstrata.kernels.bench.results.figures import append_csv
+from kvstrata.kernels.bench.results.tables import print_table
+from kvstrata.kernels.bench.results.targets import Held, summary
 from tests.bench.eviction.player import Player
 from tests.bench.eviction.prefixes import (
     CYCLES,
@@ -29,7 +30,6 @@ from tests.bench.eviction.prefixes import (
     in_turn,
     trace,
 )
-from tests.bench.fs.figures import append_csv
 from tests.bench.manager.contestants import OURS, STOCK, make
 
 ORDERS = ((STOCK, "lru"), (STOCK, "arc"), (OURS, "lru"), (OURS, "arc"), (OURS, "auto"))
@@ -50,6 +50,11 @@ class Figure(NamedTuple):
     policy: str
     value: float
     target: float
+
+    @property
+    def case(self) -> str:
+        """What was asked for, in words."""
+        return f"{self.load}, {self.groups} groups, {self.step} a step"
 
 
 def share(order: tuple[str, str], slots: int, groups: int, step: int, load: Load) -> float:
@@ -106,34 +111,24 @@ def _figures(
     ]
 
 
-def print_table(figures: list[Figure], console: Console) -> None:
-    """A line per load; a column per order of eviction, and the target of `auto`."""
-    table = Table(box=None)
-    for name in ("load", "groups", "chunks a step"):
-        table.add_column(name, no_wrap=True)
-    for contestant, policy in ORDERS:
-        table.add_column(f"{contestant} {policy}", justify="right")
-    table.add_column("target", justify="right")
-    rows: dict[tuple[str, int, int], list[Figure]] = {}
+def rows(figures: list[Figure]) -> list[list[str]]:
+    """The columns' names; then a line per load: what each order loads, and what `auto` should."""
+    lines: dict[tuple[str, int, int], list[Figure]] = {}
     for figure in figures:
-        rows.setdefault(figure[:3], []).append(figure)
-    for (load, groups, step), row in rows.items():
-        values = [f"{figure.value:.3f}" for figure in row]
-        table.add_row(load, str(groups), str(step), *values, f"{row[0].target:.3f}")
-    console.print(table)
+        lines.setdefault(figure[:3], []).append(figure)
+    orders = (f"{contestant} {policy}" for contestant, policy in ORDERS)
+    table = [["load", "groups", "chunks a step", *orders, "target"]]
+    for names, line in lines.items():
+        values = [*(figure.value for figure in line), line[0].target]
+        table.append([*map(str, names), *(f"{value:.3f}" for value in values)])
+    return table
 
 
-def summary(figures: list[Figure]) -> str:
-    """Whether `auto` reaches its targets, in one line."""
+def held(figures: list[Figure]) -> Held:
+    """What `auto` loads by what it should."""
     ours = [figure for figure in figures if (figure.contestant, figure.policy) == AUTO]
-    missed = [figure for figure in ours if figure.value < figure.target]
-    if not missed:
-        return f"targets: all {len(ours)} reached"
-    worst = "; ".join(
-        f"{f.load}, {f.groups} groups, {f.step} a step: {f.value:.3f} < {f.target:.3f}"
-        for f in missed
-    )
-    return f"targets: missed in {len(missed)} of {len(ours)}: {worst}"
+    values = [(100 * figure.value / figure.target, figure.case) for figure in ours]
+    return Held("auto, per cent of what it should load", values, 100.0)
 
 
 def main(
@@ -151,10 +146,10 @@ def main(
             figures += measure(groups, step)
     if trace_file:
         figures += measure_trace(trace_file)
-    print_table(figures, Console(width=None if sys.stdout.isatty() else 160))
+    print_table(rows(figures), 3)
     if csv:
-        append_csv(csv, figures, Figure._fields)
-    print(summary(figures))
+        append_csv(csv, figures)
+    print(summary([held(figures)]))
 
 
 if __name__ == "__main__":

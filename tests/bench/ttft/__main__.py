@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from tests.bench.fs.figures import append_csv, machine
+from kvstrata.kernels.bench.results.figures import append_csv, machine_line
+from kvstrata.kernels.bench.results.tables import print_table
+from kvstrata.kernels.bench.results.targets import Held, summary
 from tests.bench.ttft.engine import TOKEN_BYTES, Engine, Reply
 from tests.bench.ttft.throttled import ThrottledTier
 from tests.bench.ttft.workloads import (
@@ -41,6 +41,15 @@ LATENCY_S = 0.001
 LINKS = [*SPEEDS]
 ON, OFF = SETTINGS = ["on", "off"]  # load_or_recompute
 NEVER_HURTS = 1.03  # the largest median ratio with load_or_recompute on
+HEADINGS = [
+    "link",
+    "load or recompute",
+    "workload",
+    "TTFT without, ms",
+    "with, ms",
+    "ratio",
+    "cached",
+]
 _SEED = 5
 
 
@@ -63,6 +72,11 @@ class Figure(NamedTuple):
     with_ms: float
     ratio: float
     cached: float
+
+    @property
+    def case(self) -> str:
+        """What was measured, in words."""
+        return f"{self.workload} ({self.link})"
 
 
 def start(folder: Path, name: str, offload: dict[str, Any] | None) -> Engine:
@@ -143,30 +157,17 @@ def _ask_both(without: Engine, engine: Engine, prompt: Prompt) -> tuple[Reply, R
     return replies[without], replies[engine]
 
 
-def print_table(figures: Sequence[Figure], console: Console) -> None:
-    """A line per figure."""
-    table = Table("link", "load or recompute", "workload", box=None)
-    for heading in ("TTFT without, ms", "with, ms", "ratio", "cached"):
-        table.add_column(heading, justify="right")
-    for figure in figures:
-        times = [f"{figure.without_ms:.1f}", f"{figure.with_ms:.1f}", f"{figure.ratio:.2f}"]
-        table.add_row(*figure[:3], *times, f"{figure.cached:.0%}")
-    console.print(table)
+def row(figure: Figure) -> list[str]:
+    """A figure's line below HEADINGS."""
+    times = [f"{figure.without_ms:.1f}", f"{figure.with_ms:.1f}", f"{figure.ratio:.2f}"]
+    return [*figure[:3], *times, f"{figure.cached:.0%}"]
 
 
-def summary(figures: Sequence[Figure]) -> str:
-    """The largest ratios with load_or_recompute on, in one line."""
-    on = [figure for figure in figures if figure.load_or_recompute == ON]
-    if not on:
-        return f"target: TTFT ratio <= {NEVER_HURTS:g} with load_or_recompute on: not measured"
-    worst = sorted(on, key=lambda figure: -figure.ratio)
-    missed = [figure for figure in worst if figure.ratio > NEVER_HURTS]
-    cases = ", ".join(f"{f.ratio:.2f} {f.workload} ({f.link})" for f in missed or worst[:1])
-    verdict = f"missed in {len(missed)} of {len(on)}" if missed else f"met in {len(on)}, worst"
-    control = [figure.ratio for figure in figures if (*figure[:2],) == CONTROL]
-    noise = f"; without offload twice: {min(control):.2f} to {max(control):.2f}" if control else ""
-    target = f"target: TTFT ratio <= {NEVER_HURTS:g} with load_or_recompute on"
-    return f"{target}: {verdict}: {cases}{noise}"
+def held(figures: Sequence[Figure]) -> list[Held]:
+    """The ratios with load_or_recompute on."""
+    values = [(f.ratio, f.case) for f in figures if f.load_or_recompute == ON]
+    name = "TTFT with load_or_recompute against without offload"
+    return [Held(name, values, NEVER_HURTS, at_most=True)]
 
 
 def main(
@@ -181,14 +182,14 @@ def main(
         raise typer.BadParameter(f"{name} is none of {', '.join(SPEEDS)}")
     for name in {*load_or_recompute} - {ON, OFF}:
         raise typer.BadParameter(f"{name} is none of {ON}, {OFF}")
-    print(", ".join(f"{name} {value}" for name, value in machine().items()))
+    print(machine_line())
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root.resolve()) as directory:
         figures = list(measure(Path(directory), link, load_or_recompute, rounds))
-    print_table(figures, Console(width=None if sys.stdout.isatty() else 120))
+    print_table([HEADINGS, *map(row, figures)], 3)
     if csv:
-        append_csv(csv, figures, Figure._fields)
-    print(summary(figures))
+        append_csv(csv, figures)
+    print(summary(held(figures)))
 
 
 if __name__ == "__main__":
