@@ -59,7 +59,7 @@ def _print_examination(done: Examination, left: int) -> None:
             "bytes": report.bytes,
             "temporary": report.temporary,
             "quarantined": report.quarantined,
-            "servers": done.servers,
+            "servers": done.members,
             "found": Counter(finding.kind for finding in done.findings),
             "repaired": Counter(f.repair for f in done.findings if f.repair is not None),
             "left": left,
@@ -87,5 +87,5 @@ def _show_examination(done: Examination, left: int, fix: bool) -> None:
         parts += [f"{count} {repair}" for repair, count in sorted(repairs.items())]
         parts.append(f"{left} left")
     typer.echo(f"{', '.join(parts)}, {done.report.temporary} temporary")
-    if done.servers:
-        typer.echo(f"servers running: {done.servers}; the books were left to them")
+    if done.members:
+        typer.echo(f"servers running: {done.members}; the books were left to them")

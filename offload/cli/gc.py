@@ -98,7 +98,7 @@ def _print_trimmed(done: Trimmed, limits: Limits) -> None:
         {
             "within": done.within,
             "limits": limits_json(limits),
-            "servers": done.servers,
+            "servers": done.members,
             "refused": done.refused,
             "fixed": {"files": done.fixed_files, "bytes": done.fixed_bytes},
             "evicted_files": done.evicted_files,
@@ -113,8 +113,8 @@ def _print_trimmed(done: Trimmed, limits: Limits) -> None:
 def _show_trimmed(done: Trimmed) -> None:
     before, after = done.before, done.after
     servers, who = "", "by this command"
-    if done.servers:
-        servers = f"servers running: {done.servers}; "
+    if done.members:
+        servers = f"servers running: {done.members}; "
         who = "by this command and by the server that keeps the books"
     typer.echo(
         f"{servers}from {before.files} files, {size(before.nbytes)} to {after.files} files, "

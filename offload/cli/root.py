@@ -25,7 +25,7 @@ def refuse_root(root: str) -> None:
     Raises:
         OSError: `root` cannot be looked at.
     """
-    from kvstrata.tiers.fs.budget.keeper.walk import BOOKS_NAME
+    from kvstrata.tiers.fs.budget.ledger import BOOKS_NAME
 
     books = os.path.join(root, BOOKS_NAME)
     found = os.stat(books if os.path.exists(books) else root)
@@ -43,7 +43,7 @@ def no_namespaces(root: str) -> bool:
     Raises:
         OSError: `root` cannot be listed.
     """
-    from kvstrata.tiers.fs.budget.keeper.walk import BOOKS_NAME
+    from kvstrata.tiers.fs.budget.ledger import BOOKS_NAME
 
     # a fresh ext4 disk has a lost+found
     misplaced = not set(os.listdir(root)) <= {"lost+found", BOOKS_NAME}

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 from kvstrata.tiers.base import EPOCH
 from kvstrata.tiers.fs.files import nofollow
 from kvstrata.tiers.fs.files.differences import Difference, differences
-from kvstrata.tiers.fs.files.layout import NAMESPACE_DIR, NamespacePaths
+from kvstrata.tiers.fs.files.layout import NAMESPACE_DIR, QUARANTINE_NAME, NamespacePaths
 from kvstrata.tiers.fs.files.namespace import namespace_digest, read_config
-from kvstrata.tiers.fs.tools.listing import holds_pages
 
 _MOST_READ = 32  # namespaces of each directory
 _MOST_LINES = 3
@@ -94,7 +93,7 @@ def _fields_of(paths: NamespacePaths) -> dict[str, Any] | None:
     """The fields of a namespace that holds pages; None if it holds none or is not sound."""
     with suppress(OSError, ValueError):
         fields = read_config(paths.config)
-        if holds_pages(paths) and namespace_digest(fields) == _split(paths)[1]:
+        if _holds_pages(paths) and namespace_digest(fields) == _split(paths)[1]:
             return fields
     return None
 
@@ -118,9 +117,22 @@ def _split(paths: NamespacePaths) -> tuple[str, str]:
     return model, digest
 
 
+def _holds_pages(paths: NamespacePaths) -> bool:
+    """Whether there are pages, or directories that were made for some; asks for names only.
+
+    Raises:
+        OSError: its directory cannot be listed.
+    """
+    try:
+        with nofollow.scandir(paths.pages) as entries:
+            return any(entry.name != QUARANTINE_NAME for entry in entries)
+    except FileNotFoundError:
+        return False
+
+
 def _may_hold_pages(paths: NamespacePaths) -> bool:
     try:
-        return holds_pages(paths)
+        return _holds_pages(paths)
     except OSError:
         return True
 

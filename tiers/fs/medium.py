@@ -11,7 +11,7 @@ from contextlib import suppress
 from kvstrata.tiers.base import PageLayout, TierContext, key_group
 from kvstrata.tiers.fs.budget.ledger import LedgerBusy
 from kvstrata.tiers.fs.budget.limits import file_cost
-from kvstrata.tiers.fs.budget.member import Space
+from kvstrata.tiers.fs.budget.member import Member
 from kvstrata.tiers.fs.config import FsConfig
 from kvstrata.tiers.fs.files import nofollow
 from kvstrata.tiers.fs.files.direct_io import FileIO
@@ -57,7 +57,7 @@ class PageFiles:
         paths: NamespacePaths,
         direct: bool,
         report: Callable[[str, str], None],
-        space: Space | None = None,
+        space: Member | None = None,
         ground: Ground | None = None,
     ) -> None:
         self._ground = ground
@@ -193,7 +193,7 @@ class PageFiles:
             self._space.used(page.key, page.depth, access)
 
     def _write_within(
-        self, space: Space, path: str, page: PageRef, view: memoryview, access: int
+        self, space: Member, path: str, page: PageRef, view: memoryview, access: int
     ) -> bool:
         """Write the page if the budget has room for it; whether it had."""
         grant = space.admission.admit(self._cost(page.key))

@@ -7,8 +7,7 @@ import os
 import stat
 from contextlib import suppress
 
-from kvstrata.tiers.fs.budget.keeper.walk import BOOKS_NAME
-from kvstrata.tiers.fs.budget.ledger import LEDGER_NAME
+from kvstrata.tiers.fs.budget.ledger import BOOKS_NAME, LEDGER_NAME
 from kvstrata.tiers.fs.files.layout import NAMESPACE_DIR, PAGES_DIR
 
 _ANOTHER = "choose another directory"

@@ -13,8 +13,7 @@ from typing import Any
 
 from kvstrata.tiers.base import EPOCH, TierConfigError, TierContext, unseen_reason
 from kvstrata.tiers.disk import disk_at
-from kvstrata.tiers.fs.budget.keeper.walk import BOOKS_NAME
-from kvstrata.tiers.fs.budget.ledger import LEDGER_NAME, Ledger, LedgerBusy
+from kvstrata.tiers.fs.budget.ledger import BOOKS_NAME, LEDGER_NAME, Ledger, LedgerBusy
 from kvstrata.tiers.fs.budget.limits import Limits, default_floor, file_cost
 from kvstrata.tiers.fs.config import FsConfig
 from kvstrata.tiers.fs.files import nofollow

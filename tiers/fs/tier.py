@@ -29,7 +29,7 @@ from kvstrata.tiers.base import (
     TierStats,
     key_group,
 )
-from kvstrata.tiers.fs.budget.stamps import first_access
+from kvstrata.tiers.fs.budget.messages import first_access
 from kvstrata.tiers.fs.cold_start import explain_cold_start
 from kvstrata.tiers.fs.config import FsConfig
 from kvstrata.tiers.fs.files.failures import Failures

@@ -15,8 +15,7 @@ from typing import NamedTuple
 
 from kvstrata.tiers.base import PageRegion, TierContext
 from kvstrata.tiers.fs.budget.limits import Limits
-from kvstrata.tiers.fs.budget.member import Upkeep
-from kvstrata.tiers.fs.budget.tail import News
+from kvstrata.tiers.fs.budget.messages import News, Upkeep
 from kvstrata.tiers.fs.config import FsConfig
 from kvstrata.tiers.fs.files.layout import NamespacePaths
 from kvstrata.tiers.fs.ground import Ground

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from kvstrata.tiers.fs.budget.tail import News
+from kvstrata.tiers.fs.budget.messages import News
 from kvstrata.tiers.fs.files.failures import Failures
 from kvstrata.tiers.process.messages import (
     MAX_PACKET,

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 
 from kvstrata.tiers.base import PageRegion
-from kvstrata.tiers.fs.budget.member import Space, Upkeep
-from kvstrata.tiers.fs.budget.tail import News
+from kvstrata.tiers.fs.budget.member import Member
+from kvstrata.tiers.fs.budget.messages import News, Upkeep
 from kvstrata.tiers.fs.files.temporary import process_state, sweep
 from kvstrata.tiers.fs.medium import PageFiles
 from kvstrata.tiers.process.messages import (
@@ -219,12 +219,12 @@ class _Mover:
         return self._memory[start : start + self._files.page_bytes(page.key)]
 
 
-def open_space(setup: Setup, outbox: Outbox) -> Space | None:
+def open_space(setup: Setup, outbox: Outbox) -> Member | None:
     """The books, if there are any; only the writers keep them."""
     if setup.limits is None:
         return None
     config = setup.config
-    return Space(
+    return Member(
         *(config.root_dir, setup.paths.name, setup.limits, config.file_mode, config.dir_mode),
         outbox,
         keeps=not setup.readers,
@@ -284,7 +284,7 @@ def serve(setup: Setup, control: socket.socket, region_fd: int) -> None:
         outbox.close()
 
 
-def note(space: Space, kind: Kind, access: int, pages: Sequence[PageRef]) -> None:
+def note(space: Member, kind: Kind, access: int, pages: Sequence[PageRef]) -> None:
     """Write down what the engine says of pages."""
     for page in pages:
         if kind is Kind.PROMISE:

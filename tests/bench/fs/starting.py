@@ -17,8 +17,7 @@ from kvstrata.tiers.base import (
     TierContext,
     layouts_to_json,
 )
-from kvstrata.tiers.fs.budget.keeper.walk import BOOKS_NAME
-from kvstrata.tiers.fs.budget.ledger import LEDGER_NAME, Ledger
+from kvstrata.tiers.fs.budget.ledger import BOOKS_NAME, LEDGER_NAME, Ledger
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.process.index import MAX_PRESENT
 from tests.bench.fs.contestants import Memory, Ours

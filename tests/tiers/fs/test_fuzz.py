@@ -115,7 +115,7 @@ def read_snapshot(raw: bytes) -> None:
     """A snapshot as it is, and one with these bytes as its header."""
     for content in (raw, framed(raw)):
         (SCRATCH / snapshot.SNAPSHOT_NAME).write_bytes(content)
-        catalog, names, _ = snapshot.load(str(SCRATCH))
+        catalog, names, *_ = snapshot.load(str(SCRATCH))
         assert 18 * len(catalog) <= len(content)
         for chunk, *_ in catalog.chunks(2**14):
             for name in chunk:

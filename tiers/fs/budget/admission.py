@@ -43,16 +43,15 @@ class Grant(NamedTuple):
 
 
 class Admission:
-    """Reserves for one server. Any thread may call it; it blocks on the disk."""
+    """Reserves for one member. Any thread may call it; it blocks on the disk."""
 
     def __init__(
-        self, ledger: Ledger, server: bytes, root: str, books: str, wake: Callable[[], None]
+        self, ledger: Ledger, member: bytes, root: str, books: str, wake: Callable[[], None]
     ) -> None:
         """`books` is the directory of the ledger; `wake` makes the keeper work if it is here."""
-        self.open_bytes = 0  # reserved, and neither cancelled nor in the journal
-        self.open_files = 0
+        self.open = (0, 0)  # bytes and files reserved, and neither cancelled nor in the journal
         self._ledger = ledger
-        self._server = server
+        self._server = member
         self._root = root
         self._books = books
         self._wake = wake
@@ -119,11 +118,10 @@ class Admission:
                 self._count(-grant.cost, -1)
                 row = books.rows.get(self._server)
                 if row is not None:
-                    row.reserved_bytes = max(0, row.reserved_bytes - grant.cost)
-                    row.reserved_files = max(0, row.reserved_files - 1)
+                    row.release(grant.cost, 1)
                     row.pressed += pressed
         finally:
-            if not ended:  # the server's row follows as soon as the ledger can be used
+            if not ended:  # the member's row follows as soon as the ledger can be used
                 self._count(-grant.cost, -1)
         self._wake()
 
@@ -138,22 +136,20 @@ class Admission:
     def give_back(self, row: Row, at_once: bool = False) -> None:
         """Give up what was reserved ahead, if none of it was wanted since the last call.
 
-        `row` is that of the server in the ledger, which is locked.
+        `row` is that of the member in the ledger, which is locked.
         """
         with self._count_lock:
             if at_once or not self._ahead_used:
                 nbytes = sum(cost * files for cost, files in self._ahead.items())
                 files = sum(self._ahead.values())
                 self._ahead.clear()
-                self.open_bytes, self.open_files = self.open_bytes - nbytes, self.open_files - files
-                row.reserved_bytes = max(0, row.reserved_bytes - nbytes)
-                row.reserved_files = max(0, row.reserved_files - files)
+                self.open = self.open[0] - nbytes, self.open[1] - files
+                row.release(nbytes, files)
             self._ahead_used = False
 
     def _count(self, nbytes: int, files: int) -> None:
         with self._count_lock:
-            self.open_bytes += nbytes
-            self.open_files += files
+            self.open = self.open[0] + nbytes, self.open[1] + files
 
     def _attempt(self, cost: int) -> Grant | None:
         grant, ahead = None, 0
@@ -216,10 +212,16 @@ class Admission:
                     nofollow.rename(os.path.join(directory, name), target)
                 except FileNotFoundError:
                     continue
-                books.spare_bytes -= cost
-                books.spare_files -= 1
+                books.add_spare(-cost, -1)
                 return target
         return None
+
+
+def spare_costs(directory: str) -> list[int]:
+    """The costs of what is in the directory of spares, 0 for a foreign file; none if unreadable."""
+    with suppress(OSError):
+        return [spare_cost(name) or 0 for name in nofollow.listdir(directory)]
+    return []
 
 
 def spare_cost(name: str) -> int | None:

@@ -1,9 +1,9 @@
-"""Journals: what a server did to files, appended by it alone and read by the keeper.
+"""Journals: what a member did to files, appended by it alone and read by all.
 
-    <root>/.kvstrata/<server, 32 hex digits>.<number>.journal
+    <root>/.kvstrata/<member, 32 hex digits>.<number>.journal
 
-A file is a header with the server's namespace and then records of `RECORD_BYTES`, each with a
-checksum; a record that does not fit it is passed over. When a file is long enough the server
+A file is a header with the member's namespace and then records of `RECORD_BYTES`, each with a
+checksum; a record that does not fit it is passed over. When a file is long enough the member
 begins the next. The file is opened for each batch and closed after it, which is what makes
 its content visible to other hosts over NFS.
 """
@@ -11,11 +11,14 @@ its content visible to other hosts over NFS.
 from __future__ import annotations
 
 import enum
+import errno
 import os
 import re
+import stat
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from kvstrata.tiers.fs.budget.names import NAMESPACE
@@ -31,6 +34,10 @@ _HEADER = struct.Struct("<8s160s")
 HEADER_BYTES = _HEADER.size
 _MAGIC = b"kvjourn1"
 _NAME = re.compile(r"([0-9a-f]{32})\.([0-9]{8})\.journal")
+_MAX_JOURNAL = 2**28  # bytes; a member begins the next one long before
+_READ_BYTES = 2**16 - 2**16 % RECORD_BYTES  # at once: the keeper books them under the lock
+
+Positions = dict[bytes, tuple[int, int]]  # by member: number and length of the journal read
 
 
 class Op(enum.IntEnum):
@@ -83,13 +90,13 @@ def decode(raw: bytes) -> Iterator[Record | None]:
         yield Record(op, key[:length], blocks, access, depth) if length <= _MAX_KEY else None
 
 
-def journal_name(server: bytes, number: int) -> str:
+def journal_name(member: bytes, number: int) -> str:
     """The file's name."""
-    return f"{server.hex()}.{number:08d}.journal"
+    return f"{member.hex()}.{number:08d}.journal"
 
 
 def parse_name(name: str) -> tuple[bytes, int] | None:
-    """(server, number) of a journal's name, None for another file's."""
+    """(member, number) of a journal's name, None for another file's."""
     match = _NAME.fullmatch(name)
     return (bytes.fromhex(match[1]), int(match[2])) if match else None
 
@@ -103,14 +110,90 @@ def read_namespace(header: bytes) -> str | None:
     return namespace if magic == _MAGIC and NAMESPACE.fullmatch(namespace) else None
 
 
+class Piece(NamedTuple):
+    """Some of a journal.
+
+    Attributes:
+        namespace: the member's; None if there is none to be believed.
+        records: in their order; None for one that is damaged.
+        end: the journal's number, and the position behind the last of the records.
+        rest: bytes that follow; fewer than none where the header is cut off.
+        mtime: when the journal was written last, in seconds since the epoch.
+    """
+
+    namespace: str | None
+    records: Sequence[Record | None]
+    end: tuple[int, int]
+    rest: int
+    mtime: float
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no whole record follows."""
+        return self.rest < RECORD_BYTES
+
+
+def journals(directory: str) -> list[tuple[bytes, int]]:
+    """Member and number of each journal, sorted.
+
+    Raises:
+        OSError: the directory cannot be read.
+    """
+    return sorted(filter(None, map(parse_name, nofollow.listdir(directory))))
+
+
+def read_on(
+    directory: str, member: bytes, number: int, read: Mapping[bytes, tuple[int, int]]
+) -> Piece | None:
+    """What a journal says behind the position in `read`, or the beginning of that.
+
+    None if `read` is in a later journal of the member already, or this one cannot be read.
+    """
+    known, start = read.get(member, (0, 0))
+    if number < known:
+        return None
+    path = os.path.join(directory, journal_name(member, number))
+    with suppress(OSError):
+        fd = nofollow.open(path, os.O_RDONLY)
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_JOURNAL:
+                raise OSError(errno.EINVAL, "no journal", path)
+            namespace = read_namespace(os.pread(fd, HEADER_BYTES, 0))
+            start = max(HEADER_BYTES, min(start, status.st_size) if number == known else 0)
+            records = list(decode(os.pread(fd, _READ_BYTES, start)))
+        finally:
+            os.close(fd)
+        end = start + len(records) * RECORD_BYTES
+        return Piece(namespace, records, (number, end), status.st_size - end, status.st_mtime)
+    return None
+
+
+def unread(
+    directory: str, listed: Iterable[tuple[bytes, int]], read: Mapping[bytes, tuple[int, int]]
+) -> Iterator[tuple[bytes, Piece]]:
+    """Member and next piece of each of the listed journals that `read` does not cover.
+
+    Whoever takes a piece in puts its `end` into `read`. A member's next journal is not begun
+    before the one in front of it was read to its end.
+    """
+    behind: set[bytes] = set()
+    for member, number in listed:
+        piece = None if member in behind else read_on(directory, member, number, read)
+        if piece is not None and piece.records:
+            if not piece.is_last:
+                behind.add(member)
+            yield member, piece
+
+
 class Journal:
-    """The journal of one server. One thread only; blocks on the disk."""
+    """The journal of one member. One thread only; blocks on the disk."""
 
     def __init__(
-        self, directory: str, server: bytes, namespace: str, mode: int, rotate_bytes: int
+        self, directory: str, member: bytes, namespace: str, mode: int, rotate_bytes: int
     ) -> None:
         self._directory = directory
-        self._server = server
+        self._server = member
         self._header = _HEADER.pack(_MAGIC, namespace.encode("ascii"))
         self._mode = mode
         self._rotate_bytes = rotate_bytes

@@ -1,7 +1,7 @@
-"""Whether a server lives: it holds a lock on a file of its own for as long as it does.
+"""Whether a member lives: it holds a lock on a file of its own for as long as it does.
 
 The kernel lets go of the lock when the process dies, on this host at once and over NFS when
-the lock server gives the client up. A server that hangs, or whose host vanished, is known by
+the lock server gives the client up. A member that hangs, or whose host vanished, is known by
 its beat in the ledger, which stands still. Only elapsed time on the observer's own clock
 counts, never a time that another host wrote down.
 """
@@ -21,21 +21,21 @@ SILENT_S = 60.0  # a beat comes every second; disks that stall for half a minute
 _NAME = re.compile(r"([0-9a-f]{32})\.server")
 
 
-def presence_path(directory: str, server: bytes) -> str:
-    """The file that the server holds a lock on."""
-    return os.path.join(directory, f"{server.hex()}.server")
+def lease_path(directory: str, member: bytes) -> str:
+    """The file that the member holds a lock on."""
+    return os.path.join(directory, f"{member.hex()}.server")
 
 
-class Presence:
-    """This server's own lock."""
+class Lease:
+    """This member's own lock."""
 
-    def __init__(self, directory: str, server: bytes, mode: int) -> None:
+    def __init__(self, directory: str, member: bytes, mode: int) -> None:
         """Create the file and lock it.
 
         Raises:
             OSError: it cannot be created, or the file system knows no locks.
         """
-        self._path = presence_path(directory, server)
+        self._path = lease_path(directory, member)
         self._mode = mode
         self._fd = self._lock()
 
@@ -71,22 +71,22 @@ class Presence:
 
 
 class Watch:
-    """Tells which of the other servers are dead."""
+    """Tells which of the other members are dead."""
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
         self._beats: dict[bytes, tuple[int, float]] = {}
 
-    def is_dead(self, server: bytes, beat: int) -> bool:
-        """Whether the server let go of its lock, or its beat stood still for `SILENT_S`."""
+    def is_dead(self, member: bytes, beat: int) -> bool:
+        """Whether the member let go of its lock, or its beat stood still for `SILENT_S`."""
         now = time.monotonic()
-        known, since = self._beats.get(server, (-1, now))
+        known, since = self._beats.get(member, (-1, now))
         if beat != known:
-            self._beats[server] = (beat, now)
+            self._beats[member] = (beat, now)
         elif now - since > SILENT_S:
             return True
         try:
-            fd = nofollow.open(presence_path(self._directory, server), os.O_RDWR)
+            fd = nofollow.open(lease_path(self._directory, member), os.O_RDWR)
         except FileNotFoundError:
             return True
         except OSError:
@@ -101,7 +101,7 @@ class Watch:
 
 
 def dead_leases(directory: str, known: Collection[bytes]) -> Iterator[tuple[bytes, str]]:
-    """Ids and files of servers that were killed, be they among the `known` ones or not.
+    """Ids and files of members that were killed, be they among the `known` ones or not.
 
     One that leaves takes its file along. One that starts makes the file, locks it, and only then
     enters itself in the ledger, so an unknown one is left alone until its file is old.
@@ -113,8 +113,8 @@ def dead_leases(directory: str, known: Collection[bytes]) -> Iterator[tuple[byte
     for name in sorted(nofollow.listdir(directory)):
         if (match := _NAME.fullmatch(name)) is None:
             continue
-        server, path = bytes.fromhex(match[1]), os.path.join(directory, name)
+        member, path = bytes.fromhex(match[1]), os.path.join(directory, name)
         with suppress(FileNotFoundError):
             age_s = time.time() - nofollow.lstat(path).st_mtime
-            if (server in known or age_s > SILENT_S) and watch.is_dead(server, 0):
-                yield server, path
+            if (member in known or age_s > SILENT_S) and watch.is_dead(member, 0):
+                yield member, path

@@ -1,12 +1,12 @@
-"""The ledger: one small file below the root that all its servers change under a lock.
+"""The ledger: one small file below the root that all its members change under a lock.
 
-It says how much is used, how much each server has reserved, which limits each has, and who
-holds the lease, that is, who keeps the books and evicts for all. Whoever reads or changes it
+It says how much is used, how much each member has reserved, which limits each has, and who
+the keeper is, that is, who keeps the books and evicts for all. Whoever reads or changes it
 holds `flock` on it for some microseconds, so a reservation is exact between processes and,
 where the NFS server supports locks, between hosts.
 
 A byte is in exactly one place: in `base` (files), in `spare` (files that were claimed from
-their keys and wait to be overwritten), or in a server's `reserved` (being written, or written
+their keys and wait to be overwritten), or in a member's `reserved` (being written, or written
 and not yet booked by the keeper).
 """
 
@@ -28,7 +28,8 @@ from kvstrata.tiers.fs.budget.limits import Limits, Usage, smallest
 from kvstrata.tiers.fs.files import nofollow
 
 MAX_ROWS = 512
-LEDGER_NAME = "ledger"  # in the directory of the books
+BOOKS_NAME = ".kvstrata"  # below the root: the directory of ledger, journals, snapshot and spares
+LEDGER_NAME = "ledger"  # in it
 _MAGIC = b"kvledge1"
 _HEADER = struct.Struct("<8s16sB12sqqqqI")
 _ROW = struct.Struct("<16s12sQB" + "Q" * 3 + "qq" + "qqq" + "IQ")
@@ -43,7 +44,7 @@ class LedgerBusy(OSError):
 
 @dataclass(slots=True)
 class Row:
-    """One server.
+    """One member.
 
     Attributes:
         host: machine and pid namespace, as in the names of temporaries.
@@ -68,16 +69,21 @@ class Row:
     page: int = 0
     booked: tuple[int, int] = (0, 0)
 
+    def release(self, nbytes: int, files: int) -> None:
+        """So much is reserved no longer."""
+        self.reserved_bytes = max(0, self.reserved_bytes - nbytes)
+        self.reserved_files = max(0, self.reserved_files - files)
+
 
 @dataclass(slots=True)
 class Books:
     """What the ledger says.
 
     Attributes:
-        keeper: id of the server that holds the lease; zeros at first.
+        keeper: id of the member that keeps the books; zeros at first.
         known: `base` was counted; until then nothing may be reserved.
         boot: the boot of the machine that counted; after a crash of it, count anew.
-        rows: servers by id.
+        rows: members by id.
     """
 
     keeper: bytes = bytes(16)
@@ -89,8 +95,18 @@ class Books:
     spare_files: int = 0
     rows: dict[bytes, Row] = field(default_factory=dict)
 
+    def add_base(self, nbytes: int, files: int) -> None:
+        """There is so much more in files, or less."""
+        self.base_bytes += nbytes
+        self.base_files += files
+
+    def add_spare(self, nbytes: int, files: int) -> None:
+        """There is so much more in spares, or less."""
+        self.spare_bytes += nbytes
+        self.spare_files += files
+
     def limits(self) -> Limits:
-        """The smallest of the living servers' limits."""
+        """The smallest of the living members' limits."""
         return smallest(row.limits for row in self.rows.values() if not row.dead)
 
     def taken(self, root: str) -> Usage:
@@ -99,11 +115,8 @@ class Books:
         Raises:
             OSError: the file system cannot be asked.
         """
-        return Usage(
-            self.base_bytes + self.spare_bytes,
-            self.base_files + self.spare_files,
-            disk_at(root).free,
-        )
+        nbytes, files = self.base_bytes + self.spare_bytes, self.base_files + self.spare_files
+        return Usage(nbytes, files, disk_at(root).free)
 
     def usage(self, root: str) -> Usage:
         """What is taken, reservations included.
@@ -113,40 +126,25 @@ class Books:
         """
         reserved = sum(row.reserved_bytes for row in self.rows.values())
         files = sum(row.reserved_files for row in self.rows.values())
-        taken = self.taken(root)
-        free = taken.free_bytes
-        return Usage(
-            taken.nbytes + reserved,
-            taken.files + files,
-            free if free == UNBOUNDED else free - reserved,
-        )
+        nbytes, taken, free = self.taken(root)
+        if free != UNBOUNDED:
+            free -= reserved
+        return Usage(nbytes + reserved, taken + files, free)
 
     def encode(self) -> bytes:
         """The file's content."""
-        parts = [
-            _HEADER.pack(
-                _MAGIC,
-                self.keeper,
-                self.known,
-                self.boot,
-                self.base_bytes,
-                self.base_files,
-                self.spare_bytes,
-                self.spare_files,
-                len(self.rows),
+        content = _HEADER.pack(
+            *(_MAGIC, self.keeper, self.known, self.boot, self.base_bytes, self.base_files),
+            *(self.spare_bytes, self.spare_files, len(self.rows)),
+        )
+        content += b"".join(
+            _ROW.pack(
+                *(member, row.host, row.beat, row.dead, *row.limits),
+                *(row.reserved_bytes, row.reserved_files),
+                *(row.wanted, row.pressed, row.page, *row.booked),
             )
-        ]
-        for server, row in self.rows.items():
-            limits = row.limits
-            parts.append(
-                _ROW.pack(
-                    *(server, row.host, row.beat, row.dead),
-                    *(limits.max_bytes, limits.max_files, limits.min_free_bytes),
-                    *(row.reserved_bytes, row.reserved_files),
-                    *(row.wanted, row.pressed, row.page, *row.booked),
-                )
-            )
-        content = b"".join(parts)
+            for member, row in self.rows.items()
+        )
         return content + xxhash.xxh3_64_digest(content)
 
     @classmethod
@@ -160,13 +158,10 @@ class Books:
             return cls()
         books = cls(keeper, bool(known), boot, *counts)
         for values in _ROW.iter_unpack(content[_HEADER.size :]):
-            server, row_host, beat, dead, *rest = values
-            bounds, reserved, wishes, booked = rest[:3], rest[3:5], rest[5:8], rest[8:]
-            row = Row(row_host, Limits(*bounds), beat, bool(dead))
-            row.reserved_bytes, row.reserved_files = reserved
-            row.wanted, row.pressed, row.page = wishes
-            row.booked = (booked[0], booked[1])
-            books.rows[server] = row
+            member, host, beat, dead, *rest, number, length = values
+            row = Row(host, Limits(*rest[:3]), beat, bool(dead), *rest[3:])
+            row.booked = number, length
+            books.rows[member] = row
         return books
 
 

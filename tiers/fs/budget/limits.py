@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -46,8 +45,7 @@ def file_cost(size: int) -> int:
     return -(-min(size, _MOST_BYTES) // BLOCK) * BLOCK + BLOCK
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(NamedTuple):
     """Bounds on everything below a root; 0 is no bound.
 
     Attributes:
@@ -61,7 +59,7 @@ class Limits:
     min_free_bytes: int = 0
 
     def __bool__(self) -> bool:
-        return bool(self.max_bytes or self.max_files or self.min_free_bytes)
+        return any(self)
 
     @property
     def counted(self) -> bool:

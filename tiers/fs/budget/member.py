@@ -1,9 +1,9 @@
 """The books of a root and its disk budget, as one process that stores there sees them.
 
-To the books each such process is a server of its own. What its I/O threads call appends to a
-queue and returns; a thread of the space writes that to the server's journal, reads those of
-the others and, while this server is the keeper, keeps the books and evicts. For room the I/O
-threads ask `admission`.
+To the books each such process is a member of its own. What its I/O threads call appends to a
+queue and returns; a thread of the member writes that to its journal, reads those of the others
+and, while this member is the keeper, keeps the books and evicts. For room the I/O threads ask
+`admission`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from kvstrata.tiers.fs.budget.admission import Admission
 from kvstrata.tiers.fs.budget.journal import Journal, Op, Record, evicted_key
@@ -23,9 +23,8 @@ from kvstrata.tiers.fs.budget.keeper.inventory import Place
 from kvstrata.tiers.fs.budget.keeper.keeper import Keeper
 from kvstrata.tiers.fs.budget.keeper.replay import PROTECT_S
 from kvstrata.tiers.fs.budget.keeper.rescan import boot_id
-from kvstrata.tiers.fs.budget.keeper.walk import BOOKS_NAME
-from kvstrata.tiers.fs.budget.lease import Presence, Watch
-from kvstrata.tiers.fs.budget.ledger import LEDGER_NAME, MAX_ROWS, Books, Ledger, Row
+from kvstrata.tiers.fs.budget.lease import Lease, Watch
+from kvstrata.tiers.fs.budget.ledger import BOOKS_NAME, LEDGER_NAME, MAX_ROWS, Books, Ledger, Row
 from kvstrata.tiers.fs.budget.limits import (
     BLOCK,
     BOOKS_BYTES,
@@ -35,7 +34,8 @@ from kvstrata.tiers.fs.budget.limits import (
     rotate_bytes,
     stricter,
 )
-from kvstrata.tiers.fs.budget.tail import Follower, News
+from kvstrata.tiers.fs.budget.messages import News, Upkeep
+from kvstrata.tiers.fs.budget.tail import Tail
 from kvstrata.tiers.fs.files import nofollow
 from kvstrata.tiers.fs.files.failures import error_cause
 from kvstrata.tiers.fs.files.temporary import host_name
@@ -50,16 +50,8 @@ _MAX_PENDING = 2**16  # records that could not be written yet; of others above t
 _LOSABLE = (Op.USED, Op.PROMISED, Op.EVICTED)  # those without which the budget is right are lost
 
 
-class Upkeep(NamedTuple):
-    """What a server did as the keeper: files it evicted and their bytes, temporaries removed."""
-
-    evicted_files: int = 0
-    evicted_bytes: int = 0
-    swept: int = 0
-
-
 class Listener(Protocol):
-    """What a space tells, on any thread."""
+    """What a member tells, on any thread."""
 
     @property
     def is_behind(self) -> bool:
@@ -78,8 +70,8 @@ class Listener(Protocol):
         """Something that the operator should know, and no failure."""
 
 
-class Space:
-    """One server's part in the books of a root."""
+class Member:
+    """One member's part in the books of a root."""
 
     def __init__(
         self,
@@ -96,25 +88,25 @@ class Space:
 
         Args:
             root: the directory to which the limits apply.
-            namespace: `<model>_<digest>` of the pages that this server stores, None if it
+            namespace: `<model>_<digest>` of the pages that this member stores, None if it
                 stores none.
-            limits: those of this server.
+            limits: those of this member.
             file_mode, dir_mode: permission bits of the books.
             listener: is told what happens.
             keeps: whether it becomes the keeper where there is none, and tells news.
             ground: where the root stands; None if it is not to be made again.
         """
-        directory, server = os.path.join(root, BOOKS_NAME), secrets.token_bytes(16)
+        directory, member = os.path.join(root, BOOKS_NAME), secrets.token_bytes(16)
         ledger = Ledger(os.path.join(directory, LEDGER_NAME), file_mode, dir_mode)
-        self._place = Place(root, directory, server, ledger, file_mode, dir_mode)
+        self._place = Place(root, directory, member, ledger, file_mode, dir_mode)
         self._namespace = namespace
         self._limits = limits
         self._listener = listener
         self._keeps = keeps
         self._ground = ground
-        self._events: deque[tuple[Op, bytes, int, int, int]] = deque()
+        self._events: deque[Record] = deque()
         self._pending: list[Record] = []
-        self._recent: set[tuple[Op, bytes]] = set()
+        self._recent: set[tuple[int, bytes]] = set()
         self._recent_since = 0.0
         self._protected: dict[bytes, float] = {}
         self._beat = 0
@@ -122,11 +114,11 @@ class Space:
         self._keeper: Keeper | None = None
         self._stop = threading.Event()
         self._wake = threading.Event()
-        self._presence: Presence | None = None
+        self._lease: Lease | None = None
         self._watch = Watch(directory)
-        self._follower = Follower(directory, server, namespace) if namespace and keeps else None
+        self._tail = Tail(directory, member, namespace) if namespace and keeps else None
         self._journal = (
-            Journal(directory, server, namespace, file_mode, rotate_bytes(limits))
+            Journal(directory, member, namespace, file_mode, rotate_bytes(limits))
             if namespace
             else None
         )
@@ -135,8 +127,8 @@ class Space:
         self._said_others = False
         self._books_short = False  # the disk had no room for the books
         self._settled: tuple[int, int] | None = None  # end of the journal if all was booked
-        self.admission = Admission(ledger, server, root, directory, self._wake.set)
-        self._thread = threading.Thread(target=self._run, name="kvstrata-fs-space", daemon=True)
+        self.admission = Admission(ledger, member, root, directory, self._wake.set)
+        self._thread = threading.Thread(target=self._run, name="kvstrata-fs-books", daemon=True)
         self._thread.start()
 
     # Called by any thread: one append or two each.
@@ -144,24 +136,24 @@ class Space:
     def stored(self, key: bytes, cost: int, depth: int, access: int) -> None:
         """The page was written and renamed; `cost` is that of its grant."""
         self.admission.wrote()
-        self._events.append((Op.STORED, key, cost, depth, access))
+        self._events.append(Record(Op.STORED, key, -(-cost // BLOCK), access, depth))
 
     def used(self, key: bytes, depth: int, access: int) -> None:
         """The page was loaded, or used in another tier; it needs to be spared no longer."""
-        self._events.append((Op.USED, key, 0, depth, access))
+        self._events.append(Record(Op.USED, key, 0, access, depth))
 
     def promised(self, key: bytes, access: int) -> None:
         """Somebody was told that the page is here: it counts as used and is spared for a while."""
         self._protected[key] = time.monotonic() + PROTECT_S
-        self._events.append((Op.PROMISED, key, 0, 0, access))
+        self._events.append(Record(Op.PROMISED, key, 0, access))
 
     def gone(self, key: bytes) -> None:
         """The page's file is not there any more."""
-        self._events.append((Op.GONE, key, 0, 0, 0))
+        self._events.append(Record(Op.GONE, key))
 
     def quarantined(self) -> None:
         """A file was moved to the quarantine, which may have lost its oldest ones."""
-        self._events.append((Op.QUARANTINED, b"", 0, 0, 0))
+        self._events.append(Record(Op.QUARANTINED, b""))
 
     def close(self, timeout_s: float) -> bool:
         """Note everything, leave the ledger and end the thread; True if that was in time."""
@@ -183,14 +175,14 @@ class Space:
         return taken, not left.is_passed
 
     def is_counted(self) -> bool:
-        """Whether this server's limits count, and a scan by the keeper, here or not, has ended.
+        """Whether this member's limits count, and a scan by the keeper, here or not, has ended.
 
         Raises:
             OSError: the ledger cannot be read.
         """
         with self._place.ledger.locked() as books:
-            kept = {self._place.server, books.keeper} <= books.rows.keys()
-            known, ours = books.known, books.keeper == self._place.server
+            kept = {self._place.member, books.keeper} <= books.rows.keys()
+            known, ours = books.known, books.keeper == self._place.member
         keeper = self._keeper
         return kept and known and (not ours or (keeper is not None and keeper.complete))
 
@@ -220,17 +212,15 @@ class Space:
         except OSError as error:
             self._listener.report("books", str(error))
         finally:
-            if self._presence is not None:
-                self._presence.close()
+            if self._lease is not None:
+                self._lease.close()
             self._place.ledger.close()
 
     def _tick(self) -> bool:
         """One round; True if there is more to do at once."""
-        if self._presence is None:
+        if self._lease is None:
             self._make_directories()
-            self._presence = Presence(
-                self._place.directory, self._place.server, self._place.file_mode
-            )
+            self._lease = Lease(self._place.directory, self._place.member, self._place.file_mode)
         try:
             self._note()
         except OSError as error:  # on a full disk it is for the keeper to make room
@@ -252,24 +242,24 @@ class Space:
         self._listener.report("books", str(error))
 
     def _hear(self) -> bool:
-        """Pass on what the other servers say; True if there is more."""
-        if self._follower is None or self._listener.is_behind:
+        """Pass on what the other members say; True if there is more."""
+        if self._tail is None or self._listener.is_behind:
             return False  # the journals keep what was not read
-        news = self._follower.news(_NEWS)
+        news = self._tail.news(_NEWS)
         if news:
             self._listener.tell(news)
             self._stop.wait(SLICE_S)  # so that the engine is not flooded
         return len(news) >= _NEWS
 
     def _publish(self, keeper: Keeper) -> None:
-        """Tell the listener, and the other servers, what the keeper here evicted."""
+        """Tell the listener, and the other members, what the keeper here evicted."""
         ours: list[News] = []
-        eviction, recount = keeper.eviction, keeper.recount
+        eviction, rescan = keeper.eviction, keeper.rescan
         while eviction.told:
             namespace, key = eviction.told.popleft()
             if namespace == self._namespace:
                 ours.append((key, False))
-            self._events.append((Op.EVICTED, evicted_key(namespace, key), 0, 0, 0))
+            self._events.append(Record(Op.EVICTED, evicted_key(namespace, key)))
         if eviction.by_others is not None and not self._said_others:
             self._said_others = True
             self._listener.say(
@@ -281,16 +271,16 @@ class Space:
             return  # a page that it takes for present costs it one failed load
         if ours:
             self._listener.tell(ours)
-        done = Upkeep(eviction.files, eviction.nbytes, recount.swept)
+        done = Upkeep(eviction.files, eviction.nbytes, rescan.swept)
         if any(done):
             self._listener.upkeep(done)
-            eviction.files = eviction.nbytes = recount.swept = 0
+            eviction.files = eviction.nbytes = rescan.swept = 0
 
     def _join(self) -> bool:
         """See to our row in the ledger; True if we are the keeper."""
         now = time.monotonic()
         with self._place.ledger.locked() as books:
-            row = books.rows.get(self._place.server) or self._enter(books)
+            row = books.rows.get(self._place.member) or self._enter(books)
             if row is None:
                 return False
             row.dead = False
@@ -305,7 +295,7 @@ class Space:
                 row.beat = self._beat
                 self._take_over(books)
             keeper = self._keeper
-            if books.keeper != self._place.server or (
+            if books.keeper != self._place.member or (
                 keeper and keeper.complete and not books.known
             ):
                 self._keeper = None  # in the second case the ledger was lost: begin anew
@@ -315,15 +305,14 @@ class Space:
             self._settled = None
             if row.booked == end:
                 # nothing is on its way to the books but what is being written
-                row.reserved_bytes = self.admission.open_bytes
-                row.reserved_files = self.admission.open_files
+                row.reserved_bytes, row.reserved_files = self.admission.open
                 self._settled = None if row.reserved_files else end
-        if beat and self._presence is not None:
-            self._presence.renew()
-        return books.keeper == self._place.server
+        if beat and self._lease is not None:
+            self._lease.renew()
+        return books.keeper == self._place.member
 
     def _enter(self, books: Books) -> Row | None:
-        """Make our row; None if there are too many servers.
+        """Make our row; None if there are too many members.
 
         Our last one is missing if the ledger was lost, or if we hung until we seemed dead.
         """
@@ -331,22 +320,21 @@ class Space:
         if is_full and not self._shut_out:
             self._listener.report(
                 "books",
-                f"{self._place.root} has {MAX_ROWS} servers, which is the most: this one stores "
+                f"{self._place.root} has {MAX_ROWS} members, which is the most: this one stores "
                 "nothing until another leaves",
             )
         self._shut_out = is_full
         if is_full:
             return None
-        if self._presence is not None:
-            self._presence.renew()
+        if self._lease is not None:
+            self._lease.renew()
         end = self._journal_end()
         row = Row(host_name().encode("ascii"), self._limits, booked=end)
-        row.reserved_bytes = self.admission.open_bytes
-        row.reserved_files = self.admission.open_files
+        row.reserved_bytes, row.reserved_files = self.admission.open
         if self._entered and (row.reserved_files or self._settled != end):
             books.known = False  # what we stored may be in no book
         self._entered = True
-        books.rows[self._place.server] = row
+        books.rows[self._place.member] = row
         return row
 
     def _journal_end(self) -> tuple[int, int]:
@@ -355,15 +343,15 @@ class Space:
     def _take_over(self, books: Books) -> None:
         """Become the keeper if there is none that lives."""
         holder = books.rows.get(books.keeper)
-        if books.keeper == self._place.server or not self._keeps:
+        if books.keeper == self._place.member or not self._keeps:
             return
         if holder is not None and not holder.dead:
             if not self._watch.is_dead(books.keeper, holder.beat):
                 return
             holder.dead = True
-        books.keeper = self._place.server
+        books.keeper = self._place.member
         self._keeper = None  # another may have kept the books while we seemed dead
-        others = [s for s, row in books.rows.items() if s != self._place.server and not row.dead]
+        others = [s for s, row in books.rows.items() if s != self._place.member and not row.dead]
         if books.boot != boot_id() and not others:
             books.known = False  # the machine may have lost what was written last
 
@@ -377,14 +365,14 @@ class Space:
                 if until < now:
                     self._protected.pop(key, None)
         while self._events:
-            op, key, cost, depth, access = self._events.popleft()
-            if op in _LOSABLE and len(self._pending) > _MAX_PENDING:
+            record = self._events.popleft()
+            if record.op in _LOSABLE and len(self._pending) > _MAX_PENDING:
                 continue
-            if op in (Op.USED, Op.PROMISED):
-                if (op, key) in self._recent:
+            if record.op in (Op.USED, Op.PROMISED):
+                if (use := (record.op, record.key)) in self._recent:
                     continue
-                self._recent.add((op, key))
-            self._pending.append(Record(op, key, -(-cost // BLOCK), access, depth))
+                self._recent.add(use)
+            self._pending.append(record)
         if self._journal is None or not self._pending:
             self._pending.clear()
             return
@@ -398,11 +386,11 @@ class Space:
         if self._join() and self._keeper is not None:
             self._keeper.finish()
         with self._place.ledger.locked() as books:
-            if books.keeper == self._place.server:
+            if books.keeper == self._place.member:
                 books.keeper = bytes(16)
-            row = books.rows.get(self._place.server)
+            row = books.rows.get(self._place.member)
             if row is not None and not row.reserved_bytes and not row.reserved_files:
-                del books.rows[self._place.server]
+                del books.rows[self._place.member]
 
     def _make_directories(self) -> None:
         if self._ground is not None:

@@ -20,6 +20,7 @@ from typing import BinaryIO
 import xxhash
 
 from kvstrata.tiers.fs.budget.catalog import Catalog
+from kvstrata.tiers.fs.budget.journal import Positions
 from kvstrata.tiers.fs.budget.names import NAMESPACE, Names
 from kvstrata.tiers.fs.files import nofollow
 from kvstrata.tiers.fs.files.temporary import temporary_name
@@ -41,8 +42,6 @@ _UNREADABLE = (
     *(RecursionError, OverflowError),
 )
 
-Positions = dict[bytes, tuple[int, int]]  # by server: number and length of the journal read
-
 
 def save(directory: str, catalog: Catalog, names: Names, read: Positions, mode: int) -> int:
     """Write the snapshot and put it in the place of the last one; returns its size in bytes.
@@ -50,7 +49,7 @@ def save(directory: str, catalog: Catalog, names: Names, read: Positions, mode: 
     Raises:
         OSError: it could not be written; the last one is still there.
     """
-    journals = {server.hex(): list(position) for server, position in read.items()}
+    journals = {member.hex(): list(position) for member, position in read.items()}
     header = json.dumps({"namespaces": names.namespaces, "journals": journals}).encode()
     temporary = os.path.join(directory, temporary_name())
     fd = nofollow.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
@@ -70,18 +69,8 @@ def save(directory: str, catalog: Catalog, names: Names, read: Positions, mode: 
     return size
 
 
-def load(directory: str) -> tuple[Catalog, Names, Positions]:
-    """What the snapshot holds; nothing where there is none or it is damaged."""
-    return _load(directory)[0]
-
-
-def is_sound(directory: str) -> bool:
-    """Whether all of the snapshot can be read, or there is none."""
-    return _load(directory)[1]
-
-
-def _load(directory: str) -> tuple[tuple[Catalog, Names, Positions], bool]:
-    """What the snapshot holds, and whether that is all of it."""
+def load(directory: str) -> tuple[Catalog, Names, Positions, bool]:
+    """What the snapshot holds, and whether that is all of it; nothing where there is none."""
     catalog, names, read = Catalog(), Names(), Positions()
     try:
         fd = nofollow.open(os.path.join(directory, SNAPSHOT_NAME), os.O_RDONLY)
@@ -89,22 +78,22 @@ def _load(directory: str) -> tuple[tuple[Catalog, Names, Positions], bool]:
             start = file.read(_START.size)
             magic, length = _START.unpack(start)
             if magic != _MAGIC or length > _MAX_HEADER:
-                return (catalog, names, read), False
+                raise ValueError("it is no snapshot")
             header = json.loads(_read(file, start, length))
             namespaces = header["namespaces"]
             if not all(NAMESPACE.fullmatch(name) for name in namespaces):
-                return (catalog, names, read), False
+                raise ValueError("a namespace is none")
             names = Names(namespaces)
-            for server, (number, size) in header["journals"].items():
-                read[bytes.fromhex(server)] = (int(number), int(size))
+            for member, (number, size) in header["journals"].items():
+                read[bytes.fromhex(member)] = (int(number), int(size))
             while piece := file.read(_PIECE.size):
                 _take_piece(file, piece, catalog)
     except FileNotFoundError:
         pass
     except _UNREADABLE:
         # cut off or hostile: what was read so far is well-formed
-        return (catalog, names, read), False
-    return (catalog, names, read), True
+        return catalog, names, read, False
+    return catalog, names, read, True
 
 
 def _take_piece(file: BinaryIO, piece: bytes, catalog: Catalog) -> None:

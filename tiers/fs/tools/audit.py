@@ -1,7 +1,7 @@
 """The books of a root from outside: what they say, and what is wrong with them.
 
-Nothing is changed here. While a server lives its keeper tends the books, and what looks wrong
-may be its work in progress, so damage is sought only where no server lives.
+Nothing is changed here. While a member lives its keeper tends the books, and what looks wrong
+may be its work in progress, so damage is sought only where no member lives.
 """
 
 from __future__ import annotations
@@ -17,17 +17,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from kvstrata.tiers.fs.budget import snapshot
-from kvstrata.tiers.fs.budget.admission import SPARE_NAME, spare_cost
-from kvstrata.tiers.fs.budget.journal import (
-    HEADER_BYTES,
-    RECORD_BYTES,
-    decode,
-    parse_name,
-    read_namespace,
-)
-from kvstrata.tiers.fs.budget.keeper.walk import BOOKS_NAME
+from kvstrata.tiers.fs.budget.admission import SPARE_NAME, spare_costs
+from kvstrata.tiers.fs.budget.journal import Positions, journal_name, journals, read_on
 from kvstrata.tiers.fs.budget.lease import Watch, dead_leases
-from kvstrata.tiers.fs.budget.ledger import LEDGER_NAME, Books, LedgerBusy
+from kvstrata.tiers.fs.budget.ledger import BOOKS_NAME, LEDGER_NAME, Books, LedgerBusy
 from kvstrata.tiers.fs.files import nofollow
 
 _LOCK_WITHIN_S = 5.0
@@ -44,7 +37,7 @@ class Remedy(enum.Enum):
 class Damage(NamedTuple):
     """Something wrong with the books: which file, what, and the remedy.
 
-    With `remains` it is what every server leaves that is killed, and no damage: the next start
+    With `remains` it is what every member leaves that is killed, and no damage: the next start
     puts it right.
     """
 
@@ -60,8 +53,8 @@ class Audit:
 
     Attributes:
         books: what the ledger says; None where there are no books, or something in their way.
-        living: the servers in the ledger that live.
-        damage: what is wrong; empty while a server lives.
+        living: the members in the ledger that live.
+        damage: what is wrong; empty while a member lives.
     """
 
     books: Books | None
@@ -86,9 +79,9 @@ def audit(root: str) -> Audit:
                 damage.append(Damage(path, f"{what}: something else is there", Remedy.REMOVE))
     if damage:
         return Audit(None, frozenset(), tuple(damage))
-    books, damaged, spares = Books(), False, (0, 0)
+    books, damaged, costs = Books(), False, list[int]()
     with suppress(FileNotFoundError), _locked(ledger) as raw:
-        books, spares = Books.decode(raw), _spares(spare)
+        books, costs = Books.decode(raw), spare_costs(spare)
         damaged = raw != b"" and books.encode() != raw
     watch = Watch(directory)
     living = frozenset(s for s, row in books.rows.items() if not watch.is_dead(s, row.beat))
@@ -98,13 +91,11 @@ def audit(root: str) -> Audit:
         damage.append(Damage(ledger, "ledger: damaged", Remedy.BOOK))
     damage += _leases(directory, books)
     damage += _journals(directory, watch)
-    counted = (books.spare_bytes, books.spare_files)
-    if books.known and spares != counted:
-        reason = "spare: {1} files of {0} bytes, the ledger has {3} of {2}".format(
-            *spares, *counted
-        )
+    found, known = (len(costs), sum(costs)), (books.spare_files, books.spare_bytes)
+    if books.known and found != known:
+        reason = "spare: {} files of {} bytes, the ledger has {} of {}".format(*found, *known)
         damage.append(Damage(spare, reason, Remedy.BOOK, True))
-    if not snapshot.is_sound(directory):
+    if not snapshot.load(directory)[-1]:
         path = os.path.join(directory, snapshot.SNAPSHOT_NAME)
         damage.append(Damage(path, "snapshot: damaged", Remedy.BOOK))
     return Audit(books, living, tuple(damage))
@@ -127,55 +118,40 @@ def _locked(path: str) -> Iterator[bytes]:
         yield file.read(2**20)
 
 
-def _spares(directory: str) -> tuple[int, int]:
-    """Bytes and files in the directory of spares, as the keeper counts them."""
-    with suppress(FileNotFoundError):
-        costs = [spare_cost(name) or 0 for name in nofollow.listdir(directory)]
-        return sum(costs), len(costs)
-    return 0, 0
-
-
 def _leases(directory: str, books: Books) -> Iterator[Damage]:
-    """Locks of servers that were killed."""
-    for server, path in dead_leases(directory, books.rows):
-        if server in books.rows:
-            yield Damage(path, "lease: of a server that was killed", Remedy.BOOK, True)
+    """Locks of members that were killed."""
+    for member, path in dead_leases(directory, books.rows):
+        if member in books.rows:
+            yield Damage(path, "lease: of a member that was killed", Remedy.BOOK, True)
         else:
-            yield Damage(path, "lease: of a server that nobody knows", Remedy.REMOVE, True)
+            yield Damage(path, "lease: of a member that nobody knows", Remedy.REMOVE, True)
 
 
 def _journals(directory: str, watch: Watch) -> Iterator[Damage]:
-    """Journals of dead servers that cannot be read to their end, which a keeper never drops."""
-    for name in sorted(nofollow.listdir(directory)):
-        parsed = parse_name(name)
-        if parsed is None or not watch.is_dead(parsed[0], 0):
-            continue
-        path = os.path.join(directory, name)
-        with suppress(FileNotFoundError):
-            if (whole := _is_whole(path)) is not True:
-                reason = "journal: damaged" if whole is False else "journal: its end is cut off"
-                yield Damage(path, reason, Remedy.BOOK_AND_REMOVE, whole is None)
+    """Journals of dead members that cannot be read to their end, which a keeper never drops."""
+    for member, number in journals(directory):
+        path = os.path.join(directory, journal_name(member, number))
+        if (
+            watch.is_dead(member, 0)
+            and (whole := _is_whole(directory, member, number)) is not True
+            and nofollow.lexists(path)
+        ):
+            reason = "journal: damaged" if whole is False else "journal: its end is cut off"
+            yield Damage(path, reason, Remedy.BOOK_AND_REMOVE, whole is None)
 
 
-def _is_whole(path: str) -> bool | None:
+def _is_whole(directory: str, member: bytes, number: int) -> bool | None:
     """Whether a journal has a header, and after it sound records and nothing else.
 
     None if all that is wrong is that its last record is cut off, as a kill may leave it.
-
-    Raises:
-        FileNotFoundError: there is no such file.
     """
-    try:
-        fd = nofollow.open(path, os.O_RDONLY)
-        with os.fdopen(fd, "rb") as file:
-            header, raw = file.read(HEADER_BYTES), file.read()
-    except FileNotFoundError:
-        raise
-    except OSError:
-        return False
-    if len(header) < HEADER_BYTES:
-        return None
-    sound = all(record is not None for record in decode(raw))
-    if read_namespace(header) is None or not sound:
-        return False
-    return True if len(raw) % RECORD_BYTES == 0 else None
+    read: Positions = {}
+    while piece := read_on(directory, member, number, read):
+        if piece.rest < 0:
+            return None
+        if piece.namespace is None or None in piece.records:
+            return False
+        if piece.is_last:
+            return True if piece.rest == 0 else None
+        read[member] = piece.end
+    return False

@@ -16,7 +16,6 @@ from kvstrata.tiers.fs.files.layout import (
     NAMESPACE_DIR,
     PAGE_SUFFIX,
     PAGES_DIR,
-    QUARANTINE_NAME,
     NamespacePaths,
 )
 from kvstrata.tiers.fs.files.namespace import namespace_digest, read_config
@@ -112,19 +111,6 @@ def namespaces(root: str) -> list[NamespacePaths]:
         elif NAMESPACE_DIR.fullmatch(name):
             names.add(name)
     return [NamespacePaths(root, name) for name in sorted(names)]
-
-
-def holds_pages(paths: NamespacePaths) -> bool:
-    """Whether there are pages, or directories that were made for some; asks for names only.
-
-    Raises:
-        OSError: its directory cannot be listed.
-    """
-    try:
-        with nofollow.scandir(paths.pages) as entries:
-            return any(entry.name != QUARANTINE_NAME for entry in entries)
-    except FileNotFoundError:
-        return False
 
 
 def check_config(paths: NamespacePaths) -> tuple[str, str] | None:

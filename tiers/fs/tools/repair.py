@@ -2,7 +2,7 @@
 
 Servers may be at work there. A bad file is moved only while it is still the one that was read;
 a temporary goes only if its writer is dead; a page is moved only to where nothing is; and the
-books are left to the servers, whose keeper tends them, unless none lives.
+books are left to the members, whose keeper tends them, unless none lives.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from kvstrata.tiers.fs.budget.keeper.walk import BOOKS_NAME
+from kvstrata.tiers.fs.budget.ledger import BOOKS_NAME
 from kvstrata.tiers.fs.budget.limits import Limits
 from kvstrata.tiers.fs.files import nofollow
 from kvstrata.tiers.fs.files.layout import NamespacePaths, is_key
@@ -43,7 +43,7 @@ class Finding:
             "temporary" or "books".
         reason: cause and detail.
         repair: "moved", "quarantined", "removed" or "rebuilt"; None while nothing was done.
-        remains: it is what a server leaves that is killed, and no damage; the next server that
+        remains: it is what a member leaves that is killed, and no damage; the next member that
             starts there cleans it.
     """
 
@@ -56,11 +56,11 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Examination:
-    """Totals over the page files, what was found, and how many servers were living."""
+    """Totals over the page files, what was found, and how many members were living."""
 
     report: RootReport
     findings: list[Finding]
-    servers: int
+    members: int
 
 
 def examine(
@@ -88,9 +88,9 @@ def examine(
         removed = fix and remove_abandoned(path)
         reason = "abandoned: its writer is dead"
         findings.append(Finding(path, "temporary", reason, "removed" if removed else None, True))
-    books, servers = _examine_books(root, fix)
+    books, members = _examine_books(root, fix)
     findings = sorted([*findings, *books], key=lambda finding: finding.path)
-    return Examination(report, findings, servers)
+    return Examination(report, findings, members)
 
 
 def _repair_file(root: str, bad: FileReport) -> str | None:
@@ -122,7 +122,7 @@ def _move_to_its_place(root: str, bad: FileReport) -> bool:
             if nofollow.lexists(target) or identity(nofollow.lstat(bad.path)) != bad.found_bad:
                 return False
             nofollow.make_directories(os.path.dirname(target), root, _mode(paths))
-            # a server that stores this very page meanwhile is overwritten by its equal
+            # a member that stores this very page meanwhile is overwritten by its equal
             nofollow.rename(bad.path, target)
             return True
     return False
@@ -137,22 +137,19 @@ def _mode(paths: NamespacePaths) -> int:
 
 
 def _examine_books(root: str, fix: bool) -> tuple[list[Finding], int]:
-    """What is wrong with the books, and the number of servers that live."""
-    path = os.path.join(root, BOOKS_NAME)
+    """What is wrong with the books, and the number of members that live."""
+    path, findings = os.path.join(root, BOOKS_NAME), []
     try:
         found = audit(root)
     except OSError as error:
         return [Finding(path, "books", f"unreadable: {error.strerror or error}")], 0
-    if not fix or not found.damage:
-        noted = [Finding(d.path, "books", d.reason, None, d.remains) for d in found.damage]
-        return noted, len(found.living)
-    findings = []
     left = found.damage
-    try:
-        _rebuild_books(root, found.damage)
-        left = audit(root).damage
-    except OSError as error:
-        findings.append(Finding(path, "books", f"not rebuilt: {error.strerror or error}"))
+    if fix and found.damage:
+        try:
+            _rebuild_books(root, found.damage)
+            left = audit(root).damage
+        except OSError as error:
+            findings.append(Finding(path, "books", f"not rebuilt: {error.strerror or error}"))
     for damage in found.damage:
         repair = "rebuilt" if damage.remedy is Remedy.BOOK else "removed"
         mended = None if damage in left else repair

@@ -16,7 +16,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 
 from kvstrata.tiers.base import PageLayout, TensorSpec, key_group, layouts_from_json
-from kvstrata.tiers.fs.budget.keeper.walk import BOOKS_NAME
+from kvstrata.tiers.fs.budget.ledger import BOOKS_NAME
 from kvstrata.tiers.fs.files import nofollow
 from kvstrata.tiers.fs.files.failures import error_cause
 from kvstrata.tiers.fs.files.layout import NamespacePaths, is_key
@@ -175,7 +175,7 @@ def _check_page(
 ) -> FileReport | None:
     """Judge a page file; None for one that was removed, or changes whenever it is read.
 
-    A server that evicts renames a page away and overwrites it, so a bad file counts only if the
+    A member that evicts renames a page away and overwrites it, so a bad file counts only if the
     same one is still there, and unchanged.
     """
     for _ in range(_TRIES):

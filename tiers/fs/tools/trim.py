@@ -11,19 +11,19 @@ from dataclasses import dataclass
 
 from kvstrata.tiers.disk import UNBOUNDED, disk_at
 from kvstrata.tiers.fs.budget import snapshot
-from kvstrata.tiers.fs.budget.journal import HEADER_BYTES, Op, decode, parse_name, read_namespace
-from kvstrata.tiers.fs.budget.keeper.rescan import books_size
-from kvstrata.tiers.fs.budget.keeper.walk import BOOKS_NAME, Walked, walk
+from kvstrata.tiers.fs.budget.journal import Op, journals, unread
+from kvstrata.tiers.fs.budget.keeper.rescan import Walked, books_size, walk
+from kvstrata.tiers.fs.budget.ledger import BOOKS_NAME
 from kvstrata.tiers.fs.budget.limits import Limits, Usage, room
-from kvstrata.tiers.fs.budget.member import Space, Upkeep
+from kvstrata.tiers.fs.budget.member import Member
+from kvstrata.tiers.fs.budget.messages import News, Upkeep
 from kvstrata.tiers.fs.budget.names import Names
-from kvstrata.tiers.fs.budget.tail import News
 from kvstrata.tiers.fs.files import nofollow
 from kvstrata.tiers.fs.files.failures import Failures
 from kvstrata.tiers.fs.tools.audit import audit
 
 _POLL_S = 0.02
-_STUCK_S = 15.0  # without any progress; another server's keeper looks every 50 ms
+_STUCK_S = 15.0  # without any progress; another member's keeper looks every 50 ms
 _USES = (Op.STORED, Op.USED, Op.PROMISED)
 
 
@@ -32,14 +32,14 @@ class Trimmed:
     """What `trim` did.
 
     Attributes:
-        evicted_files, evicted_bytes: what was deleted: here or, where servers are running, by the
+        evicted_files, evicted_bytes: what was deleted: here or, where members are running, by the
             one that keeps the books, less what they stored meanwhile.
         before, after: what was taken at first, as far as it was known, and in the end.
         fixed_files, fixed_bytes: what no trimming deletes: the books, foreign files, directories;
             0 if there are no limits.
         refused: whether nothing was deleted since the limits cannot be reached.
         within: whether everything below the root is within the limits now.
-        servers: how many were living.
+        members: how many were living.
         failures: what went wrong, by cause.
     """
 
@@ -51,7 +51,7 @@ class Trimmed:
     fixed_bytes: int
     refused: bool
     within: bool
-    servers: int
+    members: int
     failures: dict[str, int]
 
 
@@ -69,7 +69,7 @@ class _Accounts:
         self.last = detail
 
     def say(self, text: str) -> None:
-        """The limits of running servers count too: `Trimmed.servers` tells of them."""
+        """The limits of running members count too: `Trimmed.members` tells of them."""
 
     def tell(self, news: Sequence[News]) -> None:
         """No page is ours."""
@@ -98,13 +98,13 @@ def trim(
     found = audit(root)
     before, fixed = None, (0, 0)
     if limits:
-        # where servers live they may have deleted something before we look again
+        # where members live they may have deleted something before we look again
         before, least = _survey(root)
         fixed = least.files, least.nbytes
         if room(limits, least).is_passed:
-            servers = len(found.living)
-            return Trimmed(0, 0, before, before, *fixed, True, False, servers, {})
-    space = Space(root, None, limits, mode & 0o666, mode & 0o777, accounts)
+            members = len(found.living)
+            return Trimmed(0, 0, before, before, *fixed, True, False, members, {})
+    space = Member(root, None, limits, mode & 0o666, mode & 0o777, accounts)
     last, since = (-1, -1, -1), time.monotonic()
     try:
         while True:
@@ -150,21 +150,17 @@ def _survey(root: str) -> tuple[Usage, Usage]:
     Raises:
         OSError: the file system cannot be asked.
     """
-    walked, pages = Walked(), [0, 0]
-
-    def seen(name: bytes, cost: int, mtime: int) -> None:
-        pages[0] += cost
-        pages[1] += 1
-
-    for _ in walk(root, Names(), walked, seen, lambda name: True):
-        pass
+    walked, nbytes, files = Walked(), 0, 0
+    for found in walk(root, Names(), walked, lambda name: True):
+        if found is not None:
+            nbytes, files = nbytes + found[1], files + 1
     directory = os.path.join(root, BOOKS_NAME)
     books = books_size(directory, lambda name: True) if nofollow.lexists(directory) else (0, 0)
     free = disk_at(root).free
     fixed = walked.other_bytes + books[0], walked.other_files + books[1]
     return (
-        Usage(fixed[0] + pages[0], fixed[1] + pages[1], free),
-        Usage(*fixed, min(free + pages[0], UNBOUNDED)),
+        Usage(fixed[0] + nbytes, fixed[1] + files, free),
+        Usage(*fixed, min(free + nbytes, UNBOUNDED)),
     )
 
 
@@ -176,7 +172,7 @@ def last_uses(root: str) -> dict[str, float]:
     books know nothing are missing.
     """
     directory = os.path.join(os.path.realpath(root), BOOKS_NAME)
-    catalog, names, read = snapshot.load(directory)
+    catalog, names, read, _ = snapshot.load(directory)
     newest: dict[bytes, int] = {}  # by the prefix of the namespace's names
     for chunk, stamps, _, _ in catalog.chunks(2**14):
         for name, stamp in zip(chunk, stamps, strict=True):
@@ -188,25 +184,11 @@ def last_uses(root: str) -> dict[str, float]:
         if (namespace := names.namespace(prefix)) is not None
     }
     with suppress(OSError):
-        for journal in nofollow.listdir(directory):
-            parsed = parse_name(journal)
-            if parsed is None:
-                continue
-            server, number = parsed
-            known, start = read.get(server, (0, 0))
-            if number >= known:
-                path = os.path.join(directory, journal)
-                namespace, used = _last_use(path, start if number == known else 0)
-                if namespace is not None:
-                    found[namespace] = max(found.get(namespace, 0.0), used)
+        listed = journals(directory)
+        while pieces := list(unread(directory, listed, read)):
+            for member, piece in pieces:
+                read[member] = piece.end
+                used = any(record is not None and record.op in _USES for record in piece.records)
+                if used and piece.namespace is not None:
+                    found[piece.namespace] = max(found.get(piece.namespace, 0.0), piece.mtime)
     return found
-
-
-def _last_use(path: str, start: int) -> tuple[str | None, float]:
-    """The namespace of a journal and when it was written, if after `start` it tells of a use."""
-    with suppress(OSError), open(nofollow.open(path, os.O_RDONLY), "rb") as file:
-        namespace = read_namespace(file.read(HEADER_BYTES))
-        file.seek(max(start, HEADER_BYTES))
-        if any(record is not None and record.op in _USES for record in decode(file.read())):
-            return namespace, os.fstat(file.fileno()).st_mtime
-    return None, 0.0

@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 
 from kvstrata.tiers.base import TierContext
-from kvstrata.tiers.fs.budget import member as space_module
+from kvstrata.tiers.fs.budget import member as member_module
 from kvstrata.tiers.fs.budget.ledger import Books
 from kvstrata.tiers.fs.budget.limits import file_cost
-from kvstrata.tiers.fs.budget.member import Space, Upkeep
-from kvstrata.tiers.fs.budget.stamps import first_access
-from kvstrata.tiers.fs.budget.tail import News
+from kvstrata.tiers.fs.budget.member import Member
+from kvstrata.tiers.fs.budget.messages import News, Upkeep, first_access
 from kvstrata.tiers.fs.config import FsConfig
 from kvstrata.tiers.fs.files.namespace import namespace_paths
 from kvstrata.tiers.fs.medium import PageFiles
@@ -32,7 +31,7 @@ BUDGET = 100 * COST
 REST_TURNS = 3  # idle ones in a row after which nothing more can come
 
 
-class _TurningSpace(Space):
+class _TurningMember(Member):
     """A space that counts its idle turns, and of which nobody else sees the thread's faults."""
 
     turned = threading.Condition()  # of all spaces
@@ -78,8 +77,8 @@ class Server:
         limits = open_books(config)
         assert limits is not None
         modes = config.file_mode, config.dir_mode
-        self.space = _TurningSpace(str(root), self.paths.name, limits, *modes, self, keeps)
-        self.files = PageFiles(config, context, self.paths, False, self.report, self.space)
+        self.member = _TurningMember(str(root), self.paths.name, limits, *modes, self, keeps)
+        self.files = PageFiles(config, context, self.paths, False, self.report, self.member)
 
     def report(self, cause: str, detail: str) -> None:
         self.failures[cause] += 1
@@ -136,12 +135,12 @@ class Server:
     def use(self, numbers: Collection[int], group: int = GROUP) -> None:
         access = self.access()
         for number in numbers:
-            self.space.used(make_key(number, group), 0, access)
+            self.member.used(make_key(number, group), 0, access)
 
     def promise(self, numbers: Collection[int], group: int = GROUP) -> None:
         access = self.access()
         for number in numbers:
-            self.space.promised(make_key(number, group), access)
+            self.member.promised(make_key(number, group), access)
 
     def there(self, numbers: Collection[int], group: int = GROUP) -> set[int]:
         """Which of the pages are on the disk, without asking the server."""
@@ -149,49 +148,49 @@ class Server:
 
     @contextmanager
     def books(self) -> Iterator[Books]:
-        with self.space._place.ledger.locked() as books:
+        with self.member._place.ledger.locked() as books:
             yield books
 
     @property
-    def server(self) -> bytes:
-        return self.space._place.server
+    def id(self) -> bytes:
+        return self.member._place.member
 
     def keeps(self) -> bool:
         """Whether it is the keeper."""
         with self.books() as books:
-            return books.keeper == self.server
+            return books.keeper == self.id
 
     def turn(self) -> bool:
         """Do what the thread does in one turn; True if there is more to do."""
-        return self.space._tick()
+        return self.member._tick()
 
     def leave(self) -> None:
         """What `close` does, for one that is driven."""
-        self.space._leave()
-        if self.space._presence is not None:
-            self.space._presence.close()
-        self.space._place.ledger.close()
+        self.member._leave()
+        if self.member._lease is not None:
+            self.member._lease.close()
+        self.member._place.ledger.close()
 
     def die(self) -> None:
         """As if the process of one that is driven had been killed."""
-        presence = self.space._presence
-        if presence is not None:
-            os.close(presence._fd)
-        self.space._place.ledger.close()
+        lease = self.member._lease
+        if lease is not None:
+            os.close(lease._fd)
+        self.member._place.ledger.close()
 
     def close(self) -> None:
-        assert self.space.close(60.0)
+        assert self.member.close(60.0)
         assert self.failures["internal"] == 0
 
 
 def rest(*servers: Server) -> None:
     """Wait until everything that the servers did is booked, and nothing is left to do."""
     for server in servers:
-        server.space.idle = 0
+        server.member.idle = 0
     deadline = time.monotonic() + 60.0
-    with _TurningSpace.turned:
-        while not (all(s.space.idle >= REST_TURNS for s in servers) and _booked(servers[0])):
-            assert _TurningSpace.turned.wait(deadline - time.monotonic()), "no rest"
+    with _TurningMember.turned:
+        while not (all(s.member.idle >= REST_TURNS for s in servers) and _booked(servers[0])):
+            assert _TurningMember.turned.wait(deadline - time.monotonic()), "no rest"
 
 
 def _booked(server: Server) -> bool:
@@ -206,24 +205,24 @@ def rest_driven(*servers: Server) -> None:
     while idle < REST_TURNS:
         assert time.monotonic() < deadline, "no rest"
         busy = [server.turn() for server in servers]
-        waits = any(server.space._events or server.space._pending for server in servers)
+        waits = any(server.member._events or server.member._pending for server in servers)
         idle = 0 if any(busy) or waits or not _booked(servers[0]) else idle + 1
 
 
 def make_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(space_module, "REPEAT_S", -1.0)
-    monkeypatch.setattr(space_module, "TICK_S", 0.002)
-    monkeypatch.setattr(space_module, "SLICE_S", 0.002)
-    monkeypatch.setattr(space_module, "_BEAT_S", 0.02)
+    monkeypatch.setattr(member_module, "REPEAT_S", -1.0)
+    monkeypatch.setattr(member_module, "TICK_S", 0.002)
+    monkeypatch.setattr(member_module, "SLICE_S", 0.002)
+    monkeypatch.setattr(member_module, "_BEAT_S", 0.02)
     # on a busy machine the space's thread may take long to make room
     monkeypatch.setattr("kvstrata.tiers.fs.budget.admission.WAIT_S", 60.0)
 
 
 def drive(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Space, "_run", lambda space: None)
+    monkeypatch.setattr(Member, "_run", lambda member: None)
     monkeypatch.setattr("kvstrata.tiers.fs.budget.admission.WAIT_S", 0.0)
-    monkeypatch.setattr(space_module, "SLICE_S", 0.0)  # a scan goes on by one file
-    monkeypatch.setattr(space_module, "_BEAT_S", 0.0)
+    monkeypatch.setattr(member_module, "SLICE_S", 0.0)  # a scan goes on by one file
+    monkeypatch.setattr(member_module, "_BEAT_S", 0.0)
 
 
 def disk_usage(root: Path) -> tuple[int, int]:

@@ -129,7 +129,7 @@ class Accounts(RuleBasedStateMachine):
     def die_writing(self, server: int, chosen: list[int], group: int) -> None:
         """A server is killed with reservations, and spares in its hands."""
         for _ in chosen:
-            self.servers[server].space.admission.admit(COSTS[group])
+            self.servers[server].member.admission.admit(COSTS[group])
         self.restart(server, killed=True)
 
     @precondition(lambda self: not self.calm)
@@ -137,8 +137,8 @@ class Accounts(RuleBasedStateMachine):
     def seem_dead(self, server: int) -> None:
         """A server hangs so long that it is struck from the books, and wakes up."""
         with self.servers[server].books() as books:
-            books.rows.pop(self.servers[server].server, None)
-        for path in self.root.glob(f".kvstrata/{self.servers[server].server.hex()}.server"):
+            books.rows.pop(self.servers[server].id, None)
+        for path in self.root.glob(f".kvstrata/{self.servers[server].id.hex()}.server"):
             path.unlink()
 
     @precondition(lambda self: not self.calm)

@@ -94,7 +94,7 @@ DAMAGE = {
     linked_snapshot: ("snapshot: damaged", "rebuilt"),
     more_spares: ("spare: 1 files of 8192 bytes, the ledger has 0 of 0", "rebuilt"),
     no_spare_directory: ("spare: something else is there", "removed"),
-    forgotten_lease: ("lease: of a server that nobody knows", "removed"),
+    forgotten_lease: ("lease: of a member that nobody knows", "removed"),
 }
 
 
@@ -153,7 +153,7 @@ def test_killed_servers_leave_leases(root: Path, books: Path) -> None:
         kill_session(server.pid)
         server.communicate()
     wait_until(lambda: not audit(str(root)).living)
-    assert "lease: of a server that was killed" in reasons(root)
+    assert "lease: of a member that was killed" in reasons(root)
     assert all(finding.remains for finding in examine(str(root), fix=False).findings)
     found = examine(str(root), fix=True)
     assert {finding.kind for finding in found.findings} <= {"books", "temporary"}
@@ -174,7 +174,7 @@ def test_a_keeper_removes_forgotten_leases(books: Path, open_server: OpenServer)
     server = open_server()
     rest(server)
     left = {path.name for path in books.glob("*.server")}
-    assert left == {f"{2:032x}.server", f"{server.server.hex()}.server"}
+    assert left == {f"{2:032x}.server", f"{server.id.hex()}.server"}
 
 
 def test_beside_a_server_nothing_is_damage(

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from kvstrata.tiers.fs.budget import journal, snapshot
 from kvstrata.tiers.fs.budget.catalog import Catalog
 from kvstrata.tiers.fs.budget.journal import HEADER_BYTES, RECORD_BYTES, Journal, Op, Record, decode
-from kvstrata.tiers.fs.budget.lease import Presence, Watch
+from kvstrata.tiers.fs.budget.lease import Lease, Watch
 from kvstrata.tiers.fs.budget.ledger import Books, Ledger, Row
 from kvstrata.tiers.fs.budget.limits import BLOCK, Limits
 from kvstrata.tiers.fs.budget.names import Names
 from kvstrata.tiers.fs.files.layout import page_location
 from kvstrata.tiers.testing import make_key
 
-SERVER = bytes(range(16))
+MEMBER = bytes(range(16))
 SPACE = "org_model_0123456789ab"
 
 records = st.builds(
@@ -52,7 +52,7 @@ def test_any_bytes_are_a_journal(raw: bytes) -> None:
 
 
 def test_a_journal_goes_on_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written = Journal(str(tmp_path), SERVER, SPACE, 0o600, 2**18)
+    written = Journal(str(tmp_path), MEMBER, SPACE, 0o600, 2**18)
     entries = [Record(Op.USED, make_key(n)) for n in range(3)]
     written.append(entries[:1])
     real = os.pwrite
@@ -66,18 +66,18 @@ def test_a_journal_goes_on_after_an_error(tmp_path: Path, monkeypatch: pytest.Mo
         with pytest.raises(OSError, match="full"):
             written.append(entries[1:])
     written.append(entries[1:])
-    raw = (tmp_path / journal.journal_name(SERVER, 1)).read_bytes()
+    raw = (tmp_path / journal.journal_name(MEMBER, 1)).read_bytes()
     assert journal.read_namespace(raw) == SPACE
     assert list(decode(raw[HEADER_BYTES:])) == entries
     assert written.end == (1, len(raw))
 
 
 def test_a_long_journal_goes_on_in_another_file(tmp_path: Path) -> None:
-    written = Journal(str(tmp_path), SERVER, SPACE, 0o640, 2**18)
+    written = Journal(str(tmp_path), MEMBER, SPACE, 0o640, 2**18)
     for number in range(4):
         written.append([Record(Op.USED, make_key(number))] * 2000)
     found = sorted(os.listdir(tmp_path))
-    assert [journal.parse_name(name) for name in found] == [(SERVER, 1), (SERVER, 2)]
+    assert [journal.parse_name(name) for name in found] == [(MEMBER, 1), (MEMBER, 2)]
     assert sum((tmp_path / n).stat().st_size for n in found) == 8000 * RECORD_BYTES + 2 * 168
     assert (tmp_path / found[0]).stat().st_mode & 0o777 == 0o640
 
@@ -85,7 +85,7 @@ def test_a_long_journal_goes_on_in_another_file(tmp_path: Path) -> None:
 def test_a_journal_that_was_deleted_leaves_no_empty_one(tmp_path: Path) -> None:
     books = tmp_path / "books"
     books.mkdir()
-    written = Journal(str(books), SERVER, SPACE, 0o600, 2**18)
+    written = Journal(str(books), MEMBER, SPACE, 0o600, 2**18)
     entries = [Record(Op.USED, make_key(n)) for n in range(3)]
     written.append(entries[:1])
     shutil.rmtree(books)
@@ -97,10 +97,10 @@ def test_a_journal_that_was_deleted_leaves_no_empty_one(tmp_path: Path) -> None:
     (name,) = os.listdir(books)
     raw = (books / name).read_bytes()
     assert list(decode(raw[HEADER_BYTES:])) == entries[1:]
-    assert written.end == (2, len(raw)) and journal.parse_name(name) == (SERVER, 2)
+    assert written.end == (2, len(raw)) and journal.parse_name(name) == (MEMBER, 2)
     (books / name).unlink()
     written.append(entries[:1])
-    assert os.listdir(books) == [journal.journal_name(SERVER, 3)]
+    assert os.listdir(books) == [journal.journal_name(MEMBER, 3)]
 
 
 def test_names_and_paths() -> None:
@@ -144,20 +144,21 @@ def content(catalog: Catalog) -> list[object]:
 def test_a_snapshot_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(snapshot, "_PIECE_FILES", 64)
     catalog, names = filled()
-    size = snapshot.save(str(tmp_path), catalog, names, {SERVER: (3, 400)}, 0o640)
+    size = snapshot.save(str(tmp_path), catalog, names, {MEMBER: (3, 400)}, 0o640)
     path = tmp_path / snapshot.SNAPSHOT_NAME
     assert path.stat().st_size == size and path.stat().st_mode & 0o777 == 0o640
     assert [path.name] == os.listdir(tmp_path)
-    again, again_names, read = snapshot.load(str(tmp_path))
+    again, again_names, read, whole = snapshot.load(str(tmp_path))
     assert content(again) == content(catalog) and again.nbytes == catalog.nbytes
-    assert again_names.namespaces == [SPACE] and read == {SERVER: (3, 400)}
+    assert again_names.namespaces == [SPACE] and read == {MEMBER: (3, 400)} and whole
     assert again.take_victim(lambda _: False) == catalog.take_victim(lambda _: False)
 
 
 def test_no_snapshot(tmp_path: Path) -> None:
-    assert len(snapshot.load(str(tmp_path))[0]) == 0
-    (tmp_path / snapshot.SNAPSHOT_NAME).mkdir()
-    assert len(snapshot.load(str(tmp_path))[0]) == 0
+    for whole in (True, False):
+        catalog, *_, found = snapshot.load(str(tmp_path))
+        assert len(catalog) == 0 and found == whole
+        (tmp_path / snapshot.SNAPSHOT_NAME).mkdir(exist_ok=True)
 
 
 @settings(max_examples=150, deadline=None)
@@ -179,7 +180,7 @@ def test_a_damaged_snapshot_is_read_up_to_the_damage(
         else:
             raw[at] ^= data.draw(st.integers(1, 255))
         path.write_bytes(raw)
-        again, _, _ = snapshot.load(str(directory))
+        again, *_ = snapshot.load(str(directory))
     (whole,), found = content(catalog), content(again)
     assert whole[: len(again)] == (found[0] if found else []) and len(again) < len(catalog)
 
@@ -191,7 +192,7 @@ def test_any_bytes_are_a_ledger(raw: bytes) -> None:
 
 def test_a_ledger_comes_back_and_a_damaged_one_does_not() -> None:
     row = Row(b"0123456789ab", Limits(1, 2, 3), 4, True, 5, 6, 7, 8, 9, (10, 11))
-    books = Books(SERVER, True, b"ba9876543210", 1, 2, 3, 4, {SERVER: row, bytes(16): row})
+    books = Books(MEMBER, True, b"ba9876543210", 1, 2, 3, 4, {MEMBER: row, bytes(16): row})
     raw = books.encode()
     assert Books.decode(raw) == books
     for at in range(len(raw)):
@@ -234,14 +235,14 @@ def test_the_ledger_is_exact_between_processes(tmp_path: Path) -> None:
     ledger.close()
 
 
-def test_presence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     watch = Watch(str(tmp_path))
-    assert watch.is_dead(SERVER, 1)
-    presence = Presence(str(tmp_path), SERVER, 0o600)
-    assert not watch.is_dead(SERVER, 1)
+    assert watch.is_dead(MEMBER, 1)
+    lease = Lease(str(tmp_path), MEMBER, 0o600)
+    assert not watch.is_dead(MEMBER, 1)
     monkeypatch.setattr("kvstrata.tiers.fs.budget.lease.SILENT_S", -1.0)
-    assert watch.is_dead(SERVER, 1)  # it holds its lock, but its beat stands still
-    assert not watch.is_dead(SERVER, 2)
-    presence.close()
-    assert watch.is_dead(SERVER, 3)
+    assert watch.is_dead(MEMBER, 1)  # it holds its lock, but its beat stands still
+    assert not watch.is_dead(MEMBER, 2)
+    lease.close()
+    assert watch.is_dead(MEMBER, 3)
     assert os.listdir(tmp_path) == []

@@ -10,8 +10,8 @@ import pytest
 
 from kvstrata.tiers.base import TierContext
 from kvstrata.tiers.fs.budget import admission as admission_module
-from kvstrata.tiers.fs.budget import member as space_module
-from kvstrata.tiers.fs.budget.keeper import replay as booking_module
+from kvstrata.tiers.fs.budget import member as member_module
+from kvstrata.tiers.fs.budget.keeper import replay as replay_module
 from kvstrata.tiers.fs.tools.scan import check_root
 from kvstrata.tiers.testing import CONTEXT, make_key
 from tests.tiers.fs.budget.conftest import OpenServer
@@ -260,7 +260,7 @@ def test_what_others_added_is_counted(root: Path, open_server: OpenServer) -> No
     server.put(range(10))
     rest(server)
     (root / "notes").write_bytes(bytes(60 * COST))
-    keeper = server.space._keeper
+    keeper = server.member._keeper
     assert keeper is not None
     keeper._scan_due = 0.0
     rest(server)
@@ -383,8 +383,8 @@ def test_the_clock_goes_back(open_server: OpenServer, monkeypatch: pytest.Monkey
 def test_a_promised_page_is_spared(
     open_server: OpenServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(space_module, "PROTECT_S", 60.0)
-    monkeypatch.setattr(booking_module, "PROTECT_S", 60.0)
+    monkeypatch.setattr(member_module, "PROTECT_S", 60.0)
+    monkeypatch.setattr(replay_module, "PROTECT_S", 60.0)
     server = open_server(max_bytes=20 * COST)
     server.put(range(8))
     server.promise(range(4))
@@ -400,8 +400,8 @@ def test_the_books_follow_the_modes(root: Path, open_server: OpenServer) -> None
     server = open_server(max_bytes=BUDGET, file_mode="0660", dir_mode="0770")
     server.put(range(120))
     rest(server)
-    (presence,) = (root / ".kvstrata").glob("*.server")
-    for path in (presence, root / ".kvstrata/ledger"):  # which all must be able to lock
+    (lease,) = (root / ".kvstrata").glob("*.server")
+    for path in (lease, root / ".kvstrata/ledger"):  # which all must be able to lock
         assert path.stat().st_mode & 0o777 == 0o660
     server.close()
     for directory, _, names in os.walk(root / ".kvstrata"):
@@ -473,9 +473,9 @@ def test_a_ledger_that_cannot_be_used_keeps_no_reservation(
         assert server.put([2]) != {}  # that it ended cannot be written
     rest_driven(server)
     with server.books() as books:
-        assert not books.rows[server.server].reserved_bytes
-        assert not books.rows[server.server].reserved_files
-    assert server.space.admission.open_files == server.space.admission.open_bytes == 0
+        assert not books.rows[server.id].reserved_bytes
+        assert not books.rows[server.id].reserved_files
+    assert server.member.admission.open == (0, 0)
     server.die()
 
 
@@ -483,14 +483,14 @@ def _fail_to_write(fd: int, content: bytes, position: int) -> int:
     raise OSError(5, "no longer")
 
 
-def test_a_server_too_many_says_so_once(
+def test_a_member_too_many_says_so_once(
     open_driven: OpenServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(space_module, "MAX_ROWS", 1)
+    monkeypatch.setattr(member_module, "MAX_ROWS", 1)
     first, second = open_driven(max_bytes=BUDGET), open_driven(max_bytes=BUDGET)
     rest_driven(first, second)
     assert second.put([1]) == {1: "budget"}
-    assert [text for text in second.details if "has 1 servers, which is the most" in text]
+    assert [text for text in second.details if "has 1 members, which is the most" in text]
     assert second.failures == {"books": 1, "budget": 1}
     first.leave()
     rest_driven(second)

@@ -215,7 +215,7 @@ def test_another_server_takes_over(root: Path, open_server: OpenServer) -> None:
     wait_until(server.keeps)
     assert server.put(range(400)) == {}
     rest(server)
-    assert books(root).rows.keys() == {server.server}
+    assert books(root).rows.keys() == {server.id}
     assert disk_usage(root)[0] <= BUDGET
 
 
@@ -232,7 +232,7 @@ def test_a_server_that_hangs_loses_the_lease_and_comes_back(
     ledger.close()
     server = open_server(max_bytes=BUDGET)
     wait_until(server.keeps)
-    wait_until(lambda: books(root).rows.keys() == {server.server})
+    wait_until(lambda: books(root).rows.keys() == {server.id})
     assert server.put(range(1000, 1100)) == {}
     monkeypatch.setattr("kvstrata.tiers.fs.budget.lease.SILENT_S", 60.0)
     first.send_signal(signal.SIGCONT)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from kvstrata.tiers.fs.budget import member as space_module
-from kvstrata.tiers.fs.budget.keeper import replay as booking_module
+from kvstrata.tiers.fs.budget import member as member_module
+from kvstrata.tiers.fs.budget.keeper import replay as replay_module
 from tests.tiers.fs.budget.conftest import OpenServer
 from tests.tiers.fs.budget.harness import BUDGET, COST, Server, are_the_last, rest, rest_driven
 
@@ -91,7 +91,7 @@ def test_two_engines_interleaved(open_server: OpenServer) -> None:
 def test_a_promise_of_another_server_spares(
     open_server: OpenServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (booking_module, space_module):
+    for module in (replay_module, member_module):
         monkeypatch.setattr(module, "PROTECT_S", 60.0)
     keeper = open_server(max_bytes=20 * COST)
     keeper.put(range(8))

@@ -22,8 +22,9 @@ from kvstrata.tiers.fs.budget.journal import (
     journal_name,
 )
 from kvstrata.tiers.fs.budget.limits import Limits
+from kvstrata.tiers.fs.budget.messages import News
 from kvstrata.tiers.fs.budget.names import Names
-from kvstrata.tiers.fs.budget.tail import Follower, News
+from kvstrata.tiers.fs.budget.tail import Tail
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.testing import make_data, make_key, store
 from tests.tiers.fs.budget.conftest import OpenServer
@@ -43,8 +44,8 @@ def there(numbers: range) -> list[News]:
 
 
 @pytest.fixture
-def follower(tmp_path: Path) -> Follower:
-    return Follower(str(tmp_path), OURS, SPACE)
+def tail(tmp_path: Path) -> Tail:
+    return Tail(str(tmp_path), OURS, SPACE)
 
 
 @pytest.fixture
@@ -52,16 +53,14 @@ def journal(tmp_path: Path) -> Journal:
     return Journal(str(tmp_path), OTHER, SPACE, 0o600, 10 * RECORD_BYTES)
 
 
-def hear(follower: Follower) -> list[News]:
+def hear(tail: Tail) -> list[News]:
     found: list[News] = []
-    while news := follower.news(30):
+    while news := tail.news(30):
         found += news
     return found
 
 
-def test_first_the_snapshot_then_the_journals(
-    tmp_path: Path, follower: Follower, journal: Journal
-) -> None:
+def test_first_the_snapshot_then_the_journals(tmp_path: Path, tail: Tail, journal: Journal) -> None:
     catalog, names = Catalog(), Names([ELSEWHERE, SPACE])
     for number in range(100):
         catalog.add(b"\0\1" + KEYS[number], 4096, 1000 - number)
@@ -70,20 +69,20 @@ def test_first_the_snapshot_then_the_journals(
     read = {OTHER: journal.end}
     snapshot.save(str(tmp_path), catalog, names, read, 0o600)
     journal.append(stored(range(100, 110)))
-    assert follower.news(30) == there(range(100))[:-31:-1]  # the least recently used first
-    assert hear(follower) == [*there(range(70))[::-1], *there(range(100, 110))]
-    assert hear(follower) == []
+    assert tail.news(30) == there(range(100))[:-31:-1]  # the least recently used first
+    assert hear(tail) == [*there(range(70))[::-1], *there(range(100, 110))]
+    assert hear(tail) == []
 
 
-def test_all_files_of_all_journals(tmp_path: Path, follower: Follower, journal: Journal) -> None:
+def test_all_files_of_all_journals(tmp_path: Path, tail: Tail, journal: Journal) -> None:
     third = Journal(str(tmp_path), THIRD, SPACE, 0o600, 2**20)
     heard: list[News] = []
     for start in range(0, 100, 10):  # each a file of its own
         journal.append(stored(range(start, start + 10)))
         third.append(stored(range(100 + start, 110 + start)))
         if start % 40 == 0:
-            heard += hear(follower)
-    heard += hear(follower)
+            heard += hear(tail)
+    heard += hear(tail)
     assert len(list(tmp_path.glob(f"{OTHER.hex()}.*"))) == 10
     for base in (0, 100):
         assert [n for n in heard if n[0] in KEYS[base : base + 100]] == there(
@@ -91,37 +90,35 @@ def test_all_files_of_all_journals(tmp_path: Path, follower: Follower, journal: 
         )
 
 
-def test_what_comes_and_goes(tmp_path: Path, follower: Follower, journal: Journal) -> None:
+def test_what_comes_and_goes(tmp_path: Path, tail: Tail, journal: Journal) -> None:
     elsewhere = Journal(str(tmp_path), THIRD, ELSEWHERE, 0o600, 2**20)
     own = Journal(str(tmp_path), OURS, SPACE, 0o600, 2**20)
     own.append(stored(range(50, 60)))  # the engine knows
     elsewhere.append(stored(range(60, 70)))
-    assert hear(follower) == []
+    assert hear(tail) == []
     elsewhere.append([Record(Op.EVICTED, evicted_key(SPACE, KEYS[1]))])  # by the keeper there
     elsewhere.append([Record(Op.EVICTED, evicted_key(ELSEWHERE, KEYS[2]))])
     elsewhere.append([Record(Op.GONE, KEYS[2])])
     journal.append([Record(op, KEYS[3]) for op in (Op.USED, Op.PROMISED, Op.STORED, Op.GONE)])
     journal.append([Record(Op.QUARANTINED, b"")])
-    assert sorted(hear(follower)) == sorted([(KEYS[1], False), (KEYS[3], True), (KEYS[3], False)])
+    assert sorted(hear(tail)) == sorted([(KEYS[1], False), (KEYS[3], True), (KEYS[3], False)])
 
 
-def test_files_that_the_keeper_deletes(
-    tmp_path: Path, follower: Follower, journal: Journal
-) -> None:
+def test_files_that_the_keeper_deletes(tmp_path: Path, tail: Tail, journal: Journal) -> None:
     journal.append(stored(range(10)))
-    assert hear(follower) == there(range(10))
+    assert hear(tail) == there(range(10))
     journal.append(stored(range(10, 20)))
     (tmp_path / journal_name(OTHER, 1)).unlink()
     journal.append(stored(range(20, 30)))
-    assert hear(follower) == there(range(10, 30))
+    assert hear(tail) == there(range(10, 30))
     for path in tmp_path.iterdir():
         path.unlink()
-    assert hear(follower) == [] and follower._read == {}
+    assert hear(tail) == [] and tail._read == {}
     journal.append(stored(range(30, 40)))  # goes on in a new file
-    assert hear(follower) == there(range(30, 40))
+    assert hear(tail) == there(range(30, 40))
 
 
-def test_hostile_journals(tmp_path: Path, follower: Follower, journal: Journal) -> None:
+def test_hostile_journals(tmp_path: Path, tail: Tail, journal: Journal) -> None:
     names = [journal_name(bytes([n] * 16), 1) for n in range(1, 7)]
     os.symlink("/etc/passwd", tmp_path / names[0])
     os.mkfifo(tmp_path / names[1])
@@ -139,7 +136,7 @@ def test_hostile_journals(tmp_path: Path, follower: Follower, journal: Journal) 
     del expected[1]
     heard: list[News] = []
     for _ in range(40):  # each call ends
-        heard += follower.news(100)
+        heard += tail.news(100)
     assert heard == expected
 
 
@@ -155,7 +152,7 @@ def test_any_bytes_are_a_journal(
         Journal(str(directory), OTHER, SPACE, 0o600, 2**20).append(stored(range(1)))
         raw = path.read_bytes() + raw
     path.write_bytes(raw)
-    heard = Follower(str(directory), OURS, SPACE).news(100)
+    heard = Tail(str(directory), OURS, SPACE).news(100)
     assert heard == (there(range(1)) if whole else [])
 
 
@@ -225,7 +222,7 @@ def test_a_keeper_that_is_behind_says_later_what_it_did(open_driven: OpenServer)
     rest_driven(server)
     server.is_behind = True
     with server.books() as books:
-        books.rows[server.server].limits = Limits(max_files=30)
+        books.rows[server.id].limits = Limits(max_files=30)
     rest_driven(server)
     assert 0 < len(server.there(range(60))) <= 30
     assert server.news == [] and not server.done

@@ -207,7 +207,7 @@ def test_beside_a_server_that_evicts_nothing_sound_is_touched(
         checked = 0
         while checked < 1000:
             found = examine(str(root), fix=True)
-            assert found.findings == [] and found.servers > 0
+            assert found.findings == [] and found.members > 0
             checked += found.report.files
     finally:
         server.send_signal(signal.SIGKILL)

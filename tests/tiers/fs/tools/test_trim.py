@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from kvstrata.tiers.fs.budget.journal import Journal, Op, Record, journal_name
-from kvstrata.tiers.fs.budget.keeper.walk import BOOKS_NAME
+from kvstrata.tiers.fs.budget.ledger import BOOKS_NAME
 from kvstrata.tiers.fs.budget.limits import Limits, Usage, file_cost
-from kvstrata.tiers.fs.budget.member import Space
+from kvstrata.tiers.fs.budget.member import Member
 from kvstrata.tiers.fs.tier import FsTier
-from kvstrata.tiers.fs.tools import trim as offline
+from kvstrata.tiers.fs.tools import trim as trim_module
 from kvstrata.tiers.fs.tools.scan import check_root
 from kvstrata.tiers.fs.tools.trim import last_uses, trim
 from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key, store
@@ -32,7 +32,7 @@ def test_trim_while_no_server_runs(root: Path, open_tier: Callable[..., FsTier])
     assert found.within and 20 <= found.evicted_files < 30 and found.failures == {}
     assert found.evicted_bytes == found.evicted_files * COST
     assert seen[-1] == (found.after, found.evicted_files) and found.after.nbytes <= 40 * COST
-    assert found.before.files >= 60 and found.after.files < 60 and found.servers == 0
+    assert found.before.files >= 60 and found.after.files < 60 and found.members == 0
     assert check_root(str(root)).files == 60 - found.evicted_files
     again = trim(str(root), Limits(max_bytes=40 * COST))
     assert again.within and again.evicted_files == 0
@@ -46,13 +46,13 @@ def test_trim_takes_the_books_from_nobody_for_granted(
     store(tier, PAGES)
     assert tier.shutdown(60.0)
     started = threading.Event()
-    run = Space._run
+    run = Member._run
 
-    def late(space: Space) -> None:
+    def late(member: Member) -> None:
         started.wait(10.0)
-        run(space)
+        run(member)
 
-    monkeypatch.setattr(Space, "_run", late)
+    monkeypatch.setattr(Member, "_run", late)
     calls: list[int] = []
 
     def progress(usage: Usage, deleted: int) -> None:
@@ -68,7 +68,7 @@ def test_trim_beside_a_server(root: Path, open_tier: Callable[..., FsTier]) -> N
     store(tier, PAGES)
     found = trim(str(root), Limits(max_files=30))
     assert found.within and found.evicted_files == found.before.files - found.after.files
-    assert found.after.files <= 30 < 60 <= found.before.files and found.servers == 2
+    assert found.after.files <= 30 < 60 <= found.before.files and found.members == 2
     result, _ = load(tier, list(PAGES))
     assert len(result.failed) >= 30 and set(result.failed.values()) == {"missing"}
     assert not store(tier, PAGES).failed  # the limit ended with the trimming
@@ -78,7 +78,7 @@ def test_trim_beside_a_server(root: Path, open_tier: Callable[..., FsTier]) -> N
 def test_trim_says_why_the_books_cannot_be_kept(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(offline, "_STUCK_S", 0.2)
+    monkeypatch.setattr(trim_module, "_STUCK_S", 0.2)
     (root / ".kvstrata/ledger").mkdir(parents=True)
     with pytest.raises(OSError, match="Is a directory"):
         trim(str(root), Limits(max_bytes=2**20))
@@ -100,7 +100,7 @@ def test_trim_that_is_stuck(
     tier = open_tier()
     store(tier, PAGES)
     assert tier.shutdown(60.0)
-    survey = offline._survey
+    survey = trim_module._survey
 
     def survey_and_grow(root: str) -> tuple[Usage, Usage]:
         found = survey(root)
@@ -109,9 +109,9 @@ def test_trim_that_is_stuck(
 
     def progress(usage: Usage, deleted: int) -> None:
         if deleted == 60:
-            monkeypatch.setattr(offline, "_STUCK_S", 0.2)
+            monkeypatch.setattr(trim_module, "_STUCK_S", 0.2)
 
-    monkeypatch.setattr(offline, "_survey", survey_and_grow)
+    monkeypatch.setattr(trim_module, "_survey", survey_and_grow)
     found = trim(str(root), Limits(max_bytes=10**6), progress)
     assert not found.within and not found.refused and found.evicted_files == 60
 

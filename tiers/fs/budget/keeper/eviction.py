@@ -9,8 +9,8 @@ import time
 from collections import Counter, deque
 from contextlib import suppress
 
-from kvstrata.tiers.fs.budget.admission import spare_cost
-from kvstrata.tiers.fs.budget.keeper.inventory import Holdings
+from kvstrata.tiers.fs.budget.admission import spare_cost, spare_costs
+from kvstrata.tiers.fs.budget.keeper.inventory import Inventory
 from kvstrata.tiers.fs.budget.ledger import Books
 from kvstrata.tiers.fs.budget.limits import (
     HIGH,
@@ -35,19 +35,19 @@ class Eviction:
         files, nbytes: what was evicted.
         told: namespace and key of what was evicted, to be taken by whoever spreads the news.
         limits: those that counted last.
-        by_others: the limits by which something was evicted that this server's own would have
+        by_others: the limits by which something was evicted that this member's own would have
             let stay; None if that was not so yet.
     """
 
-    def __init__(self, holdings: Holdings, own: Limits) -> None:
-        """`own`: the limits of this server."""
+    def __init__(self, inventory: Inventory, own: Limits) -> None:
+        """`own`: the limits of this member."""
         self.files = self.nbytes = 0
         self.told: deque[tuple[str, bytes]] = deque(maxlen=_MAX_TOLD)
         self.limits = Limits()
         self.by_others: Limits | None = None
         self._own = own
-        self._holdings = holdings
-        self._place = holdings.place
+        self._inventory = inventory
+        self._place = inventory.place
         self._left: list[str] = []  # directories that victims were taken from
 
     def make_room(self) -> bool:
@@ -60,7 +60,7 @@ class Eviction:
         self._left.clear()
         claimed = self.files
         with self._place.ledger.locked() as books:
-            if books.keeper != self._place.server or not books.known:
+            if books.keeper != self._place.member or not books.known:
                 return False
             pressed = 0
             for row in books.rows.values():
@@ -77,7 +77,7 @@ class Eviction:
             elif room(limits, usage).is_passed and not nbytes:
                 return False  # too much is reserved: it is given back now, or booked soon
             soft = room_to_write(limits, usage, HIGH)
-            spares = self._count_spares(books)
+            spares = Counter(spare_costs(self._place.spares) if books.spare_files > 0 else ())
             if nbytes > 0 or files > 0:
                 freed = self._drop_spares(books, spares, pages, nbytes, files)
                 doomed = self._choose(nbytes - freed[0], files - freed[1])
@@ -93,17 +93,10 @@ class Eviction:
         return self._unlink(doomed) or claimed > 0
 
     def _note_others(self, limits: Limits, usage: Usage, ahead: int) -> None:
-        """Note if what happens here is for the limits of other servers only."""
+        """Note if what happens here is for the limits of other members only."""
         own = room_to_write(self._own, usage, HIGH)
         if own.nbytes >= ahead and own.files >= 1 + self._own.max_files // 50:
             self.by_others = limits
-
-    def _count_spares(self, books: Books) -> Counter[int]:
-        if books.spare_files <= 0:
-            return Counter()
-        with suppress(OSError):
-            return Counter(spare_cost(name) or 0 for name in nofollow.listdir(self._place.spares))
-        return Counter()
 
     def _drop_spares(
         self, books: Books, spares: Counter[int], pages: set[int], nbytes: int, files: int
@@ -114,20 +107,19 @@ class Eviction:
             cost = spare_cost(name) or 0
             if (freed >= nbytes and count >= files) or count >= _CLAIM_FILES:
                 break
-            if cost in pages and len(self._holdings.catalog):
+            if cost in pages and len(self._inventory.catalog):
                 continue
             try:
                 nofollow.unlink(os.path.join(self._place.spares, name))
             except OSError:
                 continue
-            books.spare_bytes -= cost
-            books.spare_files -= 1
+            books.add_spare(-cost, -1)
             freed, count = freed + cost, count + 1
         return freed, count
 
     def _choose(self, nbytes: int, files: int) -> list[bytes]:
         """Victims that take so many bytes and files, at most `_UNLINK_FILES`; still there."""
-        catalog = self._holdings.catalog
+        catalog = self._inventory.catalog
         chosen: list[bytes] = []
         while (nbytes > 0 or files > 0) and len(chosen) < _UNLINK_FILES:
             # where a limit was passed it comes before any promise: a lost page is a miss
@@ -153,7 +145,7 @@ class Eviction:
             name = self._victim(doomed)
             if name is None:
                 break
-            cost = self._holdings.catalog.cost(name)
+            cost = self._inventory.catalog.cost(name)
             if cost not in short or not self._is_plain(name):
                 doomed.append(name)
                 room_made += cost
@@ -170,23 +162,19 @@ class Eviction:
 
     def _is_plain(self, name: bytes) -> bool:
         """Whether a regular file is there, or nothing."""
-        path = self._holdings.path(name)
         with suppress(OSError):
-            return path is None or stat.S_ISREG(nofollow.lstat(path).st_mode)
+            return stat.S_ISREG(nofollow.lstat(self._inventory.path(name)).st_mode)
         return True
 
     def _claim(self, name: bytes, cost: int, books: Books) -> bool:
-        path = self._holdings.path(name)
         target = os.path.join(self._place.spares, f"{cost}-{secrets.token_hex(8)}")
         try:
-            if path is None:
-                raise FileNotFoundError
+            path = self._inventory.path(name)
             nofollow.rename(path, target)
         except FileNotFoundError:
-            self._holdings.forget(name, books)
+            self._inventory.forget(name, books)
             return False
-        books.spare_bytes += cost
-        books.spare_files += 1
+        books.add_spare(cost, 1)
         self._book(name, books)
         self._left.append(os.path.dirname(path))
         return True
@@ -194,10 +182,8 @@ class Eviction:
     def _unlink(self, doomed: list[bytes]) -> bool:
         gone: list[tuple[bytes, bool]] = []
         for name in doomed:
-            path = self._holdings.path(name)
             try:
-                if path is None:
-                    raise FileNotFoundError
+                path = self._inventory.path(name)
                 try:
                     nofollow.unlink(path)
                 except IsADirectoryError:
@@ -208,24 +194,23 @@ class Eviction:
                 gone.append((name, False))
             except OSError:
                 # it cannot be deleted: do not choose it again soon
-                self._holdings.catalog.use(name, self._holdings.stamps.next())
+                self._inventory.catalog.use(name, self._inventory.stamps.next())
         if gone:
             with self._place.ledger.locked() as books:
-                if books.keeper != self._place.server:
+                if books.keeper != self._place.member:
                     return False
                 for name, ours in gone:
                     if ours:
                         self._book(name, books)
                     else:
-                        self._holdings.forget(name, books)
+                        self._inventory.forget(name, books)
         return bool(gone)
 
     def _book(self, name: bytes, books: Books) -> None:
         """The file lost its name through us."""
-        cost = self._holdings.remove(name)
-        books.base_bytes -= cost
-        books.base_files -= 1
-        namespace = self._holdings.names.namespace(name)
+        cost = self._inventory.remove(name)
+        books.add_base(-cost, -1)
+        namespace = self._inventory.names.namespace(name)
         if namespace is not None:
             self.told.append((namespace, name[2:]))
         self.files += 1
@@ -233,8 +218,8 @@ class Eviction:
 
     def _victim(self, chosen: list[bytes]) -> bytes | None:
         now = time.monotonic()
-        protected = self._holdings.protected
-        return self._holdings.catalog.take_victim(
+        protected = self._inventory.protected
+        return self._inventory.catalog.take_victim(
             lambda name: name in chosen or protected.get(name[2:], 0.0) > now
         )
 

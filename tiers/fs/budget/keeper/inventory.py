@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass
 
 from kvstrata.tiers.fs.budget import snapshot
@@ -17,19 +19,19 @@ _MOST_STRAYS = 2**14  # names remembered because a record of theirs came too ear
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a server keeps which books.
+    """Where a member keeps which books.
 
     Attributes:
         root: to which the limits apply.
         directory: of the books, below it.
-        server: the server's own id.
+        member: the member's own id.
         ledger: the ledger.
         file_mode, dir_mode: permission bits of what is created.
     """
 
     root: str
     directory: str
-    server: bytes
+    member: bytes
     ledger: Ledger
     file_mode: int
     dir_mode: int
@@ -40,7 +42,7 @@ class Place:
         return os.path.join(self.directory, SPARE_NAME)
 
 
-class Holdings:
+class Inventory:
     """The catalog, and the changes of it that touch the ledger's base as well.
 
     Attributes:
@@ -48,13 +50,13 @@ class Holdings:
             up to. Until then the base is only lowered by what is deleted here.
         scanning: a scan is under way; what is booked meanwhile, it may not see.
         protected: by offload key until when, on the monotonic clock, a page is spared.
-        read: by server the number and length of the journal that was read.
+        read: by member the number and length of the journal that was read.
     """
 
     def __init__(self, place: Place, protected: dict[bytes, float]) -> None:
         """Take over from the last keeper: read its snapshot."""
         self.place = place
-        self.catalog, self.names, self.read = snapshot.load(place.directory)
+        self.catalog, self.names, self.read = snapshot.load(place.directory)[:3]
         self.stamps = Stamps(self.catalog.newest())
         self.protected = protected
         self.complete = False
@@ -62,15 +64,22 @@ class Holdings:
         self._used_early: OrderedDict[bytes, int] = OrderedDict()
         self._gone_early: OrderedDict[bytes, None] = OrderedDict()
 
-    def path(self, name: bytes) -> str | None:
-        """Where the file is; None for a name that nobody here made."""
+    def path(self, name: bytes) -> str:
+        """Where the file is.
+
+        Raises:
+            FileNotFoundError: the name is one that nobody here made.
+        """
         path = self.names.path(name)
-        return None if path is None else os.path.join(self.place.root, path)
+        if path is None:
+            raise FileNotFoundError(errno.ENOENT, "no file has this name", repr(name))
+        return os.path.join(self.place.root, path)
 
     def exists(self, name: bytes) -> bool:
         """Whether anything is there."""
-        path = self.path(name)
-        return path is not None and nofollow.lexists(path)
+        with suppress(FileNotFoundError):
+            return nofollow.lexists(self.path(name))
+        return False
 
     def add(self, name: bytes, cost: int, stamp: int, depth: int, books: Books | None) -> None:
         """The file was stored; the books are changed if they are given."""
@@ -84,8 +93,8 @@ class Holdings:
             self.catalog.use(name, used)
         if books is not None:
             # before a scan has ended, what is known may have been evicted long ago
-            books.base_bytes += grew if self.complete else cost
-            books.base_files += not (known and self.complete)
+            known &= self.complete
+            books.add_base(grew if self.complete else cost, not known)
 
     def seen(self, name: bytes, cost: int, mtime: int) -> None:
         """A scan found the file."""
@@ -107,8 +116,7 @@ class Holdings:
         known = name in self.catalog
         cost = self.remove(name)
         if known and self.complete:  # before that the ledger may know already
-            books.base_bytes -= cost
-            books.base_files -= 1
+            books.add_base(-cost, -1)
 
     def remove(self, name: bytes) -> int:
         """Take the file out of the catalog only; its cost, 0 if it was unknown."""

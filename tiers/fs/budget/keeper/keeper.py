@@ -1,4 +1,4 @@
-"""The keeper: of all servers on a root the one that holds the lease, keeps the books and evicts."""
+"""The keeper: of all members on a root the one that keeps the books and evicts."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import time
 
 from kvstrata.tiers.fs.budget import snapshot
 from kvstrata.tiers.fs.budget.keeper.eviction import Eviction
-from kvstrata.tiers.fs.budget.keeper.inventory import Holdings, Place
-from kvstrata.tiers.fs.budget.keeper.replay import Booking
-from kvstrata.tiers.fs.budget.keeper.rescan import Recount, strike
+from kvstrata.tiers.fs.budget.keeper.inventory import Inventory, Place
+from kvstrata.tiers.fs.budget.keeper.replay import Replay
+from kvstrata.tiers.fs.budget.keeper.rescan import Rescan, strike
 from kvstrata.tiers.fs.budget.lease import Watch
 from kvstrata.tiers.fs.budget.ledger import Books
 from kvstrata.tiers.fs.budget.limits import Limits, rotate_bytes
@@ -22,15 +22,15 @@ class Keeper:
     def __init__(self, place: Place, protected: dict[bytes, float], limits: Limits) -> None:
         """Take over from the last keeper. A scan begins with the first work.
 
-        `limits` are those of this server, which count with those of the others.
+        `limits` are those of this member, which count with those of the others.
         `protected` says by offload key until when, on the monotonic clock, a page is spared;
-        what other servers promised is added to it.
+        what other members promised is added to it.
         """
         self._place = place
-        self.holdings = Holdings(place, protected)
-        self.booking = Booking(self.holdings)
-        self.recount = Recount(self.holdings, self.booking)
-        self.eviction = Eviction(self.holdings, limits)
+        self.inventory = Inventory(place, protected)
+        self.replay = Replay(self.inventory)
+        self.rescan = Rescan(self.inventory, self.replay)
+        self.eviction = Eviction(self.inventory, limits)
         self._watch = Watch(place.directory)
         self._scan_due = 0.0
         self._dead_at_scan: set[bytes] = set()
@@ -39,12 +39,12 @@ class Keeper:
     @property
     def complete(self) -> bool:
         """Whether a scan has seen everything, so that the ledger's base is exact."""
-        return self.holdings.complete
+        return self.inventory.complete
 
     @property
     def scanning(self) -> bool:
         """Whether a scan is under way or due at once."""
-        return self.recount.running or self._scan_due == 0.0
+        return self.rescan.running or self._scan_due == 0.0
 
     def work(self, slice_s: float) -> bool:
         """Do what is due, the scan for at most `slice_s` seconds; True if more is due.
@@ -58,18 +58,18 @@ class Keeper:
             self._count_anew()  # perhaps what was done is not in the ledger
             raise
         # writing a snapshot costs as much as it is long
-        grown = self.booking.length() - self._saved_at
-        if grown > max(rotate_bytes(self.eviction.limits), 64 * len(self.holdings.catalog)):
+        grown = self.replay.length() - self._saved_at
+        if grown > max(rotate_bytes(self.eviction.limits), 64 * len(self.inventory.catalog)):
             self.save()
         return more
 
     def finish(self) -> None:
-        """The server leaves: book what is there and write the snapshot.
+        """The member leaves: book what is there and write the snapshot.
 
         Raises:
             OSError: the books cannot be read or written.
         """
-        while self.booking.fold():
+        while self.replay.advance():
             pass
         self.save()
 
@@ -80,53 +80,53 @@ class Keeper:
             OSError: it could not be written.
         """
         with self._place.ledger.locked() as books:
-            rows, ours = set(books.rows), books.keeper == self._place.server
+            rows, ours = set(books.rows), books.keeper == self._place.member
         if ours:
-            holdings = self.holdings
-            columns = holdings.catalog, holdings.names, holdings.read
+            inventory = self.inventory
+            columns = inventory.catalog, inventory.names, inventory.read
             snapshot.save(self._place.directory, *columns, self._place.file_mode)
-            self.booking.delete_covered(rows)
-            self._saved_at = self.booking.length()
+            self.replay.delete_covered(rows)
+            self._saved_at = self.replay.length()
 
     def judge(self, books: Books) -> None:
-        """Find the servers that died.
+        """Find the members that died.
 
         What they reserved counts until a scan has seen what became of it.
         """
-        for server, row in list(books.rows.items()):
-            if server == self._place.server or row.dead:
+        for member, row in list(books.rows.items()):
+            if member == self._place.member or row.dead:
                 continue
-            if self._watch.is_dead(server, row.beat):
+            if self._watch.is_dead(member, row.beat):
                 if row.reserved_bytes or row.reserved_files:
                     row.dead, self._scan_due = True, 0.0
                 else:
-                    strike(books, server, self._place.directory)
-        self.recount.hosts = {row.host.decode("ascii", "replace") for row in books.rows.values()}
+                    strike(books, member, self._place.directory)
+        self.rescan.hosts = {row.host.decode("ascii", "replace") for row in books.rows.values()}
 
     def _book(self, slice_s: float) -> bool:
-        more = self.booking.fold()
+        more = self.replay.advance()
         if self.complete:
-            self.recount.book_books()
+            self.rescan.book_books()
         self._scan(slice_s)
-        if self.booking.lost:
+        if self.replay.lost:
             self._count_anew()
         return self.eviction.make_room() or more
 
     def _scan(self, slice_s: float) -> None:
-        if not self.recount.running:
+        if not self.rescan.running:
             now = time.monotonic()
             if now < self._scan_due:
                 return
             with self._place.ledger.locked() as books:
                 self.judge(books)
-                self._dead_at_scan = {server for server, row in books.rows.items() if row.dead}
+                self._dead_at_scan = {member for member, row in books.rows.items() if row.dead}
             self._scan_due = now + RESCAN_S
-            self.recount.begin()
-        if self.recount.step(slice_s):
-            self.recount.finish(self._dead_at_scan)
+            self.rescan.begin()
+        if self.rescan.step(slice_s):
+            self.rescan.finish(self._dead_at_scan)
 
     def _count_anew(self) -> None:
-        self.holdings.complete = False
-        self.booking.lost = False
-        self.recount.abandon()
+        self.inventory.complete = False
+        self.replay.lost = False
+        self.rescan.abandon()
         self._scan_due = 0.0

@@ -1,4 +1,4 @@
-"""Recounting: what the disk holds, found by a scan that goes on a little at a time."""
+"""Rescan: what the disk holds, found by a walk that goes on a little at a time."""
 
 from __future__ import annotations
 
@@ -6,63 +6,80 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 
-from kvstrata.tiers.fs.budget.admission import spare_cost
-from kvstrata.tiers.fs.budget.keeper.inventory import Holdings
-from kvstrata.tiers.fs.budget.keeper.replay import Booking
-from kvstrata.tiers.fs.budget.keeper.walk import Walked, walk
-from kvstrata.tiers.fs.budget.lease import dead_leases, presence_path
-from kvstrata.tiers.fs.budget.ledger import Books
-from kvstrata.tiers.fs.budget.limits import BLOCK
-from kvstrata.tiers.fs.budget.names import is_page
+from kvstrata.tiers.fs.budget.admission import spare_costs
+from kvstrata.tiers.fs.budget.keeper.inventory import Inventory
+from kvstrata.tiers.fs.budget.keeper.replay import Replay
+from kvstrata.tiers.fs.budget.lease import dead_leases, lease_path
+from kvstrata.tiers.fs.budget.ledger import BOOKS_NAME, Books
+from kvstrata.tiers.fs.budget.limits import BLOCK, file_cost
+from kvstrata.tiers.fs.budget.names import Names, is_page
 from kvstrata.tiers.fs.files import nofollow
-from kvstrata.tiers.fs.files.temporary import is_abandoned, is_temporary
+from kvstrata.tiers.fs.files.layout import PAGES_DIR
+from kvstrata.tiers.fs.files.temporary import is_temporary, remove_abandoned
+
+_MAX_DEPTH = 32
+
+Evictable = tuple[bytes, int, int]  # name, cost in bytes, and mtime in nanoseconds
 
 
-class Recount:
+@dataclass(slots=True)
+class Walked:
+    """What a walk met that is no page and not in quarantine; `swept` counts removed temporaries."""
+
+    other_bytes: int = 0
+    other_files: int = 0
+    swept: int = 0
+
+
+class Rescan:
     """Makes the ledger's base exact. One thread only; blocks on the disk.
 
     Attributes:
-        hosts: of all servers; what they are writing they have reserved.
+        hosts: of all members; what they are writing they have reserved.
         swept: temporaries of dead writers that were removed.
     """
 
-    def __init__(self, holdings: Holdings, booking: Booking) -> None:
+    def __init__(self, inventory: Inventory, replay: Replay) -> None:
         self.hosts: set[str] = set()
         self.swept = 0
-        self._holdings = holdings
-        self._place = holdings.place
-        self._booking = booking
+        self._inventory = inventory
+        self._place = inventory.place
+        self._replay = replay
         self._walked = Walked()
-        self._scan: Iterator[None] | None = None
+        self._walk: Iterator[Evictable | None] | None = None
         self._books_size = (0, 0)  # bytes and files
 
     @property
     def running(self) -> bool:
         """Whether a scan is under way."""
-        return self._scan is not None
+        return self._walk is not None
 
     def begin(self) -> None:
         """Scan from the beginning."""
         self._walked = Walked()
-        self._holdings.catalog.begin_scan()
-        self._holdings.scanning = True
-        self._scan = walk(
-            self._place.root, self._holdings.names, self._walked, self._seen, self._is_writing
-        )
+        self._inventory.catalog.begin_scan()
+        self._inventory.scanning = True
+        self._walk = walk(self._place.root, self._inventory.names, self._walked, self._is_writing)
 
     def abandon(self) -> None:
         """Forget the scan under way."""
-        self._scan = None
-        self._holdings.scanning = False
+        self._walk = None
+        self._inventory.scanning = False
 
     def step(self, slice_s: float) -> bool:
         """Go on for about `slice_s` seconds; True if everything was seen."""
         end = time.monotonic() + slice_s
-        for _ in self._scan or ():
+        for found in self._walk or ():
+            if found is not None:
+                name, cost, mtime = found
+                self._inventory.seen(name, cost, max(0, min(mtime, time.time_ns())))
+                if not is_page(name):
+                    self._replay.note_quarantined(name)
             if time.monotonic() > end:
                 return False
-        self._scan = None
+        self._walk = None
         return True
 
     def finish(self, dead: Collection[bytes]) -> None:
@@ -71,31 +88,28 @@ class Recount:
         Raises:
             OSError: the books cannot be read or written.
         """
-        while self._booking.fold():
+        while self._replay.advance():
             pass
-        if self._booking.lost:
+        if self._replay.lost:
             return
-        holdings = self._holdings
-        self.swept += self._walked.swept
-        holdings.catalog.end_scan()
-        holdings.scanning = False
+        catalog, walked = self._inventory.catalog, self._walked
+        self.swept += walked.swept
+        catalog.end_scan()
+        self._inventory.scanning = False
         self._sweep_books()
         with self._place.ledger.locked() as books:
-            if books.keeper != self._place.server:
+            if books.keeper != self._place.member:
                 return
-            costs: list[int] = []
-            with suppress(OSError):
-                costs = [spare_cost(name) or 0 for name in nofollow.listdir(self._place.spares)]
+            costs = spare_costs(self._place.spares)
             books.spare_bytes, books.spare_files = sum(costs), len(costs)
             self._books_size = books_size(self._place.directory, self._is_writing)
-            other = self._walked.other_bytes, self._walked.other_files
-            books.base_bytes = holdings.catalog.nbytes + other[0] + self._books_size[0]
-            books.base_files = len(holdings.catalog) + other[1] + self._books_size[1]
-            for server in dead:
-                if server in books.rows and books.rows[server].dead:  # else it woke up
-                    strike(books, server, self._place.directory)
+            books.base_bytes = catalog.nbytes + walked.other_bytes + self._books_size[0]
+            books.base_files = len(catalog) + walked.other_files + self._books_size[1]
+            for member in dead:
+                if member in books.rows and books.rows[member].dead:  # else it woke up
+                    strike(books, member, self._place.directory)
             books.boot = boot_id()
-            books.known = holdings.complete = True
+            books.known = self._inventory.complete = True
 
     def book_books(self) -> None:
         """Book by how much the books themselves grew.
@@ -107,34 +121,72 @@ class Recount:
         self._books_size = books_size(self._place.directory, self._is_writing)
         if before != self._books_size:
             with self._place.ledger.locked() as books:
-                if books.keeper == self._place.server:
-                    books.base_bytes += self._books_size[0] - before[0]
-                    books.base_files += self._books_size[1] - before[1]
-
-    def _seen(self, name: bytes, cost: int, mtime: int) -> None:
-        self._holdings.seen(name, cost, max(0, min(mtime, time.time_ns())))
-        if not is_page(name):
-            self._booking.note_quarantined(name)
+                if books.keeper == self._place.member:
+                    books.add_base(self._books_size[0] - before[0], self._books_size[1] - before[1])
 
     def _is_writing(self, name: str) -> bool:
         return name.split("-")[1] in self.hosts
 
     def _sweep_books(self) -> None:
         """Remove what the dead left among the books: claimed spares, snapshots, old leases."""
-        with nofollow.scandir(self._place.directory) as entries:
-            for entry in entries:
-                with suppress(OSError):
-                    if is_temporary(entry.name) and is_abandoned(
-                        entry.name, time.time() - entry.stat(follow_symlinks=False).st_mtime
-                    ):
-                        nofollow.unlink(os.path.join(self._place.directory, entry.name))
-                        self.swept += 1
+        directory = self._place.directory
+        for name in filter(is_temporary, nofollow.listdir(directory)):
+            self.swept += remove_abandoned(os.path.join(directory, name))
         with self._place.ledger.locked() as books:
             known = set(books.rows)
-        for server, path in dead_leases(self._place.directory, known):
-            if server not in known:  # else the keeper sees to it
+        for member, path in dead_leases(directory, known):
+            if member not in known:  # else the keeper sees to it
                 with suppress(OSError):
                     nofollow.unlink(path)
+
+
+def walk(
+    root: str, names: Names, walked: Walked, is_writing: Callable[[str], bool]
+) -> Iterator[Evictable | None]:
+    """Each file below a root that can be evicted, and None for anything else that was met.
+
+    The rest is added up in `walked`. Abandoned temporaries are removed; those for which
+    `is_writing` holds are not counted, since their writers have reserved them. The books
+    themselves are left out. Links are not followed; what cannot be read is passed over.
+    """
+    pending: list[list[str]] = [[]]
+    while pending:
+        parts = pending.pop()
+        leaf = len(parts) == 3 and PAGES_DIR.fullmatch(parts[0]) is not None
+        if not leaf:
+            walked.other_bytes += BLOCK  # a leaf is in the cost of the files in it
+        with suppress(OSError), nofollow.scandir(os.path.join(root, *parts)) as entries:
+            for entry in entries:
+                found, inner = None, [*parts, entry.name]
+                with suppress(OSError):
+                    if not entry.is_dir(follow_symlinks=False):
+                        found = _meet(root, entry, inner, names, walked, is_writing)
+                    elif len(inner) <= _MAX_DEPTH and inner != [BOOKS_NAME]:
+                        pending.append(inner)
+                yield found
+
+
+def _meet(
+    root: str,
+    entry: os.DirEntry[str],
+    parts: list[str],
+    names: Names,
+    walked: Walked,
+    is_writing: Callable[[str], bool],
+) -> Evictable | None:
+    status = entry.stat(follow_symlinks=False)
+    if is_temporary(entry.name):
+        if remove_abandoned(os.path.join(root, *parts)):
+            walked.swept += 1
+            return None
+        if is_writing(entry.name):
+            return None
+    cost, name = file_cost(status.st_size), names.name(parts)
+    if name is not None:
+        return name, cost, status.st_mtime_ns
+    walked.other_bytes += cost - BLOCK
+    walked.other_files += 1
+    return None
 
 
 def books_size(directory: str, is_writing: Callable[[str], bool]) -> tuple[int, int]:
@@ -155,11 +207,11 @@ def books_size(directory: str, is_writing: Callable[[str], bool]) -> tuple[int, 
     return nbytes, files
 
 
-def strike(books: Books, server: bytes, directory: str) -> None:
-    """Take a dead server out of the books."""
-    del books.rows[server]
+def strike(books: Books, member: bytes, directory: str) -> None:
+    """Take a dead member out of the books."""
+    del books.rows[member]
     with suppress(OSError):
-        nofollow.unlink(presence_path(directory, server))
+        nofollow.unlink(lease_path(directory, member))
 
 
 def boot_id() -> bytes:
