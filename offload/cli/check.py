@@ -88,4 +88,4 @@ def _show_examination(done: Examination, left: int, fix: bool) -> None:
         parts.append(f"{left} left")
     typer.echo(f"{', '.join(parts)}, {done.report.temporary} temporary")
     if done.members:
-        typer.echo(f"servers running: {done.members}; the books were left to them")
+        typer.echo(f"members running: {done.members}; the books were left to them")

@@ -114,8 +114,8 @@ def _show_trimmed(done: Trimmed) -> None:
     before, after = done.before, done.after
     servers, who = "", "by this command"
     if done.members:
-        servers = f"servers running: {done.members}; "
-        who = "by this command and by the server that keeps the books"
+        servers = f"members running: {done.members}; "
+        who = "by this command and by the member that keeps the books"
     typer.echo(
         f"{servers}from {before.files} files, {size(before.nbytes)} to {after.files} files, "
         f"{size(after.nbytes)}; {done.evicted_files} files, {size(done.evicted_bytes)} deleted "

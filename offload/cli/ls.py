@@ -110,7 +110,7 @@ def _show_books(root: str, books: Mapping[str, Any] | None) -> None:
     damage = "".join(f"; {reason}" for reason in books["damage"])
     typer.echo(
         f"{printable(root)}: {counted}{files}, {nbytes}, {free}; "
-        f"{books['servers']} servers{keeper}{damage}"
+        f"{books['servers']} members{keeper}{damage}"
     )
 
 

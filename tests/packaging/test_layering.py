@@ -248,3 +248,18 @@ def test_importing_a_folder_loads_no_banned_package(
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "banned"),
+    [
+        ("tiers.fs.tier", ("tiers.fs.budget.keeper", "tiers.fs.budget.member", "tiers.fs.tools")),
+        ("tiers.fs.tools.repair", ("tiers.process.worker", "tiers.process.supervisor")),
+        ("tiers.fs.tools.trim", ("tiers.process.worker", "tiers.process.supervisor")),
+    ],
+)
+def test_no_process_loads_what_another_does(module: str, banned: tuple[str, ...]) -> None:
+    """The engine's side neither keeps the books nor repairs; the command line starts no workers."""
+    loads = f"import sys, kvstrata.{module}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", loads], capture_output=True, text=True, check=True)
+    assert {m for m in done.stdout.split() if under(m, {f"kvstrata.{b}" for b in banned})} == set()

@@ -65,7 +65,7 @@ def test_ls(root: Path, paths: NamespacePaths, page: Path) -> None:
     assert [books[name] for name in names] == [None, None, None, 0, None, []]
     size = f"{nbytes / 1024:.1f} KiB"
     first, *shown = run("ls", root).splitlines()
-    assert first.startswith(f"{root}: {books['files']} files, ") and first.endswith("; 0 servers")
+    assert first.startswith(f"{root}: {books['files']} files, ") and first.endswith("; 0 members")
     assert shown[:2] == [
         f"org_model {paths.name[-12:]}",
         "    KV dtype None, tokens per chunk 16, weights None",
@@ -105,7 +105,7 @@ def test_ls_beside_a_server(root: Path) -> None:
     assert books["servers"] == 2  # its I/O processes
     assert len(bytes.fromhex(books["keeper"])) == 16
     assert "of at most 100, " in shown and "of at most 1.0 GiB, " in shown
-    assert "of at least 4.0 KiB; 2 servers, the keeper is " + books["keeper"][:8] in shown
+    assert "of at least 4.0 KiB; 2 members, the keeper is " + books["keeper"][:8] in shown
     written = (ledger.read_bytes(), ledger.stat().st_mtime_ns)
     assert run_json("ls", root)["books"]["servers"] == 0
     assert (ledger.read_bytes(), ledger.stat().st_mtime_ns) == written
