@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 
 from kvstrata.offload.events import Report
-from kvstrata.offload.primary.slots import Entry, PrimaryTier
+from kvstrata.offload.primary.slots import Entry, Hold, PrimaryTier
 from kvstrata.offload.request.request import RequestState
 from kvstrata.offload.secondary.tier import TierLink
 from kvstrata.offload.secondary.tiers import Running, TierJobs
@@ -28,22 +28,13 @@ class Cascades:
     Args:
         primary: where the pages are.
         jobs: the tiers' jobs.
-        held: slots held by promotions, cascades and pins.
         report: the manager's.
     """
 
-    def __init__(
-        self,
-        primary: PrimaryTier,
-        jobs: TierJobs,
-        held: Callable[[], int],
-        report: Report,
-    ) -> None:
+    def __init__(self, primary: PrimaryTier, jobs: TierJobs, report: Report) -> None:
         self._primary = primary
         self._jobs = jobs
-        self._held = held
         self._report = report
-        self.under_way = 0  # pages on their way to at least one tier
 
     def wanted(self, state: RequestState) -> bool:
         """Whether some tier may be given the request's pages."""
@@ -88,14 +79,11 @@ class Cascades:
     def end(self, job: Running, result: JobResult) -> None:
         """A job ended."""
         entries = list(job.entries.values())
-        for entry in entries:
-            entry.cascades -= 1
-            self.under_way -= not entry.cascades
         if result.failed:
             for entry in entries:
                 if entry.key in result.failed:
                     entry.offered &= ~job.link.bit  # to be tried when it is asked for again
-        self._primary.end_reads(entries, gpu=False)
+        self._primary.let_go(entries, Hold.CASCADE)
         if job.link in self._jobs.links:
             stored = [key for key in job.entries if key not in result.failed]
             self._report.came(stored, job.link.named)
@@ -108,10 +96,8 @@ class Cascades:
         bit = link.bit
         for entry in entries:
             entry.offered |= bit
-            self.under_way += not entry.cascades
-            entry.cascades += 1
         link.recent.extend(entries[:1])
-        self._primary.begin_reads(entries, gpu=False)
+        self._primary.hold(entries, Hold.CASCADE)
         self._jobs.submit(link, entries, request, promotion=False, probe=probe)
 
     def _fitting(self, link: TierLink, due: Sequence[Entry]) -> Sequence[Entry]:
@@ -120,7 +106,7 @@ class Cascades:
         several = len(self._jobs.links) > 1
         most = math.ceil(slots * (MOST_TO_ONE_TIER if several else MOST_CASCADING))
         due = due[: max(0, most - link.stores.pages)]
-        room = math.ceil(slots * MOST_CASCADING) - self._held()
+        room = math.ceil(slots * MOST_CASCADING) - self._primary.held_long
         sizes = self._jobs.sizes(due)
         time_left = link.stores.cost.seconds(link.stores.nbytes + sum(sizes)) <= LONGEST_QUEUE_S
         if time_left and len(due) <= room:
@@ -132,7 +118,7 @@ class Cascades:
             # With nothing under way one page goes in any case, to see how long it takes now.
             if (chosen or link.stores.pages) and link.stores.cost.seconds(nbytes) > LONGEST_QUEUE_S:
                 break
-            room -= not entry.cascades
+            room -= not entry.is_held(Hold.CASCADE)
             if room < 0:
                 break
             chosen.append(entry)

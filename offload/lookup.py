@@ -90,9 +90,10 @@ class TierLookup:
             if link.breaker.doubtful:
                 link.breaker.succeeded(Kind.LOOKUP)
             if found is _HIT and not retry:
-                # Behind an undecided key nothing is reserved: the prefix may end there.
                 if state.awaits:
-                    return Answer.RETRY
+                    # Behind an undecided key nothing is reserved: the prefix may end there.
+                    retry = True
+                    break
                 reserved = self._promotions.reserve(link, key, end_token, state)
                 return Answer.PENDING if reserved else Answer.MISS
         if retry and self._waits.goes_on(state, end_token):

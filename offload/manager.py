@@ -24,9 +24,8 @@ from kvstrata.offload.events import Event, Report
 from kvstrata.offload.load_or_recompute import Payoff
 from kvstrata.offload.lookup import Answer, TierLookup
 from kvstrata.offload.primary.eviction.policies import policy_class
-from kvstrata.offload.primary.kept import KeptPages
-from kvstrata.offload.primary.pins import Pins
-from kvstrata.offload.primary.slots import Entry, PrimaryTier, Writer
+from kvstrata.offload.primary.holds import Holds
+from kvstrata.offload.primary.slots import Entry, Hold, PrimaryTier, Writer
 from kvstrata.offload.promotion import Promotions
 from kvstrata.offload.request.parameters import WishReader
 from kvstrata.offload.request.request import RequestState
@@ -109,8 +108,7 @@ class TieringManager:
         self.primary = PrimaryTier(self._ready(), policy)
         self._several_groups = len(layouts) > 1
         self._tokens = {group: layout.tokens for group, layout in layouts.items()}
-        self._kept = KeptPages(self.primary)
-        self._pins = Pins(self.primary, config.pin_fraction, clock)
+        self._holds = Holds(self.primary, config.pin_fraction, clock)
         self._offers = Offers(config.store_threshold, config.max_tracker_size)
         self._speed = PrefillSpeed()
         self._payoff = Payoff(config.load_or_recompute, self._speed)
@@ -120,11 +118,10 @@ class TieringManager:
         self._promotions = Promotions(
             config,
             self.primary,
-            self._kept,
+            self._holds,
             self._jobs,
             self._payoff,
             layouts,
-            self._held,
             self._waits,
             clock,
             self._report,
@@ -132,7 +129,7 @@ class TieringManager:
         self._lookup = TierLookup(
             config, self._jobs, self._promotions, self._waits, clock, self._report
         )
-        self._cascades = Cascades(self.primary, self._jobs, self._held, self._report)
+        self._cascades = Cascades(self.primary, self._jobs, self._report)
         self.audits = Audits(
             Schedule(config.audit_fraction if comparer is not None else 0.0, clock),
             self.primary,
@@ -168,7 +165,7 @@ class TieringManager:
     @property
     def pinned(self) -> int:
         """Pages held by `pin_seconds`."""
-        return len(self._pins)
+        return self.primary.held[Hold.PIN]
 
     @property
     def not_ready(self) -> int:
@@ -201,8 +198,8 @@ class TieringManager:
     def _find(self, key: bytes, end_token: int, request: RequestView) -> Answer:
         entry = self.primary.get(key)
         if entry is None:
-            if self._kept.outlived:
-                self._kept.drop_outlived(request.req_id)
+            if self._holds.outlived:
+                self._holds.drop_outlived(request.req_id)
             if key in self.audits.findings.refused:
                 return _MISS
             return self._lookup.ask(key, end_token, self._state(request))
@@ -210,7 +207,7 @@ class TieringManager:
         if writer is None:
             if self._cuts and self._waits.is_cut(self._state(request), end_token):
                 return _MISS
-            self._kept.keep(entry, request.req_id)
+            self._holds.keep(entry, request.req_id)
             if self._promotions.unsent:
                 self._promotions.reached(request.req_id, end_token)
             return _HIT
@@ -266,21 +263,21 @@ class TieringManager:
             KeyError: the request was not answered HIT.
         """
         name = request.req_id
-        held = self._kept.of(name) if name in self._kept.outlived else None
+        held = self._holds.of(name) if name in self._holds.outlived else None
         entries = []
         for key in keys:
             entry = self.primary.get(key)
             if held is not None or entry is None or entry.writer is not None:
                 if held is None:
-                    held = self._kept.of(name)
+                    held = self._holds.of(name)
                 entry = held.get(key)
                 if entry is None:
                     raise KeyError(f"page {key.hex()} is not ready to be loaded")
             entries.append(entry)
         state = self._state(request)
         state.waits = False
-        self.primary.begin_reads(entries, gpu=True)
-        self._kept.loads(name)
+        self.primary.hold(entries, Hold.LOAD)
+        self._holds.loads(name)
         self._ask({entry.key: entry.end_token for entry in entries}, state)
         self._count_hits(entries, state)
         here = entries
@@ -298,7 +295,7 @@ class TieringManager:
         if late is not None:
             entries += late.values()
         assert len(entries) == len(keys), "a page held by prepare_load cannot leave"
-        self.primary.end_reads(entries, gpu=True)
+        self.primary.let_go(entries, Hold.LOAD)
 
     def touch(self, keys: Collection[bytes], request: RequestView) -> None:
         """The request uses the pages, in prefix order, perhaps elsewhere (in GPU memory)."""
@@ -323,7 +320,7 @@ class TieringManager:
         """
         # vLLM asks after the end of the step: this must not pass for the next step's poll.
         self._take_results()
-        self._kept.computes(request.req_id)
+        self._holds.computes(request.req_id)
         state = self._state(request)
         ends = dict(keys)
         if ends:
@@ -341,9 +338,9 @@ class TieringManager:
         wanted = self._offers.wanted(new)
         self.counters["stores_skipped"] += len(new) - len(wanted)
         here = [entry for entry in self.primary.find(present) if entry.ready]
-        self.primary.begin_reads(here, gpu=False)  # they stay
+        self.primary.hold(here, Hold.KEPT)  # they stay
         taken = self._take(wanted, ends, state, len(here))
-        self.primary.end_reads(here, gpu=False)
+        self.primary.let_go(here, Hold.KEPT)
         if taken is None:
             self.counters["store_no_room"] += 1
             return None
@@ -406,7 +403,7 @@ class TieringManager:
         if more:
             self._ask({entry.key: entry.end_token for entry in more}, state)
         self.primary.ended(state.use)
-        self._kept.drop(request.req_id)
+        self._holds.drop(request.req_id)
         self.audits.end(state)
         self._forget_if_over(state)
 
@@ -419,8 +416,7 @@ class TieringManager:
         self._promotions.send()
         self._waits.end_step()
         self._cascades.probe()
-        self._kept.end_step()
-        self._pins.expire()
+        self._holds.end_step()
         self._lookup.end_step()
         self.audits.end_step()
         for link in self._jobs.links:
@@ -453,8 +449,7 @@ class TieringManager:
         """
         self._take_results()
         self._promotions.clear()
-        self._kept.reset()
-        self._pins.clear()
+        self._holds.reset()
         held = self.audits.clear() + self.primary.reset()
         held += dict.fromkeys(entry for late in self._late.values() for entry in late.values())
         self._late.clear()
@@ -584,7 +579,7 @@ class TieringManager:
         transfers to and from the GPU hold the slots, and end soon."""
         primary = self.primary
         missing = pages - primary.free - primary.idle
-        soon = primary.slots - primary.free - primary.idle - self._held() - staying
+        soon = primary.slots - primary.free - primary.idle - primary.held_long - staying
         if not 0 < missing <= soon or state.put_off >= MOST_PUT_OFF:
             state.put_off = 0
             return False
@@ -604,13 +599,9 @@ class TieringManager:
         self._cascades.give(entries, state)
         self._pin(entries, state)
 
-    def _held(self) -> int:
-        """Slots held by promotions, cascades and pins."""
-        return self.primary.promoting + self._cascades.under_way + len(self._pins)
-
     def _pin(self, entries: Iterable[Entry], state: RequestState) -> None:
         if state.wishes.pin_seconds > 0.0:
-            self.counters["pins_refused"] += self._pins.pin(entries, state.wishes.pin_seconds)
+            self.counters["pins_refused"] += self._holds.pin(entries, state.wishes.pin_seconds)
 
     def _poll(self) -> None:
         """Take the tiers' results, once per step, and then what they dropped since.

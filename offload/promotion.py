@@ -11,7 +11,7 @@ from typing import NamedTuple
 from kvstrata.offload.config.offload_config import OffloadConfig
 from kvstrata.offload.events import Report
 from kvstrata.offload.load_or_recompute import Part, Payoff
-from kvstrata.offload.primary.kept import KeptPages
+from kvstrata.offload.primary.holds import Holds
 from kvstrata.offload.primary.slots import Entry, PrimaryTier, Writer
 from kvstrata.offload.request.request import RequestState
 from kvstrata.offload.request.waits import Waits
@@ -66,11 +66,10 @@ class Promotions:
     Args:
         config: for the promotions' share.
         primary: where the pages go.
-        kept: holds what arrived until it is loaded.
+        holds: keeps what arrived until it is loaded.
         jobs: the tiers' jobs.
         payoff: tells whether loading is worth it.
         layouts: page layout by group.
-        held: slots held by promotions, cascades and pins.
         waits: how long requests wait.
         clock: seconds, monotonic.
         report: the manager's.
@@ -80,11 +79,10 @@ class Promotions:
         self,
         config: OffloadConfig,
         primary: PrimaryTier,
-        kept: KeptPages,
+        holds: Holds,
         jobs: TierJobs,
         payoff: Payoff,
         layouts: Mapping[int, PageLayout],
-        held: Callable[[], int],
         waits: Waits,
         clock: Callable[[], float],
         report: Report,
@@ -92,9 +90,8 @@ class Promotions:
         self._waits = waits
         self._deadline_s = waits.deadline_s
         self._fraction = config.promotion_fraction
-        self._held = held
         self._primary = primary
-        self._kept = kept
+        self._holds = holds
         self._jobs = jobs
         self._payoff = payoff
         self._layouts = layouts
@@ -142,7 +139,8 @@ class Promotions:
         if len(self._jobs.links) > 1:
             of_one = max(1, int(most * MOST_OF_ONE_TIER))
         has_room = link.promoting < of_one and len(self._started) < most
-        has_room = has_room and self._held() < math.ceil(slots * max(MOST_HELD, self._fraction))
+        most_held = math.ceil(slots * max(MOST_HELD, self._fraction))
+        has_room = has_room and self._primary.held_long < most_held
         entries: list[Entry] = []
         if has_room and self._has_time(link, batch):
             if key not in state.use.seen:
@@ -190,7 +188,7 @@ class Promotions:
             self._forget(entry)
         self._primary.finish_writes(entries, good=True)
         arrived = [entry for entry in entries if entry.attached]
-        self._kept.arrived(arrived)
+        self._holds.arrived(arrived)
         job.link.recent.extend(arrived[:1])
         self._report.came([entry.key for entry in arrived])
 

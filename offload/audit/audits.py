@@ -20,7 +20,7 @@ from kvstrata.offload.audit.probe import Probe
 from kvstrata.offload.audit.schedule import MOST_AT_ONCE, Schedule
 from kvstrata.offload.events import Report
 from kvstrata.offload.lookup import Answer
-from kvstrata.offload.primary.slots import Entry, PrimaryTier, Writer
+from kvstrata.offload.primary.slots import Entry, Hold, PrimaryTier, Writer
 from kvstrata.offload.request.request import RequestState
 from kvstrata.offload.secondary.tier import TierLink
 from kvstrata.offload.secondary.tiers import Running, TierJobs
@@ -188,7 +188,7 @@ class Audits:
                 continue
             del self._open[req_id, key]
             good = valid(audit.computed.slot)
-            self._primary.begin_reads((audit.computed,), gpu=False)
+            self._primary.hold((audit.computed,), Hold.AUDIT)
             self._primary.finish_writes((audit.computed,), good=True)
             if good:
                 self._compare(audit, audit.served)
@@ -208,7 +208,7 @@ class Audits:
             if link is None or not self._may_load(link) or not (entry.attached and entry.ready):
                 self._under_way.discard(audit)
                 continue
-            self._primary.begin_reads((entry,), gpu=False)  # the spare slot must not be its own
+            self._primary.hold((entry,), Hold.AUDIT)  # the spare slot must not be its own
             audit.served = spare = self._borrow(key, entry.end_token, Writer.TIER)
             if spare is None:
                 self._end(audit)
@@ -241,7 +241,7 @@ class Audits:
         for audit in self._open.values():  # the GPU has not stored them yet
             self._under_way.discard(audit)
             if audit.served is not None:  # else the slot is the page's own
-                self._primary.end_reads((audit.served,), gpu=False)
+                self._primary.let_go((audit.served,), Hold.AUDIT)
                 writing.append(audit.computed)
         self._open.clear()
         self.drop()
@@ -266,10 +266,10 @@ class Audits:
         served = self._primary.get(key)
         if served is None or not served.ready:
             return None
-        self._primary.begin_reads((served,), gpu=False)
+        self._primary.hold((served,), Hold.AUDIT)
         spare = self._borrow(key, served.end_token, Writer.GPU)
         if spare is None:
-            self._primary.end_reads((served,), gpu=False)
+            self._primary.let_go((served,), Hold.AUDIT)
             return None
         link = next((link for link in self._jobs.links if link.name == served.source), None)
         self._note(Audit(key, self._is_forced(key, state), spare, served, link), state)
@@ -310,7 +310,7 @@ class Audits:
 
     def _arrived(self, audit: Audit, served: Entry, job: Running, result: JobResult) -> None:
         """A tier's page is in a spare slot."""
-        self._primary.begin_reads((served,), gpu=False)
+        self._primary.hold((served,), Hold.AUDIT)
         self._primary.finish_writes((served,), good=True)
         if result.failed or audit.dropped:
             self._end(audit)
@@ -330,7 +330,7 @@ class Audits:
         """Give both slots back."""
         self._under_way.discard(audit)
         held = [entry for entry in (audit.computed, audit.served) if entry is not None]
-        self._primary.end_reads(held, gpu=False)
+        self._primary.let_go(held, Hold.AUDIT)
 
     def _note_intervention(self) -> None:
         self.intervenes = self._probing is not None or self.findings.block_some

@@ -9,7 +9,7 @@ from functools import partial
 from kvstrata.offload.audit.comparison import Comparison, Verdict
 from kvstrata.offload.audit.trust import MOST_DIFFERENT, REMEMBERED, Trust
 from kvstrata.offload.events import Report
-from kvstrata.offload.primary.slots import Entry, PrimaryTier
+from kvstrata.offload.primary.slots import Entry, Hold, PrimaryTier
 from kvstrata.offload.secondary.tier import TierLink
 from kvstrata.offload.secondary.tiers import Running, TierJobs
 from kvstrata.tiers.base import JobResult, Lookup, PageKey, RequestView
@@ -135,17 +135,17 @@ class Findings:
         for link in self._jobs.links:
             if link is not blamed and link.tier.lookup(key, view) is not Lookup.HIT:
                 continue
-            self._primary.begin_reads((computed,), gpu=False)
+            self._primary.hold((computed,), Hold.AUDIT)
             end = partial(self._let_go, computed)
             doubt = distrust and link is blamed
             if not self._jobs.reject(link, computed, view, distrust=doubt, on_end=end):
                 self.refused[key] = True
-                self._primary.end_reads((computed,), gpu=False)
+                self._primary.let_go((computed,), Hold.AUDIT)
 
     def _let_go(self, computed: Entry, job: Running, result: JobResult) -> None:
         if result.failed and computed.key in self.refused:
             self.refused[computed.key] = True
-        self._primary.end_reads((computed,), gpu=False)
+        self._primary.let_go((computed,), Hold.AUDIT)
 
     def _distrust(self, link: TierLink | None) -> None:
         remedy = "Restart the engine to use it again."

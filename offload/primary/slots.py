@@ -1,15 +1,17 @@
-"""Book-keeping of the primary tier: which slot holds which page, and who is using it.
+"""Book-keeping of the primary tier: which slot has which page, and what holds it there.
 
 No bytes are touched here. An `Entry` is one page in one slot. A slot goes back to the
-free list only when its entry is no longer known by key AND nobody reads or writes it any
+free list only when its entry is no longer known by key AND nobody writes or holds it any
 more, so that two owners can never write one slot.
 """
 
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+
+import msgspec
 
 from kvstrata.offload.primary.eviction.line import Use
 from kvstrata.offload.primary.eviction.policy import EvictionPolicy
@@ -24,28 +26,40 @@ class Writer(enum.Enum):
 
 _GPU, _TIER = Writer.GPU, Writer.TIER  # in Python 3.11 each `Writer.GPU` is a call
 
+_BITS = 20  # a million holds for one reason: each is a request, a tier or an audit
+_MOST = (1 << _BITS) - 1
 
-@dataclass(slots=True, eq=False)
-class Entry:
+
+class Hold(enum.IntEnum):
+    """Why a page must stay in its slot; a value is one such hold in `Entry.holds`."""
+
+    LOAD = 1  # it is copied to the GPU
+    CASCADE = 1 << _BITS  # it is copied to a secondary tier
+    KEPT = 1 << 2 * _BITS  # a request counts on it
+    PIN = 1 << 3 * _BITS  # a request asked for that
+    AUDIT = 1 << 4 * _BITS  # it is compared
+
+
+class Entry(msgspec.Struct, gc=False, eq=False):
     """One page in one slot.
 
+    There are millions, and none is part of a cycle, so the garbage collector does not visit them.
+
     `end_token` is the chunk's end in the request that brought it, in tokens. `writer` is
-    None once the page is ready. `gpu_reads` and `tier_reads` count the transfers out of
-    the slot. `attached`: the key still leads here. `offered` has a bit for each secondary tier
-    that need not be given the page: it has it or is getting it. `cascades`: how many are
-    getting it. `source`: name of the tier that it was promoted from. `awaited_since`: when a
-    request first waited for the GPU to fill it. `late`: nobody waits any more until it is ready.
+    None once the page is ready. `holds` counts what holds it, for each `Hold` in bits of its own.
+    `attached`: the key still leads here. `offered` has a bit for each secondary tier
+    that need not be given the page: it has it or is getting it. `source`: name of the tier that it
+    was promoted from. `awaited_since`: when a request first waited for the GPU to fill it. `late`:
+    nobody waits any more until it is ready.
     """
 
     key: bytes
     slot: int
     end_token: int
     writer: Writer | None
-    gpu_reads: int = 0
-    tier_reads: int = 0
+    holds: int = 0
     attached: bool = True
     offered: int = 0
-    cascades: int = 0
     source: str | None = None
     awaited_since: float | None = None
     late: bool = False
@@ -57,13 +71,17 @@ class Entry:
 
     @property
     def busy(self) -> bool:
-        """Somebody reads or writes the slot."""
-        return bool(self.writer or self.gpu_reads or self.tier_reads)
+        """Somebody writes the slot, or something holds it."""
+        return bool(self.writer or self.holds)
 
     @property
     def gpu_busy(self) -> bool:
         """A GPU transfer reads or writes the slot."""
-        return self.writer is _GPU or self.gpu_reads > 0
+        return self.writer is _GPU or self.is_held(Hold.LOAD)
+
+    def is_held(self, reason: Hold) -> bool:
+        """Whether the page is held for this reason."""
+        return self.holds & _MOST * reason > 0
 
 
 class PrimaryTier:
@@ -72,6 +90,10 @@ class PrimaryTier:
     Args:
         slots: number of slots that can be used, at least 1; `add_slots` adds others.
         policy: order of eviction, empty.
+
+    Attributes:
+        held: slots held for each reason.
+        promoting: slots that secondary tiers are filling, known by key or not.
     """
 
     def __init__(self, slots: int, policy: EvictionPolicy) -> None:
@@ -83,7 +105,8 @@ class PrimaryTier:
         # The entry that a key leads to, ready or not. Called for every chunk, so not a method.
         self.get: Callable[[bytes], Entry | None] = self._entries.get
         self._free = list(range(slots - 1, -1, -1))
-        self._promoting = 0  # slots that tiers are filling, attached or not
+        self.promoting = 0
+        self.held: Counter[Hold] = Counter()
 
     def find(self, keys: Iterable[bytes]) -> list[Entry]:
         """The entries that the keys lead to; keys that lead nowhere are left out."""
@@ -111,9 +134,9 @@ class PrimaryTier:
         return self._policy.idle()
 
     @property
-    def promoting(self) -> int:
-        """Slots that secondary tiers are filling."""
-        return self._promoting
+    def held_long(self) -> int:
+        """Slots held by promotions, cascades and pins: by no transfer to or from the GPU."""
+        return self.promoting + self.held[Hold.CASCADE] + self.held[Hold.PIN]
 
     def ask(self, pages: Mapping[bytes, int], use: Use) -> None:
         """A request asks for pages, for each the first time; their end tokens by key."""
@@ -153,7 +176,7 @@ class PrimaryTier:
             policy.insert(key, end_token, use)
             entries.append(entry)
         if writer is _TIER:
-            self._promoting += len(entries)
+            self.promoting += len(entries)
         return entries, evicted
 
     def borrow(self, key: bytes, end_token: int, writer: Writer) -> tuple[Entry, list[bytes]]:
@@ -172,7 +195,7 @@ class PrimaryTier:
                 raise LookupError("no idle page")
             self._evicted(victim_key)
             evicted.append(victim_key)
-        self._promoting += writer is _TIER
+        self.promoting += writer is _TIER
         return Entry(key, self._free.pop(), end_token, writer, attached=False), evicted
 
     def drop(self, entry: Entry) -> None:
@@ -185,7 +208,7 @@ class PrimaryTier:
         unpin = self._policy.unpin
         for entry in entries:
             if entry.writer is _TIER:
-                self._promoting -= 1
+                self.promoting -= 1
             entry.writer = None
             if not entry.attached:
                 if not entry.busy:
@@ -193,43 +216,33 @@ class PrimaryTier:
             elif not good:
                 self._policy.remove(entry.key)
                 self._detach(entry)
-            elif not (entry.gpu_reads or entry.tier_reads):
+            elif not entry.holds:
                 unpin(entry.key)
 
-    def begin_reads(self, entries: Iterable[Entry], *, gpu: bool) -> None:
-        """Hold pages while they are copied to the GPU or to a secondary tier.
-
-        Those copied to a secondary tier may be held just before they become ready.
-        """
-        pin = self._policy.pin
+    def hold(self, entries: Iterable[Entry], reason: Hold) -> None:
+        """Keep pages in their slots, also ones that are about to become ready."""
+        pin, one, mask, new = self._policy.pin, int(reason), _MOST * reason, 0
         for entry in entries:
-            if entry.attached and not (entry.writer or entry.gpu_reads or entry.tier_reads):
+            holds = entry.holds
+            if not holds and entry.writer is None and entry.attached:
                 pin(entry.key)
-            if gpu:
-                entry.gpu_reads += 1
-            else:
-                entry.tier_reads += 1
+            new += not holds & mask
+            entry.holds = holds + one
+        self.held[reason] += new
 
-    def hold(self, entry: Entry) -> None:
-        """`begin_reads` of one page, not for the GPU."""
-        if entry.attached and not (entry.writer or entry.gpu_reads or entry.tier_reads):
-            self._policy.pin(entry.key)
-        entry.tier_reads += 1
-
-    def end_reads(self, entries: Iterable[Entry], *, gpu: bool) -> None:
-        """Let go of pages held by `begin_reads`."""
-        unpin = self._policy.unpin
+    def let_go(self, entries: Iterable[Entry], reason: Hold) -> None:
+        """Undo `hold`."""
+        unpin, one, mask, last = self._policy.unpin, int(reason), _MOST * reason, 0
         for entry in entries:
-            if gpu:
-                entry.gpu_reads -= 1
-            else:
-                entry.tier_reads -= 1
-            if entry.writer or entry.gpu_reads or entry.tier_reads:  # busy, without the call
+            holds = entry.holds = entry.holds - one
+            last += not holds & mask
+            if holds or entry.writer is not None:
                 continue
             if entry.attached:
                 unpin(entry.key)
             else:
                 self._release(entry)
+        self.held[reason] -= last
 
     def reset(self) -> list[Entry]:
         """Forget all keys.
@@ -249,7 +262,9 @@ class PrimaryTier:
 
     def end_gpu(self, entry: Entry) -> None:
         """No GPU transfer touches this forgotten entry any more."""
-        entry.gpu_reads = 0
+        loads = entry.holds & _MOST * Hold.LOAD
+        entry.holds -= loads
+        self.held[Hold.LOAD] -= loads > 0
         if entry.writer is _GPU:
             entry.writer = None
         if not entry.busy:

@@ -74,7 +74,7 @@ def assert_nothing_is_left(manager: TieringManager) -> None:
     manager.on_step_end()
     manager.on_step_end()
     assert not manager._requests and not manager._promotions.unsent and not manager._jobs
-    assert not manager._promotions and not manager._kept
+    assert not manager._promotions and not list(manager._holds)
     assert manager.primary.free + manager.primary.idle == manager.primary.slots
     assert manager.primary.promoting == 0 and not manager.has_pending_work()
 
@@ -642,7 +642,7 @@ def test_a_load_may_begin_some_steps_after_the_look_up() -> None:
     slots = world.manager.prepare_load(KEYS[:2], request)
     assert [world.memory[slot] for slot in slots] == [content(key) for key in KEYS[:2]]
     world.step(2)
-    assert not world.manager._kept, "the load holds them"
+    assert not list(world.manager._holds), "the load holds them"
     assert world.manager.prepare_store(ITEMS[2:3], world.request("last")) is None
     world.manager.complete_load(set(KEYS[:2]), request)
     world.store(ITEMS[2:4], world.request("next"))

@@ -510,7 +510,7 @@ class ManagerMachine(RuleBasedStateMachine):
             live |= {id(entry): entry.slot for entry in held}
         for job in self.manager._jobs._running.values():
             live |= {id(entry): entry.slot for entry in job.entries.values()}
-        live |= {id(entry): entry.slot for entry in self.manager._kept}
+        live |= {id(entry): entry.slot for entry in self.manager._holds}
         for late in self.manager._late.values():
             live |= {id(entry): entry.slot for entry in late.values()}
         for audit in self.audits._under_way:
@@ -518,9 +518,9 @@ class ManagerMachine(RuleBasedStateMachine):
         assert len(set(live.values())) == len(live)
         assert self.manager.primary.free == self.world.slots - len(live)
         assert len(self.manager._promotions) <= self.quota
-        assert len(self.manager._pins) <= self.most_pinned
+        assert self.manager.pinned <= self.most_pinned
         for entry in self.manager.primary:
-            assert entry.gpu_reads >= 0 and entry.tier_reads >= 0
+            assert entry.holds >= 0
         links = self.manager.links
         assert all(link.promoting >= 0 and link.loads.pages >= 0 for link in links)
         busy = {id(e) for e in self.manager.primary if e.busy}
@@ -550,12 +550,12 @@ class ManagerMachine(RuleBasedStateMachine):
         self.world.now += 100.0  # all pins end
         self.world.step(10)
         manager = self.manager
-        assert not manager._pins and manager._cascades.under_way == 0
+        assert not +manager.primary.held
         for link in manager.links:
             assert (link.promoting, link.loads.pages, link.stores.pages) == (0, 0, 0)
             assert (link.loads.nbytes, link.stores.nbytes) == (0, 0)
         assert not manager._requests and not manager._promotions.unsent and not manager._jobs
-        assert not manager._promotions and not manager._kept and not manager._waits.cuts
+        assert not manager._promotions and not list(manager._holds) and not manager._waits.cuts
         for link in manager.links:
             assert not link.queue and link.queue.ahead("any", 0) == 0
         assert not self.audits._under_way and not self.audits._open and not self.audits._comparing

@@ -1,7 +1,8 @@
 """The primary tier's book-keeping against a model of plain sets."""
 
+import gc
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import settings
@@ -11,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kvstrata.offload.primary.eviction.line import Use
 from kvstrata.offload.primary.eviction.policies import policy_class
 from kvstrata.offload.primary.eviction.policy import LRU
-from kvstrata.offload.primary.slots import Entry, PrimaryTier, Writer
+from kvstrata.offload.primary.slots import Entry, Hold, PrimaryTier, Writer
 
 
 def tier(slots: int) -> PrimaryTier:
@@ -62,7 +63,7 @@ def test_as_many_of_the_first_as_there_is_room_for() -> None:
     fill(primary, b"a", b"b")
     busy = primary.get(b"a")
     assert busy is not None
-    primary.begin_reads((busy,), gpu=True)
+    primary.hold((busy,), Hold.LOAD)
     pages = [(b"x", 32), (b"y", 64), (b"z", 96)]
     entries, evicted = primary.allocate(pages, Writer.GPU, Use(), must=True)
     assert [entry.key for entry in entries] == [b"x", b"y"] and evicted == [b"b"]
@@ -88,14 +89,36 @@ def test_a_failed_write_frees_its_slot() -> None:
 def test_a_forgotten_page_keeps_its_slot_until_its_transfer_ends() -> None:
     primary = tier(1)
     (entry,) = fill(primary, b"a")
-    primary.begin_reads((entry,), gpu=True)
-    primary.begin_reads((entry,), gpu=False)
+    primary.hold((entry,), Hold.LOAD)
+    primary.hold((entry,), Hold.CASCADE)
     assert primary.reset() == [entry]
     assert not take(primary, b"b")
     primary.end_gpu(entry)
     assert not take(primary, b"b"), "a tier still reads it"
-    primary.end_reads((entry,), gpu=False)
+    primary.let_go((entry,), Hold.CASCADE)
     assert take(primary, b"b")
+
+
+@pytest.mark.parametrize("reason", Hold)
+def test_slots_are_counted_by_what_holds_them(reason: Hold) -> None:
+    primary = tier(2)
+    one, two = fill(primary, b"a", b"b")
+    primary.hold((one, two), reason)
+    primary.hold((one,), reason)
+    assert primary.held[reason] == 2 and one.is_held(reason)
+    assert primary.held.total() == 2 and not any(one.is_held(r) for r in Hold if r is not reason)
+    primary.let_go((one, two), reason)
+    assert primary.held[reason] == 1 and one.is_held(reason) and primary.idle == 1
+    primary.let_go((one,), reason)
+    assert not +primary.held and not one.is_held(reason) and primary.idle == 2
+
+
+def test_pages_are_nothing_to_the_garbage_collector() -> None:
+    """A full collection stops the engine, and there are millions of them."""
+    primary = tier(2)
+    (entry,) = fill(primary, b"a")
+    primary.hold((entry,), Hold.LOAD)
+    assert not gc.is_tracked(entry) and not gc.is_tracked(primary._entries)
 
 
 KEYS = [bytes([n]) for n in range(8)]
@@ -103,16 +126,19 @@ KEYS = [bytes([n]) for n in range(8)]
 
 @dataclass
 class Held:
-    """What the model knows of one entry: its transfers under way."""
+    """What the model knows of one entry: who fills it, and what holds it."""
 
     entry: Entry
     writer: Writer | None
-    gpu: int = 0
-    tier: int = 0
+    holds: Counter[Hold] = field(default_factory=Counter)
 
     @property
     def busy(self) -> bool:
-        return self.writer is not None or self.gpu > 0 or self.tier > 0
+        return self.writer is not None or self.holds.total() > 0
+
+    @property
+    def gpu_busy(self) -> bool:
+        return self.holds[Hold.LOAD] > 0 or self.writer is Writer.GPU
 
 
 class PrimaryMachine(RuleBasedStateMachine):
@@ -178,29 +204,28 @@ class PrimaryMachine(RuleBasedStateMachine):
             del self.known[use.entry.key]
 
     @precondition(lambda self: any(not use.writer for use in self.known.values()))
-    @rule(data=st.data(), gpu=st.booleans())
-    def begin_read(self, data: st.DataObject, gpu: bool) -> None:
+    @rule(data=st.data(), reason=st.sampled_from(Hold))
+    def hold(self, data: st.DataObject, reason: Hold) -> None:
         ready = [use for use in self.known.values() if not use.writer]
         use = data.draw(st.sampled_from(ready))
-        self.primary.begin_reads((use.entry,), gpu=gpu)
-        if gpu:
-            use.gpu += 1
-        else:
-            use.tier += 1
+        self.primary.hold((use.entry,), reason)
+        use.holds[reason] += 1
 
-    @precondition(lambda self: any(use.gpu for use in self.known.values()))
+    @precondition(lambda self: any(use.holds.total() for use in self.uses()))
     @rule(data=st.data())
-    def end_gpu_read(self, data: st.DataObject) -> None:
-        use = data.draw(st.sampled_from([use for use in self.known.values() if use.gpu]))
-        self.primary.end_reads((use.entry,), gpu=True)
-        use.gpu -= 1
-
-    @precondition(lambda self: any(use.tier for use in self.uses()))
-    @rule(data=st.data())
-    def end_tier_read(self, data: st.DataObject) -> None:
-        use = data.draw(st.sampled_from([use for use in self.uses() if use.tier]))
-        self.primary.end_reads((use.entry,), gpu=False)
-        use.tier -= 1
+    def let_go(self, data: st.DataObject) -> None:
+        held = [(use, reason) for use in self.uses() for reason in +use.holds]
+        # After a reset nobody reports the end of a load: `end_gpu` stands for it.
+        held = [
+            (use, reason)
+            for use, reason in held
+            if reason is not Hold.LOAD or use not in self.orphans
+        ]
+        if not held:
+            return
+        use, reason = data.draw(st.sampled_from(held))
+        self.primary.let_go((use.entry,), reason)
+        use.holds[reason] -= 1
         self.drop_idle_orphans()
 
     @rule(keys=st.lists(st.sampled_from(KEYS), min_size=1, max_size=4), request=st.integers(0, 2))
@@ -215,19 +240,21 @@ class PrimaryMachine(RuleBasedStateMachine):
     @rule()
     def reset(self) -> None:
         held = self.primary.reset()
-        in_gpu = [u for u in self.known.values() if u.gpu or u.writer is Writer.GPU]
+        in_gpu = [use for use in self.known.values() if use.gpu_busy]
         assert Counter(map(id, held)) == Counter(id(use.entry) for use in in_gpu)
         self.orphans += self.known.values()
         self.known.clear()
         self.drop_idle_orphans()
 
-    @precondition(lambda self: any(u.gpu or u.writer is Writer.GPU for u in self.orphans))
+    @precondition(lambda self: any(use.gpu_busy for use in self.orphans))
     @rule(data=st.data())
     def end_gpu(self, data: st.DataObject) -> None:
-        left = [use for use in self.orphans if use.gpu or use.writer is Writer.GPU]
+        left = [use for use in self.orphans if use.gpu_busy]
         use = data.draw(st.sampled_from(left))
         self.primary.end_gpu(use.entry)
-        use.gpu, use.writer = 0, None
+        use.holds[Hold.LOAD] = 0
+        if use.writer is Writer.GPU:
+            use.writer = None
         self.drop_idle_orphans()
 
     @invariant()
@@ -243,6 +270,8 @@ class PrimaryMachine(RuleBasedStateMachine):
         assert len(free) == self.primary.free and not free & set(slots)
         assert self.primary.idle == sum(not use.busy for use in self.known.values())
         assert self.primary.promoting == sum(use.writer is Writer.TIER for use in uses)
+        for reason in Hold:
+            assert self.primary.held[reason] == sum(use.holds[reason] > 0 for use in uses)
         assert len(self.primary) == len(self.known)
         assert {entry.key: entry for entry in self.primary} == {
             key: use.entry for key, use in self.known.items()
@@ -261,8 +290,9 @@ class PrimaryMachine(RuleBasedStateMachine):
         self.reset()
         for use in list(self.orphans):
             self.primary.end_gpu(use.entry)
-            for _ in range(use.tier):
-                self.primary.end_reads((use.entry,), gpu=False)
+            use.holds[Hold.LOAD] = 0
+            for reason in use.holds.elements():
+                self.primary.let_go((use.entry,), reason)
             if use.writer is Writer.TIER:
                 self.primary.finish_writes((use.entry,), good=False)
         assert self.primary.free == self.slots and self.primary.promoting == 0
