@@ -1,5 +1,7 @@
 """What the page cache holds is seen without changing it."""
 
+import ctypes
+import errno
 import os
 from pathlib import Path
 
@@ -8,6 +10,18 @@ import pytest
 from kvstrata.tiers.fs.files import residency
 from kvstrata.tiers.fs.files.direct_io import probe_direct
 from kvstrata.tiers.fs.files.residency import is_cached
+
+
+@pytest.fixture(autouse=True, params=["cachestat", "mincore"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How the kernel is asked; old ones know only the second."""
+    if request.param == "mincore":
+        monkeypatch.setattr(residency, "_CACHESTAT", -1)
+    else:
+        asked = residency._libc.syscall(residency._CACHESTAT, -1, None, None, 0)
+        if asked == 0 or ctypes.get_errno() != errno.EBADF:
+            pytest.skip("this kernel has no cachestat")
+        monkeypatch.setattr(residency, "_by_mincore", lambda fd, size, pages: False)
 
 
 @pytest.fixture
@@ -52,6 +66,7 @@ def test_files_that_we_may_not_write_count_as_absent(
 ) -> None:
     (tmp_path / "file").write_bytes(bytes(4096))
     fd = os.open(tmp_path / "file", os.O_RDONLY)
+    monkeypatch.setattr(residency, "_CACHESTAT", -1)  # it knows by itself
     monkeypatch.setattr(residency.os, "access", lambda path, mode: False)
     assert not is_cached(fd, 4096)  # the kernel would say yes to anything
     os.close(fd)
