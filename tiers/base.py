@@ -44,19 +44,6 @@ DTYPE_BYTES: Mapping[str, int] = {
     "F64": 8,
 }
 
-
-# Causes in `JobResult.failed` that speak of a page, or of room for it, and not of the medium:
-# a tier that reports them is well. Any other cause counts towards taking the tier out.
-PAGE_CAUSES = frozenset(
-    (
-        *("missing", "truncated", "size", "header", "version", "namespace", "key", "shape"),
-        *("checksum", "symlink", "not-regular", "unreadable"),
-        *("no-space", "budget", "too-large", "read-only", "denied", "books"),
-        "shutdown",
-    )
-)
-
-
 # The namespace's field that is another one after each reset, where weights may change.
 EPOCH = "epoch"
 
@@ -255,8 +242,8 @@ class JobResult:
 
     `failed` maps the keys that were not stored, or did not arrive, to a short cause
     such as "missing" or "checksum"; all other keys of the job succeeded. Jobs of which every
-    page fails for a cause outside `PAGE_CAUSES` are failures of the tier: after three in a
-    row the manager leaves it alone for a while. The content of a failed page's view is
+    page fails for a cause outside `SecondaryTier.page_causes` are failures of the tier: after
+    three in a row the manager leaves it alone for a while. The content of a failed page's view is
     undefined. `nbytes` counts the bytes moved, `seconds` the time from the start of the work
     to its end.
     """
@@ -292,6 +279,15 @@ class SecondaryTier(ABC):
     # vLLM's words for `kv_load_tiers`; None: unknown. Any other word is refused at start.
     medium: ClassVar[str | None] = None  # one of MEDIA
     locality: str | None = None  # one of LOCALITIES; not changed after `__init__`
+    # Causes in `JobResult.failed` that speak of a page, or of room for it, and not of the medium:
+    # a tier that reports them is well. Any other cause counts towards taking the tier out. A tier
+    # adds its own to these; not changed after `__init__`.
+    page_causes: frozenset[str] = frozenset(
+        (
+            *("missing", "truncated", "size", "header", "version", "namespace", "key", "shape"),
+            *("checksum", "no-space", "too-large", "shutdown"),
+        )
+    )
     # Whether its pages may be loaded. False once audits found too many that the model does not
     # compute, until the operator confirms that they may be.
     trusted: bool = True

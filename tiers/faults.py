@@ -26,6 +26,7 @@ class TierWrapper(SecondaryTier):
     def __init__(self, inner: SecondaryTier) -> None:
         self.inner = inner
         self.locality = inner.locality
+        self.page_causes = inner.page_causes
 
     def lookup(self, key: PageKey, request: RequestView) -> Lookup:
         return self.inner.lookup(key, request)

@@ -22,10 +22,11 @@ from kvstrata.tiers.fs.files.layout import (
     PAGES_DIR,
     NamespacePaths,
 )
-from kvstrata.tiers.fs.files.namespace import namespace_digest, read_config
+from kvstrata.tiers.fs.files.namespace import read_config
 from kvstrata.tiers.fs.files.temporary import is_abandoned, is_temporary
 from kvstrata.tiers.fs.tools.scan import FileReport, check_place, inspect_file, known_layouts
 from kvstrata.tiers.page.form import FORMAT_VERSION
+from kvstrata.tiers.page.identity import namespace_digest
 
 # Files of whole models have headers of up to a few MiB; the library would take 100 MB.
 _MAX_FOREIGN_HEADER = 2**24

@@ -51,6 +51,7 @@ class GuardedTier(SecondaryTier):
         self._refused: list[JobResult] = []
         self._trusted = True
         self.locality = tier.locality
+        self.page_causes = tier.page_causes
 
     @property
     def inner(self) -> SecondaryTier:

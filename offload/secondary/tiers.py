@@ -10,7 +10,7 @@ from kvstrata.offload.primary.slots import Entry
 from kvstrata.offload.secondary.breaker import Kind
 from kvstrata.offload.secondary.costs import Timing
 from kvstrata.offload.secondary.tier import NamedTier, TierLink, Traffic
-from kvstrata.tiers.base import PAGE_CAUSES, Job, JobResult, PageLayout, RequestView
+from kvstrata.tiers.base import Job, JobResult, PageLayout, RequestView
 
 logger = logging.getLogger("kvstrata.manager")
 
@@ -297,7 +297,8 @@ class TierJobs:
         """What the job says of the tier's health, and what it cost."""
         if not job.promotion and job.on_end is None:
             job.link.stores_failing = len(result.failed) == len(job.entries)
-        sick = [cause for cause in result.failed.values() if cause not in PAGE_CAUSES]
+        page_causes = job.link.tier.page_causes
+        sick = [cause for cause in result.failed.values() if cause not in page_causes]
         if len(sick) == len(job.entries) and not job.arrived:
             if not job.overdue:  # else counted already
                 self._blame(job)

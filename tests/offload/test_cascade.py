@@ -6,7 +6,7 @@ from kvstrata.offload.config.offload_config import OffloadConfig
 from kvstrata.offload.lookup import Answer
 from kvstrata.offload.secondary import tiers as tier_jobs
 from kvstrata.offload.secondary.breaker import FAILURES_TO_OPEN, FIRST_BACKOFF_S
-from kvstrata.tiers.base import PAGE_CAUSES, Job, Lookup, RequestView
+from kvstrata.tiers.base import Job, Lookup, RequestView, SecondaryTier
 from kvstrata.tiers.memory import MemoryTier
 from kvstrata.tiers.testing import FaultyTier, SlowTier
 from tests.offload.manager_world import CONTEXT, PAGE, World, chunk, content
@@ -272,7 +272,7 @@ def test_without_a_page_nothing_is_probed() -> None:
     assert not world.manager._jobs
 
 
-@pytest.mark.parametrize("cause", sorted(PAGE_CAUSES))
+@pytest.mark.parametrize("cause", sorted(SecondaryTier.page_causes))
 def test_bad_pages_do_not_open_it(cause: str) -> None:
     sick, world = sick_world()
     sick.cause = cause
@@ -301,7 +301,7 @@ def test_a_root_that_is_gone_opens_it() -> None:
     assert link.breaker.closed and not link.stores_failing
 
 
-@pytest.mark.parametrize("cause", sorted(PAGE_CAUSES))
+@pytest.mark.parametrize("cause", sorted(SecondaryTier.page_causes))
 def test_whether_stores_fail_is_told_whatever_the_cause(cause: str) -> None:
     """A disk that is full or read-only stays in use for what it holds."""
     sick, world = sick_world()

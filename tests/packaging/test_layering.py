@@ -44,6 +44,8 @@ FORBIDDEN: Mapping[str, str] = {
     # the contract and what goes with it know no medium
     "tiers/*.py": _MEDIA,
     "tiers/page/*.py": "tiers.process tiers.fs",
+    # what runs any medium knows none
+    "tiers/process/*.py": "tiers.fs",
     "tiers/fs/files/*.py": "tiers.process tiers.fs.budget tiers.fs.tools tiers.fs.tier",
     "tiers/fs/budget/**/*.py": "tiers.process tiers.fs.tools tiers.fs.tier tiers.fs.medium",
     # what the command line does to a root needs no engine and no I/O process
@@ -55,6 +57,7 @@ ALLOWED: Mapping[tuple[str, str], str] = {
     ("offload/cli/doctor.py", "offload.vllm_plugin.version"): "the versions that are supported",
     ("offload/cli/doctor_config.py", "offload.vllm_plugin.host.early"): "the name of the spec",
     ("offload/cli/doctor_config.py", "offload.vllm_plugin.register"): "the module of the spec",
+    ("tiers/fs/tools/trim.py", "tiers.process.failures"): "a failure is said as the tier says it",
 }
 # Files that import something only where it is used -> why
 LAZY: Mapping[str, str] = {

@@ -12,7 +12,8 @@ from kvstrata.tiers.base import EPOCH
 from kvstrata.tiers.fs.files import nofollow
 from kvstrata.tiers.fs.files.differences import Difference, differences
 from kvstrata.tiers.fs.files.layout import NAMESPACE_DIR, QUARANTINE_NAME, NamespacePaths
-from kvstrata.tiers.fs.files.namespace import namespace_digest, read_config
+from kvstrata.tiers.fs.files.namespace import read_config
+from kvstrata.tiers.page.identity import namespace_digest
 
 _MOST_READ = 32  # namespaces of each directory
 _MOST_LINES = 3

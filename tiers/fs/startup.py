@@ -7,7 +7,7 @@ import logging
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -19,8 +19,9 @@ from kvstrata.tiers.fs.config import FsConfig
 from kvstrata.tiers.fs.files import nofollow
 from kvstrata.tiers.fs.files.direct_io import probe_direct
 from kvstrata.tiers.fs.files.layout import NamespacePaths
-from kvstrata.tiers.fs.files.namespace import validate_config, write_config
+from kvstrata.tiers.fs.files.namespace import namespace_paths, validate_config, write_config
 from kvstrata.tiers.fs.files.trust import is_trusted
+from kvstrata.tiers.fs.ground import Ground
 from kvstrata.tiers.fs.refusals import is_whole_system, refusal
 from kvstrata.tiers.options import size_text
 from kvstrata.tiers.page.form import ALIGNMENT
@@ -29,6 +30,45 @@ from kvstrata.tiers.page.form import ALIGNMENT
 NOT_NOW = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 logger = logging.getLogger("kvstrata.tiers.fs")
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A root directory that can be used: what the I/O processes must know of it.
+
+    Attributes:
+        config: the tier's options.
+        paths: where the namespace lies.
+        direct: whether O_DIRECT is to be used.
+        limits: of the disk budget; None if no books are kept.
+        ground: where the root stands.
+        trusted: whether the namespace is to be believed.
+    """
+
+    config: FsConfig
+    paths: NamespacePaths
+    direct: bool
+    limits: Limits | None
+    ground: Ground
+    trusted: bool
+
+
+def open_root(config: FsConfig, context: TierContext) -> Opened:
+    """Make and try all that a namespace needs below one root.
+
+    Raises:
+        TierConfigError: the options are wrong, or the directory cannot be used.
+    """
+    config = make_root(config)
+    paths = namespace_paths(config.root_dir, context.model, context.namespace)
+    check_budget(config, context)
+    direct = open_namespace(config, paths, context.namespace)
+    limits = open_books(config)
+    if limits is not None:
+        say_limits(config, limits)
+    return Opened(
+        config, paths, direct, limits, Ground.of(config.root_dir), trusted=check_trust(paths)
+    )
 
 
 def make_root(config: FsConfig) -> FsConfig:

@@ -30,18 +30,12 @@ _METADATA = ["checksum", "format_version", "group", "key", "namespace", "tokens"
 
 
 class BadPage(Exception):
-    """A file is not the page it should be; `cause` is a short word that is counted.
+    """A file is not the page it should be; `cause` is a short word that is counted."""
 
-    `identity` is that of the file that was read (`quarantine.identity`), where it is known.
-    """
-
-    def __init__(
-        self, cause: str, detail: str, identity: tuple[int, int, int] | None = None
-    ) -> None:
+    def __init__(self, cause: str, detail: str) -> None:
         super().__init__(f"{cause}: {detail:.200}")
         self.cause = cause
         self.detail = f"{detail:.200}"
-        self.identity = identity
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Two groups of threads: one prefers reads, one prefers writes, and each helps the other."""
+"""The threads of an I/O process: they prefer reads, or writes, and help with the others."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 from queue import SimpleQueue
 from typing import Protocol
 
-logger = logging.getLogger("kvstrata.tiers.fs")
+logger = logging.getLogger("kvstrata.tiers.process")
 
 
-class Task(Protocol):
+class Work(Protocol):
     """A piece of work for the pool: either `run` or `drop` is called, once."""
 
     def run(self) -> None:
@@ -24,37 +24,35 @@ class Task(Protocol):
 
 
 class Pool:
-    """`n_read` threads that prefer the read queue and `n_write` that prefer the write queue."""
+    """Some threads and two queues, one of which goes first."""
 
-    def __init__(self, n_read: int, n_write: int) -> None:
-        self._reads: deque[Task] = deque()
-        self._writes: deque[Task] = deque()
+    def __init__(self, threads: int, reads_first: bool) -> None:
+        self._reads: deque[Work] = deque()
+        self._writes: deque[Work] = deque()
+        self._reads_first = reads_first
         self._lock = threading.Lock()
-        # One for each queued task: it wakes a thread without Python code, as a Condition would run.
+        # One for each queued work: it wakes a thread without Python code, as a Condition would run.
         self._tokens: SimpleQueue[None] = SimpleQueue()
-        self._threads = n_read + n_write
+        self._threads = threads
         self._idle = threading.Condition(self._lock)
         self._running = 0
         self._closed = False
-        groups = [("read", n_read, self._reads, self._writes)]
-        groups += [("write", n_write, self._writes, self._reads)]
-        for name, count, own, other in groups:
-            for index in range(count):
-                # daemon: a thread that hangs in the file system must not keep the process
-                threading.Thread(
-                    target=self._serve,
-                    args=(own, other),
-                    name=f"kvstrata-fs-{name}-{index}",
-                    daemon=True,
-                ).start()
+        for index in range(threads):
+            # daemon: a thread that hangs in the medium must not keep the process
+            name = f"kvstrata-io-{index}"
+            threading.Thread(target=self._serve, name=name, daemon=True).start()
 
-    def submit_reads(self, tasks: Iterable[Task]) -> None:
-        """Queue tasks that readers should take first."""
-        self._submit(self._reads, tasks)
-
-    def submit_writes(self, tasks: Iterable[Task]) -> None:
-        """Queue tasks that writers should take first."""
-        self._submit(self._writes, tasks)
+    def submit(self, works: Sequence[Work], writes: bool) -> None:
+        """Queue works, all of which write, or all of which read."""
+        with self._lock:
+            closed = self._closed
+            if not closed:
+                (self._writes if writes else self._reads).extend(works)
+        if closed:
+            for work in works:
+                work.drop()
+        else:
+            self._put_tokens(len(works))
 
     def queued(self) -> tuple[int, int]:
         """Lengths of the read queue and of the write queue."""
@@ -81,40 +79,31 @@ class Pool:
             if not end_writes:
                 self._writes.clear()
         self._put_tokens(self._threads)
-        for task in dropped:
-            task.drop()
+        for work in dropped:
+            work.drop()
         return self.wait_idle(timeout_s)
-
-    def _submit(self, queue: deque[Task], tasks: Iterable[Task]) -> None:
-        tasks = list(tasks)
-        with self._lock:
-            closed = self._closed
-            if not closed:
-                queue.extend(tasks)
-        if closed:
-            for task in tasks:
-                task.drop()
-        else:
-            self._put_tokens(len(tasks))
 
     def _put_tokens(self, count: int) -> None:
         for _ in range(count):
             self._tokens.put(None)
 
-    def _serve(self, own: deque[Task], other: deque[Task]) -> None:
+    def _serve(self) -> None:
+        own, other = self._reads, self._writes
+        if not self._reads_first:
+            own, other = other, own
         while True:
             self._tokens.get()
             with self._lock:
                 if self._closed and not self._writes:
                     return
-                task = own.popleft() if own else other.popleft()
+                work = own.popleft() if own else other.popleft()
                 self._running += 1
             try:
-                task.run()
+                work.run()
             except BaseException:
-                logger.exception("a task of the file system tier failed")
+                logger.exception("a task of an I/O process failed")
             finally:
-                del task  # it holds a page's view
+                del work  # it may hold pages' views
                 with self._lock:
                     self._running -= 1
                     if not (self._running or self._reads or self._writes):

@@ -10,7 +10,15 @@ import subprocess
 import sys
 from contextlib import suppress
 
-from kvstrata.tiers.process.messages import MAX_PACKET, MAX_SETUP, Kind, Setup, pack_task
+from kvstrata.tiers.process.messages import (
+    MAX_PACKET,
+    MAX_SETUP,
+    Kind,
+    Setup,
+    Task,
+    pack,
+    packet,
+)
 
 # -P: a file of the working directory must not pass for a library
 COMMAND = (sys.executable, "-P", "-m", "kvstrata.tiers.process.worker")
@@ -56,17 +64,18 @@ class IoProcess:
             raise
         self.pid = self._child.pid  # until it says that it is another
         self._told = self._killed = False
-        self.broken = False  # it takes no packets any more; `receive` has its last ones
+        # It takes no packets any more, or sends what is none; `receive` has its last ones.
+        self.broken = False
 
     @property
     def fd(self) -> int:
         """Readable when `receive` has something to say; -1 when it never will again."""
         return self._socket.fileno()
 
-    def send(self, packet: bytes) -> bool:
+    def send(self, raw: bytes) -> bool:
         """Send a packet; False if it does not take one now."""
         try:
-            self._socket.send(packet)
+            self._socket.send(raw)
         except BlockingIOError:
             return False
         except OSError:
@@ -81,25 +90,28 @@ class IoProcess:
         if self._told and self.pid != self._child.pid:
             self._child.poll()  # it has done its part
         try:
-            packet = self._socket.recv(MAX_PACKET)
+            raw = self._socket.recv(MAX_PACKET)
         except BlockingIOError:
             return None
         except ConnectionError:
-            packet = b""
-        if not packet:
+            raw = b""
+        if not raw:
             self._close()
             return None
         if not self._told:  # its first word
-            self._told, self.pid = True, int(packet)
+            if not raw.isdigit():
+                self.broken = True
+                return None
+            self._told, self.pid = True, int(raw)
             if self._killed:
                 self.kill()
             return self.receive()
-        return packet
+        return raw
 
     def finish(self) -> None:
         """Let it drop what waits, end what runs, and end itself."""
         with suppress(OSError):  # it is gone, or so busy that it ends what waits
-            self._socket.send(pack_task(Kind.FINISH, 0, 0, ()))
+            self._socket.send(packet([pack(Task(Kind.FINISH, []))]))
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_WR)
 

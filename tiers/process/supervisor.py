@@ -11,7 +11,6 @@ still write into their pages.
 
 from __future__ import annotations
 
-import logging
 import select
 import time
 from collections import Counter, deque
@@ -19,9 +18,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from kvstrata.tiers.fs.budget.messages import News
-from kvstrata.tiers.fs.files.failures import Failures
+import msgspec
+
+from kvstrata.tiers.base import PageKey
+from kvstrata.tiers.process.failures import Failures
+from kvstrata.tiers.process.medium import News, Outcome
 from kvstrata.tiers.process.messages import (
+    HEADER_BYTES,
     MAX_PACKET,
     MOST_PAGES,
     WRITES,
@@ -29,18 +32,17 @@ from kvstrata.tiers.process.messages import (
     Failure,
     Kind,
     Notice,
-    Outcome,
-    PageRef,
     Ready,
+    Record,
     Setup,
+    Task,
     Told,
     Trusted,
-    pack_task,
+    pack,
+    packet,
     unpack_records,
 )
 from kvstrata.tiers.process.process import IoProcess
-
-logger = logging.getLogger("kvstrata.tiers.fs")
 
 # Tasks sent to one process: enough to keep it busy between two steps of the scheduler, and
 # what is lost at most when it fails.
@@ -63,18 +65,6 @@ WAIT_FOR_START_S = 5.0
 _CHECK_EVERY_S = 0.25  # look for stalls
 _IDLE_PACKETS = 4  # of news taken at once
 _TICK_S = 1.0  # the stall clock stands still while the engine does not look
-
-
-class Task(NamedTuple):
-    """Pages to be moved, one after the other; `job_id` and `access` are the caller's.
-
-    The pages of one access count as used together.
-    """
-
-    kind: Kind
-    pages: Sequence[PageRef]
-    job_id: int = 0
-    access: int = 0
 
 
 class Ended(NamedTuple):
@@ -101,7 +91,7 @@ class _Running:
     process: IoProcess
     progress: float  # when it last ended a task, or got one while idle (stall clock)
     sent: dict[int, _Sent] = field(default_factory=dict)  # oldest first
-    unsent: list[tuple[int, Task]] = field(default_factory=list)  # chosen for it just now
+    unsent: list[Task] = field(default_factory=list)  # chosen for it just now
     ready: bool = False  # it has started
     proven: bool = False  # it ended a task
     telling: bool = False  # it had news, and may have more
@@ -161,7 +151,7 @@ class IoProcesses:
         self._check_at = 0.0
         self._closed = False
         self._news: list[News] = []
-        self.trusted = setup.trusted
+        self.trusted = setup.medium.trusted
         self.restarts = 0
         self.upkeep: Counter[str] = Counter()  # totals of `Upkeep`
         for group in self._groups:
@@ -188,12 +178,13 @@ class IoProcesses:
         news, self._news = self._news, []
         return news
 
-    def note(self, kind: Kind, pages: Sequence[PageRef], access: int) -> None:
+    def note(self, kind: Kind, keys: list[PageKey], access: int) -> None:
         """Let it be noted that the pages were used or promised; lost if the writers are busy."""
         writers = self._writers.current
-        for start in range(0, len(pages), MOST_PAGES):
+        for start in range(0, len(keys), MOST_PAGES):
             if writers is not None and not self._closed:
-                writers.process.send(pack_task(kind, 0, access, pages[start : start + MOST_PAGES]))
+                task = Task(kind, keys[start : start + MOST_PAGES], access=access)
+                writers.process.send(packet([pack(task)]))
 
     def pids(self) -> tuple[int, ...]:
         """The processes that are in use now: readers, writers."""
@@ -296,29 +287,38 @@ class IoProcesses:
 
     def _receive(self, running: _Running) -> None:
         running.telling, left = False, _IDLE_PACKETS
-        while (packet := running.process.receive()) is not None:
-            for record in unpack_records(packet):
-                if isinstance(record, Done):
-                    self._end(running, record)
-                elif isinstance(record, Ready):
-                    running.ready, running.progress = True, self._clock
-                elif isinstance(record, Failure):
-                    self._failures.count(record.cause, record.detail)
-                elif isinstance(record, Notice):
-                    logger.warning("kvstrata fs tier: %s", record.text)
-                elif isinstance(record, Trusted):
-                    self.trusted = record.trusted
-                elif isinstance(record, Told):
-                    self._news += record.news
-                    running.telling = True
-                else:
-                    self.upkeep.update(record._asdict())
+        while (raw := running.process.receive()) is not None:
+            try:
+                for record in unpack_records(raw):
+                    self._hear(running, record)
+            except (msgspec.MsgspecError, LookupError):  # it is out of its mind
+                running.process.broken = True
             left -= 1
             if left <= 0 and not (running.sent or running.cause or self._closed):
                 break  # nothing is due
 
+    def _hear(self, running: _Running, record: Record) -> None:
+        if isinstance(record, Done):
+            self._end(running, record)
+        elif isinstance(record, Ready):
+            running.ready, running.progress = True, self._clock
+        elif isinstance(record, Failure):
+            self._failures.count(record.cause, record.detail)
+        elif isinstance(record, Notice):
+            self._failures.say(record.text)
+        elif isinstance(record, Trusted):
+            self.trusted = record.trusted
+        elif isinstance(record, Told):
+            self._news += record.news
+            running.telling = True
+        else:
+            self.upkeep.update(record.counts)
+
     def _end(self, running: _Running, done: Done) -> None:
-        task = running.sent.pop(done.task_id).task
+        task = running.sent[done.task_id].task
+        if len(done.outcomes) != len(task.keys):
+            raise LookupError("not the outcomes of this task")
+        del running.sent[done.task_id]
         running.progress = self._clock
         running.proven = True
         # Tasks of a queue start in order, so those sent before this one must be running.
@@ -358,7 +358,7 @@ class IoProcesses:
                 continue
             group.given_up.remove(running)
             cause = running.cause or "crashed"
-            pages = sum(len(sent.task.pages) for sent in running.sent.values())
+            pages = sum(len(sent.task.keys) for sent in running.sent.values())
             if cause != "shutdown":
                 detail = f"I/O process {running.process.pid}: {status}"
                 self._failures.count(cause, detail, max(pages, 1))
@@ -380,8 +380,10 @@ class IoProcesses:
         readers, writers = self._groups
         for own, other in ((readers, writers), (writers, readers)):
             while own.queue and (running := self._choose(own, other)):
-                self._next_id = (self._next_id + 1) % 2**32
-                running.unsent.append((self._next_id, own.queue.popleft()))
+                self._next_id += 1
+                task = own.queue.popleft()
+                task.task_id = self._next_id
+                running.unsent.append(task)
             for group in self._groups:
                 if group.current and group.current.unsent:
                     self._send(group.current, own)
@@ -389,21 +391,19 @@ class IoProcesses:
     def _send(self, running: _Running, own: _Group) -> None:
         """Send what was chosen for the process; what it does not take goes back to `own`."""
         unsent, running.unsent = running.unsent, []
-        packets = [
-            pack_task(task.kind, task_id, task.access, task.pages) for task_id, task in unsent
-        ]
+        packed = list(map(pack, unsent))
         start = 0
         while start < len(unsent):
-            end, size = start, 0
-            while end < len(unsent) and size + len(packets[end]) <= MAX_PACKET:
-                size += len(packets[end])
+            end, size = start, HEADER_BYTES
+            while end < len(unsent) and size + len(packed[end]) <= MAX_PACKET:
+                size += len(packed[end])
                 end += 1
-            if not running.process.send(b"".join(packets[start:end])):
-                own.queue.extendleft(task for _, task in reversed(unsent[start:]))
+            if not running.process.send(packet(packed[start:end])):
+                own.queue.extendleft(reversed(unsent[start:]))
                 return
             if not running.sent:
                 running.progress = self._clock
-            running.sent.update((task_id, _Sent(task)) for task_id, task in unsent[start:end])
+            running.sent.update((task.task_id, _Sent(task)) for task in unsent[start:end])
             start = end
 
     def _choose(self, own: _Group, other: _Group) -> _Running | None:
@@ -422,12 +422,12 @@ class IoProcesses:
     def _fail_queue(self, group: _Group, cause: str, detail: str) -> None:
         while group.queue:
             task = group.queue.popleft()
-            self._failures.count(cause, detail, len(task.pages))
+            self._failures.count(cause, detail, len(task.keys))
             self._fail(task, cause)
 
     def _fail(self, task: Task, cause: str) -> None:
         now = time.monotonic()
-        self._ended.append(Ended(task, [Outcome(cause)] * len(task.pages), now, now))
+        self._ended.append(Ended(task, [Outcome(cause)] * len(task.keys), now, now))
 
     def _wait(self, timeout_s: float) -> None:
         """Wait until a process says something, or for a short time where none will."""

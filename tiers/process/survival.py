@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 from kvstrata.tiers.base import EPOCH, unseen_reason
-from kvstrata.tiers.fs.files.temporary import is_running
+from kvstrata.tiers.liveness import is_running
 from kvstrata.tiers.process.messages import MAX_PACKET
 
 # From the engine's death on. Enough for some GiB; whoever starts the server anew takes longer.
@@ -62,7 +62,7 @@ def wake_at_the_end_of(line: int) -> None:
 def watch(engine: int, started: int, control: socket.socket) -> None:
     """Let `packets` end when the engine is gone, also if forked copies of it keep the socket open.
 
-    `engine` is its process id, and `started` when it started, see `process_state`.
+    `engine` is its process id, and `started` when it started, see `liveness.process_state`.
     """
 
     def look() -> None:
@@ -71,7 +71,7 @@ def watch(engine: int, started: int, control: socket.socket) -> None:
         with suppress(OSError):  # closed meanwhile
             control.shutdown(socket.SHUT_RD)
 
-    threading.Thread(target=look, name="kvstrata-fs-engine", daemon=True).start()
+    threading.Thread(target=look, name="kvstrata-io-engine", daemon=True).start()
 
 
 def packets(control: socket.socket) -> Iterator[bytes]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from kvstrata.offload.vllm_plugin.host.errors import NamespaceError
-from kvstrata.tiers.fs.files.namespace import canonical_json
+from kvstrata.tiers.page.identity import canonical_json
 
 # Bytes of JSON text from which on a value is written as its SHA-256: a quantisation may list every
 # expert of every layer, and config.json and the region's header take 1 MiB each.

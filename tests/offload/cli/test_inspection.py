@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 from kvstrata.offload.cli.main import app
 from kvstrata.tiers.base import TierContext
 from kvstrata.tiers.fs.files.layout import NamespacePaths
-from kvstrata.tiers.fs.files.namespace import namespace_digest
 from kvstrata.tiers.fs.files.temporary import temporary_name
+from kvstrata.tiers.page.identity import namespace_digest
 from kvstrata.tiers.testing import CONTEXT
 from tests.offload.cli.cli_world import HEADER, KEYS, SIZE, fill, flip, run, run_json
 

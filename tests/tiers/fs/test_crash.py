@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from kvstrata.tiers.base import JobResult
-from kvstrata.tiers.fs.files import temporary
 from kvstrata.tiers.fs.files.layout import NamespacePaths
 from kvstrata.tiers.fs.files.temporary import (
     FOREIGN_AGE_S,
@@ -26,6 +25,7 @@ from kvstrata.tiers.fs.files.temporary import (
 )
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.fs.tools.scan import check_root
+from kvstrata.tiers.liveness import process_state
 from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key, store
 from tests.waiting import wait_until
 
@@ -67,7 +67,7 @@ def start_writer(root: Path, rounds: int) -> tuple[subprocess.Popen[bytes], list
 
 
 def is_alive(pid: int) -> bool:
-    return temporary.process_state(pid)[0] not in ("", "Z", "X")
+    return process_state(pid)[0] not in ("", "Z", "X")
 
 
 def temporaries(root: Path) -> list[str]:
@@ -140,7 +140,7 @@ def test_a_living_writer_keeps_its_temporaries(
     ours.write_bytes(b"x")
     os.utime(ours, (0, 0))
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        start = temporary.process_state(other.pid)[1]
+        start = process_state(other.pid)[1]
         match = re.match(r"(\.kvstrata-[0-9a-f]+)-", temporary_name())
         assert match
         living = f"{match[1]}-{other.pid}-{start}-{'0' * 16}.tmp"

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 
 from kvstrata.tiers.base import Lookup
-from kvstrata.tiers.fs import medium as files_module
-from kvstrata.tiers.fs import tier as tier_module
+from kvstrata.tiers.fs import page_files as files_module
+from kvstrata.tiers.fs import startup as startup_module
 from kvstrata.tiers.fs.config import FsConfig
 from kvstrata.tiers.fs.files.layout import NamespacePaths
 from kvstrata.tiers.fs.ground import Ground
-from kvstrata.tiers.fs.medium import PageFiles
+from kvstrata.tiers.fs.page_files import PageFiles
 from kvstrata.tiers.fs.startup import make_root, open_namespace
 from kvstrata.tiers.fs.tier import FsTier
-from kvstrata.tiers.process.messages import Outcome, PageRef
+from kvstrata.tiers.process.medium import Outcome, PageRef
 from kvstrata.tiers.testing import (
     CONTEXT,
     REQUEST,
@@ -46,7 +46,7 @@ def test_the_root_is_removed(
 ) -> None:
     """As its content may be, at any time; it is made again as it was."""
     if not books:
-        monkeypatch.setattr(tier_module, "open_books", lambda config: None)
+        monkeypatch.setattr(startup_module, "open_books", lambda config: None)
     root.mkdir()
     root.chmod(0o2750)
     tier = open_tier()
@@ -229,10 +229,10 @@ def test_fsync_comes_before_the_name(
 def test_a_view_that_cannot_be_written(root: Path, paths: NamespacePaths) -> None:
     """That says nothing about the file."""
     config = FsConfig(str(root))
-    reported: list[str] = []
     direct = open_namespace(make_root(config), paths, CONTEXT.namespace)
-    files = PageFiles(config, CONTEXT, paths, direct, lambda cause, detail: reported.append(cause))
+    files = PageFiles(config, CONTEXT, paths, direct, lambda cause, detail: None)
     view = memoryview(PAGE[KEY])
     assert files.store(PageRef(KEY), view, 0) == Outcome(moved=True)
-    assert files.load(PageRef(KEY), view, 0) == Outcome("internal")
-    assert reported == ["internal"] and files.exists(KEY)
+    (found,) = files.load_many([PageRef(KEY)], [view], 0)
+    assert (found.cause, found.gone, found.stuck) == ("internal", False, False)
+    assert files.exists([KEY]) == [True]

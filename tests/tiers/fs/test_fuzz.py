@@ -25,7 +25,7 @@ from kvstrata.tiers.fs.budget.journal import RECORD_BYTES, Op, Record, decode, r
 from kvstrata.tiers.fs.budget.ledger import Books, Row
 from kvstrata.tiers.fs.budget.limits import Limits, file_cost
 from kvstrata.tiers.fs.budget.names import Names
-from kvstrata.tiers.fs.files.namespace import canonical_json, namespace_digest, read_config
+from kvstrata.tiers.fs.files.namespace import read_config
 from kvstrata.tiers.fs.tools.scan import inspect_file
 from kvstrata.tiers.page.form import (
     ALIGNMENT,
@@ -37,6 +37,7 @@ from kvstrata.tiers.page.form import (
     parse_header,
     verify_header,
 )
+from kvstrata.tiers.page.identity import canonical_json, namespace_digest
 from kvstrata.tiers.testing import CONTEXT, make_data, make_key
 
 KEY = make_key(1)

@@ -14,8 +14,7 @@ from kvstrata.tiers.fs.files.layout import NamespacePaths
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.process import index as index_module
 from kvstrata.tiers.process.index import ABSENT_FOR_S, CHECK_WITHIN_S, Index
-from kvstrata.tiers.process.messages import Kind
-from kvstrata.tiers.process.supervisor import Task
+from kvstrata.tiers.process.messages import Kind, Task
 from kvstrata.tiers.testing import (
     CONTEXT,
     REQUEST,
@@ -159,7 +158,7 @@ def test_lookup_leaves_the_disk_to_the_processes(
             assert tier.lookup(key, REQUEST) is Lookup.RETRY
         assert not sent  # a step's keys go together
         tier.on_step_end()
-        assert [(t.kind, [page.key for page in t.pages]) for t in sent] == [(Kind.CHECK, keys)]
+        assert [(t.kind, t.keys) for t in sent] == [(Kind.CHECK, keys)]
         assert tier.drain(60.0)
         tier.on_step_end()
         assert tier.lookup(keys[0], REQUEST) is Lookup.MISS

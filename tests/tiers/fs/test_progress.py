@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable
 import pytest
 
 from kvstrata.tiers.base import JobResult, RequestView
-from kvstrata.tiers.fs import tier as tier_module
 from kvstrata.tiers.fs.tier import FsTier
-from kvstrata.tiers.process.messages import Kind
-from kvstrata.tiers.process.supervisor import Ended, Task
+from kvstrata.tiers.process import tier as tier_module
+from kvstrata.tiers.process.messages import Kind, Task
+from kvstrata.tiers.process.supervisor import Ended
 from kvstrata.tiers.testing import CONTEXT, Slots, make_data, make_job, make_key, store
 from tests.waiting import wait_until
 
@@ -34,7 +34,7 @@ def test_pages_arrive_one_task_after_the_other(
         came.extend(collect())
         if len(came) < len(KEYS) or (key := next(order, None)) is None:
             return []
-        return [ended for ended in came if ended.task.pages[0].key == key]
+        return [ended for ended in came if ended.task.keys[0] == key]
 
     monkeypatch.setattr(processes, "collect", one_by_one)
     slots = Slots.make(len(KEYS), SIZE)

@@ -7,19 +7,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvstrata.tiers.fs.config import FsConfig
-from kvstrata.tiers.fs.files.failures import Failures
-from kvstrata.tiers.fs.files.layout import NamespacePaths
-from kvstrata.tiers.fs.ground import Ground
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.process import process as process_module
 from kvstrata.tiers.process import supervisor as processes_module
-from kvstrata.tiers.process.messages import Done, Kind, Outcome, PageRef, Setup, pack_done
-from kvstrata.tiers.process.supervisor import IoProcesses, Task
+from kvstrata.tiers.process.failures import Failures
+from kvstrata.tiers.process.medium import MediumSpec, Outcome
+from kvstrata.tiers.process.messages import Done, Kind, Setup, Task, pack, packet, unpack_tasks
+from kvstrata.tiers.process.supervisor import IoProcesses
 from kvstrata.tiers.testing import CONTEXT, make_key
 
 STEP_S = 0.25
-TASK = Task(Kind.CHECK, [PageRef(make_key(1))])
+TASK = Task(Kind.CHECK, [make_key(1)])
 
 
 class World:
@@ -38,9 +36,9 @@ class World:
             self.starts.append(self.now)
         packets: list[bytes] = []
 
-        def send(packet: bytes) -> bool:
-            task_id = int.from_bytes(packet[1:5], "little")
-            packets.append(pack_done(Done(task_id, [Outcome()], self.now, self.now)))
+        def send(raw: bytes) -> bool:
+            (task,) = unpack_tasks(raw)
+            packets.append(packet([pack(Done(task.task_id, [Outcome()], self.now, self.now))]))
             return True
 
         return SimpleNamespace(
@@ -49,7 +47,7 @@ class World:
             broken=False,
             kill=lambda: None,
             exit_status=lambda: "exit status 3",
-            send=send if self.lives else lambda packet: False,
+            send=send if self.lives else lambda raw: False,
             receive=lambda: packets.pop(0) if packets else None,
         )
 
@@ -70,12 +68,10 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
 
 
 @pytest.fixture
-def processes(world: World, paths: NamespacePaths) -> IoProcesses:
-    (config,) = FsConfig.parse({"root_dir": paths.root})
+def processes(world: World) -> IoProcesses:
     assert CONTEXT.region is not None
-    ground = Ground(paths.root, None, 0o700)
-    setup = Setup(config, CONTEXT, paths, False, None, CONTEXT.region, True, 1, 1, True, ground)
-    return IoProcesses(setup, 1, 1, Failures())
+    setup = Setup(MediumSpec("none:None", None), CONTEXT, CONTEXT.region, True, 1, 1, True)
+    return IoProcesses(setup, 1, 1, Failures("test"))
 
 
 def test_useless_processes_are_started_ever_more_seldom(

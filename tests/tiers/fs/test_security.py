@@ -18,12 +18,12 @@ from kvstrata.tiers.fs.files import nofollow
 from kvstrata.tiers.fs.files.layout import NamespacePaths
 from kvstrata.tiers.fs.files.quarantine import MAX_FILES, Quarantine
 from kvstrata.tiers.fs.files.temporary import sweep
-from kvstrata.tiers.fs.medium import PageFiles
+from kvstrata.tiers.fs.page_files import PageFiles
 from kvstrata.tiers.fs.startup import make_root, open_namespace
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.fs.tools.scan import check_root
 from kvstrata.tiers.fs.tools.trim import last_uses, trim
-from kvstrata.tiers.process.messages import PageRef
+from kvstrata.tiers.process.medium import PageRef
 from kvstrata.tiers.testing import CONTEXT, REQUEST, load, make_data, make_key, settle, store
 from tests.conftest import FillRoot
 
@@ -313,11 +313,11 @@ def test_a_file_that_shrinks_or_grows_while_it_is_read(
     path = paths.page(KEY)
     outcome = change_while_read(files, monkeypatch, lambda: os.truncate(path, 5000))
     assert outcome.cause == "missing"  # as a rule it was recycled; who looks again finds out
-    assert not files.exists(KEY) and not os.path.exists(path)
+    assert files.exists([KEY]) == [False] and not os.path.exists(path)
     assert files.store(PageRef(KEY), memoryview(DATA[KEY]), 0).moved
     outcome = change_while_read(files, monkeypatch, lambda: os.truncate(path, 2**40))
     assert outcome.moved  # the page itself is sound
-    assert not files.exists(KEY)
+    assert files.exists([KEY]) == [False]
 
 
 def test_a_file_that_is_replaced_while_it_is_read(

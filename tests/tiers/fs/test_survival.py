@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from kvstrata.tiers.base import EPOCH, unseen
-from kvstrata.tiers.fs.files import temporary
 from kvstrata.tiers.fs.files.layout import NamespacePaths
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.fs.tools.repair import examine
+from kvstrata.tiers.liveness import process_state
 from kvstrata.tiers.process.survival import is_worthwhile, packets, watch
 from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key, store
 from tests.waiting import wait_until
@@ -81,7 +81,7 @@ class Engine:
 
     def gone(self) -> bool:
         """Whether no I/O process is left."""
-        return all(temporary.process_state(pid)[0] in ("", "Z", "X") for pid in self.io)
+        return all(process_state(pid)[0] in ("", "Z", "X") for pid in self.io)
 
 
 def write(path: Path, faults: dict[str, Any]) -> None:
@@ -207,7 +207,7 @@ def test_what_was_sent_is_read_although_the_engine_left_records_unread() -> None
 def test_what_was_sent_is_read_although_a_copy_of_the_engine_holds_the_socket() -> None:
     engine, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with engine, ours, subprocess.Popen([sys.executable, "-c", "pass"]) as dead:
-        started = temporary.process_state(dead.pid)[1]
+        started = process_state(dead.pid)[1]
         dead.wait()
         engine.send(b"1")
         watch(dead.pid, started, ours)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvstrata.tiers.process.messages import MAX_PACKET, READY, Told, unpack_records
+from kvstrata.tiers.process.messages import MAX_PACKET, Ready, Told, unpack_records
 from kvstrata.tiers.process.worker import Outbox
 from kvstrata.tiers.testing import make_key
 
@@ -30,7 +30,7 @@ def test_an_engine_that_does_not_listen(ends: tuple[socket.socket, socket.socket
     queued = outbox._queued
     outbox.report("io-error", "a disk that fails for ever")
     assert outbox._queued <= queued
-    outbox.put(READY)  # what the engine waits for is queued all the same
+    outbox.put(Ready())  # what the engine waits for is queued all the same
     heard = 0
     while True:
         *records, last = unpack_records(engine.recv(MAX_PACKET))

@@ -2,6 +2,8 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import pytest
+
 from kvstrata.tiers.process.pool import Pool
 
 
@@ -21,41 +23,44 @@ class Work:
         self.log.append(f"dropped {self.name}")
 
 
-def blocked_pool(n_read: int, n_write: int) -> tuple[Pool, threading.Event]:
+def works(kind: str, count: int, log: list[str]) -> list[Work]:
+    return [Work(f"{kind}{index}", log) for index in range(count)]
+
+
+def blocked_pool(threads: int, reads_first: bool = True) -> tuple[Pool, threading.Event]:
     """A pool all of whose threads wait for the event."""
-    pool, gate = Pool(n_read, n_write), threading.Event()
-    busy = threading.Barrier(n_read + n_write + 1)
+    pool, gate = Pool(threads, reads_first), threading.Event()
+    busy = threading.Barrier(threads + 1)
 
     def block() -> None:
         busy.wait(60.0)
         gate.wait(60.0)
 
-    pool.submit_reads(Work("block", [], block) for _ in range(n_read + n_write))
+    pool.submit([Work("block", [], block) for _ in range(threads)], writes=False)
     busy.wait(60.0)
     return pool, gate
 
 
-def test_each_group_prefers_its_own_queue_and_helps_the_other() -> None:
-    for n_read, n_write, first in ((1, 0, "r"), (0, 1, "w")):
-        pool, gate = blocked_pool(n_read, n_write)
-        log: list[str] = []
-        pool.submit_writes(Work(f"w{i}", log) for i in range(3))
-        pool.submit_reads(Work(f"r{i}", log) for i in range(3))
-        assert pool.queued() == (3, 3)
-        gate.set()
-        assert pool.wait_idle(60.0)
-        other = "w" if first == "r" else "r"
-        assert log == [f"{kind}{i}" for kind in (first, other) for i in range(3)]
-        assert pool.close(60.0)
+@pytest.mark.parametrize(("reads_first", "order"), [(True, "rw"), (False, "wr")])
+def test_what_it_prefers_goes_first_and_then_it_helps(reads_first: bool, order: str) -> None:
+    pool, gate = blocked_pool(1, reads_first)
+    log: list[str] = []
+    pool.submit(works("w", 3, log), writes=True)
+    pool.submit(works("r", 3, log), writes=False)
+    assert pool.queued() == (3, 3)
+    gate.set()
+    assert pool.wait_idle(60.0)
+    assert log == [f"{kind}{i}" for kind in order for i in range(3)]
+    assert pool.close(60.0)
 
 
 def test_closing_may_end_the_writes() -> None:
-    pool, gate = blocked_pool(2, 1)
+    pool, gate = blocked_pool(3)
     log: list[str] = []
-    pool.submit_writes(Work(f"w{i}", log) for i in range(5))
-    pool.submit_reads(Work(f"r{i}", log) for i in range(3))
+    pool.submit(works("w", 5, log), writes=True)
+    pool.submit(works("r", 3, log), writes=False)
     assert not pool.close(0.0, end_writes=True)
-    pool.submit_writes([Work("late", log)])
+    pool.submit([Work("late", log)], writes=True)
     assert log == ["dropped r0", "dropped r1", "dropped r2", "dropped late"]
     gate.set()
     assert pool.wait_idle(60.0)
@@ -63,34 +68,34 @@ def test_closing_may_end_the_writes() -> None:
 
 
 def test_closing_drops_what_waits_and_waits_for_what_runs() -> None:
-    pool, gate = blocked_pool(1, 1)
+    pool, gate = blocked_pool(2)
     log: list[str] = []
-    pool.submit_writes([Work("a", log)])
-    pool.submit_reads([Work("b", log)])
+    pool.submit([Work("a", log)], writes=True)
+    pool.submit([Work("b", log)], writes=False)
     assert not pool.wait_idle(0.0)
     assert not pool.close(0.0)
     assert sorted(log) == ["dropped a", "dropped b"]
     gate.set()
     assert pool.close(60.0)
-    pool.submit_reads([Work("c", log)])
+    pool.submit([Work("c", log)], writes=False)
     assert log[-1] == "dropped c"
 
 
 def test_the_threads_end() -> None:
     before = threading.active_count()
-    pool = Pool(3, 3)
+    pool = Pool(6, True)
     assert threading.active_count() == before + 6
     assert pool.close(60.0)
     for thread in threading.enumerate():
-        if thread.name.startswith("kvstrata-fs-") and thread.name != "kvstrata-fs-sweep":
+        if thread.name.startswith("kvstrata-io-"):
             thread.join(60.0)
     assert threading.active_count() <= before
 
 
 def test_a_task_that_raises_does_not_cost_a_thread() -> None:
-    pool = Pool(1, 0)
+    pool = Pool(1, True)
     log: list[str] = []
-    pool.submit_reads([Work("bad", log, lambda: 1 / 0), Work("good", log)])
+    pool.submit([Work("bad", log, lambda: 1 / 0), Work("good", log)], writes=False)
     assert pool.wait_idle(60.0)
     assert log == ["good"]
     assert pool.close(60.0)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from kvstrata.tiers.fs.budget.names import NAMESPACE
 from kvstrata.tiers.fs.files import nofollow
-from kvstrata.tiers.fs.files.layout import MAX_HASH_BYTES
+from kvstrata.tiers.page.identity import MAX_HASH_BYTES
 
 _DIGEST_BYTES = 6  # of a namespace
 _MAX_KEY = MAX_HASH_BYTES + 4 + _DIGEST_BYTES

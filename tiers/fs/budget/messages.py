@@ -15,7 +15,7 @@ class Upkeep(NamedTuple):
 
     evicted_files: int = 0
     evicted_bytes: int = 0
-    swept: int = 0
+    swept_temporaries: int = 0
 
 
 def first_access() -> int:

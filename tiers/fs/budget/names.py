@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import re
 
-from kvstrata.tiers.fs.files.layout import PAGE_SUFFIX, QUARANTINE_NAME, is_key, page_location
+from kvstrata.tiers.fs.files.layout import PAGE_SUFFIX, QUARANTINE_NAME, page_location
+from kvstrata.tiers.page.identity import is_key
 
 _OTHER = b"\xff\xff"
 _MAX_NAMESPACES = 0xFFFF

@@ -19,9 +19,6 @@ DISTRUST_NAME = "distrusted.json"
 PAGE_SUFFIX = ".safetensors"
 QUARANTINE_NAME = "quarantine"
 
-# A shorter hash could not fill <hhh>/<hh>; a longer one is no hash that vLLM makes, and the
-# name must stay under the 255 bytes that file systems allow.
-MIN_HASH_BYTES, MAX_HASH_BYTES = 3, 64
 _MAX_MODEL_CHARS = 128
 
 NAMESPACE_DIR = re.compile(r"(?P<model>.*)_(?P<digest>[0-9a-f]{12})")
@@ -32,11 +29,6 @@ def directory_name(model: str, digest: str) -> str:
     """`<model>_<digest>`: the model's name with every foreign character replaced by `_`."""
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", model).replace("..", "__")
     return f"{safe[:_MAX_MODEL_CHARS]}_{digest}"
-
-
-def is_key(key: bytes) -> bool:
-    """Whether `key` is a hash of a usable length followed by a 4-byte group index."""
-    return MIN_HASH_BYTES <= len(key) - 4 <= MAX_HASH_BYTES
 
 
 def page_location(key: bytes) -> str:

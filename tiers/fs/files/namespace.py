@@ -1,8 +1,7 @@
-"""Which pages may meet: the namespace's digest, and its fields written out in config.json."""
+"""Where a namespace lies, and its fields written out in config.json."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import stat
@@ -15,25 +14,16 @@ from kvstrata.tiers.fs.files import nofollow
 from kvstrata.tiers.fs.files.differences import differences
 from kvstrata.tiers.fs.files.layout import NAMESPACE_DIR, NamespacePaths, directory_name
 from kvstrata.tiers.fs.files.temporary import temporary_name
+from kvstrata.tiers.page.identity import namespace_digest
 
 MAX_CONFIG_BYTES = 2**20  # of config.json
 _MAX_CONFIG_DEPTH = 32  # of nested values; far above any namespace, below Python's recursion limit
 _MAX_SHOWN = 200  # characters of a name or value in an error
 
 
-def canonical_json(value: object) -> str:
-    """JSON with sorted keys, no spaces, ASCII only: equal values give equal text."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
 def config_text(fields: Mapping[str, Any]) -> str:
     """What config.json says, for people: ASCII, indented, in the order of names."""
     return json.dumps(dict(fields), indent=2, sort_keys=True, allow_nan=False) + "\n"
-
-
-def namespace_digest(fields: Mapping[str, Any]) -> str:
-    """The first 12 hex digits of SHA-256 over the fields as canonical JSON."""
-    return hashlib.sha256(canonical_json(dict(fields)).encode()).hexdigest()[:12]
 
 
 def namespace_paths(root: str, model: str, fields: Mapping[str, Any]) -> NamespacePaths:

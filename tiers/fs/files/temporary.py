@@ -21,6 +21,7 @@ import time
 from contextlib import suppress
 
 from kvstrata.tiers.fs.files import nofollow
+from kvstrata.tiers.liveness import is_running, process_state
 
 # Files of other hosts (or of this one before a reboot) go when they are this old, in
 # seconds: no writer holds a single page that long.
@@ -48,18 +49,6 @@ def is_abandoned(name: str, age_s: float) -> bool:
     if host != host_name():
         return age_s > FOREIGN_AGE_S
     return not is_running(pid, start)
-
-
-def is_running(pid: int, start: int) -> bool:
-    """Whether the process lives that had this id and start time; True where it is hidden."""
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass  # it lives and belongs to another user
-    state, now = process_state(pid)
-    return state not in ("Z", "X") and (state == "" or now == start)
 
 
 def sweep(directory: str, stop: threading.Event) -> int:
@@ -103,14 +92,3 @@ def host_name() -> str:
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
         boot = file.read().strip()
     return hashlib.sha256(f"{boot} {os.readlink('/proc/self/ns/pid')}".encode()).hexdigest()[:12]
-
-
-def process_state(pid: int) -> tuple[str, int]:
-    """State and start time (proc(5): fields 3 and 22), or ("", 0) where they are hidden."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            # the command's name, in parentheses, may hold spaces and parentheses
-            fields = file.read().rpartition(b")")[2].split()
-    except OSError:
-        return "", 0
-    return fields[0].decode(), int(fields[19])

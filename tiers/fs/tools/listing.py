@@ -18,9 +18,10 @@ from kvstrata.tiers.fs.files.layout import (
     PAGES_DIR,
     NamespacePaths,
 )
-from kvstrata.tiers.fs.files.namespace import namespace_digest, read_config
+from kvstrata.tiers.fs.files.namespace import read_config
 from kvstrata.tiers.fs.files.temporary import is_abandoned, is_temporary
 from kvstrata.tiers.fs.files.trust import is_trusted
+from kvstrata.tiers.page.identity import namespace_digest
 
 
 @dataclass(slots=True)

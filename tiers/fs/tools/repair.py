@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from kvstrata.tiers.fs.budget.ledger import BOOKS_NAME
 from kvstrata.tiers.fs.budget.limits import Limits
 from kvstrata.tiers.fs.files import nofollow
-from kvstrata.tiers.fs.files.layout import NamespacePaths, is_key
+from kvstrata.tiers.fs.files.layout import NamespacePaths
 from kvstrata.tiers.fs.files.quarantine import Quarantine, identity
 from kvstrata.tiers.fs.files.temporary import remove_abandoned
 from kvstrata.tiers.fs.tools.audit import Damage, Remedy, audit
@@ -29,6 +29,7 @@ from kvstrata.tiers.fs.tools.scan import (
     known_layouts,
 )
 from kvstrata.tiers.fs.tools.trim import trim
+from kvstrata.tiers.page.identity import is_key
 
 # Perhaps the disk's fault, or this user's: the file may be sound for others.
 _LEFT = {"missing", "unreadable", "io-error", "no-space", "read-only"}

@@ -19,7 +19,7 @@ from kvstrata.tiers.base import PageLayout, TensorSpec, key_group, layouts_from_
 from kvstrata.tiers.fs.budget.ledger import BOOKS_NAME
 from kvstrata.tiers.fs.files import nofollow
 from kvstrata.tiers.fs.files.failures import error_cause
-from kvstrata.tiers.fs.files.layout import NamespacePaths, is_key
+from kvstrata.tiers.fs.files.layout import NamespacePaths
 from kvstrata.tiers.fs.files.namespace import read_config
 from kvstrata.tiers.fs.files.quarantine import Identity, identity
 from kvstrata.tiers.fs.files.temporary import is_temporary
@@ -31,6 +31,7 @@ from kvstrata.tiers.page.form import (
     header_bytes,
     parse_header,
 )
+from kvstrata.tiers.page.identity import is_key
 
 _READ_BYTES = 2**22
 _TRIES = 3  # for a file that changes while it is read

@@ -19,8 +19,8 @@ from kvstrata.tiers.fs.budget.member import Member
 from kvstrata.tiers.fs.budget.messages import News, Upkeep
 from kvstrata.tiers.fs.budget.names import Names
 from kvstrata.tiers.fs.files import nofollow
-from kvstrata.tiers.fs.files.failures import Failures
 from kvstrata.tiers.fs.tools.audit import audit
+from kvstrata.tiers.process.failures import Failures
 
 _POLL_S = 0.02
 _STUCK_S = 15.0  # without any progress; another member's keeper looks every 50 ms
@@ -59,7 +59,7 @@ class _Accounts:
     """Adds up what the space tells."""
 
     def __init__(self) -> None:
-        self.failures = Failures()
+        self.failures = Failures("fs")
         self.evicted_files = self.evicted_bytes = 0
         self.last = ""
         self.is_behind = False

@@ -23,7 +23,7 @@ from kvstrata.offload.vllm_plugin.namespace import device, rule  # noqa: E402
 from kvstrata.offload.vllm_plugin.namespace.device import device_fields  # noqa: E402
 from kvstrata.offload.vllm_plugin.namespace.rule import deciding_fields  # noqa: E402
 from kvstrata.offload.vllm_plugin.namespace.table import TABLE  # noqa: E402
-from kvstrata.tiers.fs.files.namespace import canonical_json  # noqa: E402
+from kvstrata.tiers.page.identity import canonical_json  # noqa: E402
 from tests.offload.vllm_plugin.namespace.configurations import checkpoint, engine  # noqa: E402
 
 

@@ -19,9 +19,9 @@ from kvstrata.tiers.fs.budget.member import Member
 from kvstrata.tiers.fs.budget.messages import News, Upkeep, first_access
 from kvstrata.tiers.fs.config import FsConfig
 from kvstrata.tiers.fs.files.namespace import namespace_paths
-from kvstrata.tiers.fs.medium import PageFiles
+from kvstrata.tiers.fs.page_files import PageFiles
 from kvstrata.tiers.fs.startup import make_root, open_books, open_namespace
-from kvstrata.tiers.process.messages import PageRef
+from kvstrata.tiers.process.medium import PageRef
 from kvstrata.tiers.testing import CONTEXT, make_data, make_key
 
 GROUP = 2
@@ -112,10 +112,11 @@ class Server:
         for number in numbers:
             data = bytearray(make_data(number, CONTEXT.layouts[group].nbytes))
             depth = 0 if access is None else 16 * (number + 1)
-            page = PageRef(make_key(number, group), 0, depth, rewrite)
+            page = PageRef(make_key(number, group), depth, rewrite)
             found = self.files.store(page, memoryview(data), access or self.access())
             if found.cause is not None:
                 failed[number] = found.cause
+                self.report(found.cause, found.detail)
         return failed
 
     def get(
@@ -127,7 +128,9 @@ class Server:
             data = bytearray(CONTEXT.layouts[group].nbytes)
             page = PageRef(make_key(number, group))
             found = self.files.load(page, memoryview(data), access or self.access())
-            if found.cause is None:
+            if found.cause is not None:
+                self.report(found.cause, found.detail)
+            else:
                 assert data == make_data(number, len(data)), "wrong bytes"
                 arrived.add(number)
         return arrived

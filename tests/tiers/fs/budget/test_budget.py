@@ -438,7 +438,7 @@ def test_a_file_that_is_published_is_counted_whatever_comes_after(
     with server.books() as books:
         before = books.base_files
     with monkeypatch.context() as patch:
-        patch.setattr("kvstrata.tiers.fs.medium._fsync_directory", _fail)
+        patch.setattr("kvstrata.tiers.fs.page_files._fsync_directory", _fail)
         assert server.put([2]) == {2: "io-error"}
     rest_driven(server)
     with server.books() as books:

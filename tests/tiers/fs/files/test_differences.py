@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstrata.tiers.fs.files.differences import ABSENT, Difference, differences, leaves, short
-from kvstrata.tiers.fs.files.namespace import canonical_json
+from kvstrata.tiers.page.identity import canonical_json
 
 ROPE = {"rope_theta": 5e5, "rope_scaling": {"factor": 8.0, "kind": "llama3"}}
 

@@ -1,0 +1,27 @@
+"""What a page is called on every medium: its key, and the digest of its namespace."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+# A shorter hash could not fill the <hhh>/<hh> of a path; a longer one is no hash that vLLM makes,
+# and a file's name must stay under the 255 bytes that file systems allow.
+MIN_HASH_BYTES, MAX_HASH_BYTES = 3, 64
+
+
+def is_key(key: bytes) -> bool:
+    """Whether `key` is a hash of a usable length followed by a 4-byte group index."""
+    return MIN_HASH_BYTES <= len(key) - 4 <= MAX_HASH_BYTES
+
+
+def canonical_json(value: object) -> str:
+    """JSON with sorted keys, no spaces, ASCII only: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def namespace_digest(fields: Mapping[str, Any]) -> str:
+    """The first 12 hex digits of SHA-256 over the fields as canonical JSON."""
+    return hashlib.sha256(canonical_json(dict(fields)).encode()).hexdigest()[:12]

@@ -1,0 +1,175 @@
+"""What a medium must do to be a tier: keep pages by key, and block as long as it likes.
+
+A medium lives in an I/O process, which can be killed, and works on the page region that it shares
+with the engine. `ProcessTier` is the engine's side; a tier is a medium, and a subclass of that
+which checks the options. Each tier has two such processes, one that prefers reads and one that
+prefers writes, each with a medium of its own and several threads that call it.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import msgspec
+
+from kvstrata.tiers.base import PageKey, TierContext
+from kvstrata.tiers.page.form import BadPage
+
+News = tuple[PageKey, bool]  # a key, and whether its page is there now
+
+
+class PageRef(NamedTuple):
+    """A page to be moved.
+
+    Attributes:
+        key: the offload key.
+        depth: the page's end in the request, in tokens; 0 if unknown.
+        rewrite: a store replaces what is there.
+    """
+
+    key: PageKey
+    depth: int = 0
+    rewrite: bool = False
+
+
+class Outcome(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What became of a page.
+
+    Attributes:
+        cause: why it failed, in a short word that is counted, or None.
+        moved: its bytes were read or written. Not so for a store of a page that was there
+            already. Of a check: the page is there.
+        gone: the page, if it was here, cannot be loaded any more.
+        stuck: what is bad is still there, so the key must not be believed until it is stored again.
+        detail: of a failure, for the log; shown once per cause.
+    """
+
+    cause: str | None = None
+    moved: bool = False
+    gone: bool = False
+    stuck: bool = False
+    detail: str = ""
+
+
+class Counts(Protocol):
+    """Counters by name: a NamedTuple of integers."""
+
+    def _asdict(self) -> dict[str, int]: ...
+
+
+class Host(Protocol):
+    """What a medium may tell the engine, on any thread and at any time."""
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the engine was idle for long: what can wait elsewhere should."""
+
+    def report(self, cause: str, detail: str) -> None:
+        """Something failed that is no page's `Outcome`; the detail is logged once per cause."""
+
+    def tell(self, news: Sequence[News]) -> None:
+        """Pages came or went without the engine, in this order."""
+
+    def upkeep(self, done: Counts) -> None:
+        """What the medium did of its own accord since the last call; summed in `TierStats`."""
+
+    def say(self, text: str) -> None:
+        """Something that the operator should know, and no failure."""
+
+    def trust(self, trusted: bool) -> None:
+        """The pages are not to be believed (False), or they are again."""
+
+
+class Medium(Protocol):
+    """Pages by key. Methods may block and may raise; any thread calls them.
+
+    A `BadPage` that is raised says that what is there is not the page; an `OSError` counts as
+    "io-error", anything else as "internal". A medium that is best asked for many pages at once
+    replaces `store_many` and `load_many`; then the forms for one page are not called.
+    """
+
+    @abstractmethod
+    def exists(self, keys: Sequence[PageKey]) -> Sequence[bool]:
+        """Which of the pages are there, as far as can be told without reading them."""
+
+    @abstractmethod
+    def store(self, page: PageRef, view: memoryview, access: int) -> Outcome:
+        """Keep the page's bytes, unless it is there and not to be rewritten.
+
+        Nobody may ever find half of it. `access` numbers the requests: pages of one were used
+        together.
+        """
+
+    @abstractmethod
+    def load(self, page: PageRef, view: memoryview, access: int) -> Outcome:
+        """Fill the view with the page, and verify it; `Outcome("missing", gone=True)` if none."""
+
+    def store_many(
+        self, pages: Sequence[PageRef], views: Sequence[memoryview], access: int
+    ) -> Sequence[Outcome]:
+        """`store` for each of them, in prefix order."""
+        return [attempt(self.store, p, v, access) for p, v in zip(pages, views, strict=True)]
+
+    def load_many(
+        self, pages: Sequence[PageRef], views: Sequence[memoryview], access: int
+    ) -> Sequence[Outcome]:
+        """`load` for each of them, in prefix order."""
+        return [attempt(self.load, p, v, access) for p, v in zip(pages, views, strict=True)]
+
+    def reject(self, page: PageRef, computed: memoryview, distrust: bool) -> Outcome:
+        """Never serve this page again: see `SecondaryTier.submit_reject`.
+
+        Called only where the tier says that its medium `rejects`.
+        """
+        raise NotImplementedError
+
+    def used(self, keys: Sequence[PageKey], access: int) -> None:
+        """The pages were used, perhaps in another tier. Only the process of the writes hears it."""
+
+    def promised(self, keys: Sequence[PageKey], access: int) -> None:
+        """Somebody was told that the pages are here. Only the process of the writes hears it."""
+
+    def close(self) -> None:
+        """No further call follows; what must not be lost is made safe."""
+
+
+# Makes a medium in its process from `MediumSpec.options`, the engine's context without a region,
+# whom it may tell what, and whether this is the process that prefers reads.
+MediumFactory = Callable[[Any, TierContext, Host, bool], Medium]
+
+
+@dataclass(frozen=True, slots=True)
+class MediumSpec:
+    """How an I/O process makes its medium.
+
+    Attributes:
+        factory: `module:name` of a `MediumFactory`, which the process imports.
+        options: what the factory is given; pickled.
+        name: of a tier with several media: what tells it from the others, for ever.
+        trusted: whether its pages are to be believed, until the medium says otherwise.
+    """
+
+    factory: str
+    options: Any
+    name: str = ""
+    trusted: bool = True
+
+
+def attempt(move: Callable[..., Outcome], *arguments: object) -> Outcome:
+    """What `move` returns, or what it means that it raised: no page costs its neighbours."""
+    try:
+        return move(*arguments)
+    except Exception as error:
+        return failed(error)
+
+
+def failed(error: Exception) -> Outcome:
+    """What it means for a page that a medium raised this."""
+    if isinstance(error, BadPage):
+        return Outcome(error.cause, gone=True, stuck=True, detail=error.detail)
+    if isinstance(error, OSError):
+        return Outcome("io-error", detail=str(error))
+    return Outcome("internal", detail=f"{type(error).__name__}: {error}")
