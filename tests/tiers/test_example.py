@@ -135,7 +135,7 @@ def test_a_bad_page_is_not_served_until_it_is_stored_again(
     assert load(tier, [KEY])[1] == PAGE
 
 
-@pytest.mark.parametrize("path", [None, "pages.db", 3, "/proc/pages.db"])
+@pytest.mark.parametrize("path", [None, "", 3, "/proc/pages.db"])
 def test_a_path_that_cannot_be_used_is_named(path: object) -> None:
     chosen = tier_class({"type": "SqliteTier", "module_path": "kvstrata_sqlite"})
     with pytest.raises(TierConfigError, match="path"):

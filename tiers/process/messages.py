@@ -76,7 +76,10 @@ class _Record(msgspec.Struct, array_like=True, gc=False, tag=True):
 
 
 class Done(_Record):
-    """A task has ended; `start` and `end` are of the clock `time.monotonic`, in seconds."""
+    """A task has ended; `start` and `end` are of the clock `time.monotonic`, in seconds.
+
+    `outcomes` has one for each page, or only one that is that of all, as a rule.
+    """
 
     task_id: int
     outcomes: list[Outcome]

@@ -316,7 +316,10 @@ class IoProcesses:
 
     def _end(self, running: _Running, done: Done) -> None:
         task = running.sent[done.task_id].task
-        if len(done.outcomes) != len(task.keys):
+        outcomes, pages = done.outcomes, len(task.keys)
+        if len(outcomes) == 1:
+            outcomes *= pages
+        if len(outcomes) != pages:
             raise LookupError("not the outcomes of this task")
         del running.sent[done.task_id]
         running.progress = self._clock
@@ -328,7 +331,7 @@ class IoProcesses:
                 break
             if sent.running_since is None and (sent.task.kind in WRITES) == write:
                 sent.running_since = self._clock
-        self._ended.append(Ended(task, done.outcomes, done.start, done.end))
+        self._ended.append(Ended(task, outcomes, done.start, done.end))
 
     def _stalls(self, running: _Running) -> bool:
         if not running.sent:

@@ -357,13 +357,13 @@ class ProcessTier(SecondaryTier):
                 continue
             job_id = ended.task.job_id
             job = self._jobs[job_id]
-            for key, outcome in pairs:
-                self._count(job, key, outcome)
+            self._count(job, pairs)
             job.start, job.end = min(job.start, ended.start), max(job.end, ended.end)
             job.pending -= len(pairs)
-            good = [key for key, outcome in pairs if outcome.cause is None]
-            if job.kind is Kind.LOAD and good:
-                self._arrived.setdefault(job_id, []).extend(good)
+            if job.kind is Kind.LOAD:
+                good = [key for key, outcome in pairs if outcome.cause is None]
+                if good:
+                    self._arrived.setdefault(job_id, []).extend(good)
             self._finish_if_over(job_id, job)
         if not processes.trusted:
             self._doubted = False  # from now on the operator's word counts
@@ -381,27 +381,29 @@ class ProcessTier(SecondaryTier):
             seconds = max(0.0, job.end - job.start)
             self._finished.append(JobResult(job_id, job.failed, job.nbytes, seconds))
 
-    def _count(self, job: _OpenJob, key: PageKey, outcome: Outcome) -> None:
-        if outcome.cause is not None:
-            job.failed[key] = outcome.cause
-            if outcome.gone and self._index.lose(key):
+    def _count(self, job: _OpenJob, pairs: list[tuple[PageKey, Outcome]]) -> None:
+        """What became of some pages of a job."""
+        is_store, is_load = job.kind is Kind.STORE, job.kind is Kind.LOAD
+        pages = nbytes = 0
+        for key, outcome in pairs:
+            if outcome.cause is not None:
+                job.failed[key] = outcome.cause
+            else:
+                pages += 1
+                if outcome.moved:
+                    nbytes += self._sizes[key[-4:]]
+                if is_store:
+                    self._index.accept(key)
+            if (outcome.gone or not (is_store or is_load)) and self._index.lose(key):
                 self._removed.append(key)
             if outcome.stuck:
                 self._index.refuse(key)
+        if not (is_store or is_load):
+            self._counters["rejected_pages"] += pages
             return
-        if job.kind is not Kind.LOAD and job.kind is not Kind.STORE:
-            if self._index.lose(key):
-                self._removed.append(key)
-            if outcome.stuck:
-                self._index.refuse(key)
-            self._counters["rejected_pages"] += 1
-            return
-        if job.kind is Kind.STORE:
-            self._index.accept(key)
-        nbytes = self._sizes[key[-4:]] if outcome.moved else 0
         job.nbytes += nbytes
-        word = "stored" if job.kind is Kind.STORE else "loaded"
-        self._counters[f"{word}_pages"] += 1
+        word = "stored" if is_store else "loaded"
+        self._counters[f"{word}_pages"] += pages
         self._counters[f"{word}_bytes"] += nbytes
 
 

@@ -75,7 +75,7 @@ _BEHIND_BYTES = 2**20  # queued for the engine: it was idle for long
 class Outbox:
     """Sends records to the engine from a thread of its own, so that no I/O thread waits.
 
-    What a medium knows as its `Host`.
+    What a medium knows as its `Host`; see there.
     """
 
     def __init__(self, control: socket.socket) -> None:
@@ -96,11 +96,10 @@ class Outbox:
 
     @property
     def is_behind(self) -> bool:
-        """See `Host.is_behind`."""
         return self._queued > _BEHIND_BYTES
 
     def report(self, cause: str, detail: str) -> None:
-        """See `Host.report`. Not counted while the engine is behind."""
+        """Not counted while the engine is behind."""
         if self.is_behind:
             return
         cause = short_cause(cause)
@@ -108,21 +107,18 @@ class Outbox:
         self._known.add(cause)
 
     def tell(self, news: Sequence[News]) -> None:
-        """See `Host.tell`; what is no key is dropped."""
+        """What is no key is dropped."""
         keys = [each for each in news if is_key(each[0])]
         for start in range(0, len(keys), MOST_NEWS):
             self.put(Told(keys[start : start + MOST_NEWS]))
 
     def upkeep(self, done: Counts) -> None:
-        """See `Host.upkeep`."""
         self.put(Upkeep(done._asdict()))
 
     def say(self, text: str) -> None:
-        """See `Host.say`."""
         self.put(Notice(short(text)))
 
     def trust(self, trusted: bool) -> None:
-        """See `Host.trust`."""
         self.put(Trusted(trusted))
 
     def close(self) -> None:
@@ -216,6 +212,8 @@ class _Work:
         self._end([Outcome("shutdown")] * len(self.task.keys), time.monotonic())
 
     def _end(self, outcomes: list[Outcome], start: float) -> None:
+        if outcomes.count(outcomes[0]) == len(outcomes):
+            outcomes = outcomes[:1]
         self.outbox.put(Done(self.task.task_id, outcomes, start, time.monotonic()))
 
 

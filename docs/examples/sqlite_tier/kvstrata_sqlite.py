@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sqlite3
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from kvstrata.tiers.base import PageKey, TierConfigError, TierContext
-from kvstrata.tiers.options import check_tier_keys
+from kvstrata.tiers.options import option, parse_options, parse_text
 from kvstrata.tiers.page.page import PageForm
 from kvstrata.tiers.process.medium import Host, Medium, MediumSpec, Outcome, PageRef
 from kvstrata.tiers.process.tier import ProcessTier
@@ -57,23 +57,23 @@ class SqliteMedium(Medium):
         return next(iter(self._of_thread.database.execute(sql, (name, *values)).fetchall()), None)
 
 
+@dataclass(frozen=True)
+class SqliteOptions:
+    path: str = option(parse_text, "the database's file, an absolute path")
+
+
 class SqliteTier(ProcessTier):
-    """Lives in the engine: checks the options, and says how the medium is made."""
+    """Lives in the engine: has the options, and says how the medium is made."""
 
-    medium, name, rejects = "STORAGE", "sqlite", True
-
-    @classmethod
-    def check_options(cls, options: Mapping[str, Any]) -> None:
-        check_tier_keys("sqlite tier", options, ("path",))
-        path = options.get("path")
-        if not isinstance(path, str) or not os.path.isabs(path):
-            raise TierConfigError(f"path: {path!r} is wrong; give the database's absolute path")
+    medium, name, rejects, Options = "STORAGE", "sqlite", True, SqliteOptions
 
     def __init__(self, options: Mapping[str, Any], context: TierContext) -> None:
-        self.check_options(options)
+        path = parse_options(SqliteOptions, options, "sqlite tier").path
         try:
-            connect(options["path"]).close()
+            connect(path).close()
         except sqlite3.Error as error:
-            raise TierConfigError(f"path: {options['path']!r} cannot be used ({error})") from error
-        spec = MediumSpec("kvstrata_sqlite:SqliteMedium", options["path"])
+            raise TierConfigError(
+                f"path: {path!r} cannot be used ({error}); give another"
+            ) from None
+        spec = MediumSpec("kvstrata_sqlite:SqliteMedium", path)
         super().__init__(context, [spec], n_read_threads=4, n_write_threads=2)

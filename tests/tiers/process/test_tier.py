@@ -38,11 +38,6 @@ class FolderTier(ProcessTier):
 
     name = "folder"
 
-    @classmethod
-    def check_options(cls, options: object) -> None:
-        if options:
-            raise TierConfigError(f"{options}: there are no options")
-
     def __init__(self, context: TierContext, medium: str, folders: Sequence[Path]) -> None:
         media = [
             MediumSpec(f"tests.tiers.process.media:{medium}", str(each), each.name)
