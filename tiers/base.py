@@ -285,7 +285,7 @@ class SecondaryTier(ABC):
     page_causes: frozenset[str] = frozenset(
         (
             *("missing", "truncated", "size", "header", "version", "namespace", "key", "shape"),
-            *("checksum", "no-space", "too-large", "shutdown"),
+            *("checksum", "no-space", "budget", "too-large", "read-only", "shutdown"),
         )
     )
     # Whether its pages may be loaded. False once audits found too many that the model does not

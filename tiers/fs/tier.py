@@ -41,7 +41,7 @@ class FsTier(ProcessTier):
     name = "fs"
     rejects = True
     page_causes = ProcessTier.page_causes | {
-        *("symlink", "not-regular", "unreadable", "budget", "read-only", "denied", "books"),
+        *("symlink", "not-regular", "unreadable", "denied", "books"),
     }
 
     @classmethod
