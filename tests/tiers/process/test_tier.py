@@ -1,7 +1,7 @@
 """Any medium as a tier: what it may do, and what its mistakes cost."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +11,8 @@ from kvstrata.tiers.base import Lookup, SecondaryTier, TierConfigError, TierCont
 from kvstrata.tiers.page.identity import namespace_digest
 from kvstrata.tiers.process import process as process_module
 from kvstrata.tiers.process import supervisor as supervisor_module
-from kvstrata.tiers.process.medium import MediumSpec, Outcome
+from kvstrata.tiers.process.medium import Outcome
 from kvstrata.tiers.process.messages import Done, Ready, Task, pack, packet, unpack_tasks
-from kvstrata.tiers.process.tier import ProcessTier
 from kvstrata.tiers.testing import (
     CONTEXT,
     REQUEST,
@@ -26,6 +25,7 @@ from kvstrata.tiers.testing import (
     store,
 )
 from tests.tiers.fs.test_contract import written_by_the_book
+from tests.tiers.process.folder_tier import FolderTier
 from tests.waiting import wait_until
 
 SIZE = CONTEXT.layouts[2].nbytes
@@ -33,43 +33,7 @@ KEYS = [make_key(n, group=2) for n in range(6)]
 PAGES = {key: make_data(n, SIZE) for n, key in enumerate(KEYS)}
 
 
-class FolderTier(ProcessTier):
-    """A tier of one of the test's media, or of several, each in a folder of its own."""
-
-    name = "folder"
-
-    def __init__(self, context: TierContext, medium: str, folders: Sequence[Path]) -> None:
-        media = [
-            MediumSpec(f"tests.tiers.process.media:{medium}", str(each), each.name)
-            for each in folders
-        ]
-        super().__init__(context, media, 2, 2)
-
-
 OpenTier = Callable[..., FolderTier]
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    made = tmp_path / "pages"
-    made.mkdir()
-    return made
-
-
-@pytest.fixture
-def open_tier(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[OpenTier]:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]), prepend=":")
-    made: list[FolderTier] = []
-
-    def make(
-        medium: str = "Folder", context: TierContext = CONTEXT, folders: Sequence[Path] = (folder,)
-    ) -> FolderTier:
-        made.append(FolderTier(replace(context, region=CONTEXT.region), medium, folders))
-        return made[-1]
-
-    yield make
-    for tier in made:
-        assert tier.shutdown(60.0)
 
 
 class Files:

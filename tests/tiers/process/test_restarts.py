@@ -7,13 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.process import process as process_module
 from kvstrata.tiers.process import supervisor as processes_module
 from kvstrata.tiers.process.failures import Failures
 from kvstrata.tiers.process.medium import MediumSpec, Outcome
 from kvstrata.tiers.process.messages import Done, Kind, Setup, Task, pack, packet, unpack_tasks
 from kvstrata.tiers.process.supervisor import IoProcesses
+from kvstrata.tiers.process.tier import ProcessTier
 from kvstrata.tiers.testing import CONTEXT, make_key
 
 STEP_S = 0.25
@@ -106,9 +106,9 @@ def test_tasks_do_not_wait_long_for_a_process(world: World, processes: IoProcess
 
 
 def test_the_start_does_not_wait_for_what_will_not_start(
-    open_tier: Callable[..., FsTier], monkeypatch: pytest.MonkeyPatch
+    open_tier: Callable[..., ProcessTier], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(process_module, "COMMAND", (sys.executable, "-c", "raise SystemExit(3)"))
-    processes = open_tier().roots[0].processes
+    (processes,) = open_tier().processes
     assert processes.restarts == 0
     assert not processes.wait_ready(20.0) and processes.restarts == 0
