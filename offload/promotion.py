@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import NamedTuple
 
 from kvstrata.offload.config.offload_config import OffloadConfig
 from kvstrata.offload.events import Report
@@ -35,26 +35,29 @@ ABANDONED_SHARE = 1 / 10
 
 
 @dataclass(slots=True)
-class Batch:
+class Reserved:
     """What was reserved for a request in this step, in the order of look-up.
 
     `reach` is the furthest end, in tokens, of a page that was found in the primary tier behind
     reserved ones, and is of use only with them. `rooms`: how many pages more each tier can be
-    expected to deliver before the request's time is over.
+    expected to deliver before the request's time is over. `started`: since when each is waited for.
     """
 
     state: RequestState
     pages: list[tuple[TierLink, Entry]] = field(default_factory=list)
     reach: int = 0
     rooms: dict[TierLink, float] = field(default_factory=dict)
+    started: dict[TierLink, Started] = field(default_factory=dict)
 
 
-class Started(NamedTuple):
-    """Since when a page is on its way, from where, and for which request."""
+@dataclass(slots=True, eq=False)
+class Started:
+    """Since when pages are on their way, from where, for which request, and how many in time."""
 
     link: TierLink
     time: float  # seconds
     req_id: str
+    pages: int = 0
 
 
 class Promotions:
@@ -98,9 +101,11 @@ class Promotions:
         self._several_groups = len(layouts) > 1
         self._clock = clock
         self._report = report
-        self.unsent: dict[str, Batch] = {}  # by request; empty at the end of each step
-        # Those in time, oldest first: from their reservation, and anew from their submission
+        self.unsent: dict[str, Reserved] = {}  # by request; empty at the end of each step
+        # Those in time: from their reservation, and anew from their submission; oldest first, with
+        # some of which nothing is under way any more
         self._started: dict[Entry, Started] = {}
+        self._oldest: deque[Started] = deque()
 
     def __len__(self) -> int:
         return len(self._started)
@@ -133,7 +138,7 @@ class Promotions:
         if not self._waits.goes_on(state, end_token):
             self._report.counters["promotion_timeouts"] += 1
             return False
-        batch = self.unsent.get(state.view.req_id) or Batch(state)
+        reserved = self.unsent.get(state.view.req_id) or Reserved(state)
         slots = self._primary.slots
         of_one = most = max(1, int(slots * self._fraction))
         if len(self._jobs.links) > 1:
@@ -142,7 +147,7 @@ class Promotions:
         most_held = math.ceil(slots * max(MOST_HELD, self._fraction))
         has_room = has_room and self._primary.held_long < most_held
         entries: list[Entry] = []
-        if has_room and self._has_time(link, batch):
+        if has_room and self._has_time(link, reserved):
             if key not in state.use.seen:
                 self._primary.ask({key: end_token}, state.use)
                 state.coming.add(key)
@@ -156,36 +161,39 @@ class Promotions:
         # Tiers before this one do not have the page; of those behind it nothing is known.
         entry.offered = ~(link.bit - 1)
         entry.source = link.name
+        started = reserved.started.get(link)
+        if started is None:
+            started = reserved.started[link] = self._start(link, state.waited_at, state)
+        self._started[entry] = started
+        started.pages += 1
         link.promoting += 1
-        self._started[entry] = Started(link, state.waited_at, state.view.req_id)
         state.sources[key] = link.name
         group = key[-4:]
         if group not in state.groups:
             state.groups |= {group}
-        self.unsent[state.view.req_id] = batch
-        batch.pages.append((link, entry))
+        self.unsent[state.view.req_id] = reserved
+        reserved.pages.append((link, entry))
         return True
 
     def reached(self, req_id: str, end_token: int) -> None:
         """A page of the primary tier, in use by the request, ends there."""
-        batch = self.unsent.get(req_id)
-        if batch is not None and end_token > batch.reach:
-            batch.reach = end_token
+        reserved = self.unsent.get(req_id)
+        if reserved is not None and end_token > reserved.reach:
+            reserved.reach = end_token
 
     def send(self) -> None:
         """A step ended: queue what was reserved in it, and give the tiers as much as they need."""
         self._give_up_overdue()
         unsent, self.unsent = self.unsent, {}
-        for batch in unsent.values():
-            self._enqueue(batch)
+        for reserved in unsent.values():
+            self._enqueue(reserved)
         for link in self._jobs.links:
             if link.queue or link.loads.pages:
                 self._submit(link)
 
     def arrive(self, job: Running, entries: Sequence[Entry]) -> None:
         """Pages of a job have arrived."""
-        for entry in entries:
-            self._forget(entry)
+        self._forget(entries)
         self._primary.finish_writes(entries, good=True)
         arrived = [entry for entry in entries if entry.attached]
         self._holds.arrived(arrived)
@@ -201,11 +209,12 @@ class Promotions:
             state: of the request it was for, if that still lives.
             newest: number of the newest request.
         """
-        self.arrive(job, [e for e in job.entries.values() if e.key not in result.failed])
-        if result.failed:
-            bad = [entry for entry in job.entries.values() if entry.key in result.failed]
+        failed = result.failed
+        self.arrive(job, [entry for key, entry in job.entries.items() if key not in failed])
+        if failed:
+            bad = [entry for key, entry in job.entries.items() if key in failed]
+            self._forget(bad)
             for entry in bad:
-                self._forget(entry)
                 job.link.lose(entry.key, newest)
                 if state is not None:
                     state.sources.pop(entry.key, None)
@@ -213,16 +222,15 @@ class Promotions:
 
     def clear(self) -> None:
         """Forget what was not sent off, and wait no more for the rest."""
-        for batch in self.unsent.values():
-            for _, entry in batch.pages:
-                self._cancel(entry, batch.state)
+        for reserved in self.unsent.values():
+            for _, entry in reserved.pages:
+                self._cancel(entry, reserved.state)
         self.unsent.clear()
         for link in self._jobs.links:
             self._drop(link.queue.drop(lambda state: True))
-        for entry in list(self._started):
-            self._forget(entry)
+        self._forget(list(self._started))
 
-    def _has_time(self, link: TierLink, batch: Batch) -> bool:
+    def _has_time(self, link: TierLink, reserved: Reserved) -> bool:
         """Whether one page more can arrive while its request waits, and be reserved in this step.
 
         Not asked of the first page under way at a tier: it shows how long loads take now. Nor
@@ -231,21 +239,21 @@ class Promotions:
         """
         if self._several_groups:
             return True
-        if len(batch.pages) >= MOST_IN_A_STEP:
+        if len(reserved.pages) >= MOST_IN_A_STEP:
             return False
-        room = batch.rooms.get(link)
+        room = reserved.rooms.get(link)
         if room is None:
-            own = link.queue.pages(batch.state.view.req_id)
+            own = link.queue.pages(reserved.state.view.req_id)
             sharing = len(link.queue) + (not own)
-            loads = link.pace.within(self._waits.left(batch.state)) - link.loads.pages
+            loads = link.pace.within(self._waits.left(reserved.state)) - link.loads.pages
             room = loads / sharing - own
-        batch.rooms[link] = room - 1.0
+        reserved.rooms[link] = room - 1.0
         return room >= 1.0 or not link.promoting
 
-    def _enqueue(self, batch: Batch) -> None:
-        """Queue what of a batch is worth loading."""
-        state, pages = batch.state, batch.pages
-        worth = self._worth(batch) if self._payoff.weighs else len(pages)
+    def _enqueue(self, reserved: Reserved) -> None:
+        """Queue what of it is worth loading."""
+        state, pages = reserved.state, reserved.pages
+        worth = self._worth(reserved) if self._payoff.weighs else len(pages)
         for link, entry in pages[worth:]:
             state.unworthy.add((link.index, entry.key))
             self._cancel(entry, state)
@@ -270,9 +278,10 @@ class Promotions:
         pace.look(now, loads.pages)
         while link.queue and loads.pages < pace.ahead:
             state, entries, timing = link.queue.take(pace.job)
-            for entry in entries:
-                if (started := self._started.pop(entry, None)) is not None:
-                    self._started[entry] = Started(link, now, started.req_id)
+            self._started[entries[0]].pages -= len(entries)  # they were reserved together
+            started = self._start(link, now, state)
+            started.pages = len(entries)
+            self._started.update(dict.fromkeys(entries, started))
             self._jobs.submit(link, entries, state.view, promotion=True, timing=timing)
         pace.limited = bool(link.queue)
 
@@ -289,23 +298,34 @@ class Promotions:
 
     def _give_up_overdue(self) -> None:
         """What is past its deadline is no longer counted on, and does not hold up the others."""
-        now, some = self._clock(), False
-        while self._started:
-            entry, started = next(iter(self._started.items()))
-            if now - started.time < self._deadline_s:
-                break
-            self._forget(entry)
-            entry.late = some = True
-        for link in self._jobs.links if some else ():
+        now, late = self._clock(), False
+        oldest = self._oldest
+        while oldest and (not oldest[0].pages or now - oldest[0].time >= self._deadline_s):
+            overdue = oldest.popleft()
+            if overdue.pages:
+                late = True
+                entries = [e for e, started in self._started.items() if started is overdue]
+                self._forget(entries)
+                for entry in entries:
+                    entry.late = True
+        for link in self._jobs.links if late else ():
             self._drop(link.queue.drop_pages(lambda state, entry: entry.late))
 
-    def _forget(self, entry: Entry) -> None:
-        started = self._started.pop(entry, None)
-        if started is not None:
-            started.link.promoting -= 1
+    def _start(self, link: TierLink, time: float, state: RequestState) -> Started:
+        started = Started(link, time, state.view.req_id)
+        self._oldest.append(started)
+        return started
+
+    def _forget(self, entries: Iterable[Entry]) -> None:
+        """Count on pages no longer."""
+        for entry in entries:
+            started = self._started.pop(entry, None)
+            if started is not None:
+                started.pages -= 1
+                started.link.promoting -= 1
 
     def _cancel(self, entry: Entry, state: RequestState) -> None:
-        self._forget(entry)
+        self._forget((entry,))
         state.sources.pop(entry.key, None)
         self._give_up((entry,))
 
@@ -313,20 +333,20 @@ class Promotions:
         self._report.given_up([entry.key for entry in entries if entry.attached])
         self._primary.finish_writes(entries, good=False)
 
-    def _worth(self, batch: Batch) -> int:
+    def _worth(self, reserved: Reserved) -> int:
         """How many of the reserved pages to load. Each spares the tokens up to its end."""
-        ends = [entry.end_token for _, entry in batch.pages]
-        layouts = [self._layouts[key_group(entry.key)] for _, entry in batch.pages]
+        ends = [entry.end_token for _, entry in reserved.pages]
+        layouts = [self._layouts[key_group(entry.key)] for _, entry in reserved.pages]
         start = min(end - layout.tokens for end, layout in zip(ends, layouts, strict=True))
-        groups = {key_group(entry.key) for _, entry in batch.pages}
+        groups = {key_group(entry.key) for _, entry in reserved.pages}
         in_order = len(groups) == 1 and all(one < two for one, two in pairwise(ends))
-        reach = max(*ends, batch.reach)
+        reach = max(*ends, reserved.reach)
         if in_order:
             tokens = [end - begin for begin, end in pairwise([start, *ends[:-1], reach])]
         else:
             tokens = [0] * (len(ends) - 1) + [reach - start]
         parts = [
             Part(link, layout.nbytes, spared)
-            for (link, _), layout, spared in zip(batch.pages, layouts, tokens, strict=True)
+            for (link, _), layout, spared in zip(reserved.pages, layouts, tokens, strict=True)
         ]
-        return self._payoff.worth(parts, batch.state, in_order=in_order)
+        return self._payoff.worth(parts, reserved.state, in_order=in_order)

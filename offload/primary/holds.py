@@ -64,7 +64,7 @@ class Holds:
         if entry in self._not_again:
             del self._not_again[entry]
         else:
-            self._primary.hold((entry,), Hold.KEPT)
+            self._primary.keep(entry)
 
     def arrived(self, entries: Sequence[Entry]) -> None:
         """Hold ready pages for this step and the next."""

@@ -8,7 +8,6 @@ more, so that two owners can never write one slot.
 from __future__ import annotations
 
 import enum
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import msgspec
@@ -30,14 +29,18 @@ _BITS = 20  # a million holds for one reason: each is a request, a tier or an au
 _MOST = (1 << _BITS) - 1
 
 
-class Hold(enum.IntEnum):
-    """Why a page must stay in its slot; a value is one such hold in `Entry.holds`."""
+class Hold:
+    """Why a page must stay in its slot: numbers, of which each is one hold in `Entry.holds`."""
 
-    LOAD = 1  # it is copied to the GPU
-    CASCADE = 1 << _BITS  # it is copied to a secondary tier
-    KEPT = 1 << 2 * _BITS  # a request counts on it
+    KEPT = 1  # a request counts on it
+    LOAD = 1 << _BITS  # it is copied to the GPU
+    CASCADE = 1 << 2 * _BITS  # it is copied to a secondary tier
     PIN = 1 << 3 * _BITS  # a request asked for that
     AUDIT = 1 << 4 * _BITS  # it is compared
+
+
+HOLDS = (Hold.KEPT, Hold.LOAD, Hold.CASCADE, Hold.PIN, Hold.AUDIT)
+_KEPT = Hold.KEPT
 
 
 class Entry(msgspec.Struct, gc=False, eq=False):
@@ -79,7 +82,7 @@ class Entry(msgspec.Struct, gc=False, eq=False):
         """A GPU transfer reads or writes the slot."""
         return self.writer is _GPU or self.is_held(Hold.LOAD)
 
-    def is_held(self, reason: Hold) -> bool:
+    def is_held(self, reason: int) -> bool:
         """Whether the page is held for this reason."""
         return self.holds & _MOST * reason > 0
 
@@ -106,7 +109,7 @@ class PrimaryTier:
         self.get: Callable[[bytes], Entry | None] = self._entries.get
         self._free = list(range(slots - 1, -1, -1))
         self.promoting = 0
-        self.held: Counter[Hold] = Counter()
+        self.held = dict.fromkeys(HOLDS, 0)
 
     def find(self, keys: Iterable[bytes]) -> list[Entry]:
         """The entries that the keys lead to; keys that lead nowhere are left out."""
@@ -219,22 +222,31 @@ class PrimaryTier:
             elif not entry.holds:
                 unpin(entry.key)
 
-    def hold(self, entries: Iterable[Entry], reason: Hold) -> None:
+    def hold(self, entries: Iterable[Entry], reason: int) -> None:
         """Keep pages in their slots, also ones that are about to become ready."""
-        pin, one, mask, new = self._policy.pin, int(reason), _MOST * reason, 0
+        pin, mask, new = self._policy.pin, _MOST * reason, 0
         for entry in entries:
             holds = entry.holds
             if not holds and entry.writer is None and entry.attached:
                 pin(entry.key)
             new += not holds & mask
-            entry.holds = holds + one
+            entry.holds = holds + reason
         self.held[reason] += new
 
-    def let_go(self, entries: Iterable[Entry], reason: Hold) -> None:
+    def keep(self, entry: Entry) -> None:
+        """`hold` a ready page for a request that counts on it; called for every hit."""
+        holds = entry.holds
+        if not holds and entry.attached:
+            self._policy.pin(entry.key)
+        if not holds & _MOST:
+            self.held[_KEPT] += 1
+        entry.holds = holds + _KEPT
+
+    def let_go(self, entries: Iterable[Entry], reason: int) -> None:
         """Undo `hold`."""
-        unpin, one, mask, last = self._policy.unpin, int(reason), _MOST * reason, 0
+        unpin, mask, last = self._policy.unpin, _MOST * reason, 0
         for entry in entries:
-            holds = entry.holds = entry.holds - one
+            holds = entry.holds = entry.holds - reason
             last += not holds & mask
             if holds or entry.writer is not None:
                 continue

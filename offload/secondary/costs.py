@@ -12,6 +12,8 @@ _JOBS = 32
 # A cost is known from so many jobs on.
 LEAST_JOBS = 4
 _SURPRISES = 3
+# The line is fitted anew when so great a part of the jobs, the inverse of this, is new.
+_FITTED_ANEW = 4
 # Steps of prefill remembered, and how many make the speed known.
 _STEPS = 128
 LEAST_STEPS = 20
@@ -46,14 +48,15 @@ class TransferCost:
 
     def __init__(self) -> None:
         self._jobs: deque[tuple[float, float]] = deque(maxlen=_JOBS)
-        self._line: tuple[float, float] | None = None  # seconds per byte, seconds
+        self._line = 0.0, 0.0  # seconds per byte, seconds
+        self._new = 0  # jobs since that was fitted
         self._surprises = 0  # in a row: above zero too slow, below zero too fast
 
     def add(self, nbytes: int, seconds: float) -> None:
         """A job ended `seconds` after its submission, when so many bytes were under way."""
         self._note_surprise(nbytes, seconds)
         self._jobs.append((float(nbytes), seconds))
-        self._line = None
+        self._new += 1
 
     @property
     def known(self) -> bool:
@@ -84,7 +87,9 @@ class TransferCost:
     def _fit(self) -> tuple[float, float]:
         if not self.known:
             return 0.0, 0.0
-        if self._line is None:
+        # Among many jobs a few new ones move the median little, and a fit takes 40 us.
+        if self._new * _FITTED_ANEW >= len(self._jobs):
+            self._new = 0
             slopes = [
                 (y2 - y1) / (x2 - x1)
                 for (x1, y1), (x2, y2) in combinations(self._jobs, 2)

@@ -5,22 +5,18 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import repeat
-from operator import attrgetter
-from typing import NamedTuple
+from typing import TypeAlias
 
 from kvstrata.offload.primary.slots import Entry
 from kvstrata.offload.request.request import RequestState
 from kvstrata.offload.secondary.costs import Timing
 
-_END_TOKEN = attrgetter("entry.end_token")
+# A page to load, its size in bytes, and the time of those it was asked for with.
+Load: TypeAlias = tuple[Entry, int, Timing]
 
 
-class Load(NamedTuple):
-    """A page to load, its size in bytes, and the time of those it was asked for with."""
-
-    entry: Entry
-    nbytes: int
-    timing: Timing
+def _end_token(load: Load) -> int:
+    return load[0].end_token
 
 
 class Waiting:
@@ -72,10 +68,10 @@ class LoadQueue:
         if waiting is None:
             waiting = self._waiting[state.view.req_id] = Waiting(state)
         loads = waiting.loads
-        behind = not loads or loads[-1].entry.end_token <= entries[0].end_token
-        loads.extend(map(Load, entries, sizes, repeat(timing)))
+        behind = not loads or _end_token(loads[-1]) <= entries[0].end_token
+        loads.extend(zip(entries, sizes, repeat(timing)))
         if not behind or len(state.groups) > 1:
-            waiting.loads = deque(sorted(loads, key=_END_TOKEN))
+            waiting.loads = deque(sorted(loads, key=_end_token))
         self._grow(waiting, sum(sizes))
 
     def take(self, most: int) -> tuple[RequestState, list[Entry], Timing]:
@@ -85,14 +81,16 @@ class LoadQueue:
         own = self._waiting[turn]
         waiting = self._waiting.get(own.state.needs, own)
         loads = waiting.loads
-        timing = loads[0].timing
-        taken = [loads.popleft()]
-        while loads and len(taken) < most and loads[0].timing is timing:
-            taken.append(loads.popleft())
-        self._grow(waiting, -sum(load.nbytes for load in taken))
+        timing, nbytes = loads[0][2], 0
+        taken: list[Entry] = []
+        while loads and len(taken) < most and loads[0][2] is timing:
+            entry, size, _ = loads.popleft()
+            taken.append(entry)
+            nbytes += size
+        self._grow(waiting, -nbytes)
         if not loads:
             del self._waiting[waiting.state.view.req_id]
-        return waiting.state, [load.entry for load in taken], timing
+        return waiting.state, taken, timing
 
     def drop(self, drops: Callable[[RequestState], bool]) -> list[tuple[RequestState, Entry]]:
         """Take out all pages of the requests for which `drops` says so."""
@@ -111,12 +109,13 @@ class LoadQueue:
         for waiting in chosen:
             state, kept = waiting.state, deque[Load]()
             for load in waiting.loads:
-                if drops is not None and not drops(state, load.entry):
+                entry, nbytes, timing = load
+                if drops is not None and not drops(state, entry):
                     kept.append(load)
                     continue
-                load.timing.drop(load.nbytes)
-                self._grow(waiting, -load.nbytes)
-                dropped.append((state, load.entry))
+                timing.drop(nbytes)
+                self._grow(waiting, -nbytes)
+                dropped.append((state, entry))
             waiting.loads = kept
             if not kept:
                 del self._waiting[state.view.req_id]

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kvstrata.offload.primary.eviction.line import Use
 from kvstrata.offload.primary.eviction.policies import policy_class
 from kvstrata.offload.primary.eviction.policy import LRU
-from kvstrata.offload.primary.slots import Entry, Hold, PrimaryTier, Writer
+from kvstrata.offload.primary.slots import HOLDS, Entry, Hold, PrimaryTier, Writer
 
 
 def tier(slots: int) -> PrimaryTier:
@@ -99,18 +99,20 @@ def test_a_forgotten_page_keeps_its_slot_until_its_transfer_ends() -> None:
     assert take(primary, b"b")
 
 
-@pytest.mark.parametrize("reason", Hold)
-def test_slots_are_counted_by_what_holds_them(reason: Hold) -> None:
+@pytest.mark.parametrize("reason", HOLDS)
+def test_slots_are_counted_by_what_holds_them(reason: int) -> None:
     primary = tier(2)
     one, two = fill(primary, b"a", b"b")
     primary.hold((one, two), reason)
     primary.hold((one,), reason)
     assert primary.held[reason] == 2 and one.is_held(reason)
-    assert primary.held.total() == 2 and not any(one.is_held(r) for r in Hold if r is not reason)
+    assert sum(primary.held.values()) == 2 and not any(
+        one.is_held(r) for r in HOLDS if r is not reason
+    )
     primary.let_go((one, two), reason)
     assert primary.held[reason] == 1 and one.is_held(reason) and primary.idle == 1
     primary.let_go((one,), reason)
-    assert not +primary.held and not one.is_held(reason) and primary.idle == 2
+    assert not any(primary.held.values()) and not one.is_held(reason) and primary.idle == 2
 
 
 def test_pages_are_nothing_to_the_garbage_collector() -> None:
@@ -130,7 +132,7 @@ class Held:
 
     entry: Entry
     writer: Writer | None
-    holds: Counter[Hold] = field(default_factory=Counter)
+    holds: Counter[int] = field(default_factory=Counter)
 
     @property
     def busy(self) -> bool:
@@ -204,8 +206,8 @@ class PrimaryMachine(RuleBasedStateMachine):
             del self.known[use.entry.key]
 
     @precondition(lambda self: any(not use.writer for use in self.known.values()))
-    @rule(data=st.data(), reason=st.sampled_from(Hold))
-    def hold(self, data: st.DataObject, reason: Hold) -> None:
+    @rule(data=st.data(), reason=st.sampled_from(HOLDS))
+    def hold(self, data: st.DataObject, reason: int) -> None:
         ready = [use for use in self.known.values() if not use.writer]
         use = data.draw(st.sampled_from(ready))
         self.primary.hold((use.entry,), reason)
@@ -217,9 +219,7 @@ class PrimaryMachine(RuleBasedStateMachine):
         held = [(use, reason) for use in self.uses() for reason in +use.holds]
         # After a reset nobody reports the end of a load: `end_gpu` stands for it.
         held = [
-            (use, reason)
-            for use, reason in held
-            if reason is not Hold.LOAD or use not in self.orphans
+            (use, reason) for use, reason in held if reason != Hold.LOAD or use not in self.orphans
         ]
         if not held:
             return
@@ -270,7 +270,7 @@ class PrimaryMachine(RuleBasedStateMachine):
         assert len(free) == self.primary.free and not free & set(slots)
         assert self.primary.idle == sum(not use.busy for use in self.known.values())
         assert self.primary.promoting == sum(use.writer is Writer.TIER for use in uses)
-        for reason in Hold:
+        for reason in HOLDS:
             assert self.primary.held[reason] == sum(use.holds[reason] > 0 for use in uses)
         assert len(self.primary) == len(self.known)
         assert {entry.key: entry for entry in self.primary} == {
