@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, repeat
 
 from kvstrata.offload.config.offload_config import OffloadConfig
 from kvstrata.offload.events import Report
@@ -191,12 +191,12 @@ class Promotions:
             if link.queue or link.loads.pages:
                 self._submit(link)
 
-    def arrive(self, job: Running, entries: Sequence[Entry]) -> None:
+    def arrive(self, job: Running, entries: Collection[Entry]) -> None:
         """Pages of a job have arrived."""
         self._forget(entries)
-        self._primary.finish_writes(entries, good=True)
         arrived = [entry for entry in entries if entry.attached]
-        self._holds.arrived(arrived)
+        self._holds.arrived(arrived)  # before they become idle
+        self._primary.finish_writes(entries, good=True)
         job.link.recent.extend(arrived[:1])
         self._report.came([entry.key for entry in arrived])
 
@@ -210,8 +210,10 @@ class Promotions:
             newest: number of the newest request.
         """
         failed = result.failed
-        self.arrive(job, [entry for key, entry in job.entries.items() if key not in failed])
-        if failed:
+        if not failed:
+            self.arrive(job, job.entries.values())
+        else:
+            self.arrive(job, [entry for key, entry in job.entries.items() if key not in failed])
             bad = [entry for key, entry in job.entries.items() if key in failed]
             self._forget(bad)
             for entry in bad:
@@ -257,10 +259,10 @@ class Promotions:
         for link, entry in pages[worth:]:
             state.unworthy.add((link.index, entry.key))
             self._cancel(entry, state)
-        loads: dict[TierLink, list[Entry]] = {}
-        for link, entry in pages[:worth]:
-            loads.setdefault(link, []).append(entry)
-        for link, entries in loads.items():
+        for link in reserved.started:
+            entries = [entry for of, entry in pages[:worth] if of is link]
+            if not entries:
+                continue
             sizes = self._jobs.sizes(entries)
             ahead = link.ahead(state.view.req_id, sum(sizes))
             link.queue.add(state, entries, sizes, Timing(self._clock(), ahead, len(entries)))
@@ -318,11 +320,11 @@ class Promotions:
 
     def _forget(self, entries: Iterable[Entry]) -> None:
         """Count on pages no longer."""
-        for entry in entries:
-            started = self._started.pop(entry, None)
+        gone = Counter(map(self._started.pop, entries, repeat(None)))
+        for started, pages in gone.items():
             if started is not None:
-                started.pages -= 1
-                started.link.promoting -= 1
+                started.pages -= pages
+                started.link.promoting -= pages
 
     def _cancel(self, entry: Entry, state: RequestState) -> None:
         self._forget((entry,))

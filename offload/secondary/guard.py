@@ -170,7 +170,7 @@ class GuardedTier(SecondaryTier):
         self._loading.discard(result.job_id)
         try:
             right = _put_right(result, keys)
-            if right == result:
+            if right is result or right == result:
                 return right
         except Exception:  # nobody can tell what arrived
             right = JobResult(result.job_id, dict.fromkeys(keys, _WRONG))

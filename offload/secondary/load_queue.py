@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from itertools import repeat
-from typing import TypeAlias
+from itertools import groupby
+from typing import NamedTuple
 
 from kvstrata.offload.primary.slots import Entry
 from kvstrata.offload.request.request import RequestState
 from kvstrata.offload.secondary.costs import Timing
 
-# A page to load, its size in bytes, and the time of those it was asked for with.
-Load: TypeAlias = tuple[Entry, int, Timing]
 
+class Run(NamedTuple):
+    """Pages that were asked for together, their sizes in bytes, and their time."""
 
-def _end_token(load: Load) -> int:
-    return load[0].end_token
+    entries: Sequence[Entry]
+    sizes: Sequence[int]
+    timing: Timing
 
 
 class Waiting:
@@ -28,8 +29,21 @@ class Waiting:
 
     def __init__(self, state: RequestState) -> None:
         self.state = state
-        self.loads: deque[Load] = deque()
+        self.runs: deque[Run] = deque()
         self.nbytes = 0
+
+    def sort(self) -> None:
+        """Put the pages in the order of their ends."""
+        loads = [
+            (entry, size, timing)
+            for entries, sizes, timing in self.runs
+            for entry, size in zip(entries, sizes, strict=True)
+        ]
+        loads.sort(key=lambda load: load[0].end_token)
+        self.runs.clear()
+        for _, together in groupby(loads, key=lambda load: id(load[2])):
+            entries, sizes, timings = zip(*together, strict=True)
+            self.runs.append(Run(entries, sizes, timings[0]))
 
 
 class LoadQueue:
@@ -50,7 +64,7 @@ class LoadQueue:
     def pages(self, req_id: str) -> int:
         """Pages that wait for a request."""
         waiting = self._waiting.get(req_id)
-        return len(waiting.loads) if waiting is not None else 0
+        return sum(len(run.entries) for run in waiting.runs) if waiting is not None else 0
 
     def ahead(self, req_id: str, nbytes: int) -> int:
         """Bytes that are loaded until so many more of the request are, others' included."""
@@ -67,30 +81,27 @@ class LoadQueue:
         waiting = self._waiting.get(state.view.req_id)
         if waiting is None:
             waiting = self._waiting[state.view.req_id] = Waiting(state)
-        loads = waiting.loads
-        behind = not loads or _end_token(loads[-1]) <= entries[0].end_token
-        loads.extend(zip(entries, sizes, repeat(timing)))
+        runs = waiting.runs
+        behind = not runs or runs[-1].entries[-1].end_token <= entries[0].end_token
+        runs.append(Run(entries, sizes, timing))
         if not behind or len(state.groups) > 1:
-            waiting.loads = deque(sorted(loads, key=_end_token))
+            waiting.sort()
         self._grow(waiting, sum(sizes))
 
-    def take(self, most: int) -> tuple[RequestState, list[Entry], Timing]:
+    def take(self, most: int) -> tuple[RequestState, Sequence[Entry], Timing]:
         """The next job, of at most so many pages that were asked for together."""
         turn = next(iter(self._waiting))
         self._waiting[turn] = self._waiting.pop(turn)  # as the last one
         own = self._waiting[turn]
         waiting = self._waiting.get(own.state.needs, own)
-        loads = waiting.loads
-        timing, nbytes = loads[0][2], 0
-        taken: list[Entry] = []
-        while loads and len(taken) < most and loads[0][2] is timing:
-            entry, size, _ = loads.popleft()
-            taken.append(entry)
-            nbytes += size
-        self._grow(waiting, -nbytes)
-        if not loads:
+        entries, sizes, timing = waiting.runs.popleft()
+        if len(entries) > most:
+            waiting.runs.appendleft(Run(entries[most:], sizes[most:], timing))
+            entries, sizes = entries[:most], sizes[:most]
+        self._grow(waiting, -sum(sizes))
+        if not waiting.runs:
             del self._waiting[waiting.state.view.req_id]
-        return waiting.state, taken, timing
+        return waiting.state, entries, timing
 
     def drop(self, drops: Callable[[RequestState], bool]) -> list[tuple[RequestState, Entry]]:
         """Take out all pages of the requests for which `drops` says so."""
@@ -107,17 +118,21 @@ class LoadQueue:
     ) -> list[tuple[RequestState, Entry]]:
         dropped = []
         for waiting in chosen:
-            state, kept = waiting.state, deque[Load]()
-            for load in waiting.loads:
-                entry, nbytes, timing = load
-                if drops is not None and not drops(state, entry):
-                    kept.append(load)
-                    continue
-                timing.drop(nbytes)
-                self._grow(waiting, -nbytes)
-                dropped.append((state, entry))
-            waiting.loads = kept
-            if not kept:
+            state, runs = waiting.state, waiting.runs
+            waiting.runs = deque()
+            for entries, sizes, timing in runs:
+                stay = []
+                for entry, nbytes in zip(entries, sizes, strict=True):
+                    if drops is not None and not drops(state, entry):
+                        stay.append((entry, nbytes))
+                        continue
+                    timing.drop(nbytes)
+                    self._grow(waiting, -nbytes)
+                    dropped.append((state, entry))
+                if stay:
+                    entries, sizes = zip(*stay, strict=True)
+                    waiting.runs.append(Run(entries, sizes, timing))
+            if not waiting.runs:
                 del self._waiting[state.view.req_id]
         return dropped
 
