@@ -84,7 +84,7 @@ test-engine: install ## the tests that start a real vLLM engine
 OTHER_VLLMS := 0.31.0 0.33.0
 VERSION := 0.33.0
 PLUGIN_TESTS := $(addprefix tests/offload/vllm_plugin/, $(addsuffix .py, \
-	$(addprefix caches/test_, backends caches) $(addprefix host/test_, model_runner neighbours) \
+	$(addprefix caches/test_, backends layers) $(addprefix engine/test_, model_runner other_connectors) \
 	namespace/test_table $(addprefix test_, against_stock cache_salt events info models register \
 	registration scheduler)))
 # a real engine that starts, stores, and hits in memory and in files, with the tokens of before

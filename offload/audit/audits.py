@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from kvstrata.offload.audit.comparer import Comparer, Task
+from kvstrata.offload.audit.comparer import Comparer, PagePair
 from kvstrata.offload.audit.findings import Findings
 from kvstrata.offload.audit.probe import Probe
 from kvstrata.offload.audit.schedule import MOST_AT_ONCE, Schedule
@@ -323,8 +323,8 @@ class Audits:
         group = key_group(audit.key)
         nbytes = self._layouts[group].nbytes
         computed = self._view(audit.computed.slot, nbytes)
-        task = Task(self._next, group, computed, self._view(served.slot, nbytes))
-        self._comparer.submit(task)
+        pair = PagePair(self._next, group, computed, self._view(served.slot, nbytes))
+        self._comparer.submit(pair)
 
     def _end(self, audit: Audit) -> None:
         """Give both slots back."""

@@ -15,8 +15,8 @@ from kvstrata.offload.audit.comparison import Comparison, Elements, compare
 logger = logging.getLogger("kvstrata.audit")
 
 
-class Task(NamedTuple):
-    """A pair of pages of one group to compare; the views are valid until the result is taken."""
+class PagePair(NamedTuple):
+    """Two pages of one group to compare; the views are valid until the result is taken."""
 
     number: int
     group: int
@@ -25,7 +25,7 @@ class Task(NamedTuple):
 
 
 class Compared(NamedTuple):
-    """The end of a task; None where the comparison itself failed. `seconds` is its work."""
+    """The end of a comparison; None where the comparison itself failed. `seconds` is its work."""
 
     number: int
     comparison: Comparison | None
@@ -41,41 +41,41 @@ class Comparer:
 
     def __init__(self, elements: Mapping[int, Sequence[Elements]]) -> None:
         self._elements = elements
-        self._tasks: SimpleQueue[Task | None] = SimpleQueue()
+        self._pairs: SimpleQueue[PagePair | None] = SimpleQueue()
         self._done: deque[Compared] = deque()
         self._thread: threading.Thread | None = None
         self._failed = False  # and that was logged
 
-    def submit(self, task: Task) -> None:
+    def submit(self, pair: PagePair) -> None:
         """Compare the pages some time soon."""
         if self._thread is None:  # the first one
             name = "kvstrata-audit"
             self._thread = threading.Thread(target=self._work, name=name, daemon=True)
             self._thread.start()
-        self._tasks.put(task)
+        self._pairs.put(pair)
 
     def take(self) -> list[Compared]:
-        """The tasks that ended since the last call."""
+        """The comparisons that ended since the last call."""
         done = []
         while self._done:
             done.append(self._done.popleft())
         return done
 
     def stop(self, timeout_s: float) -> None:
-        """End after the tasks that were submitted; wait so long for it."""
+        """End after those that were submitted; wait so long for it."""
         if self._thread is not None:
-            self._tasks.put(None)
+            self._pairs.put(None)
             self._thread.join(timeout_s)
 
     def _work(self) -> None:
-        while task := self._tasks.get():
+        while pair := self._pairs.get():
             start = time.thread_time()
             comparison = None
             try:
-                elements = self._elements[task.group]
-                comparison = compare(task.computed, task.served, elements)
+                elements = self._elements[pair.group]
+                comparison = compare(pair.computed, pair.served, elements)
             except Exception:  # an audit that cannot be made is no verdict
                 if not self._failed:
-                    logger.exception("pages of group %d cannot be compared", task.group)
+                    logger.exception("pages of group %d cannot be compared", pair.group)
                 self._failed = True
-            self._done.append(Compared(task.number, comparison, time.thread_time() - start))
+            self._done.append(Compared(pair.number, comparison, time.thread_time() - start))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,18 +82,13 @@ class Elements:
 
     def to_json(self) -> list[Any]:
         """JSON-serialisable form, read back by `from_json`."""
-        return [
-            *(self.nbytes, self.dtype, self.row_bytes, self.rows, self.layers, self.parts),
-            self.first,
-            list(self.unstable),
-        ]
+        return list(astuple(self))
 
     @classmethod
     def from_json(cls, fields: Sequence[Any]) -> Elements:
         """The inverse of `to_json`."""
-        *numbers, unstable = fields
-        nbytes, dtype, row_bytes, rows, layers, parts, first = numbers
-        return cls(nbytes, dtype, row_bytes, rows, layers, parts, first, tuple(unstable))
+        *others, unstable = fields
+        return cls(*[*others, tuple(unstable)])
 
 
 class Comparison(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 from kvstrata.offload.cli.doctor import OK, PROBLEM, WARNING, Check, check_memory, check_storage
 from kvstrata.offload.config.offload_config import ConfigError, OffloadConfig, parse_config
 from kvstrata.offload.config.precheck import SHM, check_directories, check_size
-from kvstrata.offload.vllm_plugin.host.early import SPEC_NAME
+from kvstrata.offload.vllm_plugin.engine.early_check import SPEC_NAME
 from kvstrata.offload.vllm_plugin.register import SPEC_MODULE
 from kvstrata.tiers.options import size_text
 

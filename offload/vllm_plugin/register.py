@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 
-from kvstrata.offload.vllm_plugin.host.early import SPEC_NAME, check_early
+from kvstrata.offload.vllm_plugin.engine.early_check import SPEC_NAME, check_early
 
 SPEC_MODULE = "kvstrata.offload.vllm_plugin.spec"
 

@@ -32,21 +32,21 @@ from kvstrata.offload.primary.region import (
     open_region,
 )
 from kvstrata.offload.primary.reserver import Reserver
-from kvstrata.offload.vllm_plugin.caches.caches import collect_layers
 from kvstrata.offload.vllm_plugin.caches.drafts import draft_layers
 from kvstrata.offload.vllm_plugin.caches.elements import elements_of
+from kvstrata.offload.vllm_plugin.caches.layers import collect_layers
 from kvstrata.offload.vllm_plugin.caches.page_layouts import (
     layout_of,
     merge_layers,
     slot_bytes_of,
 )
 from kvstrata.offload.vllm_plugin.caches.windows import windows_of
-from kvstrata.offload.vllm_plugin.host.model_runner import overwrites_before_flush
-from kvstrata.offload.vllm_plugin.host.neighbours import check_neighbours
-from kvstrata.offload.vllm_plugin.host.stopping import warn_of_sudden_stops
+from kvstrata.offload.vllm_plugin.engine.model_runner import overwrites_before_flush
+from kvstrata.offload.vllm_plugin.engine.other_connectors import check_other_connectors
+from kvstrata.offload.vllm_plugin.engine.shutdown_timeout import warn_of_sudden_stops
 from kvstrata.offload.vllm_plugin.namespace.namespace import check_secondary_tiers, namespace_fields
+from kvstrata.offload.vllm_plugin.weights.fingerprint import WeightNames, name_weights
 from kvstrata.offload.vllm_plugin.weights.updates import check_weights_fixed, weights_fixed
-from kvstrata.offload.vllm_plugin.weights.weights import WeightNames, name_weights
 from kvstrata.offload.vllm_plugin.worker import KVStrataWorker
 from kvstrata.tiers.base import layouts_to_json
 from kvstrata.tiers.options import size_text
@@ -108,13 +108,13 @@ def open_worker(
 
     Raises:
         RegistrationError: some rank cannot take part.
-        NeighbourError: another connector writes to the KV cache.
+        ConnectorError: another connector writes to the KV cache.
     """
     vllm_config = get_current_vllm_config()
     if vllm_config.parallel_config.nnodes_within_dp > 1:
         raise RegistrationError("kvstrata does not support replicas that span several nodes")
     assert vllm_config.kv_transfer_config is not None
-    check_neighbours(vllm_config.kv_transfer_config)
+    check_other_connectors(vllm_config.kv_transfer_config)
     ranks = Ranks(config.engine_id)
     rank = config.parallel.rank
     mine = ranks.agree(lambda: collect_layers(config, vllm_config, caches))

@@ -16,7 +16,7 @@ from vllm.v1.kv_offload.config import OffloadingConfig
 
 from kvstrata.offload.config.offload_config import parse_config
 from kvstrata.offload.config.precheck import check_here
-from kvstrata.offload.vllm_plugin.host.early import has_checked
+from kvstrata.offload.vllm_plugin.engine.early_check import has_checked
 from kvstrata.offload.vllm_plugin.info import CONFIG_INFO_KEYS
 from kvstrata.offload.vllm_plugin.metrics import metric_definitions
 from kvstrata.offload.vllm_plugin.version import check_version
@@ -32,7 +32,7 @@ class KVStrataSpec(OffloadingSpec):
         """Prometheus metrics; called in the API server's process.
 
         Raises:
-            ConfigError: the configuration is wrong; `early.py` has said so before, but where
+            ConfigError: the configuration is wrong; `early_check.py` has said so before, but where
                 VLLM_PLUGINS keeps it from being loaded.
         """
         settings = parse_config(extra_config)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from kvstrata.offload.audit.comparer import Compared, Comparer, Task
+from kvstrata.offload.audit.comparer import Compared, Comparer, PagePair
 from kvstrata.offload.audit.comparison import Elements, compare
 from kvstrata.offload.config.offload_config import OffloadConfig
 from kvstrata.offload.lookup import Answer
@@ -21,9 +21,9 @@ ELEMENTS = {group: [Elements(PAGE, "U8", PAGE, 1)] for group in LAYOUTS}
 class InlineComparer(Comparer):
     """Compares when it is told to."""
 
-    def submit(self, task: Task) -> None:
-        found = compare(task.computed, task.served, self._elements[task.group])
-        self._done.append(Compared(task.number, found, 0.0))
+    def submit(self, pair: PagePair) -> None:
+        found = compare(pair.computed, pair.served, self._elements[pair.group])
+        self._done.append(Compared(pair.number, found, 0.0))
 
 
 def chunk(prefix: int, index: int, group: int = 0) -> tuple[bytes, int]:

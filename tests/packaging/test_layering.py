@@ -55,15 +55,18 @@ FORBIDDEN: Mapping[str, str] = {
 ALLOWED: Mapping[tuple[str, str], str] = {
     ("kernels/opening.py", "kernels.gpu"): "it chooses the form",
     ("offload/cli/doctor.py", "offload.vllm_plugin.version"): "the versions that are supported",
-    ("offload/cli/doctor_config.py", "offload.vllm_plugin.host.early"): "the name of the spec",
-    ("offload/cli/doctor_config.py", "offload.vllm_plugin.register"): "the module of the spec",
+    (
+        "offload/cli/doctor_config.py",
+        "offload.vllm_plugin.engine.early_check",
+    ): "the spec's name",
+    ("offload/cli/doctor_config.py", "offload.vllm_plugin.register"): "the spec's module",
     ("tiers/fs/tools/trim.py", "tiers.process.failures"): "a failure is said as the tier says it",
 }
 # Files that import something only where it is used -> why
 LAZY: Mapping[str, str] = {
     "offload/cli": "a command starts at once, and the doctor where packages are missing",
     "offload/vllm_plugin/caches/content_order.py": "a private name of one backend",
-    "offload/vllm_plugin/host/early.py": "engines without our spec load it too",
+    "offload/vllm_plugin/engine/early_check.py": "engines without our spec load it too",
     "offload/vllm_plugin/register.py": "any vLLM loads it, or none",
     "offload/vllm_plugin/spec.py": "a process loads its own side alone",
     "offload/vllm_plugin/version.py": "the doctor asks it where there is no vLLM",

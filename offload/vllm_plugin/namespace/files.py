@@ -14,7 +14,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from kvstrata.offload.vllm_plugin.host.errors import NamespaceError
+from kvstrata.offload.vllm_plugin.engine.errors import NamespaceError
 from kvstrata.offload.vllm_plugin.namespace.values import digest_of, plain, shortened, without
 
 # JSON files that do not count, by pattern, and why. All others do.

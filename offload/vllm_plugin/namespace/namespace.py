@@ -13,7 +13,7 @@ from vllm.config import VllmConfig
 from vllm.v1.kv_offload.config import OffloadingConfig
 
 from kvstrata.kernels.geometry import OPAQUE, LayerShape
-from kvstrata.offload.vllm_plugin.host.errors import NamespaceError
+from kvstrata.offload.vllm_plugin.engine.errors import NamespaceError
 from kvstrata.offload.vllm_plugin.namespace.device import device_fields
 from kvstrata.offload.vllm_plugin.namespace.environment import environment
 from kvstrata.offload.vllm_plugin.namespace.rule import (
@@ -21,7 +21,7 @@ from kvstrata.offload.vllm_plugin.namespace.rule import (
     is_cache_quantised,
     is_quantised,
 )
-from kvstrata.offload.vllm_plugin.weights.weights import name_weights
+from kvstrata.offload.vllm_plugin.weights.fingerprint import name_weights
 from kvstrata.tiers.base import PageLayout, layouts_to_json
 from kvstrata.tiers.fs.files.namespace import MAX_CONFIG_BYTES, config_text
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvstrata.offload.vllm_plugin.host.errors import NamespaceError
+from kvstrata.offload.vllm_plugin.engine.errors import NamespaceError
 from kvstrata.tiers.page.identity import canonical_json
 
 # Bytes of JSON text from which on a value is written as its SHA-256: a quantisation may list every

@@ -48,19 +48,19 @@ class Found(NamedTuple):
     digest: str | None
 
 
-class Outcome(NamedTuple):
+class Attempt(NamedTuple):
     """What came of an action on one rank: a value, or an error's text."""
 
     value: Any
     error: str | None = None
 
 
-def attempt(action: Callable[[], Any]) -> Outcome:
+def attempt(action: Callable[[], Any]) -> Attempt:
     """The outcome of `action`, so that every rank reaches the next collective."""
     try:
-        return Outcome(action())
+        return Attempt(action())
     except Exception as error:
-        return Outcome(None, f"{error}" or type(error).__name__)
+        return Attempt(None, f"{error}" or type(error).__name__)
 
 
 def find_digests(paths: Iterable[str], memory: DigestMemory) -> dict[str, Found]:

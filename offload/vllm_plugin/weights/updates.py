@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm.config import VllmConfig
 
-from kvstrata.offload.vllm_plugin.host.errors import NamespaceError
+from kvstrata.offload.vllm_plugin.engine.errors import NamespaceError
 
 # What vLLM starts by itself; any other executor belongs to the program that runs the engine.
 _EXECUTORS = (None, "mp", "ray", "uni")

@@ -51,8 +51,8 @@ from kvstrata.kernels.opening import open_pipeline
 from kvstrata.kernels.pipeline import Finished, Pipeline
 from kvstrata.offload.manager import TieringManager
 from kvstrata.offload.vllm_plugin import registration
-from kvstrata.offload.vllm_plugin.caches import caches, windows
-from kvstrata.offload.vllm_plugin.host import model_runner
+from kvstrata.offload.vllm_plugin.caches import layers, windows
+from kvstrata.offload.vllm_plugin.engine import model_runner
 from kvstrata.offload.vllm_plugin.register import register
 from kvstrata.tiers.base import layouts_from_json
 from tests.engine.driver import connector
@@ -253,7 +253,7 @@ class ModellessEngine:
         monkeypatch.setattr(registration, "get_world_group", lambda: world)
         monkeypatch.setattr(registration.dist, "all_gather_object", gather)
         monkeypatch.setattr(registration, "get_current_vllm_config", lambda: mine.rank.config)
-        for reader in (caches, model_runner, windows):
+        for reader in (layers, model_runner, windows):
             monkeypatch.setattr(reader, "get_layers_from_vllm_config", modules)
         errors: list[Exception] = []
 

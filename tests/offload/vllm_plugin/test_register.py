@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from kvstrata.offload.vllm_plugin.host.early import SPEC_NAME
+from kvstrata.offload.vllm_plugin.engine.early_check import SPEC_NAME
 from kvstrata.offload.vllm_plugin.register import SPEC_MODULE, register
 from kvstrata.offload.vllm_plugin.version import check_version
 

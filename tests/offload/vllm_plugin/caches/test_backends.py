@@ -16,9 +16,9 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E4
 from vllm.v1.kv_cache_interface import MLAAttentionSpec  # noqa: E402
 
 from kvstrata.kernels.geometry import HEAD_SLABS, OPAQUE, TOKEN_MAJOR  # noqa: E402
-from kvstrata.offload.vllm_plugin.caches import backends, caches  # noqa: E402
+from kvstrata.offload.vllm_plugin.caches import backends, layers  # noqa: E402
 from tests.offload.vllm_plugin.caches import registered_backends  # noqa: E402
-from tests.offload.vllm_plugin.caches.test_caches import Module, collect  # noqa: E402
+from tests.offload.vllm_plugin.caches.test_layers import Module, collect  # noqa: E402
 from tests.offload.vllm_plugin.modelless_engine import backend_class  # noqa: E402
 
 FLASH = AttentionBackendEnum.FLASH_ATTN.value
@@ -32,7 +32,7 @@ KINDS = {
 
 
 def content_of(monkeypatch: pytest.MonkeyPatch, backend: type[Any], *, latent: bool = False) -> str:
-    monkeypatch.setattr(caches, "cpu_isa", lambda *_: "isa")
+    monkeypatch.setattr(layers, "cpu_isa", lambda *_: "isa")
     module = Module(2, backend)
     if latent:
         module.spec = MLAAttentionSpec(
@@ -89,7 +89,7 @@ def test_the_backend_customises_the_spec_before_it_is_judged(
     """Were AITER's class on the list, its spec would still say what it holds."""
     rocm = pytest.importorskip("vllm.v1.attention.backends.rocm_aiter_fa")
     backend = rocm.AiterFlashAttentionBackend
-    monkeypatch.setattr(caches, "TOKEN_MAJOR", {backends.backend_path(backend)})
+    monkeypatch.setattr(layers, "TOKEN_MAJOR", {backends.backend_path(backend)})
     assert content_of(monkeypatch, backend) == TOKEN_MAJOR
     monkeypatch.setattr(rocm.rocm_aiter_ops, "is_shuffle_kv_cache_enabled", lambda: True)
     assert content_of(monkeypatch, backend) == OPAQUE

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.vllm
 
 from kvstrata.kernels.geometry import HEAD_SLABS, OPAQUE, TOKEN_MAJOR, LayerShape  # noqa: E402
 from kvstrata.offload.vllm_plugin.caches.page_layouts import layout_of  # noqa: E402
-from kvstrata.offload.vllm_plugin.host.errors import NamespaceError  # noqa: E402
+from kvstrata.offload.vllm_plugin.engine.errors import NamespaceError  # noqa: E402
 from kvstrata.offload.vllm_plugin.namespace.namespace import (  # noqa: E402
     check_secondary_tiers,
     namespace_fields,

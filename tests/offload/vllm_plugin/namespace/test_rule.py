@@ -18,7 +18,7 @@ from vllm.config import CacheConfig, ECTransferConfig, LoRAConfig  # noqa: E402
 from vllm.config.multimodal import MultiModalConfig  # noqa: E402
 from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
 
-from kvstrata.offload.vllm_plugin.host.errors import NamespaceError  # noqa: E402
+from kvstrata.offload.vllm_plugin.engine.errors import NamespaceError  # noqa: E402
 from kvstrata.offload.vllm_plugin.namespace import device, rule  # noqa: E402
 from kvstrata.offload.vllm_plugin.namespace.device import device_fields  # noqa: E402
 from kvstrata.offload.vllm_plugin.namespace.rule import deciding_fields  # noqa: E402

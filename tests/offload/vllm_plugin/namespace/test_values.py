@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
-from kvstrata.offload.vllm_plugin.host.errors import NamespaceError  # noqa: E402
+from kvstrata.offload.vllm_plugin.engine.errors import NamespaceError  # noqa: E402
 from kvstrata.offload.vllm_plugin.namespace.values import (  # noqa: E402
     digest_of,
     plain,

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.vllm
 
 from vllm.config import ModelConfig, ParallelConfig  # noqa: E402
 
-from kvstrata.offload.vllm_plugin.host.errors import NamespaceError  # noqa: E402
+from kvstrata.offload.vllm_plugin.engine.errors import NamespaceError  # noqa: E402
 from kvstrata.offload.vllm_plugin.weights.updates import check_weights_fixed, weights_fixed  # noqa: E402
 
 

@@ -17,9 +17,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (  # noqa: E402
 )
 
 from kvstrata.offload.vllm_plugin import registration  # noqa: E402
-from kvstrata.offload.vllm_plugin.host.neighbours import (  # noqa: E402
-    NeighbourError,
-    check_neighbours,
+from kvstrata.offload.vllm_plugin.engine.other_connectors import (  # noqa: E402
+    ConnectorError,
+    check_other_connectors,
 )
 from tests.offload.vllm_plugin.modelless_engine import SlowStores  # noqa: E402
 from tests.offload.vllm_plugin.test_models import Start, full, text  # noqa: E402
@@ -53,7 +53,7 @@ def mooncake(role: str) -> dict[str, Any]:
     ],
 )
 def test_connectors_that_never_write_are_supported(config: KVTransferConfig) -> None:
-    check_neighbours(config)
+    check_other_connectors(config)
 
 
 @pytest.mark.parametrize(
@@ -78,8 +78,8 @@ def test_connectors_that_never_write_are_supported(config: KVTransferConfig) -> 
     ],
 )
 def test_others_are_refused_by_name(config: KVTransferConfig, named: str) -> None:
-    with pytest.raises(NeighbourError, match=named) as caught:
-        check_neighbours(config)
+    with pytest.raises(ConnectorError, match=named) as caught:
+        check_other_connectors(config)
     assert "OffloadingConnector" in str(caught.value)
 
 
@@ -154,7 +154,7 @@ BESIDE = {
 
 
 def test_it_is_refused_at_start(start: Start) -> None:
-    with pytest.raises(NeighbourError, match="'SlowLoader' in MultiConnector"):
+    with pytest.raises(ConnectorError, match="'SlowLoader' in MultiConnector"):
         start(LAYERS, beside=[BESIDE])
 
 
@@ -162,7 +162,7 @@ def test_a_load_overwrites_blocks_that_are_being_stored(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Why: vLLM before 0.33 does not have such stores flushed first."""
-    monkeypatch.setattr(registration, "check_neighbours", lambda config: None)
+    monkeypatch.setattr(registration, "check_other_connectors", lambda config: None)
     stored, loaded = text(1), text(2)
     monkeypatch.setattr(SlowLoader, "prompts", [loaded])
     engine = start(LAYERS, beside=[BESIDE], blocks=14, max_num_seqs=1, pipeline=SlowStores)

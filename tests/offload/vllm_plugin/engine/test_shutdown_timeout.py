@@ -10,7 +10,7 @@ pytestmark = pytest.mark.vllm
 
 from vllm.config import VllmConfig  # noqa: E402
 
-from kvstrata.offload.vllm_plugin.host.stopping import warn_of_sudden_stops  # noqa: E402
+from kvstrata.offload.vllm_plugin.engine.shutdown_timeout import warn_of_sudden_stops  # noqa: E402
 
 
 @pytest.mark.parametrize(

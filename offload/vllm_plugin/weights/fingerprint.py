@@ -15,9 +15,9 @@ from vllm.config import VllmConfig
 
 from kvstrata.offload.vllm_plugin.caches.drafts import drafting
 from kvstrata.offload.vllm_plugin.weights.content import (
+    Attempt,
     Found,
     Gather,
-    Outcome,
     alone,
     attempt,
     find_digests,
@@ -93,7 +93,7 @@ def name_weights(vllm_config: VllmConfig, gather: Gather = alone, rank: int = 0)
         or vllm_config.load_config,
     }
     memory = default_memory()
-    planned = Outcome(None)
+    planned = Attempt(None)
     if rank == 0:
         planned = attempt(lambda: _listed(models, loads, memory))
     gathered = gather(planned)

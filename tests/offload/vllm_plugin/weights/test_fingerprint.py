@@ -18,11 +18,11 @@ pytestmark = pytest.mark.vllm
 
 import vllm  # noqa: E402
 
-from kvstrata.offload.vllm_plugin.weights import weights as weights_module  # noqa: E402
+from kvstrata.offload.vllm_plugin.weights import fingerprint as fingerprint_module  # noqa: E402
 from kvstrata.offload.vllm_plugin.weights.content import alone  # noqa: E402
+from kvstrata.offload.vllm_plugin.weights.fingerprint import name_weights  # noqa: E402
 from kvstrata.offload.vllm_plugin.weights.memory import DigestMemory  # noqa: E402
 from kvstrata.offload.vllm_plugin.weights.watch import WeightWatch  # noqa: E402
-from kvstrata.offload.vllm_plugin.weights.weights import name_weights  # noqa: E402
 from kvstrata.tiers.base import unseen_reason  # noqa: E402
 
 MIB = 2**20
@@ -32,7 +32,7 @@ MIB = 2**20
 def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DigestMemory:
     """Of this test alone."""
     made = DigestMemory(str(tmp_path / "memory"))
-    monkeypatch.setattr(weights_module, "default_memory", lambda: made)
+    monkeypatch.setattr(fingerprint_module, "default_memory", lambda: made)
     return made
 
 
@@ -227,7 +227,7 @@ def test_no_other_model_of_vllm_names_models() -> None:
             if line.strip().startswith("model_or_path="):
                 found.add(line.strip().removeprefix("model_or_path=").rstrip(","))
     others = found - {"model_config.model", "vllm_config.model_config.model"}
-    assert others == {f"config.{field}" for field in weights_module._OTHER_MODELS}
+    assert others == {f"config.{field}" for field in fingerprint_module._OTHER_MODELS}
 
 
 def test_every_load_format_of_vllm_is_known() -> None:
@@ -235,7 +235,7 @@ def test_every_load_format_of_vllm_is_known() -> None:
     from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER as loaders
 
     elsewhere = {"dummy", "ipc_cache", "modelexpress", "npcache", "tensorizer"}
-    assert {name for name in loaders if name not in weights_module._FROM_FILES} == elsewhere
+    assert {name for name in loaders if name not in fingerprint_module._FROM_FILES} == elsewhere
 
 
 # -- weights that cannot be seen ----------------------------------------------------
@@ -346,13 +346,13 @@ def test_ranks_read_each_file_once(more_weights: Path, monkeypatch: pytest.Monke
     engine = engine_of(model_of(more_weights))
     expected = name_weights(engine).fields
     read: dict[int, list[str]] = {}
-    digest = weights_module.read_digests
+    digest = fingerprint_module.read_digests
 
     def note(paths: Any, *more: Any) -> Any:
         read[this_rank()] = paths
         return digest(paths, *more)
 
-    monkeypatch.setattr(weights_module, "read_digests", note)
+    monkeypatch.setattr(fingerprint_module, "read_digests", note)
     assert on_ranks(3, engine) == [expected] * 3
     paths = [path for part in read.values() for path in part]
     assert len(paths) == len(set(paths)) == 7 and all(read.values())
@@ -363,14 +363,14 @@ def test_one_rank_that_fails(
     failing: int, more_weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All ranks go on, and agree that the weights cannot be seen."""
-    digest = weights_module.read_digests
+    digest = fingerprint_module.read_digests
 
     def fail(*args: Any) -> Any:
         if this_rank() == failing:
             raise MemoryError("no memory on this rank")
         return digest(*args)
 
-    monkeypatch.setattr(weights_module, "read_digests", fail)
+    monkeypatch.setattr(fingerprint_module, "read_digests", fail)
     for fields in on_ranks(3, engine_of(model_of(more_weights))):
         assert unseen_reason(fields["weights"]) == "no memory on this rank"
 
@@ -379,7 +379,7 @@ def test_the_first_rank_fails_to_look(weights: Path, monkeypatch: pytest.MonkeyP
     def fail(*args: Any) -> Any:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(weights_module, "find_digests", fail)
+    monkeypatch.setattr(fingerprint_module, "find_digests", fail)
     for fields in on_ranks(2, engine_of(model_of(weights))):
         assert unseen_reason(fields["weights"]) == "broken"
         assert fields["draft_weights"] is None

@@ -15,8 +15,8 @@ from vllm.v1.kv_cache_interface import (  # noqa: E402
 )
 
 from kvstrata.kernels.opening import open_pipeline  # noqa: E402
-from kvstrata.offload.vllm_plugin.host import model_runner  # noqa: E402
-from kvstrata.offload.vllm_plugin.host.model_runner import overwrites_before_flush  # noqa: E402
+from kvstrata.offload.vllm_plugin.engine import model_runner  # noqa: E402
+from kvstrata.offload.vllm_plugin.engine.model_runner import overwrites_before_flush  # noqa: E402
 from kvstrata.offload.vllm_plugin.worker import KVStrataWorker  # noqa: E402
 from tests.offload.vllm_plugin.modelless_engine import Layer, ModellessEngine, SlowStores  # noqa: E402
 from tests.offload.vllm_plugin.test_models import Start, full, text, window  # noqa: E402

@@ -29,8 +29,8 @@ from kvstrata.kernels.geometry import (  # noqa: E402
     TOKEN_MAJOR,
     GeometryError,
 )
-from kvstrata.offload.vllm_plugin.caches import caches  # noqa: E402
-from kvstrata.offload.vllm_plugin.caches.caches import (  # noqa: E402
+from kvstrata.offload.vllm_plugin.caches import layers as layers_module  # noqa: E402
+from kvstrata.offload.vllm_plugin.caches.layers import (  # noqa: E402
     WorkerLayer,
     _heads_of,
     _is_plain,
@@ -186,7 +186,7 @@ def collect(
 ) -> list[WorkerLayer]:
     """The layers of one group; None for a layer that vLLM has no module of."""
     modules = {name: module for name, module in layers.items() if module is not None}
-    monkeypatch.setattr(caches, "get_layers_from_vllm_config", lambda *_: modules)
+    monkeypatch.setattr(layers_module, "get_layers_from_vllm_config", lambda *_: modules)
     raw = [
         module.kv_cache.view(torch.int8).reshape(BLOCKS, -1)
         if module is not None
@@ -214,7 +214,7 @@ def collect(
         [CanonicalKVCacheTensor(tensor, tensor.shape[1]) for tensor in raw],
         [[CanonicalKVCacheRef(index, tensor.shape[1]) for index, tensor in enumerate(raw)]],
     )
-    return caches.collect_layers(config, engine, canonical)[0]  # type: ignore[arg-type]
+    return layers_module.collect_layers(config, engine, canonical)[0]  # type: ignore[arg-type]
 
 
 @dataclass
@@ -340,7 +340,7 @@ def test_a_packed_cache_that_hides_bytes_is_refused(monkeypatch: pytest.MonkeyPa
 def test_order_of_fp8_content_has_its_scales(
     backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(caches, "cpu_isa", lambda *_: "isa")
+    monkeypatch.setattr(layers_module, "cpu_isa", lambda *_: "isa")
 
     def order(k_scale: Any) -> str:
         return order_of(monkeypatch, Module(2, backend, dtype, k_scale=k_scale))
@@ -355,7 +355,7 @@ def test_order_of_fp8_content_has_its_scales(
 def test_scales_mean_nothing_without_fp8(
     backend: str, content: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(caches, "cpu_isa", lambda *_: "isa")
+    monkeypatch.setattr(layers_module, "cpu_isa", lambda *_: "isa")
     [one] = collect(monkeypatch, {"a": Module(2, backend)})
     [other] = collect(monkeypatch, {"a": Module(2, backend, k_scale=0.5)})
     assert one.shape.content == content and one.content_order == other.content_order

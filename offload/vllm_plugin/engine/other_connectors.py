@@ -22,20 +22,20 @@ _SUPPORTED = (
 )
 
 
-class NeighbourError(RuntimeError):
+class ConnectorError(RuntimeError):
     """Another connector is configured that may write to the KV cache."""
 
 
-def check_neighbours(config: KVTransferConfig) -> None:
+def check_other_connectors(config: KVTransferConfig) -> None:
     """Refuse connectors beside which a page may be stored wrong.
 
     Raises:
-        NeighbourError: naming the connector, and those that are supported.
+        ConnectorError: naming the connector, and those that are supported.
     """
     if config.kv_connector == _OURS:
         return
     if config.kv_connector != "MultiConnector" or config.kv_connector_module_path:
-        raise NeighbourError(
+        raise ConnectorError(
             f"kv_connector {config.kv_connector!r} is not supported: use OffloadingConnector, "
             "alone or in vLLM's MultiConnector"
         )
@@ -44,7 +44,7 @@ def check_neighbours(config: KVTransferConfig) -> None:
     if _OURS in others:
         others.remove(_OURS)  # this one; another one would load
     if others:
-        raise NeighbourError(
+        raise ConnectorError(
             f"{', '.join(map(repr, others))} in MultiConnector may write to KV blocks that are "
             f"being stored: use {_OURS} alone, or beside {_SUPPORTED}"
         )

@@ -12,8 +12,8 @@ pytestmark = pytest.mark.vllm
 from vllm.config import CacheConfig, KVTransferConfig, VllmConfig  # noqa: E402
 
 from kvstrata.offload.config.offload_config import ConfigError  # noqa: E402
-from kvstrata.offload.vllm_plugin.host import early  # noqa: E402
-from kvstrata.offload.vllm_plugin.host.early import check, check_early  # noqa: E402
+from kvstrata.offload.vllm_plugin.engine import early_check  # noqa: E402
+from kvstrata.offload.vllm_plugin.engine.early_check import check, check_early  # noqa: E402
 from kvstrata.offload.vllm_plugin.spec import KVStrataSpec  # noqa: E402
 
 OURS = {"spec_name": "KVStrataSpec", "cpu_bytes_to_use": "1MiB"}
@@ -35,7 +35,7 @@ def vllm_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     method = VllmConfig._post_init_kv_transfer_config
     plain = getattr(method, "__wrapped__", method)
     monkeypatch.setattr(VllmConfig, "_post_init_kv_transfer_config", plain)
-    monkeypatch.setattr(early, "_checked", False)
+    monkeypatch.setattr(early_check, "_checked", False)
 
 
 def test_vllm_has_it_checked_when_it_completes_its_own() -> None:
