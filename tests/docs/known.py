@@ -24,7 +24,7 @@ class Way:
 
 
 WAYS = (
-    Way("run", r"kvstrata (ls|check|gc|inspect|trust|doctor)\b.*"),
+    Way("run", r"kvstrata (ls|check|config|gc|inspect|trust|doctor)\b.*"),
     Way("run", r"sudo install -d .*"),
     Way("run", r"mkdir /tmp/sparse"),
     Way("run", r"for i in \$\(seq 20\); do truncate .*"),
