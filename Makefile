@@ -85,10 +85,10 @@ OTHER_VLLMS := 0.31.0 0.33.0
 VERSION := 0.33.0
 PLUGIN_TESTS := $(addprefix tests/offload/vllm_plugin/, $(addsuffix .py, \
 	$(addprefix caches/test_, backends layers) $(addprefix engine/test_, model_runner other_connectors) \
-	namespace/test_table $(addprefix test_, against_stock cache_salt events info models register \
+	namespace/test_table $(addprefix test_, against_stock cache_salt events info other_kinds_of_cache register \
 	registration scheduler)))
 # a real engine that starts, stores, and hits in memory and in files, with the tokens of before
-SHORT_ENGINE_TEST := tests/engine/test_life.py::test_max_load_tokens_and_load_tiers
+SHORT_ENGINE_TEST := tests/engine/test_requests_and_resets.py::test_max_load_tokens_and_load_tiers
 
 .venv-vllm-%/.done: $(STAMP) $(wildcard tests/vllm_overlay/*.py)
 	$(BIN)/python tests/vllm_overlay/build.py $* $(@D)
@@ -96,7 +96,7 @@ SHORT_ENGINE_TEST := tests/engine/test_life.py::test_max_load_tokens_and_load_ti
 test-vllm: .venv-vllm-$(VERSION)/.done ## the plugin and engine tests with another vLLM (VERSION=...)
 	cat .venv-vllm-$(VERSION)/missing.txt
 	VLLM_TARGET_DEVICE=cpu .venv-vllm-$(VERSION)/bin/python -m pytest \
-		tests/offload/vllm_plugin $(addprefix tests/engine/test_, life.py replicas.py serve.py)
+		tests/offload/vllm_plugin $(addprefix tests/engine/test_, replicas.py requests_and_resets.py serve.py)
 
 test-vllms: $(OTHER_VLLMS:%=.venv-vllm-%/.done) ## what depends on vLLM, with each other version
 	for version in $(OTHER_VLLMS); do \
@@ -121,8 +121,8 @@ endif
 GPU_PARTS := 1 2 3 4 5 6
 GPU_TESTS_1 := $(wildcard tests/kernels/test_*.py) $(addprefix tests/kernels/,bench gpu)
 GPU_TESTS_2 := $(addprefix tests/kernels/on_gpu/test_,devices.py round_trips.py)
-GPU_TESTS_3 := tests/kernels/on_gpu/test_sizes.py
-GPU_TESTS_4 := tests/kernels/on_gpu/test_order.py
+GPU_TESTS_3 := tests/kernels/on_gpu/test_odd_and_huge_sizes.py
+GPU_TESTS_4 := tests/kernels/on_gpu/test_beside_a_model.py
 GPU_TESTS_5 := tests/kernels/on_gpu/test_sanitizer.py::test_memory
 GPU_TESTS_6 := tests/kernels/on_gpu/test_sanitizer.py::test_races
 PART :=
@@ -138,7 +138,7 @@ endif
 test: lint types test-unit test-engine $(if $(filter cpu,$(EXTRA)),test-vllms) ## everything CI runs
 
 test-models: install ## every kind of KV cache: hits and identical tokens
-	$(BIN)/pytest --long tests/engine/test_models.py tests/offload/vllm_plugin/test_models.py
+	$(BIN)/pytest --long tests/engine/test_every_kind_of_cache.py tests/offload/vllm_plugin/test_other_kinds_of_cache.py
 
 test-faults: install ## the long forms: kills, full disks and hostile files; each kernel on each target
 	$(BIN)/pytest --long tests/tiers tests/kernels/test_compile.py

@@ -14,8 +14,8 @@ HERE = Path(__file__).parents[1]
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="there is a GPU")
 def test_some_of_the_tests_of_a_gpu() -> None:
     """Of the copies the oracle's alone: kernels would have to be compiled."""
-    order = "on_gpu/test_order.py::test_submit_neither_allocates_nor_waits"
-    compiled = "on_gpu/test_order.py::test_nothing_is_compiled_after_the_start[None]"
+    order = "on_gpu/test_beside_a_model.py::test_submit_neither_allocates_nor_waits"
+    compiled = "on_gpu/test_beside_a_model.py::test_nothing_is_compiled_after_the_start[None]"
     tests = ["on_gpu/test_devices.py", compiled, f"{order}[staged]", f"{order}[direct]"]
     tests += ["test_pack.py", "-k", "not copy_triton and not every_other and not beyond"]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -8,7 +8,7 @@ pytestmark = pytest.mark.vllm
 import torch  # noqa: E402
 from vllm.v1.kv_cache_interface import MambaSpec  # noqa: E402
 
-from tests.offload.vllm_plugin.test_models import Start, full, window  # noqa: E402
+from tests.offload.vllm_plugin.test_other_kinds_of_cache import Start, full, window  # noqa: E402
 
 STATE = MambaSpec(
     block_size=32, shapes=((256,), (256,)), dtypes=(torch.float32,) * 2, mamba_cache_mode="align"

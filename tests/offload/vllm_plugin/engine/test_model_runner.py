@@ -19,7 +19,7 @@ from kvstrata.offload.vllm_plugin.engine import model_runner  # noqa: E402
 from kvstrata.offload.vllm_plugin.engine.model_runner import overwrites_before_flush  # noqa: E402
 from kvstrata.offload.vllm_plugin.worker import KVStrataWorker  # noqa: E402
 from tests.offload.vllm_plugin.modelless_engine import Layer, ModellessEngine, SlowStores  # noqa: E402
-from tests.offload.vllm_plugin.test_models import Start, full, text, window  # noqa: E402
+from tests.offload.vllm_plugin.test_other_kinds_of_cache import Start, full, text, window  # noqa: E402
 
 MIXED = {
     "full": (full(), "FLASH_ATTN"),

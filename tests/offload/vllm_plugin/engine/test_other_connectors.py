@@ -22,7 +22,7 @@ from kvstrata.offload.vllm_plugin.engine.other_connectors import (  # noqa: E402
     check_other_connectors,
 )
 from tests.offload.vllm_plugin.modelless_engine import SlowStores  # noqa: E402
-from tests.offload.vllm_plugin.test_models import Start, full, text  # noqa: E402
+from tests.offload.vllm_plugin.test_other_kinds_of_cache import Start, full, text  # noqa: E402
 
 OURS = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
 HIDDEN = {"kv_connector": "ExampleHiddenStatesConnector", "kv_role": "kv_producer"}

@@ -15,7 +15,7 @@ from kvstrata.offload.primary.region import Region, RegionError  # noqa: E402
 from kvstrata.offload.vllm_plugin.registration import RegistrationError  # noqa: E402
 from tests.engine.driver import region_files  # noqa: E402
 from tests.offload.vllm_plugin.modelless_engine import ModellessEngine  # noqa: E402
-from tests.offload.vllm_plugin.test_models import Start, full, text  # noqa: E402
+from tests.offload.vllm_plugin.test_other_kinds_of_cache import Start, full, text  # noqa: E402
 from tests.waiting import PATIENCE_S, wait_until  # noqa: E402
 
 SLOT_BYTES = 4096
