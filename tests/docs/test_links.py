@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.docs.blocks import DOCUMENTS, ROOT
+from tests.docs.test_rooms import FOLDERS
 
 GITHUB = sorted((ROOT / ".github").rglob("*.md"))
 
@@ -37,6 +38,21 @@ def test_links(path: Path) -> None:
         if not target.exists() or (anchor and anchor not in anchors(target)):
             broken.append(link)
     assert broken == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_files_that_a_document_names_are_there(path: Path) -> None:
+    """By their path in the repository, or from any folder on; vLLM's own are no concern here."""
+    if path.name == "upstream.md":
+        pytest.skip("it is about vLLM's files")
+    there = [p.as_posix() for each in (*FOLDERS, "tests") for p in (ROOT / each).rglob("*.py")]
+    named = set(re.findall(r"`((?:[\w.-]+/)*[\w-]+\.py)`", path.read_text())) - {"__init__.py"}
+    assert [n for n in named if not any(file.endswith(f"/{n}") for file in there)] == []
+    rooms = re.findall(rf"`((?:{'|'.join(FOLDERS)}|tests)/[\w/]*)`", path.read_text())
+    assert [room for room in rooms if not (ROOT / room).exists()] == []
+    for name in re.findall(rf"\bkvstrata\.((?:{'|'.join(FOLDERS)})(?:\.\w+)*)", path.read_text()):
+        place = Path(ROOT, *name.split("."))  # a folder, a module, or what is in one
+        assert place.exists() or any(p.with_suffix(".py").exists() for p in (place, place.parent))
 
 
 def test_the_readme_leads_to_every_document() -> None:

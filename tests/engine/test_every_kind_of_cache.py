@@ -1,7 +1,7 @@
 """Hits and identical tokens for every kind of KV cache that vLLM's CPU build can run.
 
-What it cannot run is in `tests/offload/vllm_plugin/test_other_kinds_of_cache.py`, with vLLM's own KV
-cache specs.
+What it cannot run is in `tests/offload/vllm_plugin/test_other_kinds_of_cache.py`, with vLLM's own
+KV cache specs.
 """
 
 from collections.abc import Callable
