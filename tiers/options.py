@@ -172,7 +172,7 @@ def nearest(word: str, known: Collection[str]) -> str:
     return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
 
 
-def size_text(nbytes: int) -> str:
+def format_bytes(nbytes: int) -> str:
     """`1.5 GiB`: at most four figures and a unit."""
     size, units = float(nbytes), iter(("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"))
     unit = next(units)
@@ -226,7 +226,7 @@ def parse_bytes(key: str, value: object, *, zero: bool = False) -> int:
     if exact < 1 and not (zero and exact == 0):
         raise TierConfigError(f"{key}: {value!r} is not positive; {remedy}")
     if exact >= MAX_BYTES + 1:
-        raise TierConfigError(f"{key}: {value!r} is more than {size_text(MAX_BYTES)}; {remedy}")
+        raise TierConfigError(f"{key}: {value!r} is more than {format_bytes(MAX_BYTES)}; {remedy}")
     return int(exact)
 
 

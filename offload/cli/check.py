@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvstrata.offload.cli.printing import AsJson, byte_bar, fail, print_json, printable, size
+from kvstrata.offload.cli.printing import AsJson, byte_bar, fail, print_json, printable
 from kvstrata.offload.cli.root import Root, no_namespaces, refuse_root
+from kvstrata.tiers.options import format_bytes
 
 if TYPE_CHECKING:
     from kvstrata.tiers.fs.tools.repair import Examination
@@ -75,7 +76,10 @@ def _show_examination(done: Examination, left: int, fix: bool) -> None:
         word = each.repair or ("left by an ended server" if each.remains else "bad")
         typer.echo(f"{word}: {printable(each.path)}: {printable(each.reason)}")
     kinds = Counter(finding.kind for finding in done.findings if not finding.remains)
-    parts = [f"{done.report.files} files, {size(done.report.bytes)}", f"{kinds.total()} bad"]
+    parts = [
+        f"{done.report.files} files, {format_bytes(done.report.bytes)}",
+        f"{kinds.total()} bad",
+    ]
     if kinds:
         parts[1] += f" ({', '.join(f'{count} {kind}' for kind, count in sorted(kinds.items()))})"
     remains = sum(finding.remains for finding in done.findings)

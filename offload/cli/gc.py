@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvstrata.offload.cli.printing import AsJson, fail, print_json, size, state_bar
+from kvstrata.offload.cli.printing import AsJson, fail, print_json, state_bar
 from kvstrata.offload.cli.root import Root, free_json, limits_json, no_namespaces, refuse_root
+from kvstrata.tiers.options import format_bytes
 
 if TYPE_CHECKING:
     from kvstrata.tiers.fs.budget.limits import Limits, Usage
@@ -44,7 +45,9 @@ def gc(
 
             def progress(usage: Usage, deleted: int) -> None:
                 if say is not None:
-                    say(f"{usage.files} files, {size(usage.nbytes)}; {deleted} deleted here")
+                    say(
+                        f"{usage.files} files, {format_bytes(usage.nbytes)}; {deleted} deleted here"
+                    )
 
             done = trim(root, limits, progress)
     except OSError as error:
@@ -117,16 +120,16 @@ def _show_trimmed(done: Trimmed) -> None:
         servers = f"members running: {done.members}; "
         who = "by this command and by the member that keeps the books"
     typer.echo(
-        f"{servers}from {before.files} files, {size(before.nbytes)} to {after.files} files, "
-        f"{size(after.nbytes)}; {done.evicted_files} files, {size(done.evicted_bytes)} deleted "
-        f"{who}"
+        f"{servers}from {before.files} files, {format_bytes(before.nbytes)} to {after.files} "
+        f"files, {format_bytes(after.nbytes)}; {done.evicted_files} files, "
+        f"{format_bytes(done.evicted_bytes)} deleted {who}"
     )
     for cause, count in sorted(done.failures.items()):
         typer.echo(f"failed: {cause}: {count}")
     if done.refused:
         typer.echo(
             "the limits cannot be reached, and nothing was deleted: without any page "
-            f"{done.fixed_files} files, {size(done.fixed_bytes)} would be left "
+            f"{done.fixed_files} files, {format_bytes(done.fixed_bytes)} would be left "
             "(the books, foreign files, directories)"
         )
     elif not done.within:

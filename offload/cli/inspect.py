@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvstrata.offload.cli.printing import AsJson, complain, print_json, printable, size
+from kvstrata.offload.cli.printing import AsJson, complain, print_json, printable
+from kvstrata.tiers.options import format_bytes
 
 if TYPE_CHECKING:
     from kvstrata.offload.cli.inspection import Inspection
@@ -51,7 +52,7 @@ def _show(found: Inspection) -> None:
     facts = {
         "file": found.path,
         "what": found.kind,
-        "bytes": f"{found.bytes} ({size(found.bytes)})",
+        "bytes": f"{found.bytes} ({format_bytes(found.bytes)})",
         "version": found.format_version,
         "key": found.key,
         "group": found.group,

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvstrata.offload.cli.printing import AsJson, age, byte_bar, fail, print_json, printable, size
+from kvstrata.offload.cli.printing import AsJson, age, byte_bar, fail, print_json, printable
 from kvstrata.offload.cli.root import Root, free_json, limits_json, no_namespaces
 from kvstrata.offload.cli.why import explain
+from kvstrata.tiers.options import format_bytes
 
 if TYPE_CHECKING:
     from kvstrata.tiers.fs.tools.listing import NamespaceReport
@@ -97,14 +98,18 @@ def _show_books(root: str, books: Mapping[str, Any] | None) -> None:
     if books is None:
         typer.echo(f"{printable(root)}: no books of a disk budget that can be read")
         return
-    files, nbytes = f"{books['files']} files", size(books["bytes"])
+    files, nbytes = f"{books['files']} files", format_bytes(books["bytes"])
     if (most := books["max_files"]) is not None:
         files += f" of at most {most}"
     if (most := books["max_bytes"]) is not None:
-        nbytes += f" of at most {size(most)}"
-    free = f"{size(books['free_bytes'])} free" if books["free_bytes"] is not None else "unbounded"
+        nbytes += f" of at most {format_bytes(most)}"
+    free = (
+        f"{format_bytes(books['free_bytes'])} free"
+        if books["free_bytes"] is not None
+        else "unbounded"
+    )
     if (least := books["min_free_bytes"]) is not None:
-        free += f" of at least {size(least)}"
+        free += f" of at least {format_bytes(least)}"
     counted = "" if books["counted"] else "not counted yet: "
     keeper = f", the keeper is {books['keeper'][:8]}" if books["keeper"] else ""
     damage = "".join(f"; {reason}" for reason in books["damage"])
@@ -146,7 +151,7 @@ def _show_namespace(report: NamespaceReport, used: float | None, share: float) -
     )
     if report.config is not None:
         settings = f"config.json: {report.config}"
-    files = f"{report.files} files, {size(report.bytes)} ({share:.0%})"
+    files = f"{report.files} files, {format_bytes(report.bytes)} ({share:.0%})"
     if report.oldest is not None and report.newest is not None:
         ages = f"{age(report.oldest, now)} ago, the newest {age(report.newest, now)} ago"
         files += f", the oldest written {ages}"

@@ -1,4 +1,4 @@
-"""What the commands print: sizes, ages, JSON, errors, and bars on a terminal."""
+"""What the commands print: ages, JSON, errors, and bars on a terminal."""
 
 from __future__ import annotations
 
@@ -41,13 +41,6 @@ def age(when: float, now: float) -> str:
         if seconds >= length:
             return f"{seconds / length:.0f} {unit}"
     return f"{seconds:.0f} s"
-
-
-def size(nbytes: int) -> str:
-    """`1.5 GiB`."""
-    from kvstrata.tiers.options import size_text
-
-    return size_text(nbytes)
 
 
 def complain(path: str, error: OSError) -> None:

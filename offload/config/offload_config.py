@@ -16,6 +16,7 @@ from kvstrata.tiers.base import TierConfigError
 from kvstrata.tiers.options import (
     UnknownKeyError,
     WrongValue,
+    format_bytes,
     option,
     options_of,
     or_none,
@@ -27,7 +28,6 @@ from kvstrata.tiers.options import (
     parse_number,
     read_options,
     same_option,
-    size_text,
 )
 from kvstrata.tiers.registry import TierEntry, tier_class, tier_options
 
@@ -50,7 +50,7 @@ def _cpu_bytes(key: str, value: object) -> int:
     size = parse_bytes(key, value)
     if size < _LEAST_CPU_BYTES:
         raise ConfigError(
-            f"{key}: {value!r} is {size_text(size)}, less than one page takes; give "
+            f"{key}: {value!r} is {format_bytes(size)}, less than one page takes; give "
             'bytes, or a unit with them, for example "8GiB"'
         )
     if size > _MOST_CPU_BYTES:

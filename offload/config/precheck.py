@@ -8,7 +8,7 @@ from pathlib import Path
 from kvstrata.offload.config.offload_config import ConfigError, OffloadConfig
 from kvstrata.tiers.base import TierConfigError
 from kvstrata.tiers.directories import check_directory
-from kvstrata.tiers.options import size_text
+from kvstrata.tiers.options import format_bytes
 
 SHM = Path("/dev/shm")
 
@@ -29,11 +29,11 @@ def check_size(cpu_bytes: int, shm: Path = SHM) -> None:
     Raises:
         ConfigError: naming the key, the value and the remedy.
     """
-    size = size_text(cpu_bytes)
+    size = format_bytes(cpu_bytes)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if cpu_bytes > memory:
         raise ConfigError(
-            f"cpu_bytes_to_use: {size} is more than this machine's memory, {size_text(memory)}: "
+            f"cpu_bytes_to_use: {size} is more than this machine's memory, {format_bytes(memory)}: "
             "lower it"
         )
     try:
@@ -47,7 +47,7 @@ def check_size(cpu_bytes: int, shm: Path = SHM) -> None:
     if 0 < total < cpu_bytes:
         raise ConfigError(
             f"cpu_bytes_to_use: {size} is more than {shm}, where the CPU tier lives, holds in all, "
-            f"{size_text(total)}: lower it, or make {shm} larger (containers: --shm-size)"
+            f"{format_bytes(total)}: lower it, or make {shm} larger (containers: --shm-size)"
         )
 
 

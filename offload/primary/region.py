@@ -33,7 +33,7 @@ import numpy as np
 from kvstrata.offload.primary.progress import Progress
 from kvstrata.tiers.base import PageRegion
 from kvstrata.tiers.disk import disk_at
-from kvstrata.tiers.options import size_text
+from kvstrata.tiers.options import format_bytes
 
 ALIGNMENT = 4096  # of slots and of the first slot; the unit of O_DIRECT
 _MAGIC = b"kvstrat1"
@@ -322,10 +322,10 @@ def _check_memory(size: int, directory: Path, more: str = "") -> None:
 
 
 def _too_small(what: object, size: int, space: int | None, more: str = "") -> str:
-    have = "too little is" if space is None else f"{size_text(space)} are"
-    missing = "" if space is None else f", {size_text(size - space)} are missing"
+    have = "too little is" if space is None else f"{format_bytes(space)} are"
+    missing = "" if space is None else f", {format_bytes(size - space)} are missing"
     return (
-        f"the CPU tier needs {more}{size_text(size)} of {what} but {have} free{missing}: "
+        f"the CPU tier needs {more}{format_bytes(size)} of {what} but {have} free{missing}: "
         "lower cpu_bytes_to_use or make it larger (containers: --shm-size)"
     )
 

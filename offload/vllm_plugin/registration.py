@@ -49,7 +49,7 @@ from kvstrata.offload.vllm_plugin.weights.fingerprint import WeightNames, name_w
 from kvstrata.offload.vllm_plugin.weights.updates import check_weights_fixed, weights_fixed
 from kvstrata.offload.vllm_plugin.worker import KVStrataWorker
 from kvstrata.tiers.base import layouts_to_json
-from kvstrata.tiers.options import size_text
+from kvstrata.tiers.options import format_bytes
 
 logger = logging.getLogger("kvstrata")
 
@@ -214,9 +214,9 @@ def _create_region(
     slots = count_slots(settings.cpu_bytes, slot_bytes, workers, HEADER_TEXT_BYTES)
     if slots < workers:  # each tries its copies on one at start
         raise RegionError(
-            f"cpu_bytes_to_use: {size_text(settings.cpu_bytes)} does not hold one page of "
-            f"{size_text(slot_bytes)} ({blocks} blocks of each layer) for each of {workers} "
-            f"workers: give at least {size_text(workers * slot_bytes + 2 * HEADER_TEXT_BYTES)}, "
+            f"cpu_bytes_to_use: {format_bytes(settings.cpu_bytes)} does not hold one page of "
+            f"{format_bytes(slot_bytes)} ({blocks} blocks of each layer) for each of {workers} "
+            f"workers: give at least {format_bytes(workers * slot_bytes + 2 * HEADER_TEXT_BYTES)}, "
             "and better a hundred times that, or make chunks smaller (blocks_per_chunk, block_size)"
         )
     fields: dict[str, Any] = {

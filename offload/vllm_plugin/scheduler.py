@@ -44,7 +44,7 @@ from kvstrata.offload.vllm_plugin.metrics import StatsReader
 from kvstrata.offload.vllm_plugin.transfer import PageSlots
 from kvstrata.offload.vllm_plugin.weights.watch import WeightWatch
 from kvstrata.tiers.base import PageKey, RequestView, SecondaryTier, TierContext, layouts_from_json
-from kvstrata.tiers.options import size_text
+from kvstrata.tiers.options import format_bytes
 
 logger = logging.getLogger("kvstrata")
 
@@ -324,8 +324,8 @@ def open_scheduler(
     logger.info(
         "kvstrata: CPU tier of %d pages of %s (%s), %d of them ready; secondary tiers: %s",
         region.slots,
-        size_text(region.slot_bytes),
-        size_text(region.slots * region.slot_bytes),
+        format_bytes(region.slot_bytes),
+        format_bytes(region.slots * region.slot_bytes),
         manager.primary.slots,
         ", ".join(named.name for named in manager.tiers) or "none",
     )

@@ -23,7 +23,7 @@ from kvstrata.tiers.fs.files.namespace import namespace_paths, validate_config, 
 from kvstrata.tiers.fs.files.trust import is_trusted
 from kvstrata.tiers.fs.ground import Ground
 from kvstrata.tiers.fs.refusals import is_whole_system, refusal
-from kvstrata.tiers.options import size_text
+from kvstrata.tiers.options import format_bytes
 from kvstrata.tiers.page.form import ALIGNMENT
 
 # The disk may be well again later, or be made so by eviction.
@@ -192,9 +192,9 @@ def check_budget(config: FsConfig, context: TierContext) -> None:
     least = 2 * max(pages, default=0)
     if isinstance(config.max_bytes, int) and 0 < config.max_bytes < least:
         raise TierConfigError(
-            f"max_bytes: {size_text(config.max_bytes)} is too little for the pages of this model, "
-            f"which take up to {size_text(least // 2)} each; give at least {size_text(least)}, and "
-            "better a hundred times that"
+            f"max_bytes: {format_bytes(config.max_bytes)} is too little for the pages of this "
+            f"model, which take up to {format_bytes(least // 2)} each; give at least "
+            f"{format_bytes(least)}, and better a hundred times that"
         )
 
 
@@ -252,10 +252,10 @@ def say_limits(config: FsConfig, limits: Limits) -> None:
         OSError: the file system cannot be asked.
     """
     disk = disk_at(config.root_dir)
-    least = size_text(limits.min_free_bytes)
+    least = format_bytes(limits.min_free_bytes)
     if not config.limited:
         rest = f"all but {least} (min_free_bytes)" if limits.min_free_bytes else "all"
-        of = f"the {size_text(disk.total)}" if disk.bounded else "the space"
+        of = f"the {format_bytes(disk.total)}" if disk.bounded else "the space"
         logger.info(
             "kvstrata fs tier: no limit is set for %r: pages may take %s of %s there; to keep "
             'them smaller give max_bytes, for example "100GiB" or "50%%"',
@@ -268,7 +268,7 @@ def say_limits(config: FsConfig, limits: Limits) -> None:
             "kvstrata fs tier: %s are free on the disk of %r and %s are to stay free: as long as "
             "that is so nothing is stored, and what is there is evicted; free some space or give "
             "a smaller min_free_bytes",
-            size_text(disk.free),
+            format_bytes(disk.free),
             config.root_dir,
             least,
         )

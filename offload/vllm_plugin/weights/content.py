@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from kvstrata.offload.vllm_plugin.weights.hub import hub_digest
 from kvstrata.offload.vllm_plugin.weights.identity import Identity, identity_of
 from kvstrata.offload.vllm_plugin.weights.memory import SETTLED_NS, DigestMemory
-from kvstrata.tiers.options import size_text
+from kvstrata.tiers.options import format_bytes
 
 logger = logging.getLogger("kvstrata")
 
@@ -106,7 +106,7 @@ def read_digests(
         logger.info(
             "kvstrata reads %s of weight files to give their pages a name (remembered until "
             "they change, where the file system keeps exact change times)",
-            size_text(total),
+            format_bytes(total),
         )
 
     def read(path: str) -> str:

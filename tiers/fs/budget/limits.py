@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from kvstrata.tiers.base import TierConfigError
 from kvstrata.tiers.disk import UNBOUNDED
-from kvstrata.tiers.options import parse_bytes, size_text
+from kvstrata.tiers.options import format_bytes, parse_bytes
 
 BLOCK = 4096  # bytes: what ext4, XFS and tmpfs allocate in
 _MOST_BYTES = 2**40
@@ -145,9 +145,9 @@ class Room(NamedTuple):
 def stricter(limits: Limits, own: Limits) -> str:
     """In which of its values `limits` leaves less room than `own`, in words."""
     values = (
-        ("max_bytes", limits.max_bytes, own.max_bytes, size_text),
+        ("max_bytes", limits.max_bytes, own.max_bytes, format_bytes),
         ("max_files", limits.max_files, own.max_files, str),
-        ("min_free_bytes", limits.min_free_bytes, own.min_free_bytes, size_text),
+        ("min_free_bytes", limits.min_free_bytes, own.min_free_bytes, format_bytes),
     )
     return ", ".join(
         f"{name} {text(value)} ({text(ours) if ours else 'none'} here)"
