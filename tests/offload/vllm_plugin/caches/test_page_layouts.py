@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvstrata.kernels import geometry
 from kvstrata.kernels.geometry import HEAD_SLABS, OPAQUE, TOKEN_MAJOR, LayerShape
 from kvstrata.offload.vllm_plugin.caches.page_layouts import (
     layout_of,
@@ -19,6 +20,11 @@ from kvstrata.tiers.base import (
     layouts_from_json,
     layouts_to_json,
 )
+
+
+def test_tiers_and_kernels_know_the_same_elements() -> None:
+    """They have a table each: neither imports the other."""
+    assert {name: geometry.DTYPE_BYTES[name] for name in DTYPE_BYTES} == DTYPE_BYTES
 
 
 def layer(name: str, heads: int = 4, width: int = 128, dtype: str = "BF16") -> LayerShape:
