@@ -423,5 +423,5 @@ def test_hash_seed(monkeypatch: pytest.MonkeyPatch) -> None:
         (5000 * 2**40, "4.9 PiB"),
     ],
 )
-def test_size_text(nbytes: int, text: str) -> None:
+def test_format_bytes(nbytes: int, text: str) -> None:
     assert format_bytes(nbytes) == text
