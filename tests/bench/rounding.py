@@ -25,9 +25,8 @@ import typer
 from kvstrata.kernels.bench.results.figures import append_csv, machine_line
 from kvstrata.kernels.bench.results.tables import print_table
 from kvstrata.offload.audit.comparison import Comparison, Elements, Verdict, compare
-from tests.bench.ttft.engine import ROOT, EngineError
+from tests.engine.driver import BLOCK, ROOT
 
-BLOCK = 32  # tokens; vLLM's CPU attention takes no less
 # safetensors dtypes of the content, by vLLM's word for the model's
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -72,7 +71,7 @@ def run(
     """Compute the prompts in an engine of its own, whose pages go to files in `folder`.
 
     Raises:
-        EngineError: it failed; the message has the end of its log.
+        RuntimeError: it failed; the message has the end of its log.
     """
     tp = more.get("tensor_parallel_size", 1)
     settings = {
@@ -102,7 +101,7 @@ def run(
         )
     if done.returncode:
         tail = "\n".join((folder / "log").read_text().splitlines()[-20:])
-        raise EngineError(f"an engine failed; the end of its log:\n{tail}")
+        raise RuntimeError(f"an engine failed; the end of its log:\n{tail}")
 
 
 def serve() -> None:

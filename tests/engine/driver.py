@@ -25,6 +25,7 @@ START_TIMEOUT_S = 600.0  # a start takes 15 to 40 s where the machine has nothin
 # Tells this run's engines from others that may run on the machine.
 RUN = f"test-{os.getpid()}"
 _numbers = itertools.count()
+Prompt = str | Sequence[int]  # a text, or token ids
 BLOCK = 32  # tokens per block of the engines that use vLLM's CPU attention
 
 
@@ -140,9 +141,9 @@ class Engine:
         self._receive()
 
     def generate(
-        self, prompts: Sequence[str], max_tokens: int = 12, params: dict[str, Any] | None = None
+        self, prompts: Sequence[Prompt], max_tokens: int = 12, params: dict[str, Any] | None = None
     ) -> list[dict[str, Any]]:
-        """Greedy `tokens` and `cached` prompt tokens of each prompt, run together."""
+        """What `EngineProcess.run` returns for each prompt, run together."""
         requests = [{"prompt": p, "max_tokens": max_tokens, "params": params} for p in prompts]
         answers: list[dict[str, Any]] = self._call("run", requests=requests, events=[])
         return answers
@@ -156,9 +157,9 @@ class Engine:
         )
         return answers
 
-    def ask(self, text: str, **options: Any) -> dict[str, Any]:
+    def ask(self, prompt: Prompt, **options: Any) -> dict[str, Any]:
         """`generate` for one prompt; its stores have ended on return."""
-        answer = self.generate([text], **options)[0]
+        answer = self.generate([prompt], **options)[0]
         self._call("settle")
         return answer
 

@@ -55,15 +55,15 @@ class EngineProcess:
         """Run requests together, and let things happen to them on the way.
 
         Args:
-            requests: each with `prompt`, `max_tokens`, and, where wanted, `params`
-                (`kv_transfer_params`) and `arrives` (the step before which it arrives).
+            requests: each with `prompt` (a text, or token ids), `max_tokens`, and, where wanted,
+                `params` (`kv_transfer_params`) and `arrives` (the step before which it arrives).
             events: each happens once, after the step `when`, or after the first step that
                 left a "promotion", "load" or "store" under way: `do` is "abort" (of
                 `request`, an index) or "reset" (of the connector as well if `connector`).
 
         Returns:
-            For each request greedy `tokens` and the number of `cached` prompt tokens; None
-            if it was aborted.
+            For each request greedy `tokens`, the number of `cached` prompt tokens, and the
+            `seconds` that it took; None if it was aborted.
 
         Raises:
             TimeoutError: the requests do not end.
@@ -72,15 +72,19 @@ class EngineProcess:
         answers: list[Any] = [None] * len(requests)
         left = dict(enumerate(requests))  # to arrive
         live: dict[str, int] = {}
+        arrived: dict[int, float] = {}
         pending = list(events)
         step = 0
         deadline = time.monotonic() + PATIENCE_S
         while left or live:
             for index in [i for i, request in left.items() if request.get("arrives", 0) <= step]:
+                arrived[index] = time.perf_counter()
                 live[self._add(left.pop(index))] = index
             for output in engine.step():
                 if output.finished and output.request_id in live:
-                    answers[live.pop(output.request_id)] = _answer(output)
+                    index = live.pop(output.request_id)
+                    seconds = time.perf_counter() - arrived[index]
+                    answers[index] = {**_answer(output), "seconds": seconds}
             step += 1
             for event in [event for event in pending if self._is_due(event["when"], step)]:
                 pending.remove(event)
@@ -183,10 +187,14 @@ class EngineProcess:
             temperature=0,
             max_tokens=request["max_tokens"],
             ignore_eos=True,
+            detokenize=False,
             extra_args={"kv_transfer_params": params} if params else None,
         )
         name = f"test-{self.requests}"
-        self.llm.llm_engine.add_request(name, request["prompt"], sampling)
+        prompt = request["prompt"]
+        if not isinstance(prompt, str):
+            prompt = {"prompt_token_ids": prompt}
+        self.llm.llm_engine.add_request(name, prompt, sampling)
         return name
 
     def _is_due(self, when: int | str, step: int) -> bool:

@@ -21,7 +21,7 @@ import typer
 from kvstrata.kernels.bench.results.figures import append_csv, machine_line
 from kvstrata.kernels.bench.results.tables import print_table
 from kvstrata.kernels.bench.results.targets import Held, summary
-from tests.bench.ttft.engine import TOKEN_BYTES, Engine, Reply
+from tests.bench.ttft.model import ARGUMENTS, TOKEN_BYTES, make_model
 from tests.bench.ttft.throttled import ThrottledTier
 from tests.bench.ttft.workloads import (
     BATCH_TOKENS,
@@ -33,6 +33,7 @@ from tests.bench.ttft.workloads import (
     warm_up,
     workloads,
 )
+from tests.engine.driver import BLOCK, Engine, connector
 
 # How long the link takes for a token, in the time that computing it takes.
 SPEEDS = {"slow": 5.0, "equal": 1.0, "fast": 0.1}
@@ -51,6 +52,9 @@ HEADINGS = [
     "cached",
 ]
 _SEED = 5
+
+
+Answer = dict[str, Any]  # of `Engine.ask`
 
 
 class Figure(NamedTuple):
@@ -80,14 +84,21 @@ class Figure(NamedTuple):
 
 
 def start(folder: Path, name: str, offload: dict[str, Any] | None) -> Engine:
-    """An engine; see `Engine`."""
-    return Engine(folder, name, blocks=GPU_BLOCKS, batch_tokens=BATCH_TOKENS, offload=offload)
+    """An engine of the model; `offload` is its `kv_connector_extra_config`, if it has one."""
+    return Engine(
+        make_model(folder),
+        folder / f"{name}.log",
+        kv_transfer_config=connector(**offload) if offload else None,
+        blocks=GPU_BLOCKS,
+        max_model_len=(GPU_BLOCKS - 1) * BLOCK,  # vLLM keeps a block to itself
+        max_num_batched_tokens=BATCH_TOKENS,
+        **ARGUMENTS,
+    )
 
 
 def offload_config(folder: Path, bytes_per_second: float, setting: str) -> dict[str, Any]:
     """`kv_connector_extra_config` with a filesystem tier behind a link."""
     return {
-        "spec_name": "KVStrataSpec",
         "cpu_bytes_to_use": CPU_TOKENS * TOKEN_BYTES,
         "blocks_per_chunk": CHUNK_BLOCKS,
         "load_or_recompute": setting == ON,
@@ -109,8 +120,8 @@ def measure(
     """All figures. One engine without offload is compared with one engine after the other."""
     without = start(root, "without", None)
     try:
-        replies = [without.ask(prompt) for prompt in warm_up(_SEED)]
-        per_token = statistics.median(reply.seconds for reply in replies) / MIDDLE
+        replies = [without.ask(prompt, max_tokens=1) for prompt in warm_up(_SEED)]
+        per_token = statistics.median(reply["seconds"] for reply in replies) / MIDDLE
         print(f"computing a token takes {per_token * 1e6:.0f} us", file=sys.stderr)
         cases: list[tuple[str, str, dict[str, Any] | None]] = [(*CONTROL, None)]
         for link, setting in product(links, settings):
@@ -142,18 +153,18 @@ def compare(
             link,
             setting,
             name,
-            statistics.median(one.seconds for one, _ in pairs) * 1e3,
-            statistics.median(other.seconds for _, other in pairs) * 1e3,
-            statistics.median(other.seconds / one.seconds for one, other in pairs),
-            sum(other.cached for _, other in pairs) / sum(map(len, measured)),
+            statistics.median(one["seconds"] for one, _ in pairs) * 1e3,
+            statistics.median(other["seconds"] for _, other in pairs) * 1e3,
+            statistics.median(other["seconds"] / one["seconds"] for one, other in pairs),
+            sum(other["cached"] for _, other in pairs) / sum(map(len, measured)),
         )
 
 
-def _ask_both(without: Engine, engine: Engine, prompt: Prompt) -> tuple[Reply, Reply]:
+def _ask_both(without: Engine, engine: Engine, prompt: Prompt) -> tuple[Answer, Answer]:
     """The replies of both engines to a request, which comes to them in random order."""
     replies = {}
     for one in random.sample((without, engine), 2):
-        replies[one] = one.ask(prompt)
+        replies[one] = one.ask(prompt, max_tokens=1)
     return replies[without], replies[engine]
 
 

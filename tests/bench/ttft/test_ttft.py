@@ -12,7 +12,6 @@ import typer
 import tests.bench.ttft.__main__ as command
 from kvstrata.offload.config.offload_config import parse_config
 from tests.bench.ttft.__main__ import OFF, ON, Figure, compare, offload_config
-from tests.bench.ttft.engine import BLOCK, Engine, EngineError, Reply
 from tests.bench.ttft.workloads import (
     CHUNK_BLOCKS,
     CPU_TOKENS,
@@ -21,6 +20,7 @@ from tests.bench.ttft.workloads import (
     warm_up,
     workloads,
 )
+from tests.engine.driver import BLOCK, Engine
 
 NAMES = ["no reuse", "full reuse", "half reuse", "many short", "few long"]
 CHUNK = CHUNK_BLOCKS * BLOCK
@@ -48,14 +48,15 @@ class FakeEngine:
     """Answers in a time of its own; what it is asked for is noted in `order`."""
 
     def __init__(self, seconds: float, cached: int, order: list["FakeEngine"]) -> None:
-        self.reply = Reply(seconds, cached)
+        self.answer = {"seconds": seconds, "cached": cached}
         self.order = order
         self.asked: list[tuple[int, ...]] = []
 
-    def ask(self, prompt: Sequence[int]) -> Reply:
+    def ask(self, prompt: Sequence[int], max_tokens: int) -> dict[str, float]:
+        assert max_tokens == 1
         self.asked.append(tuple(prompt))
         self.order.append(self)
-        return self.reply
+        return self.answer
 
 
 def test_both_engines_get_the_same_requests_in_changing_order() -> None:
@@ -138,15 +139,14 @@ def test_the_engines_configuration_is_one(setting: str, tmp_path: Path) -> None:
 @pytest.mark.vllm
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs an installed vLLM")
 def test_an_engine_loads_from_the_tier_behind_the_link(tmp_path: Path) -> None:
-    engine = command.start(tmp_path, "offload", offload_config(tmp_path / "kv", 1e9, OFF))
     prompts = workloads(1, 1)[1].prepare
-    assert [engine.ask(prompt).cached for prompt in prompts] == [0] * len(prompts)
-    before = engine.counters()
-    reply = engine.ask(prompts[0])
-    counters = engine.counters()
-    engine.close()
-    assert reply.cached >= len(prompts[0]) - CHUNK
+    with command.start(tmp_path, "offload", offload_config(tmp_path / "kv", 1e9, OFF)) as engine:
+        cold = [engine.ask(prompt, max_tokens=1) for prompt in prompts]
+        before = engine.counters()
+        answer = engine.ask(prompts[0], max_tokens=1)
+        counters = engine.counters()
+    assert [each["cached"] for each in cold] == [0] * len(prompts)
+    assert answer["cached"] >= len(prompts[0]) - CHUNK
+    assert answer["seconds"] > 0
     promoted = "promoted_pages:ThrottledTier"
     assert counters[promoted] - before.get(promoted, 0) == len(prompts[0]) // CHUNK
-    with pytest.raises(EngineError, match="cpu_bytes_to_use"):
-        command.start(tmp_path, "broken", {"spec_name": "KVStrataSpec"})

@@ -6,7 +6,8 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from tests.bench.ttft.engine import BLOCK, VOCABULARY
+from tests.bench.ttft.model import VOCABULARY
+from tests.engine.driver import BLOCK
 
 CHUNK_BLOCKS = 4
 BATCH_TOKENS = 256  # of a step: most prompts take several
