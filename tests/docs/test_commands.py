@@ -20,7 +20,8 @@ from kvstrata.tiers.fs.files.trust import distrust
 from kvstrata.tiers.testing import CONTEXT
 from tests.docs.blocks import DOCUMENTS, ROOT, SHELL, Block, Command, blocks, shell_commands
 from tests.docs.known import WAYS, way_of
-from tests.offload.cli.cli_world import KEYS, fill, flip
+from tests.offload.cli.cli_world import KEYS, fill
+from tests.spoiling import flip
 
 COMMANDS = shell_commands()
 LANGUAGES = {*SHELL, "json", "python", "text", "yaml"}

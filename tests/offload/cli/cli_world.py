@@ -46,9 +46,3 @@ def fill(root: Path, context: TierContext = CONTEXT) -> NamespacePaths:
         assert not store(tier, {key: data}).failed
     assert tier.shutdown(60.0)
     return namespace_paths(str(root), context.model, context.namespace)
-
-
-def flip(path: Path, position: int) -> None:
-    raw = bytearray(path.read_bytes())
-    raw[position] ^= 1
-    path.write_bytes(raw)

@@ -11,7 +11,8 @@ import pytest
 from kvstrata.tiers.fs.files.layout import NamespacePaths
 from kvstrata.tiers.fs.files.temporary import host_name, temporary_name
 from kvstrata.tiers.fs.tools import scan
-from tests.offload.cli.cli_world import KEYS, flip, run, run_json
+from tests.offload.cli.cli_world import KEYS, run, run_json
+from tests.spoiling import flip
 
 
 def test_check_a_sound_root(root: Path, paths: NamespacePaths) -> None:

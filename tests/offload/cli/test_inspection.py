@@ -21,7 +21,8 @@ from kvstrata.tiers.fs.files.layout import NamespacePaths
 from kvstrata.tiers.fs.files.temporary import temporary_name
 from kvstrata.tiers.page.identity import namespace_digest
 from kvstrata.tiers.testing import CONTEXT
-from tests.offload.cli.cli_world import HEADER, KEYS, SIZE, fill, flip, run, run_json
+from tests.offload.cli.cli_world import HEADER, KEYS, SIZE, fill, run, run_json
+from tests.spoiling import flip
 
 NOTHING = {
     "ok": True,

@@ -19,7 +19,8 @@ from kvstrata.tiers.fs.files.layout import NamespacePaths
 from kvstrata.tiers.fs.files.temporary import temporary_name
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.testing import CONTEXT, make_data, store
-from tests.offload.cli.cli_world import KEYS, fill, flip, outcome, run, run_json
+from tests.offload.cli.cli_world import KEYS, fill, outcome, run, run_json
+from tests.spoiling import flip
 
 SCRIPT = Path(sysconfig.get_path("scripts"), "kvstrata")
 PAGES = {"0": {"tokens": 32, "tensors": []}, "1": {"tokens": 64, "tensors": []}}

@@ -27,7 +27,7 @@ from kvstrata.tiers.fs.startup import make_root
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key, settle, store
 from tests.conftest import FillRoot
-from tests.tiers.fs.budget.harness import flip
+from tests.spoiling import flip
 
 OpenTier = Callable[..., FsTier]
 PAGE = {make_key(1): make_data(1, CONTEXT.layouts[0].nbytes)}

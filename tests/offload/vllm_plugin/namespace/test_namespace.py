@@ -18,6 +18,7 @@ from kvstrata.offload.vllm_plugin.namespace.namespace import (  # noqa: E402
     check_secondary_tiers,
     namespace_fields,
 )
+from tests.spoiling import flip  # noqa: E402
 
 MIB = 2**20
 
@@ -65,12 +66,6 @@ def weights(tmp_path: Path) -> Path:
     (folder / "model-00002.safetensors").write_bytes(os.urandom(100))
     (folder / "config.json").write_text("{}")
     return folder
-
-
-def flip(path: Path, offset: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[offset] ^= 1
-    path.write_bytes(data)
 
 
 # -- fields -----------------------------------------------------------------------

@@ -24,6 +24,7 @@ from kvstrata.offload.vllm_plugin.weights.fingerprint import name_weights  # noq
 from kvstrata.offload.vllm_plugin.weights.memory import DigestMemory  # noqa: E402
 from kvstrata.offload.vllm_plugin.weights.watch import WeightWatch  # noqa: E402
 from kvstrata.tiers.base import unseen_reason  # noqa: E402
+from tests.spoiling import flip  # noqa: E402
 
 MIB = 2**20
 
@@ -64,12 +65,6 @@ def weights(tmp_path: Path) -> Path:
     (folder / "model-00002.safetensors").write_bytes(os.urandom(100))
     (folder / "config.json").write_text("{}")
     return folder
-
-
-def flip(path: Path, offset: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[offset] ^= 1
-    path.write_bytes(data)
 
 
 # -- the content --------------------------------------------------------------------

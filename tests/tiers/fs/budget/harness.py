@@ -242,10 +242,3 @@ def disk_usage(root: Path) -> tuple[int, int]:
 def are_the_last(left: set[int], numbers: Sequence[int]) -> bool:
     """Whether just the pages that were stored last are left."""
     return left == set(numbers[len(numbers) - len(left) :])
-
-
-def flip(path: str) -> None:
-    """Spoil the last byte of a file."""
-    raw = bytearray(Path(path).read_bytes())
-    raw[-1] ^= 1
-    Path(path).write_bytes(raw)

@@ -15,11 +15,11 @@ from kvstrata.tiers.fs.budget.limits import BLOCK, file_cost
 from kvstrata.tiers.fs.budget.names import Names
 from kvstrata.tiers.fs.files.temporary import is_temporary
 from kvstrata.tiers.testing import CONTEXT, make_key
+from tests.spoiling import flip
 from tests.tiers.fs.budget.harness import (
     Server,
     disk_usage,
     drive,
-    flip,
     make_quick,
     rest_driven,
 )

@@ -15,6 +15,7 @@ from kvstrata.tiers.fs.tools.repair import examine
 from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key
 from tests.conftest import FillRoot
 from tests.sessions import kill_session
+from tests.spoiling import flip
 from tests.tiers.fs.budget.conftest import OpenServer
 from tests.tiers.fs.budget.harness import rest
 from tests.tiers.fs.budget.test_members import start
@@ -32,12 +33,6 @@ def books(root: Path, fill_root: FillRoot) -> Path:
 
 def reasons(root: Path) -> list[str]:
     return [damage.reason for damage in audit(str(root)).damage]
-
-
-def flip(path: Path, position: int) -> None:
-    raw = bytearray(path.read_bytes())
-    raw[position] ^= 1
-    path.write_bytes(raw)
 
 
 def journal(books: Path) -> Path:

@@ -14,6 +14,7 @@ from kvstrata.tiers.fs.budget import member as member_module
 from kvstrata.tiers.fs.budget.keeper import replay as replay_module
 from kvstrata.tiers.fs.tools.scan import check_root
 from kvstrata.tiers.testing import CONTEXT, make_key
+from tests.spoiling import flip
 from tests.tiers.fs.budget.conftest import OpenServer
 from tests.tiers.fs.budget.harness import (
     BUDGET,
@@ -21,7 +22,6 @@ from tests.tiers.fs.budget.harness import (
     GROUP,
     are_the_last,
     disk_usage,
-    flip,
     rest,
     rest_driven,
 )

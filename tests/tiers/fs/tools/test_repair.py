@@ -20,6 +20,7 @@ from kvstrata.tiers.fs.tools.repair import Examination, examine
 from kvstrata.tiers.fs.tools.scan import FileReport, check_root
 from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key
 from tests.conftest import FillRoot
+from tests.spoiling import flip
 
 KEYS = [make_key(n) for n in range(4)]
 SIZE = CONTEXT.layouts[0].nbytes
@@ -35,12 +36,6 @@ def filled(fill_root: FillRoot, root: Path, paths: NamespacePaths) -> NamespaceP
 
 def outcomes(found: Examination) -> list[tuple[str, str | None]]:
     return [(finding.kind, finding.repair) for finding in found.findings]
-
-
-def flip(path: str) -> None:
-    raw = bytearray(Path(path).read_bytes())
-    raw[-1] ^= 1
-    Path(path).write_bytes(raw)
 
 
 def quarantined(paths: NamespacePaths) -> list[str]:

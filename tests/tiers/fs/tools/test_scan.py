@@ -15,6 +15,7 @@ from kvstrata.tiers.fs.tools.listing import list_namespaces
 from kvstrata.tiers.fs.tools.scan import FileReport, check_root, inspect_file
 from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key, store
 from tests.conftest import FillRoot
+from tests.spoiling import flip
 
 KEYS = [make_key(n) for n in range(3)]
 SIZE = CONTEXT.layouts[0].nbytes
@@ -26,12 +27,6 @@ def filled(fill_root: FillRoot, root: Path, paths: NamespacePaths) -> NamespaceP
     pages = {key: make_data(n, SIZE) for n, key in enumerate(KEYS)}
     fill_root(root, {**pages, make_key(9, 1): make_data(9, CONTEXT.layouts[1].nbytes)})
     return paths
-
-
-def flip(path: str | Path, position: int) -> None:
-    raw = bytearray(Path(path).read_bytes())
-    raw[position] ^= 1
-    Path(path).write_bytes(raw)
 
 
 def test_inspect(filled: NamespacePaths) -> None:
