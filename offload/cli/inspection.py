@@ -14,6 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from kvstrata.tiers.base import key_group
 from kvstrata.tiers.fs.files import nofollow
 from kvstrata.tiers.fs.files.layout import (
     CONFIG_NAME,
@@ -177,12 +178,12 @@ def _page(path: str, kind: str, report: FileReport) -> Inspection:
         inspection,
         format_version=FORMAT_VERSION,
         key=header.key.hex(),
-        group=report.group,
+        group=key_group(header.key),
         tokens=header.layout.tokens,
         namespace=header.namespace,
         data_offset=None if verdict is None else len(header.encode()),
         checksum=verdict,
-        tensors=[Tensor(t.name, t.dtype, list(t.shape), t.nbytes) for t in report.tensors],
+        tensors=[Tensor(t.name, t.dtype, list(t.shape), t.nbytes) for t in header.layout.tensors],
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from kvstrata.tiers.base import EPOCH, TierConfigError, TierContext, unseen_reason
 from kvstrata.tiers.disk import disk_at
-from kvstrata.tiers.fs.budget.ledger import BOOKS_NAME, LEDGER_NAME, Ledger, LedgerBusy
+from kvstrata.tiers.fs.budget.ledger import Ledger, LedgerBusy
 from kvstrata.tiers.fs.budget.limits import Limits, default_floor, file_cost
 from kvstrata.tiers.fs.config import FsConfig
 from kvstrata.tiers.fs.files import nofollow
@@ -136,13 +136,12 @@ def open_books(config: FsConfig) -> Limits | None:
     Raises:
         TierConfigError: the books cannot be used, or the limits need locks.
     """
-    path = os.path.join(config.root_dir, BOOKS_NAME, LEDGER_NAME)
     try:
         limits = limits_of(config)
     except OSError as error:
         raise _start_error(config.root_dir, error) from error
     try:
-        ledger = Ledger(path, config.file_mode, config.dir_mode)
+        ledger = Ledger(config.root_dir, config.file_mode, config.dir_mode)
         try:
             with ledger.locked():
                 return limits

@@ -17,7 +17,7 @@ from kvstrata.tiers.base import (
     TierContext,
     layouts_to_json,
 )
-from kvstrata.tiers.fs.budget.ledger import BOOKS_NAME, LEDGER_NAME, Ledger
+from kvstrata.tiers.fs.budget.ledger import BOOKS_NAME, Ledger
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.process.index import MAX_PRESENT
 from tests.bench.fs.contestants import Memory, Ours
@@ -93,7 +93,7 @@ def _fill(path_of: Callable[[bytes], str], files: int) -> bytes:
 
 
 def _wait_until_counted(root: Path) -> None:
-    ledger = Ledger(str(root / BOOKS_NAME / LEDGER_NAME), 0o600, 0o700)
+    ledger = Ledger(str(root), 0o600, 0o700)
     known = False
     while not known:
         time.sleep(0.1)

@@ -287,7 +287,7 @@ def test_files_that_only_pile_up_need_a_limit(
 def test_books_that_somebody_has_locked(open_tier: OpenTier, root: Path) -> None:
     """The limits of others hold, also for one who could not see them at its start."""
     open_tier(max_files=30).drain(60.0)
-    ledger = Ledger(str(root / ".kvstrata/ledger"), 0o600, 0o700)
+    ledger = Ledger(str(root), 0o600, 0o700)
     with ledger.locked():
         tier = open_tier()
         assert set(store(tier, PAGE).failed.values()) <= {"books", "budget"}

@@ -15,11 +15,9 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from kvstrata.tiers.fs.budget.ledger import Books, Ledger, Row
-from kvstrata.tiers.fs.budget.limits import HIGH, room_to_write, spares_wanted
+from kvstrata.tiers.fs.budget.limits import HIGH, spares_wanted
 from kvstrata.tiers.fs.files import nofollow
 from kvstrata.tiers.fs.files.temporary import temporary_name
-
-SPARE_NAME = "spare"  # below the books' directory: files `<cost>-<16 hex digits>` to overwrite
 
 # A store waits this long for room, in seconds. After one that waited in vain, the next ones
 # ask only once for as long: pages that wait hold memory of the engine.
@@ -45,15 +43,10 @@ class Grant(NamedTuple):
 class Admission:
     """Reserves for one member. Any thread may call it; it blocks on the disk."""
 
-    def __init__(
-        self, ledger: Ledger, member: bytes, root: str, books: str, wake: Callable[[], None]
-    ) -> None:
-        """`books` is the directory of the ledger; `wake` makes the keeper work if it is here."""
+    def __init__(self, ledger: Ledger, wake: Callable[[], None]) -> None:
+        """`wake` makes the keeper work if it is here."""
         self.open = (0, 0)  # bytes and files reserved, and neither cancelled nor in the journal
         self._ledger = ledger
-        self._server = member
-        self._root = root
-        self._books = books
         self._wake = wake
         self._spares: list[str] = []
         self._ahead: Counter[int] = Counter()  # files that may be written, by cost
@@ -116,7 +109,7 @@ class Admission:
             with self._ledger.locked() as books:
                 ended = True
                 self._count(-grant.cost, -1)
-                row = books.rows.get(self._server)
+                row = books.rows.get(self._ledger.member)
                 if row is not None:
                     row.release(grant.cost, 1)
                     row.pressed += pressed
@@ -155,7 +148,7 @@ class Admission:
         grant, ahead = None, 0
         try:
             with self._ledger.locked() as books:
-                row = books.rows.get(self._server)
+                row = books.rows.get(self._ledger.member)
                 # where nothing is counted, nothing need be known
                 ready = books.known or not books.limits().counted
                 if row is not None and not row.dead and ready:
@@ -175,9 +168,9 @@ class Admission:
 
     def _try(self, books: Books, row: Row, cost: int) -> tuple[Grant | None, int]:
         """Leave for one file, and for how many more."""
-        limits, usage = books.limits(), books.usage(self._root)
+        limits, usage = books.limits(), books.usage(self._ledger.root)
         spare, ahead = None, 0
-        left = room_to_write(limits, usage, HIGH)
+        left = limits.room_to_write(usage, HIGH)
         if left.holds(cost):
             share = min(left.nbytes // cost, left.files) // _SHARE_AHEAD
             ahead = min(_MOST_AHEAD, share)
@@ -185,7 +178,7 @@ class Admission:
             spare = self._take_spare(books, cost)
             if books.spare_bytes < max(4 * cost, spares_wanted(usage) // 2):
                 self._wake()
-            if spare is None and not room_to_write(limits, usage).holds(cost):
+            if spare is None and not limits.room_to_write(usage).holds(cost):
                 row.wanted = cost
                 return None, 0
         row.wanted, row.page = 0, cost
@@ -198,8 +191,8 @@ class Admission:
         """Claim a spare of that cost from all other writers."""
         if books.spare_files <= 0:
             return None
-        directory = os.path.join(self._books, SPARE_NAME)
-        target = os.path.join(self._books, temporary_name())
+        directory = self._ledger.spares
+        target = os.path.join(self._ledger.directory, temporary_name())
         for listed in (False, True):
             if listed:
                 with suppress(OSError):

@@ -193,7 +193,7 @@ class Journal:
         self, directory: str, member: bytes, namespace: str, mode: int, rotate_bytes: int
     ) -> None:
         self._directory = directory
-        self._server = member
+        self._member = member
         self._header = _HEADER.pack(_MAGIC, namespace.encode("ascii"))
         self._mode = mode
         self._rotate_bytes = rotate_bytes
@@ -242,7 +242,7 @@ class Journal:
         self._number, self._length = self._number + 1, 0
 
     def _open(self) -> int:
-        path = os.path.join(self._directory, journal_name(self._server, self._number))
+        path = os.path.join(self._directory, journal_name(self._member, self._number))
         if self._length:  # it is there; an empty one in its place would pass for damaged
             return nofollow.open(path, os.O_WRONLY)
         return nofollow.open_or_create(path, os.O_WRONLY, self._mode)

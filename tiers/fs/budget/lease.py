@@ -45,10 +45,8 @@ class Lease:
         Raises:
             OSError: as above.
         """
-        ours = os.fstat(self._fd)
         with suppress(FileNotFoundError):
-            found = nofollow.lstat(self._path)
-            if (found.st_dev, found.st_ino) == (ours.st_dev, ours.st_ino):
+            if os.path.samestat(nofollow.lstat(self._path), os.fstat(self._fd)):
                 return
         fresh = self._lock()
         os.close(self._fd)

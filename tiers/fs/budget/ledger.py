@@ -30,6 +30,7 @@ from kvstrata.tiers.fs.files import nofollow
 MAX_ROWS = 512
 BOOKS_NAME = ".kvstrata"  # below the root: the directory of ledger, journals, snapshot and spares
 LEDGER_NAME = "ledger"  # in it
+SPARE_NAME = "spare"  # in it, too: files `<cost>-<16 hex digits>` to overwrite
 _MAGIC = b"kvledge1"
 _HEADER = struct.Struct("<8s16sB12sqqqqI")
 _ROW = struct.Struct("<16s12sQB" + "Q" * 3 + "qq" + "qqq" + "IQ")
@@ -166,13 +167,25 @@ class Books:
 
 
 class Ledger:
-    """The ledger file. Threads of one process share an object; it blocks on the disk."""
+    """The ledger file, as a member uses it. Threads of one process share an object; it blocks.
 
-    def __init__(self, path: str, file_mode: int, dir_mode: int) -> None:
+    Attributes:
+        root: to which the limits apply.
+        directory: of the books, below it.
+        spares: of the spares, below that.
+        file_mode, dir_mode: permission bits of what is created.
+        member: the member's own id; zeros for who only looks.
+    """
+
+    def __init__(self, root: str, file_mode: int, dir_mode: int, member: bytes = bytes(16)) -> None:
         """The file, and its directory, are created by the first use where they are missing."""
-        self._path = path
-        self._file_mode = file_mode
-        self._dir_mode = dir_mode
+        self.root = root
+        self.directory = os.path.join(root, BOOKS_NAME)
+        self.spares = os.path.join(self.directory, SPARE_NAME)
+        self.file_mode = file_mode
+        self.dir_mode = dir_mode
+        self.member = member
+        self._path = os.path.join(self.directory, LEDGER_NAME)
         self._thread_lock = threading.Lock()
         self._fd = -1
         self._busy_until = 0.0
@@ -239,16 +252,14 @@ class Ledger:
     def _is_current(self) -> bool:
         """Whether the open file is the one that others find under its name."""
         try:
-            found = nofollow.lstat(self._path)
+            return os.path.samestat(nofollow.lstat(self._path), os.fstat(self._fd))
         except FileNotFoundError:
             return False
-        ours = os.fstat(self._fd)
-        return (found.st_dev, found.st_ino) == (ours.st_dev, ours.st_ino)
 
     def _open(self) -> int:
         try:
-            return nofollow.open_or_create(self._path, os.O_RDWR, self._file_mode)
+            return nofollow.open_or_create(self._path, os.O_RDWR, self.file_mode)
         except FileNotFoundError:
             with suppress(FileExistsError):
-                nofollow.mkdir(os.path.dirname(self._path), self._dir_mode)
-            return nofollow.open_or_create(self._path, os.O_RDWR, self._file_mode)
+                nofollow.mkdir(self.directory, self.dir_mode)
+            return nofollow.open_or_create(self._path, os.O_RDWR, self.file_mode)

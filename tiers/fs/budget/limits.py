@@ -8,7 +8,7 @@ fits. Where the high mark was passed, eviction goes down to the low mark.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ _MOST_BYTES = 2**40
 # Shares of the limit. The gap must hold what is stored while the keeper sleeps (50 ms: at
 # 2 GB/s 100 MB, 2 % of 5 GB) and what is evicted at once must stay a small part of the cache.
 HIGH, LOW = Fraction(98, 100), Fraction(96, 100)
+_LIMIT = Fraction(1)
 
 _AHEAD_BYTES = 64 * 2**20
 BOOKS_BYTES = 2**16  # of the disk that pages leave to the books, without which nothing is evicted
@@ -65,6 +66,36 @@ class Limits(NamedTuple):
     def counted(self) -> bool:
         """Whether one must know what is below the root; how much is free the kernel knows."""
         return bool(self.max_bytes or self.max_files)
+
+    @property
+    def rotate_bytes(self) -> int:
+        """How long a journal may become: long where that is a small part of the budget."""
+        return min(2**20, max(2**15, self.max_bytes // 1024)) if self.max_bytes else 2**20
+
+    def room(self, usage: Usage, mark: Fraction = _LIMIT) -> Room:
+        """What is left below `mark`, a share of each limit."""
+        nbytes = files = UNBOUNDED
+        if self.max_bytes:
+            nbytes = int(self.max_bytes * mark) - usage.nbytes
+        if self.min_free_bytes:
+            nbytes = min(nbytes, usage.free_bytes - int(self.min_free_bytes * (2 - mark)))
+        if self.max_files:
+            files = int(self.max_files * mark) - usage.files
+        return Room(nbytes, files)
+
+    def room_to_write(self, usage: Usage, mark: Fraction = _LIMIT) -> Room:
+        """What new files may take: what is left below `mark`, and on the disk."""
+        left = self.room(usage, mark)
+        return left._replace(nbytes=min(left.nbytes, usage.free_bytes - BOOKS_BYTES))
+
+    def stricter_than(self, own: Limits) -> str:
+        """In which of these values there is less room than with `own`, in words."""
+        texts: tuple[Callable[[int], str], ...] = (format_bytes, str, format_bytes)
+        return ", ".join(
+            f"{name} {text(value)} ({text(ours) if ours else 'none'} here)"
+            for name, value, ours, text in zip(self._fields, self, own, texts, strict=True)
+            if value != ours
+        )
 
 
 def smallest(limits: Iterable[Limits]) -> Limits:
@@ -121,11 +152,6 @@ def spares_wanted(usage: Usage) -> int:
     return min(_AHEAD_BYTES, usage.nbytes // 20)
 
 
-def rotate_bytes(limits: Limits) -> int:
-    """How long a journal may become, in bytes: long where that is a small part of the budget."""
-    return min(2**20, max(2**15, limits.max_bytes // 1024)) if limits.max_bytes else 2**20
-
-
 class Room(NamedTuple):
     """What is left below a mark, in bytes and files; negative above it."""
 
@@ -140,36 +166,3 @@ class Room(NamedTuple):
     def holds(self, nbytes: int) -> bool:
         """Whether one more file of that cost fits."""
         return nbytes <= self.nbytes and self.files >= 1
-
-
-def stricter(limits: Limits, own: Limits) -> str:
-    """In which of its values `limits` leaves less room than `own`, in words."""
-    values = (
-        ("max_bytes", limits.max_bytes, own.max_bytes, format_bytes),
-        ("max_files", limits.max_files, own.max_files, str),
-        ("min_free_bytes", limits.min_free_bytes, own.min_free_bytes, format_bytes),
-    )
-    return ", ".join(
-        f"{name} {text(value)} ({text(ours) if ours else 'none'} here)"
-        for name, value, ours, text in values
-        if value != ours
-    )
-
-
-def room(limits: Limits, usage: Usage, mark: Fraction = Fraction(1)) -> Room:
-    """What is left below `mark`, a share of each limit."""
-    nbytes = files = UNBOUNDED
-    if limits.max_bytes:
-        nbytes = int(limits.max_bytes * mark) - usage.nbytes
-    if limits.min_free_bytes:
-        keep = int(limits.min_free_bytes * (2 - mark))
-        nbytes = min(nbytes, usage.free_bytes - keep)
-    if limits.max_files:
-        files = int(limits.max_files * mark) - usage.files
-    return Room(nbytes, files)
-
-
-def room_to_write(limits: Limits, usage: Usage, mark: Fraction = Fraction(1)) -> Room:
-    """What new files may take: what is left below `mark`, and on the disk."""
-    left = room(limits, usage, mark)
-    return left._replace(nbytes=min(left.nbytes, usage.free_bytes - BOOKS_BYTES))

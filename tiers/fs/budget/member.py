@@ -8,7 +8,6 @@ and, while this member is the keeper, keeps the books and evicts. For room the I
 
 from __future__ import annotations
 
-import os
 import secrets
 import threading
 import time
@@ -19,21 +18,12 @@ from typing import Protocol
 
 from kvstrata.tiers.fs.budget.admission import Admission
 from kvstrata.tiers.fs.budget.journal import Journal, Op, Record, evicted_key
-from kvstrata.tiers.fs.budget.keeper.inventory import Place
 from kvstrata.tiers.fs.budget.keeper.keeper import Keeper
 from kvstrata.tiers.fs.budget.keeper.replay import PROTECT_S
 from kvstrata.tiers.fs.budget.keeper.rescan import boot_id
 from kvstrata.tiers.fs.budget.lease import Lease, Watch
-from kvstrata.tiers.fs.budget.ledger import BOOKS_NAME, LEDGER_NAME, MAX_ROWS, Books, Ledger, Row
-from kvstrata.tiers.fs.budget.limits import (
-    BLOCK,
-    BOOKS_BYTES,
-    Limits,
-    Usage,
-    room,
-    rotate_bytes,
-    stricter,
-)
+from kvstrata.tiers.fs.budget.ledger import MAX_ROWS, Books, Ledger, Row
+from kvstrata.tiers.fs.budget.limits import BLOCK, BOOKS_BYTES, Limits, Usage
 from kvstrata.tiers.fs.budget.messages import News, Upkeep
 from kvstrata.tiers.fs.budget.tail import Tail
 from kvstrata.tiers.fs.files import nofollow
@@ -96,9 +86,8 @@ class Member:
             keeps: whether it becomes the keeper where there is none, and tells news.
             ground: where the root stands; None if it is not to be made again.
         """
-        directory, member = os.path.join(root, BOOKS_NAME), secrets.token_bytes(16)
-        ledger = Ledger(os.path.join(directory, LEDGER_NAME), file_mode, dir_mode)
-        self._place = Place(root, directory, member, ledger, file_mode, dir_mode)
+        member = secrets.token_bytes(16)
+        ledger = self._ledger = Ledger(root, file_mode, dir_mode, member)
         self._namespace = namespace
         self._limits = limits
         self._listener = listener
@@ -115,10 +104,10 @@ class Member:
         self._stop = threading.Event()
         self._wake = threading.Event()
         self._lease: Lease | None = None
-        self._watch = Watch(directory)
-        self._tail = Tail(directory, member, namespace) if namespace and keeps else None
+        self._watch = Watch(ledger.directory)
+        self._tail = Tail(ledger.directory, member, namespace) if namespace and keeps else None
         self._journal = (
-            Journal(directory, member, namespace, file_mode, rotate_bytes(limits))
+            Journal(ledger.directory, member, namespace, file_mode, limits.rotate_bytes)
             if namespace
             else None
         )
@@ -127,7 +116,7 @@ class Member:
         self._said_others = False
         self._books_short = False  # the disk had no room for the books
         self._settled: tuple[int, int] | None = None  # end of the journal if all was booked
-        self.admission = Admission(ledger, member, root, directory, self._wake.set)
+        self.admission = Admission(ledger, self._wake.set)
         self._thread = threading.Thread(target=self._run, name="kvstrata-fs-books", daemon=True)
         self._thread.start()
 
@@ -162,29 +151,21 @@ class Member:
         self._thread.join(max(0.0, timeout_s))
         return not self._thread.is_alive()
 
-    def usage(self) -> tuple[Usage, bool]:
-        """What the files below the root take, and whether all limits hold, also for what is
-        being written.
+    def state(self) -> tuple[Usage, bool, bool]:
+        """What the files below the root take; whether all limits hold, also for what is being
+        written; and whether this member's count, and a scan by the keeper, here or not, has ended.
 
         Raises:
             OSError: the ledger cannot be read.
         """
-        with self._place.ledger.locked() as books:
-            taken = books.taken(self._place.root)
-            left = room(books.limits(), books.usage(self._place.root))
-        return taken, not left.is_passed
-
-    def is_counted(self) -> bool:
-        """Whether this member's limits count, and a scan by the keeper, here or not, has ended.
-
-        Raises:
-            OSError: the ledger cannot be read.
-        """
-        with self._place.ledger.locked() as books:
-            kept = {self._place.member, books.keeper} <= books.rows.keys()
-            known, ours = books.known, books.keeper == self._place.member
-        keeper = self._keeper
-        return kept and known and (not ours or (keeper is not None and keeper.complete))
+        ours = self._ledger.member
+        with self._ledger.locked() as books:
+            keeper = self._keeper
+            taken = books.taken(self._ledger.root)
+            left = books.limits().room(books.usage(self._ledger.root))
+            counted = books.known and {ours, books.keeper} <= books.rows.keys()
+            scanned = books.keeper != ours or (keeper is not None and keeper.complete)
+        return taken, not left.is_passed, counted and scanned
 
     # The background thread.
 
@@ -214,13 +195,13 @@ class Member:
         finally:
             if self._lease is not None:
                 self._lease.close()
-            self._place.ledger.close()
+            self._ledger.close()
 
     def _tick(self) -> bool:
         """One round; True if there is more to do at once."""
         if self._lease is None:
             self._make_directories()
-            self._lease = Lease(self._place.directory, self._place.member, self._place.file_mode)
+            self._lease = Lease(self._ledger.directory, self._ledger.member, self._ledger.file_mode)
         try:
             self._note()
         except OSError as error:  # on a full disk it is for the keeper to make room
@@ -229,7 +210,7 @@ class Member:
         if not self._join():
             return heard
         if self._keeper is None:
-            self._keeper = Keeper(self._place, self._protected, self._limits)
+            self._keeper = Keeper(self._ledger, self._protected, self._limits)
         more = self._keeper.work(0.0 if heard else SLICE_S)  # what we tell saves look-ups
         self._publish(self._keeper)
         if self._keeper.scanning and not more and not heard:
@@ -263,9 +244,9 @@ class Member:
         if eviction.by_others is not None and not self._said_others:
             self._said_others = True
             self._listener.say(
-                f"the pages below {self._place.root!r} are evicted by the limits of another server "
-                f"there, or of `kvstrata gc`: {stricter(eviction.by_others, self._limits)}; the "
-                "strictest count for all"
+                f"the pages below {self._ledger.root!r} are evicted by the limits of another "
+                f"server there, or of `kvstrata gc`: "
+                f"{eviction.by_others.stricter_than(self._limits)}; the strictest count for all"
             )
         if self._listener.is_behind:
             return  # a page that it takes for present costs it one failed load
@@ -279,15 +260,15 @@ class Member:
     def _join(self) -> bool:
         """See to our row in the ledger; True if we are the keeper."""
         now = time.monotonic()
-        with self._place.ledger.locked() as books:
-            row = books.rows.get(self._place.member) or self._enter(books)
+        with self._ledger.locked() as books:
+            row = books.rows.get(self._ledger.member) or self._enter(books)
             if row is None:
                 return False
             row.dead = False
             if self._books_short:
                 self._books_short = False
                 row.pressed = max(row.pressed, BOOKS_BYTES)
-            tight = room(books.limits(), books.usage(self._place.root)).is_passed
+            tight = books.limits().room(books.usage(self._ledger.root)).is_passed
             self.admission.give_back(row, tight or self._stop.is_set())
             beat = now >= self._beat_due
             if beat:
@@ -295,7 +276,7 @@ class Member:
                 row.beat = self._beat
                 self._take_over(books)
             keeper = self._keeper
-            if books.keeper != self._place.member or (
+            if books.keeper != self._ledger.member or (
                 keeper and keeper.complete and not books.known
             ):
                 self._keeper = None  # in the second case the ledger was lost: begin anew
@@ -309,7 +290,7 @@ class Member:
                 self._settled = None if row.reserved_files else end
         if beat and self._lease is not None:
             self._lease.renew()
-        return books.keeper == self._place.member
+        return books.keeper == self._ledger.member
 
     def _enter(self, books: Books) -> Row | None:
         """Make our row; None if there are too many members.
@@ -320,7 +301,7 @@ class Member:
         if is_full and not self._shut_out:
             self._listener.report(
                 "books",
-                f"{self._place.root} has {MAX_ROWS} members, which is the most: this one stores "
+                f"{self._ledger.root} has {MAX_ROWS} members, which is the most: this one stores "
                 "nothing until another leaves",
             )
         self._shut_out = is_full
@@ -334,7 +315,7 @@ class Member:
         if self._entered and (row.reserved_files or self._settled != end):
             books.known = False  # what we stored may be in no book
         self._entered = True
-        books.rows[self._place.member] = row
+        books.rows[self._ledger.member] = row
         return row
 
     def _journal_end(self) -> tuple[int, int]:
@@ -343,15 +324,15 @@ class Member:
     def _take_over(self, books: Books) -> None:
         """Become the keeper if there is none that lives."""
         holder = books.rows.get(books.keeper)
-        if books.keeper == self._place.member or not self._keeps:
+        if books.keeper == self._ledger.member or not self._keeps:
             return
         if holder is not None and not holder.dead:
             if not self._watch.is_dead(books.keeper, holder.beat):
                 return
             holder.dead = True
-        books.keeper = self._place.member
+        books.keeper = self._ledger.member
         self._keeper = None  # another may have kept the books while we seemed dead
-        others = [s for s, row in books.rows.items() if s != self._place.member and not row.dead]
+        others = [s for s, row in books.rows.items() if s != self._ledger.member and not row.dead]
         if books.boot != boot_id() and not others:
             books.known = False  # the machine may have lost what was written last
 
@@ -385,16 +366,16 @@ class Member:
         self._note()
         if self._join() and self._keeper is not None:
             self._keeper.finish()
-        with self._place.ledger.locked() as books:
-            if books.keeper == self._place.member:
+        with self._ledger.locked() as books:
+            if books.keeper == self._ledger.member:
                 books.keeper = bytes(16)
-            row = books.rows.get(self._place.member)
+            row = books.rows.get(self._ledger.member)
             if row is not None and not row.reserved_bytes and not row.reserved_files:
-                del books.rows[self._place.member]
+                del books.rows[self._ledger.member]
 
     def _make_directories(self) -> None:
         if self._ground is not None:
             self._ground.restore()
-        for path in (self._place.directory, self._place.spares):
+        for path in (self._ledger.directory, self._ledger.spares):
             with suppress(FileExistsError):
-                nofollow.mkdir(path, self._place.dir_mode)
+                nofollow.mkdir(path, self._ledger.dir_mode)

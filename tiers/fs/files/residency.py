@@ -4,8 +4,8 @@ A read that is allowed to find nothing (RWF_NOWAIT) starts to read what is missi
 back, with POSIX_FADV_DONTNEED, makes the kernel empty the lists of pages of every CPU by a worker
 that is bound to each (`lru_add_drain_all`, mm/fadvise.c and mm/swap.c of Linux), and a process that
 spins on its CPU, as vLLM's do, keeps such a worker out for seconds. cachestat(2), of Linux 6.5, and
-mincore(2) only look. Of 5 MiB that are absent the first takes 1.5 us, the second 60, and more beside
-other threads, since it needs a mapping; of 5 MiB that are there 23 us and 85.
+mincore(2) only look. Of 5 MiB that are absent the first takes 1.5 us, the second 60, and more
+beside other threads, since it needs a mapping; of 5 MiB that are there 23 us and 85.
 """
 
 from __future__ import annotations

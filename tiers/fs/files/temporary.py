@@ -71,12 +71,19 @@ def sweep(directory: str, stop: threading.Event) -> int:
     return removed
 
 
-def remove_abandoned(path: str) -> bool:
-    """Remove the temporary at `path` if its writer is dead; whether that was done."""
+def has_no_writer(path: str) -> bool:
+    """Whether the temporary at `path` is a plain file whose writer is dead."""
     with suppress(OSError):
         found = nofollow.lstat(path)
         age_s = time.time() - found.st_mtime
-        if stat.S_ISREG(found.st_mode) and is_abandoned(os.path.basename(path), age_s):
+        return stat.S_ISREG(found.st_mode) and is_abandoned(os.path.basename(path), age_s)
+    return False
+
+
+def remove_abandoned(path: str) -> bool:
+    """Remove the temporary at `path` if its writer is dead; whether that was done."""
+    with suppress(OSError):
+        if has_no_writer(path):
             nofollow.unlink(path)
             return True
     return False

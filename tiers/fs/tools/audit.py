@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from kvstrata.tiers.fs.budget import snapshot
-from kvstrata.tiers.fs.budget.admission import SPARE_NAME, spare_costs
+from kvstrata.tiers.fs.budget.admission import spare_costs
 from kvstrata.tiers.fs.budget.journal import Positions, journal_name, journals, read_on
 from kvstrata.tiers.fs.budget.lease import Watch, dead_leases
-from kvstrata.tiers.fs.budget.ledger import BOOKS_NAME, LEDGER_NAME, Books, LedgerBusy
+from kvstrata.tiers.fs.budget.ledger import BOOKS_NAME, LEDGER_NAME, SPARE_NAME, Books, LedgerBusy
 from kvstrata.tiers.fs.files import nofollow
 
 _LOCK_WITHIN_S = 5.0

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import stat
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +17,7 @@ from kvstrata.tiers.fs.files.layout import (
     NamespacePaths,
 )
 from kvstrata.tiers.fs.files.namespace import read_config
-from kvstrata.tiers.fs.files.temporary import is_abandoned, is_temporary
+from kvstrata.tiers.fs.files.temporary import has_no_writer, is_temporary
 from kvstrata.tiers.fs.files.trust import is_trusted
 from kvstrata.tiers.page.identity import namespace_digest
 
@@ -67,8 +65,7 @@ def list_namespaces(
     root = os.path.realpath(root)
     reports = []
     for paths in namespaces(root):
-        match = NAMESPACE_DIR.fullmatch(paths.name)
-        assert match is not None
+        model, _, digest = paths.name.rpartition("_")
         config = check_config(paths)
         try:
             fields = read_config(paths.config)
@@ -76,10 +73,10 @@ def list_namespaces(
         except (OSError, ValueError):
             fields = None
         wrong = None if config is None else ": ".join(config)
-        report = NamespaceReport(match["model"], match["digest"], paths.home, fields, wrong)
+        report = NamespaceReport(model, digest, paths.home, fields, wrong)
         with suppress(OSError):
             report.trusted = is_trusted(paths)
-        for kind, path in walk(paths):
+        for kind, path in walk([paths.pages, paths.home], paths.quarantine):
             if kind == "page":
                 report.files += 1
                 with suppress(OSError):  # it went away meanwhile
@@ -128,45 +125,33 @@ def check_config(paths: NamespacePaths) -> tuple[str, str] | None:
 
 
 def walk(
-    paths: NamespacePaths, unreadable: Callable[[str, OSError], None] | None = None
+    directories: Iterable[str],
+    quarantine: str | None,
+    unreadable: Callable[[str, OSError], None] = lambda path, error: None,
 ) -> Iterator[tuple[str, str]]:
-    """("page" | "temporary" | "abandoned" | "quarantined", path) of all in a namespace, by name.
+    """("page" | "temporary" | "abandoned" | "quarantined", path) of all in directories, by name.
 
     Files that are none of the tier's are passed over. `unreadable` is told of directories that
     cannot be read.
     """
-    pending = [paths.pages, paths.home]
+    pending = list(directories)
     while pending:
         directory = pending.pop()
         try:
             with nofollow.scandir(directory) as scan:
-                entries = sorted(
-                    (entry.name, entry.is_dir(follow_symlinks=False)) for entry in scan
-                )
-        except FileNotFoundError:
+                entries = sorted((each.name, each.is_dir(follow_symlinks=False)) for each in scan)
+        except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
-            if unreadable is not None:
-                unreadable(directory, error)
+            unreadable(directory, error)
             continue
-        inside = directory == paths.quarantine
         for name, is_directory in entries:
             path = os.path.join(directory, name)
-            if inside:
+            if directory == quarantine:
                 yield "quarantined", path
             elif name.endswith(PAGE_SUFFIX):
                 yield "page", path
             elif is_temporary(name):
-                yield temporary_kind(path), path
+                yield "abandoned" if has_no_writer(path) else "temporary", path
             elif is_directory:
                 pending.append(path)
-
-
-def temporary_kind(path: str) -> str:
-    """ "abandoned" for a temporary whose writer is dead, else "temporary"."""
-    with suppress(OSError):
-        found = nofollow.lstat(path)
-        age_s = time.time() - found.st_mtime
-        if stat.S_ISREG(found.st_mode) and is_abandoned(os.path.basename(path), age_s):
-            return "abandoned"
-    return "temporary"

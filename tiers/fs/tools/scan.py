@@ -15,15 +15,14 @@ from dataclasses import dataclass, field, replace
 import xxhash
 from safetensors import SafetensorError, safe_open
 
-from kvstrata.tiers.base import PageLayout, TensorSpec, key_group, layouts_from_json
+from kvstrata.tiers.base import PageLayout, key_group, layouts_from_json
 from kvstrata.tiers.fs.budget.ledger import BOOKS_NAME
 from kvstrata.tiers.fs.files import nofollow
 from kvstrata.tiers.fs.files.failures import error_cause
 from kvstrata.tiers.fs.files.layout import NamespacePaths
 from kvstrata.tiers.fs.files.namespace import read_config
 from kvstrata.tiers.fs.files.quarantine import Identity, identity
-from kvstrata.tiers.fs.files.temporary import is_temporary
-from kvstrata.tiers.fs.tools.listing import check_config, namespaces, temporary_kind, walk
+from kvstrata.tiers.fs.tools.listing import check_config, namespaces, walk
 from kvstrata.tiers.page.form import (
     BadPage,
     FileHeader,
@@ -59,16 +58,6 @@ class FileReport:
     kind: str = "page"
     found_bad: Identity | None = None
 
-    @property
-    def group(self) -> int | None:
-        """KV cache group index of the page."""
-        return key_group(self.header.key) if self.header else None
-
-    @property
-    def tensors(self) -> tuple[TensorSpec, ...]:
-        """The tensors of the page."""
-        return self.header.layout.tensors if self.header else ()
-
 
 @dataclass(slots=True)
 class RootReport:
@@ -87,6 +76,13 @@ class RootReport:
     quarantined: int = 0
     bad: list[FileReport] = field(default_factory=list)
     abandoned: list[str] = field(default_factory=list)
+
+    def note(self, kind: str, path: str) -> None:
+        """Count a file that is no page."""
+        if kind == "abandoned":
+            self.abandoned.append(path)
+        self.temporary += kind == "temporary"
+        self.quarantined += kind == "quarantined"
 
 
 def inspect_file(path: str) -> FileReport:
@@ -139,35 +135,19 @@ def check_root(root: str, progress: Callable[[FileReport], None] | None = None) 
         if (config := check_config(paths)) is not None:
             total.bad.append(FileReport(paths.config, 0, *config, None, "config", before))
         layouts = known_layouts(paths)
-        for kind, path in walk(paths, unreadable):
-            if kind == "page":
-                report = _check_page(paths, path, layouts)
-                if report is None:
-                    continue
+        for kind, path in walk([paths.pages, paths.home], paths.quarantine, unreadable):
+            if kind != "page":
+                total.note(kind, path)
+            elif (report := _check_page(paths, path, layouts)) is not None:
                 total.files += 1
                 total.bytes += report.size
                 if report.cause is not None:
                     total.bad.append(report)
                 if progress is not None:
                     progress(report)
-            elif kind == "abandoned":
-                total.abandoned.append(path)
-            elif kind == "temporary":
-                total.temporary += 1
-            else:
-                total.quarantined += 1
-    books = os.path.join(root, BOOKS_NAME)
-    try:
-        for name in filter(is_temporary, nofollow.listdir(books)):
-            path = os.path.join(books, name)
-            if temporary_kind(path) == "abandoned":
-                total.abandoned.append(path)
-            else:
-                total.temporary += 1
-    except (FileNotFoundError, NotADirectoryError):
-        pass  # the audit of the books says what is wrong
-    except OSError as error:
-        unreadable(books, error)
+    # what else is wrong with the books their audit says
+    for kind, path in walk([os.path.join(root, BOOKS_NAME)], None, unreadable):
+        total.note(kind, path)
     return total
 
 
@@ -235,11 +215,10 @@ def check_place(
     if report.cause is not None or report.header is None:
         return report
     header = report.header
-    cause = None
     if not paths.name.endswith(f"_{header.namespace}"):
-        cause, detail = "namespace", f"of namespace {header.namespace!r}"
-    elif not is_key(header.key) or report.path != paths.page(header.key):
-        cause, detail = "key", f"the page of key {header.key.hex()}"
-    elif layouts.get(key_group(header.key), header.layout) != header.layout:
-        cause, detail = "shape", f"holds {header.layout}"
-    return report if cause is None else FileReport(report.path, report.size, cause, detail, header)
+        return replace(report, cause="namespace", detail=f"of namespace {header.namespace!r}")
+    if not is_key(header.key) or report.path != paths.page(header.key):
+        return replace(report, cause="key", detail=f"the page of key {header.key.hex()}")
+    if layouts.get(key_group(header.key), header.layout) != header.layout:
+        return replace(report, cause="shape", detail=f"holds {header.layout}")
+    return report

@@ -14,7 +14,7 @@ from kvstrata.tiers.fs.budget import snapshot
 from kvstrata.tiers.fs.budget.journal import Op, journals, unread
 from kvstrata.tiers.fs.budget.keeper.rescan import Walked, books_size, walk
 from kvstrata.tiers.fs.budget.ledger import BOOKS_NAME
-from kvstrata.tiers.fs.budget.limits import Limits, Usage, room
+from kvstrata.tiers.fs.budget.limits import Limits, Usage
 from kvstrata.tiers.fs.budget.member import Member
 from kvstrata.tiers.fs.budget.messages import News, Upkeep
 from kvstrata.tiers.fs.budget.names import Names
@@ -35,8 +35,7 @@ class Trimmed:
         evicted_files, evicted_bytes: what was deleted: here or, where members are running, by the
             one that keeps the books, less what they stored meanwhile.
         before, after: what was taken at first, as far as it was known, and in the end.
-        fixed_files, fixed_bytes: what no trimming deletes: the books, foreign files, directories;
-            0 if there are no limits.
+        fixed_files, fixed_bytes: what no trimming deletes: the books, foreign files, directories.
         refused: whether nothing was deleted since the limits cannot be reached.
         within: whether everything below the root is within the limits now.
         members: how many were living.
@@ -56,20 +55,21 @@ class Trimmed:
 
 
 class _Accounts:
-    """Adds up what the space tells."""
+    """Adds up what the member tells."""
+
+    is_behind = False
 
     def __init__(self) -> None:
         self.failures = Failures("fs")
         self.evicted_files = self.evicted_bytes = 0
         self.last = ""
-        self.is_behind = False
 
     def report(self, cause: str, detail: str) -> None:
         self.failures.count(cause, detail)
         self.last = detail
 
     def say(self, text: str) -> None:
-        """The limits of running members count too: `Trimmed.members` tells of them."""
+        """The limits of others count too: `Trimmed.members` tells of them."""
 
     def tell(self, news: Sequence[News]) -> None:
         """No page is ours."""
@@ -94,52 +94,36 @@ def trim(
     """
     root = os.path.realpath(root)
     mode = stat.S_IMODE(os.stat(root).st_mode) | 0o700
-    accounts = _Accounts()
-    found = audit(root)
-    before, fixed = None, (0, 0)
-    if limits:
-        # where members live they may have deleted something before we look again
-        before, least = _survey(root)
-        fixed = least.files, least.nbytes
-        if room(limits, least).is_passed:
-            members = len(found.living)
-            return Trimmed(0, 0, before, before, *fixed, True, False, members, {})
-    space = Member(root, None, limits, mode & 0o666, mode & 0o777, accounts)
+    living = len(audit(root).living)
+    # where members live they may have deleted something before we look again
+    before, least = _survey(root)
+    fixed, accounts = (least.files, least.nbytes), _Accounts()
+    if limits.room(least).is_passed:
+        return Trimmed(0, 0, before, before, *fixed, True, False, living, {})
+    member = Member(root, None, limits, mode & 0o666, mode & 0o777, accounts)
     last, since = (-1, -1, -1), time.monotonic()
     try:
         while True:
-            counted = space.is_counted()
-            usage, within = space.usage()
-            if counted and before is None:
-                evicted = (accounts.evicted_bytes, accounts.evicted_files)
-                before = Usage(
-                    usage.nbytes + evicted[0], usage.files + evicted[1], usage.free_bytes
-                )
+            usage, within, counted = member.state()
             if progress is not None:
                 progress(usage, accounts.evicted_files)
             state = (usage.nbytes, usage.files, accounts.evicted_files)
             if state != last:
                 last, since = state, time.monotonic()
             stuck = time.monotonic() - since > _STUCK_S
-            if not counted and stuck and accounts.failures.totals():
+            failures = accounts.failures.totals()
+            if not counted and stuck and failures:
                 raise OSError("the books cannot be kept: " + accounts.last)
-            if counted and before is not None and (within or stuck):
-                gone = before.files - usage.files, before.nbytes - usage.nbytes
-                servers_did = bool(found.living) and gone[0] > 0
-                return Trimmed(
-                    max(accounts.evicted_files, gone[0] * servers_did),
-                    max(accounts.evicted_bytes, gone[1] * servers_did),
-                    before,
-                    usage,
-                    *fixed,
-                    False,
-                    within,
-                    len(found.living),
-                    accounts.failures.totals(),
-                )
+            if counted and (within or stuck):
+                files, nbytes = accounts.evicted_files, accounts.evicted_bytes
+                if living and usage.nbytes < before.nbytes:
+                    files = max(files, before.files - usage.files)
+                    nbytes = max(nbytes, before.nbytes - usage.nbytes)
+                done = before, usage, *fixed, False, within, living, failures
+                return Trimmed(files, nbytes, *done)
             time.sleep(_POLL_S)
     finally:
-        space.close(60.0)
+        member.close(60.0)
 
 
 def _survey(root: str) -> tuple[Usage, Usage]:

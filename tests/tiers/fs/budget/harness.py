@@ -151,12 +151,12 @@ class Server:
 
     @contextmanager
     def books(self) -> Iterator[Books]:
-        with self.member._place.ledger.locked() as books:
+        with self.member._ledger.locked() as books:
             yield books
 
     @property
     def id(self) -> bytes:
-        return self.member._place.member
+        return self.member._ledger.member
 
     def keeps(self) -> bool:
         """Whether it is the keeper."""
@@ -172,14 +172,14 @@ class Server:
         self.member._leave()
         if self.member._lease is not None:
             self.member._lease.close()
-        self.member._place.ledger.close()
+        self.member._ledger.close()
 
     def die(self) -> None:
         """As if the process of one that is driven had been killed."""
         lease = self.member._lease
         if lease is not None:
             os.close(lease._fd)
-        self.member._place.ledger.close()
+        self.member._ledger.close()
 
     def close(self) -> None:
         assert self.member.close(60.0)

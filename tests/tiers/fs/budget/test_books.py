@@ -203,9 +203,8 @@ def test_a_ledger_comes_back_and_a_damaged_one_does_not() -> None:
 
 
 def test_a_deleted_ledger_begins_anew_for_all(tmp_path: Path) -> None:
-    path = tmp_path / "books" / "ledger"
-    path.parent.mkdir()
-    ledgers = [Ledger(str(path), 0o600, 0o700) for _ in range(2)]
+    path = tmp_path / ".kvstrata" / "ledger"
+    ledgers = [Ledger(str(tmp_path), 0o600, 0o700) for _ in range(2)]
     with ledgers[0].locked() as books:
         books.base_bytes = 7
     path.unlink()
@@ -220,7 +219,7 @@ def test_a_deleted_ledger_begins_anew_for_all(tmp_path: Path) -> None:
 
 
 def test_the_ledger_is_exact_between_processes(tmp_path: Path) -> None:
-    path = str(tmp_path / "ledger")
+    path = str(tmp_path)
     script = (
         "import sys; from kvstrata.tiers.fs.budget.ledger import Ledger\n"
         "ledger = Ledger(sys.argv[1], 0o600, 0o700)\n"

@@ -12,6 +12,7 @@ from kvstrata.tiers.base import TierContext
 from kvstrata.tiers.fs.budget import admission as admission_module
 from kvstrata.tiers.fs.budget import member as member_module
 from kvstrata.tiers.fs.budget.keeper import replay as replay_module
+from kvstrata.tiers.fs.budget.limits import Limits
 from kvstrata.tiers.fs.tools.scan import check_root
 from kvstrata.tiers.testing import CONTEXT, make_key
 from tests.spoiling import flip
@@ -413,8 +414,7 @@ def test_the_books_follow_the_modes(root: Path, open_server: OpenServer) -> None
 def test_nothing_grows(
     root: Path, open_server: OpenServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("keeper.keeper", "member"):
-        monkeypatch.setattr(f"kvstrata.tiers.fs.budget.{module}.rotate_bytes", lambda _: 4096)
+    monkeypatch.setattr(Limits, "rotate_bytes", 4096)
     server = open_server(max_bytes=BUDGET)
     open_before = None
     for start in range(0, 1000, 100):

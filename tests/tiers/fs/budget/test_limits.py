@@ -14,7 +14,6 @@ from kvstrata.tiers.fs.budget.limits import (
     Usage,
     file_cost,
     parse_space,
-    room,
     smallest,
 )
 
@@ -56,6 +55,6 @@ def test_what_room_holds_keeps_every_limit(limits: Limits, usage: Usage, cost: i
         and (not limits.max_files or usage.files + 1 <= limits.max_files)
         and (not limits.min_free_bytes or usage.free_bytes - cost >= limits.min_free_bytes)
     )
-    assert room(limits, usage).holds(cost) == within
-    low, high, full = (room(limits, usage, mark) for mark in (LOW, HIGH, Fraction(1)))
+    assert limits.room(usage).holds(cost) == within
+    low, high, full = (limits.room(usage, mark) for mark in (LOW, HIGH, Fraction(1)))
     assert low.nbytes <= high.nbytes <= full.nbytes and low.files <= high.files <= full.files

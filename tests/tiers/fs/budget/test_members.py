@@ -124,7 +124,7 @@ def report(process: subprocess.Popen[bytes]) -> dict[str, Any]:
 
 
 def books(root: Path) -> Books:
-    ledger = Ledger(str(root / ".kvstrata/ledger"), 0o600, 0o700)
+    ledger = Ledger(str(root), 0o600, 0o700)
     with ledger.locked() as found:
         pass
     ledger.close()
@@ -226,7 +226,7 @@ def test_a_server_that_hangs_loses_the_lease_and_comes_back(
     first = launch(LONER, root, BUDGET)
     wait_until(lambda: books(root).known)
     holder = books(root).keeper
-    ledger = Ledger(str(root / ".kvstrata/ledger"), 0o600, 0o700)
+    ledger = Ledger(str(root), 0o600, 0o700)
     with ledger.locked():  # not while it has that itself: a stopped process keeps its lock
         first.send_signal(signal.SIGSTOP)
     ledger.close()

@@ -20,9 +20,9 @@ from kvstrata.tiers.fs.budget.journal import (
     read_on,
     unread,
 )
-from kvstrata.tiers.fs.budget.keeper.inventory import Inventory, Place
+from kvstrata.tiers.fs.budget.keeper.inventory import Inventory
 from kvstrata.tiers.fs.budget.keeper.replay import Replay
-from kvstrata.tiers.fs.budget.ledger import LEDGER_NAME, Ledger
+from kvstrata.tiers.fs.budget.ledger import Ledger
 from kvstrata.tiers.testing import make_key
 
 MEMBERS = bytes([1] * 16), bytes([2] * 16)
@@ -74,16 +74,15 @@ def test_the_keeper_misses_nothing_of_a_journal_that_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is far behind, and the member has begun its next journal meanwhile."""
-    ledger = Ledger(str(tmp_path / LEDGER_NAME), 0o600, 0o700)
-    place = Place(str(tmp_path.parent), str(tmp_path), MEMBERS[0], ledger, 0o600, 0o700)
+    ledger = Ledger(str(tmp_path), 0o600, 0o700, MEMBERS[0])
     with ledger.locked() as books:
         books.keeper = MEMBERS[0]
     monkeypatch.setattr(journal_module, "_READ_BYTES", 10 * RECORD_BYTES)
-    writer = Journal(str(tmp_path), MEMBERS[1], NAMESPACE, 0o600, 50 * RECORD_BYTES)
+    writer = Journal(ledger.directory, MEMBERS[1], NAMESPACE, 0o600, 50 * RECORD_BYTES)
     for start in range(0, 180, 60):
         writer.append(records(range(start, start + 60)))
-    assert len(journals(str(tmp_path))) == 3
-    inventory = Inventory(place, {})
+    assert len(journals(ledger.directory)) == 3
+    inventory = Inventory(ledger, {})
     replay = Replay(inventory)
     while replay.advance():
         pass

@@ -32,9 +32,9 @@ def filled(fill_root: FillRoot, root: Path, paths: NamespacePaths) -> NamespaceP
 def test_inspect(filled: NamespacePaths) -> None:
     report = inspect_file(filled.page(make_key(9, 1)))
     assert report.cause is None and report.header is not None
-    assert report.header.key == make_key(9, 1) and report.group == 1
+    assert report.header.key == make_key(9, 1)
     assert report.header.namespace == filled.name[-12:]
-    assert report.tensors == CONTEXT.layouts[1].tensors
+    assert report.header.layout.tensors == CONTEXT.layouts[1].tensors
     assert report.header.layout.tokens == 16
     assert report.size == os.path.getsize(report.path)
 

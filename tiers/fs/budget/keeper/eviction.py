@@ -12,15 +12,7 @@ from contextlib import suppress
 from kvstrata.tiers.fs.budget.admission import spare_cost, spare_costs
 from kvstrata.tiers.fs.budget.keeper.inventory import Inventory
 from kvstrata.tiers.fs.budget.ledger import Books
-from kvstrata.tiers.fs.budget.limits import (
-    HIGH,
-    LOW,
-    Limits,
-    Usage,
-    room,
-    room_to_write,
-    spares_wanted,
-)
+from kvstrata.tiers.fs.budget.limits import HIGH, LOW, Limits, Usage, spares_wanted
 from kvstrata.tiers.fs.files import nofollow
 
 _CLAIM_FILES = 16  # renamed at once under the lock: some milliseconds
@@ -47,7 +39,7 @@ class Eviction:
         self.by_others: Limits | None = None
         self._own = own
         self._inventory = inventory
-        self._place = inventory.place
+        self._ledger = inventory.ledger
         self._left: list[str] = []  # directories that victims were taken from
 
     def make_room(self) -> bool:
@@ -59,25 +51,25 @@ class Eviction:
         doomed: list[bytes] = []
         self._left.clear()
         claimed = self.files
-        with self._place.ledger.locked() as books:
-            if books.keeper != self._place.member or not books.known:
+        with self._ledger.locked() as books:
+            if books.keeper != self._ledger.member or not books.known:
                 return False
             pressed = 0
             for row in books.rows.values():
                 pressed, row.pressed = pressed + row.pressed, 0
-            limits, usage = books.limits(), books.usage(self._place.root)
+            limits, usage = books.limits(), books.usage(self._ledger.root)
             self.limits = limits
             pages = {row.wanted or row.page for row in books.rows.values() if not row.dead} - {0}
             ahead = max(max(pages, default=0), spares_wanted(usage))
             nbytes, files = pressed, 0
-            taken = books.taken(self._place.root)
-            if room(limits, taken).is_passed:
-                low = room(limits, taken, LOW)
+            taken = books.taken(self._ledger.root)
+            if limits.room(taken).is_passed:
+                low = limits.room(taken, LOW)
                 nbytes, files = max(nbytes, -low.nbytes), max(0, -low.files)
-            elif room(limits, usage).is_passed and not nbytes:
+            elif limits.room(usage).is_passed and not nbytes:
                 return False  # too much is reserved: it is given back now, or booked soon
-            soft = room_to_write(limits, usage, HIGH)
-            spares = Counter(spare_costs(self._place.spares) if books.spare_files > 0 else ())
+            soft = limits.room_to_write(usage, HIGH)
+            spares = Counter(spare_costs(self._ledger.spares) if books.spare_files > 0 else ())
             if nbytes > 0 or files > 0:
                 freed = self._drop_spares(books, spares, pages, nbytes, files)
                 doomed = self._choose(nbytes - freed[0], files - freed[1])
@@ -94,7 +86,7 @@ class Eviction:
 
     def _note_others(self, limits: Limits, usage: Usage, ahead: int) -> None:
         """Note if what happens here is for the limits of other members only."""
-        own = room_to_write(self._own, usage, HIGH)
+        own = self._own.room_to_write(usage, HIGH)
         if own.nbytes >= ahead and own.files >= 1 + self._own.max_files // 50:
             self.by_others = limits
 
@@ -103,14 +95,14 @@ class Eviction:
     ) -> tuple[int, int]:
         """Delete spares: those that nobody can use, or all if nothing else is left."""
         freed, count = 0, 0
-        for name in nofollow.listdir(self._place.spares) if spares else ():
+        for name in nofollow.listdir(self._ledger.spares) if spares else ():
             cost = spare_cost(name) or 0
             if (freed >= nbytes and count >= files) or count >= _CLAIM_FILES:
                 break
             if cost in pages and len(self._inventory.catalog):
                 continue
             try:
-                nofollow.unlink(os.path.join(self._place.spares, name))
+                nofollow.unlink(os.path.join(self._ledger.spares, name))
             except OSError:
                 continue
             books.add_spare(-cost, -1)
@@ -137,7 +129,7 @@ class Eviction:
 
         Returns the victims that fit none, to be deleted: they make room instead.
         """
-        nofollow.make_directories(self._place.spares, self._place.root, self._place.dir_mode)
+        nofollow.make_directories(self._ledger.spares, self._ledger.root, self._ledger.dir_mode)
         short = {cost for cost in pages if spares[cost] * cost < ahead}
         doomed: list[bytes] = []
         room_made = claimed = 0
@@ -167,7 +159,7 @@ class Eviction:
         return True
 
     def _claim(self, name: bytes, cost: int, books: Books) -> bool:
-        target = os.path.join(self._place.spares, f"{cost}-{secrets.token_hex(8)}")
+        target = os.path.join(self._ledger.spares, f"{cost}-{secrets.token_hex(8)}")
         try:
             path = self._inventory.path(name)
             nofollow.rename(path, target)
@@ -196,8 +188,8 @@ class Eviction:
                 # it cannot be deleted: do not choose it again soon
                 self._inventory.catalog.use(name, self._inventory.stamps.next())
         if gone:
-            with self._place.ledger.locked() as books:
-                if books.keeper != self._place.member:
+            with self._ledger.locked() as books:
+                if books.keeper != self._ledger.member:
                     return False
                 for name, ours in gone:
                     if ours:

@@ -6,40 +6,13 @@ import errno
 import os
 from collections import OrderedDict
 from contextlib import suppress
-from dataclasses import dataclass
 
 from kvstrata.tiers.fs.budget import snapshot
-from kvstrata.tiers.fs.budget.admission import SPARE_NAME
 from kvstrata.tiers.fs.budget.ledger import Books, Ledger
 from kvstrata.tiers.fs.budget.stamps import Stamps
 from kvstrata.tiers.fs.files import nofollow
 
 _MOST_STRAYS = 2**14  # names remembered because a record of theirs came too early
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a member keeps which books.
-
-    Attributes:
-        root: to which the limits apply.
-        directory: of the books, below it.
-        member: the member's own id.
-        ledger: the ledger.
-        file_mode, dir_mode: permission bits of what is created.
-    """
-
-    root: str
-    directory: str
-    member: bytes
-    ledger: Ledger
-    file_mode: int
-    dir_mode: int
-
-    @property
-    def spares(self) -> str:
-        """The directory of the spares."""
-        return os.path.join(self.directory, SPARE_NAME)
 
 
 class Inventory:
@@ -53,10 +26,10 @@ class Inventory:
         read: by member the number and length of the journal that was read.
     """
 
-    def __init__(self, place: Place, protected: dict[bytes, float]) -> None:
+    def __init__(self, ledger: Ledger, protected: dict[bytes, float]) -> None:
         """Take over from the last keeper: read its snapshot."""
-        self.place = place
-        self.catalog, self.names, self.read = snapshot.load(place.directory)[:3]
+        self.ledger = ledger
+        self.catalog, self.names, self.read = snapshot.load(ledger.directory)[:3]
         self.stamps = Stamps(self.catalog.newest())
         self.protected = protected
         self.complete = False
@@ -73,7 +46,7 @@ class Inventory:
         path = self.names.path(name)
         if path is None:
             raise FileNotFoundError(errno.ENOENT, "no file has this name", repr(name))
-        return os.path.join(self.place.root, path)
+        return os.path.join(self.ledger.root, path)
 
     def exists(self, name: bytes) -> bool:
         """Whether anything is there."""

@@ -6,12 +6,12 @@ import time
 
 from kvstrata.tiers.fs.budget import snapshot
 from kvstrata.tiers.fs.budget.keeper.eviction import Eviction
-from kvstrata.tiers.fs.budget.keeper.inventory import Inventory, Place
+from kvstrata.tiers.fs.budget.keeper.inventory import Inventory
 from kvstrata.tiers.fs.budget.keeper.replay import Replay
 from kvstrata.tiers.fs.budget.keeper.rescan import Rescan, strike
 from kvstrata.tiers.fs.budget.lease import Watch
-from kvstrata.tiers.fs.budget.ledger import Books
-from kvstrata.tiers.fs.budget.limits import Limits, rotate_bytes
+from kvstrata.tiers.fs.budget.ledger import Books, Ledger
+from kvstrata.tiers.fs.budget.limits import Limits
 
 RESCAN_S = 600.0  # between two scans for what was changed by others
 
@@ -19,19 +19,19 @@ RESCAN_S = 600.0  # between two scans for what was changed by others
 class Keeper:
     """The keeper's work in the order in which it is done. One thread only; blocks on the disk."""
 
-    def __init__(self, place: Place, protected: dict[bytes, float], limits: Limits) -> None:
+    def __init__(self, ledger: Ledger, protected: dict[bytes, float], limits: Limits) -> None:
         """Take over from the last keeper. A scan begins with the first work.
 
         `limits` are those of this member, which count with those of the others.
         `protected` says by offload key until when, on the monotonic clock, a page is spared;
         what other members promised is added to it.
         """
-        self._place = place
-        self.inventory = Inventory(place, protected)
+        self._ledger = ledger
+        self.inventory = Inventory(ledger, protected)
         self.replay = Replay(self.inventory)
         self.rescan = Rescan(self.inventory, self.replay)
         self.eviction = Eviction(self.inventory, limits)
-        self._watch = Watch(place.directory)
+        self._watch = Watch(ledger.directory)
         self._scan_due = 0.0
         self._dead_at_scan: set[bytes] = set()
         self._saved_at = 0  # bytes of the journals at the last snapshot
@@ -59,7 +59,7 @@ class Keeper:
             raise
         # writing a snapshot costs as much as it is long
         grown = self.replay.length() - self._saved_at
-        if grown > max(rotate_bytes(self.eviction.limits), 64 * len(self.inventory.catalog)):
+        if grown > max(self.eviction.limits.rotate_bytes, 64 * len(self.inventory.catalog)):
             self.save()
         return more
 
@@ -79,12 +79,12 @@ class Keeper:
         Raises:
             OSError: it could not be written.
         """
-        with self._place.ledger.locked() as books:
-            rows, ours = set(books.rows), books.keeper == self._place.member
+        with self._ledger.locked() as books:
+            rows, ours = set(books.rows), books.keeper == self._ledger.member
         if ours:
             inventory = self.inventory
             columns = inventory.catalog, inventory.names, inventory.read
-            snapshot.save(self._place.directory, *columns, self._place.file_mode)
+            snapshot.save(self._ledger.directory, *columns, self._ledger.file_mode)
             self.replay.delete_covered(rows)
             self._saved_at = self.replay.length()
 
@@ -94,13 +94,13 @@ class Keeper:
         What they reserved counts until a scan has seen what became of it.
         """
         for member, row in list(books.rows.items()):
-            if member == self._place.member or row.dead:
+            if member == self._ledger.member or row.dead:
                 continue
             if self._watch.is_dead(member, row.beat):
                 if row.reserved_bytes or row.reserved_files:
                     row.dead, self._scan_due = True, 0.0
                 else:
-                    strike(books, member, self._place.directory)
+                    strike(books, member, self._ledger.directory)
         self.rescan.hosts = {row.host.decode("ascii", "replace") for row in books.rows.values()}
 
     def _book(self, slice_s: float) -> bool:
@@ -117,7 +117,7 @@ class Keeper:
             now = time.monotonic()
             if now < self._scan_due:
                 return
-            with self._place.ledger.locked() as books:
+            with self._ledger.locked() as books:
                 self.judge(books)
                 self._dead_at_scan = {member for member, row in books.rows.items() if row.dead}
             self._scan_due = now + RESCAN_S

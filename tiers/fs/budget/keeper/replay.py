@@ -36,7 +36,7 @@ class Replay:
     def __init__(self, inventory: Inventory) -> None:
         self.lost = False
         self._inventory = inventory
-        self._place = inventory.place
+        self._ledger = inventory.ledger
         self._damaged: set[str] = set()  # namespaces whose quarantines changed
         self._quarantined: dict[str, set[bytes]] = {}
 
@@ -47,7 +47,7 @@ class Replay:
             OSError: the books cannot be read or written.
         """
         more = False
-        directory, read = self._place.directory, self._inventory.read
+        directory, read = self._ledger.directory, self._inventory.read
         for member, piece in unread(directory, journals(directory), read):
             if not self._take_in(member, piece):
                 break
@@ -65,23 +65,23 @@ class Replay:
 
     def length(self) -> int:
         """Bytes of all journals."""
-        return sum(self._size(*each) for each in journals(self._place.directory))
+        return sum(self._size(*each) for each in journals(self._ledger.directory))
 
     def delete_covered(self, rows: set[bytes]) -> None:
         """Delete the journals that a snapshot just saved covers; `rows` are members that go on."""
         read = self._inventory.read
-        for member, number in journals(self._place.directory):
+        for member, number in journals(self._ledger.directory):
             known, end = read.get(member, (0, 0))
             rest = self._size(member, number) - max(HEADER_BYTES, end if number == known else 0)
             over = member not in rows and number >= known and rest < RECORD_BYTES
             if number < known or over:
                 with suppress(OSError):
                     nofollow.unlink(self._path(member, number))
-        for member in read.keys() - rows - {m for m, _ in journals(self._place.directory)}:
+        for member in read.keys() - rows - {m for m, _ in journals(self._ledger.directory)}:
             del read[member]
 
     def _path(self, member: bytes, number: int) -> str:
-        return os.path.join(self._place.directory, journal_name(member, number))
+        return os.path.join(self._ledger.directory, journal_name(member, number))
 
     def _size(self, member: bytes, number: int) -> int:
         with suppress(OSError):
@@ -94,8 +94,8 @@ class Replay:
         prefix = self._inventory.names.prefix(namespace) if namespace else None
         number, end = piece.end
         end -= len(piece.records) * RECORD_BYTES
-        with self._place.ledger.locked() as books:
-            if books.keeper != self._place.member:
+        with self._ledger.locked() as books:
+            if books.keeper != self._ledger.member:
                 return False
             row = books.rows.get(member)
             for record in piece.records:
@@ -136,13 +136,13 @@ class Replay:
         names, catalog = self._inventory.names, self._inventory.catalog
         parts = [f"{namespace}_r0", QUARANTINE_NAME]
         there: set[bytes] = set()
-        with self._place.ledger.locked() as books:
-            if books.keeper != self._place.member:
+        with self._ledger.locked() as books:
+            if books.keeper != self._ledger.member:
                 return
             before = catalog.nbytes, len(catalog)
             with (
                 suppress(OSError),
-                nofollow.scandir(os.path.join(self._place.root, *parts)) as entries,
+                nofollow.scandir(os.path.join(self._ledger.root, *parts)) as entries,
             ):
                 for entry in entries:
                     name = names.name([*parts, entry.name])

@@ -45,7 +45,7 @@ class Rescan:
         self.hosts: set[str] = set()
         self.swept = 0
         self._inventory = inventory
-        self._place = inventory.place
+        self._ledger = inventory.ledger
         self._replay = replay
         self._walked = Walked()
         self._walk: Iterator[Evictable | None] | None = None
@@ -61,7 +61,7 @@ class Rescan:
         self._walked = Walked()
         self._inventory.catalog.begin_scan()
         self._inventory.scanning = True
-        self._walk = walk(self._place.root, self._inventory.names, self._walked, self._is_writing)
+        self._walk = walk(self._ledger.root, self._inventory.names, self._walked, self._is_writing)
 
     def abandon(self) -> None:
         """Forget the scan under way."""
@@ -97,17 +97,17 @@ class Rescan:
         catalog.end_scan()
         self._inventory.scanning = False
         self._sweep_books()
-        with self._place.ledger.locked() as books:
-            if books.keeper != self._place.member:
+        with self._ledger.locked() as books:
+            if books.keeper != self._ledger.member:
                 return
-            costs = spare_costs(self._place.spares)
+            costs = spare_costs(self._ledger.spares)
             books.spare_bytes, books.spare_files = sum(costs), len(costs)
-            self._books_size = books_size(self._place.directory, self._is_writing)
+            self._books_size = books_size(self._ledger.directory, self._is_writing)
             books.base_bytes = catalog.nbytes + walked.other_bytes + self._books_size[0]
             books.base_files = len(catalog) + walked.other_files + self._books_size[1]
             for member in dead:
                 if member in books.rows and books.rows[member].dead:  # else it woke up
-                    strike(books, member, self._place.directory)
+                    strike(books, member, self._ledger.directory)
             books.boot = boot_id()
             books.known = self._inventory.complete = True
 
@@ -118,10 +118,10 @@ class Rescan:
             OSError: the books cannot be read or written.
         """
         before = self._books_size
-        self._books_size = books_size(self._place.directory, self._is_writing)
+        self._books_size = books_size(self._ledger.directory, self._is_writing)
         if before != self._books_size:
-            with self._place.ledger.locked() as books:
-                if books.keeper == self._place.member:
+            with self._ledger.locked() as books:
+                if books.keeper == self._ledger.member:
                     books.add_base(self._books_size[0] - before[0], self._books_size[1] - before[1])
 
     def _is_writing(self, name: str) -> bool:
@@ -129,10 +129,10 @@ class Rescan:
 
     def _sweep_books(self) -> None:
         """Remove what the dead left among the books: claimed spares, snapshots, old leases."""
-        directory = self._place.directory
+        directory = self._ledger.directory
         for name in filter(is_temporary, nofollow.listdir(directory)):
             self.swept += remove_abandoned(os.path.join(directory, name))
-        with self._place.ledger.locked() as books:
+        with self._ledger.locked() as books:
             known = set(books.rows)
         for member, path in dead_leases(directory, known):
             if member not in known:  # else the keeper sees to it
