@@ -70,8 +70,7 @@ class Catalog:
 
     def seen(self, name: bytes, cost: int, stamp: int) -> None:
         """A scan found the file; the stamp counts only if nothing was known of it."""
-        position = self._positions.get(name)
-        self.add(name, cost, stamp if position is None else self._stamps[position])
+        self.add(name, cost, 0 if name in self else stamp)
 
     def use(self, name: bytes, stamp: int, depth: int = 0) -> None:
         """The file was used, if it is known."""
@@ -133,6 +132,10 @@ class Catalog:
             if found is not None:
                 return found
         return None
+
+    def uses(self) -> Iterator[tuple[bytes, int]]:
+        """Each name and its stamp."""
+        return ((name, self._stamps[position]) for name, position in self._positions.items())
 
     def newest(self) -> int:
         """The largest stamp, 0 if empty."""

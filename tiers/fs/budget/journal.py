@@ -216,18 +216,8 @@ class Journal:
             return
         if self._length >= self._rotate_bytes:
             self._rotate()
+        fd = self._open()
         try:
-            fd = self._open()
-        except FileNotFoundError:
-            if not self._length:
-                raise
-            self._rotate()  # somebody deleted it
-            fd = self._open()
-        try:
-            if os.fstat(fd).st_size < self._length:  # or cut it off
-                os.close(fd)
-                self._rotate()
-                fd = self._open()
             if self._length == 0:
                 content = self._header + content
             position = self._length
@@ -242,7 +232,15 @@ class Journal:
         self._number, self._length = self._number + 1, 0
 
     def _open(self) -> int:
-        path = os.path.join(self._directory, journal_name(self._member, self._number))
-        if self._length:  # it is there; an empty one in its place would pass for damaged
-            return nofollow.open(path, os.O_WRONLY)
-        return nofollow.open_or_create(path, os.O_WRONLY, self._mode)
+        """The last file, or the next one where somebody deleted that or cut it off."""
+        if self._length:
+            path = self._path()
+            with suppress(FileNotFoundError):
+                if nofollow.lstat(path).st_size >= self._length:
+                    # not made anew: an empty one in its place would pass for damaged
+                    return nofollow.open(path, os.O_WRONLY)
+            self._rotate()
+        return nofollow.open_or_create(self._path(), os.O_WRONLY, self._mode)
+
+    def _path(self) -> str:
+        return os.path.join(self._directory, journal_name(self._member, self._number))

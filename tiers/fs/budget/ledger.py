@@ -43,6 +43,23 @@ class LedgerBusy(OSError):
     """Another process has held the lock for seconds; no use to wait for it now."""
 
 
+def lock(fd: int, path: str, how: int, within_s: float) -> None:
+    """`flock` the open file of that path, as `how` says.
+
+    Raises:
+        LedgerBusy: another process does not let go of it in time.
+    """
+    deadline, pause = time.monotonic() + within_s, _PAUSE_S
+    while True:
+        try:
+            return fcntl.flock(fd, how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise LedgerBusy(f"{path} is locked") from None
+            time.sleep(pause)
+            pause = min(2 * pause, _MOST_PAUSE_S)
+
+
 @dataclass(slots=True)
 class Row:
     """One member.
@@ -224,21 +241,16 @@ class Ledger:
             self._thread_lock.release()
 
     def _lock(self) -> None:
-        deadline, pause = time.monotonic() + _LOCK_WITHIN_S, _PAUSE_S
         while True:
             if self._fd < 0:
                 self._fd = self._open()
+            hangs = time.monotonic() < self._busy_until
             try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                now = time.monotonic()
-                if now > deadline or now < self._busy_until:
-                    # whoever holds it hangs: the next ones do not wait for it, for a while
-                    self._busy_until = max(self._busy_until, now + _LOCK_WITHIN_S)
-                    raise LedgerBusy(f"{self._path} is locked") from None
-                time.sleep(pause)
-                pause = min(2 * pause, _MOST_PAUSE_S)
-                continue
+                lock(self._fd, self._path, fcntl.LOCK_EX, 0.0 if hangs else _LOCK_WITHIN_S)
+            except LedgerBusy:
+                # whoever holds it hangs: the next ones do not wait for it, for a while
+                self._busy_until = time.monotonic() + _LOCK_WITHIN_S
+                raise
             try:
                 if self._is_current():
                     return

@@ -164,7 +164,7 @@ class Member:
             taken = books.taken(self._ledger.root)
             left = books.limits().room(books.usage(self._ledger.root))
             counted = books.known and {ours, books.keeper} <= books.rows.keys()
-            scanned = books.keeper != ours or (keeper is not None and keeper.complete)
+            scanned = books.keeper != ours or (keeper is not None and keeper.inventory.complete)
         return taken, not left.is_passed, counted and scanned
 
     # The background thread.
@@ -175,16 +175,15 @@ class Member:
             if not busy:
                 self._wake.wait(TICK_S)
             self._wake.clear()
+            busy = False
             try:
                 busy = self._tick()
             except OSError as error:
-                busy = False
                 self._report(error)
                 self._stop.wait(TICK_S)
                 with suppress(OSError):
                     self._make_directories()
             except Exception as error:
-                busy = False
                 self._listener.report("internal", f"{type(error).__name__}: {error}")
                 self._keeper = None  # begin anew from what is on the disk
                 self._stop.wait(1.0)
@@ -214,7 +213,7 @@ class Member:
         more = self._keeper.work(0.0 if heard else SLICE_S)  # what we tell saves look-ups
         self._publish(self._keeper)
         if self._keeper.scanning and not more and not heard:
-            self._wake.wait(SLICE_S * (4 if self._keeper.complete else 1))
+            self._wake.wait(SLICE_S * (4 if self._keeper.inventory.complete else 1))
         return more or heard or self._keeper.scanning
 
     def _report(self, error: OSError) -> None:
@@ -277,7 +276,7 @@ class Member:
                 self._take_over(books)
             keeper = self._keeper
             if books.keeper != self._ledger.member or (
-                keeper and keeper.complete and not books.known
+                keeper and keeper.inventory.complete and not books.known
             ):
                 self._keeper = None  # in the second case the ledger was lost: begin anew
             elif keeper is not None and beat:

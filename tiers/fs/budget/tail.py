@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from operator import itemgetter
 
 from kvstrata.tiers.fs.budget import snapshot
 from kvstrata.tiers.fs.budget.journal import Op, Piece, Positions, evicted_key, journals, unread
@@ -52,15 +53,9 @@ class Tail:
         """The keys of the snapshot, in the order of their use."""
         catalog, names, self._read, _ = snapshot.load(self._directory)
         prefix = names.prefix(self._namespace)
-        keys: list[bytes] = []
-        stamps: list[int] = []
-        for chunk, when, _, _ in catalog.chunks(2**14):
-            for name, stamp in zip(chunk, when, strict=True):
-                if name[:2] == prefix:
-                    keys.append(name[2:])
-                    stamps.append(stamp)
-        order = sorted(range(len(keys)), key=stamps.__getitem__)
-        return deque(keys[position] for position in order[-_MOST_KNOWN:])
+        ours = [(name, stamp) for name, stamp in catalog.uses() if name[:2] == prefix]
+        ours.sort(key=itemgetter(1))
+        return deque(name[2:] for name, _ in ours[-_MOST_KNOWN:])
 
     def _news_of(self, piece: Piece) -> Iterator[News]:
         ours = piece.namespace == self._namespace

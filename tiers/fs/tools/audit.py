@@ -10,7 +10,6 @@ import enum
 import fcntl
 import os
 import stat
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from kvstrata.tiers.fs.budget import snapshot
 from kvstrata.tiers.fs.budget.admission import spare_costs
 from kvstrata.tiers.fs.budget.journal import Positions, journal_name, journals, read_on
 from kvstrata.tiers.fs.budget.lease import Watch, dead_leases
-from kvstrata.tiers.fs.budget.ledger import BOOKS_NAME, LEDGER_NAME, SPARE_NAME, Books, LedgerBusy
+from kvstrata.tiers.fs.budget.ledger import BOOKS_NAME, LEDGER_NAME, SPARE_NAME, Books, lock
 from kvstrata.tiers.fs.files import nofollow
 
 _LOCK_WITHIN_S = 5.0
@@ -104,27 +103,17 @@ def audit(root: str) -> Audit:
 @contextmanager
 def _locked(path: str) -> Iterator[bytes]:
     """The ledger's content; it does not change meanwhile."""
-    fd = nofollow.open(path, os.O_RDONLY)
-    with os.fdopen(fd, "rb") as file:
-        deadline = time.monotonic() + _LOCK_WITHIN_S
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise LedgerBusy(f"{path} is locked") from None
-                time.sleep(0.0005)
+    with os.fdopen(nofollow.open(path, os.O_RDONLY), "rb") as file:
+        lock(file.fileno(), path, fcntl.LOCK_SH, _LOCK_WITHIN_S)
         yield file.read(2**20)
 
 
 def _leases(directory: str, books: Books) -> Iterator[Damage]:
     """Locks of members that were killed."""
     for member, path in dead_leases(directory, books.rows):
-        if member in books.rows:
-            yield Damage(path, "lease: of a member that was killed", Remedy.BOOK, True)
-        else:
-            yield Damage(path, "lease: of a member that nobody knows", Remedy.REMOVE, True)
+        known = member in books.rows
+        what, remedy = ("was killed", Remedy.BOOK) if known else ("nobody knows", Remedy.REMOVE)
+        yield Damage(path, f"lease: of a member that {what}", remedy, True)
 
 
 def _journals(directory: str, watch: Watch) -> Iterator[Damage]:

@@ -10,12 +10,7 @@ from typing import Any
 
 from kvstrata.tiers.fs.files import nofollow
 from kvstrata.tiers.fs.files.failures import error_cause
-from kvstrata.tiers.fs.files.layout import (
-    NAMESPACE_DIR,
-    PAGE_SUFFIX,
-    PAGES_DIR,
-    NamespacePaths,
-)
+from kvstrata.tiers.fs.files.layout import NAMESPACE_DIR, PAGE_SUFFIX, PAGES_DIR, NamespacePaths
 from kvstrata.tiers.fs.files.namespace import read_config
 from kvstrata.tiers.fs.files.temporary import has_no_writer, is_temporary
 from kvstrata.tiers.fs.files.trust import is_trusted
@@ -66,13 +61,12 @@ def list_namespaces(
     reports = []
     for paths in namespaces(root):
         model, _, digest = paths.name.rpartition("_")
-        config = check_config(paths)
         try:
             fields = read_config(paths.config)
             namespace_digest(fields)  # has none if a number is not finite
         except (OSError, ValueError):
             fields = None
-        wrong = None if config is None else ": ".join(config)
+        wrong = ": ".join(check_config(paths) or ()) or None
         report = NamespaceReport(model, digest, paths.home, fields, wrong)
         with suppress(OSError):
             report.trusted = is_trusted(paths)
@@ -86,10 +80,8 @@ def list_namespaces(
                     report.newest = max(found.st_mtime, report.newest or found.st_mtime)
                     if progress is not None:
                         progress(found.st_size)
-            elif kind == "quarantined":
-                report.quarantined += 1
-            else:
-                report.temporary += 1
+            report.quarantined += kind == "quarantined"
+            report.temporary += kind in ("temporary", "abandoned")
         reports.append(report)
     return reports
 
@@ -100,14 +92,12 @@ def namespaces(root: str) -> list[NamespacePaths]:
     Raises:
         OSError: `root` is not a readable directory.
     """
-    names = set()
-    for name in nofollow.listdir(root):
-        if not os.path.isdir(os.path.join(root, name)):  # a link to one will be unreadable
-            continue
-        if PAGES_DIR.fullmatch(name):
-            names.add(name.removesuffix("_r0"))
-        elif NAMESPACE_DIR.fullmatch(name):
-            names.add(name)
+    names = {
+        name.removesuffix("_r0")
+        for name in nofollow.listdir(root)
+        if (NAMESPACE_DIR.fullmatch(name) or PAGES_DIR.fullmatch(name))
+        and os.path.isdir(os.path.join(root, name))  # a link to one will be unreadable
+    }
     return [NamespacePaths(root, name) for name in sorted(names)]
 
 

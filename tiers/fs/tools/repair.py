@@ -86,9 +86,8 @@ def examine(
         for bad in report.bad
     ]
     for path in report.abandoned:
-        removed = fix and remove_abandoned(path)
-        reason = "abandoned: its writer is dead"
-        findings.append(Finding(path, "temporary", reason, "removed" if removed else None, True))
+        repair = "removed" if fix and remove_abandoned(path) else None
+        findings.append(Finding(path, "temporary", "abandoned: its writer is dead", repair, True))
     books, members = _examine_books(root, fix)
     findings = sorted([*findings, *books], key=lambda finding: finding.path)
     return Examination(report, findings, members)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from kvstrata.tiers.disk import UNBOUNDED, disk_at
 from kvstrata.tiers.fs.budget import snapshot
 from kvstrata.tiers.fs.budget.journal import Op, journals, unread
-from kvstrata.tiers.fs.budget.keeper.rescan import Walked, books_size, walk
+from kvstrata.tiers.fs.budget.keeper.rescan import Walk, books_size
 from kvstrata.tiers.fs.budget.ledger import BOOKS_NAME
 from kvstrata.tiers.fs.budget.limits import Limits, Usage
 from kvstrata.tiers.fs.budget.member import Member
@@ -134,14 +134,14 @@ def _survey(root: str) -> tuple[Usage, Usage]:
     Raises:
         OSError: the file system cannot be asked.
     """
-    walked, nbytes, files = Walked(), 0, 0
-    for found in walk(root, Names(), walked, lambda name: True):
+    walk, nbytes, files = Walk(root, Names(), lambda name: True), 0, 0
+    for found in walk.files():
         if found is not None:
             nbytes, files = nbytes + found[1], files + 1
     directory = os.path.join(root, BOOKS_NAME)
     books = books_size(directory, lambda name: True) if nofollow.lexists(directory) else (0, 0)
     free = disk_at(root).free
-    fixed = walked.other_bytes + books[0], walked.other_files + books[1]
+    fixed = walk.other_bytes + books[0], walk.other_files + books[1]
     return (
         Usage(fixed[0] + nbytes, fixed[1] + files, free),
         Usage(*fixed, min(free + nbytes, UNBOUNDED)),
@@ -158,10 +158,9 @@ def last_uses(root: str) -> dict[str, float]:
     directory = os.path.join(os.path.realpath(root), BOOKS_NAME)
     catalog, names, read, _ = snapshot.load(directory)
     newest: dict[bytes, int] = {}  # by the prefix of the namespace's names
-    for chunk, stamps, _, _ in catalog.chunks(2**14):
-        for name, stamp in zip(chunk, stamps, strict=True):
-            if stamp > newest.get(name[:2], 0):
-                newest[name[:2]] = stamp
+    for name, stamp in catalog.uses():
+        if stamp > newest.get(name[:2], 0):
+            newest[name[:2]] = stamp
     found = {
         namespace: stamp / 1e9
         for prefix, stamp in newest.items()

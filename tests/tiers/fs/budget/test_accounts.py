@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvstrata.tiers.fs.budget.keeper.rescan import Walked, walk
+from kvstrata.tiers.fs.budget.keeper.rescan import Walk
 from kvstrata.tiers.fs.budget.limits import BLOCK, file_cost
 from kvstrata.tiers.fs.budget.names import Names
 from kvstrata.tiers.fs.files.temporary import is_temporary
@@ -34,8 +34,8 @@ which = st.integers(0, 1)
 
 def on_disk(root: Path) -> tuple[int, int]:
     """Bytes and files as the budget counts them, without directories."""
-    found = Walked()
-    pages = list(filter(None, walk(str(root), Names(), found, lambda name: False)))
+    walk = Walk(str(root), Names(), lambda name: False)
+    pages = list(filter(None, walk.files()))
     books = [path for path in (root / ".kvstrata").rglob("*") if path.is_file()]
     spares = [path for path in books if path.parent.name == "spare"]
     nbytes = sum(-(-path.stat().st_size // BLOCK) * BLOCK for path in set(books) - set(spares))
@@ -45,8 +45,8 @@ def on_disk(root: Path) -> tuple[int, int]:
         for path, _, _ in os.walk(root)
         if ".kvstrata" not in path and not path.rpartition("/")[2].endswith(("_g0", "_g2"))
     )
-    nbytes += sum(cost for _, cost, _ in pages) + found.other_bytes - directories
-    return nbytes, len(pages) + found.other_files + len(books)
+    nbytes += sum(cost for _, cost, _ in pages) + walk.other_bytes - directories
+    return nbytes, len(pages) + walk.other_files + len(books)
 
 
 class Accounts(RuleBasedStateMachine):

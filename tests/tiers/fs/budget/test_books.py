@@ -1,5 +1,6 @@
 """What is on the disk: ledger, journals, snapshot. Damaged or hostile, it is ignored."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -135,6 +136,26 @@ def filled() -> tuple[Catalog, Names]:
     catalog.add(b"\xff\xffa_0123456789ab_r0/quarantine/x", BLOCK, 5)
     catalog.remove(b"\0\0" + make_key(500))
     return catalog, names
+
+
+def test_a_journal_that_cannot_go_on_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file was cut off and the next cannot be made: no descriptor is closed twice or left."""
+    written = Journal(str(tmp_path), MEMBER, SPACE, 0o600, 2**18)
+    written.append([Record(Op.GONE, b"key")])
+    os.truncate(tmp_path / journal.journal_name(MEMBER, 1), 1)
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "full")
+
+    before = os.listdir("/proc/self/fd")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
+        patch.setattr(journal.nofollow, "open_or_create", full)
+        written.append([Record(Op.GONE, b"key")])
+    assert os.listdir("/proc/self/fd") == before
+    written.append([Record(Op.GONE, b"key")])
+    assert written.end == (2, HEADER_BYTES + RECORD_BYTES)
 
 
 def content(catalog: Catalog) -> list[object]:

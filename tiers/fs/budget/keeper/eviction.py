@@ -101,12 +101,10 @@ class Eviction:
                 break
             if cost in pages and len(self._inventory.catalog):
                 continue
-            try:
+            with suppress(OSError):
                 nofollow.unlink(os.path.join(self._ledger.spares, name))
-            except OSError:
-                continue
-            books.add_spare(-cost, -1)
-            freed, count = freed + cost, count + 1
+                books.add_spare(-cost, -1)
+                freed, count = freed + cost, count + 1
         return freed, count
 
     def _choose(self, nbytes: int, files: int) -> list[bytes]:
@@ -138,18 +136,15 @@ class Eviction:
             if name is None:
                 break
             cost = self._inventory.catalog.cost(name)
-            if cost not in short or not self._is_plain(name):
-                doomed.append(name)
-                room_made += cost
-                continue
-            claimed += 1
-            try:
-                if self._claim(name, cost, books):
-                    spares[cost] += 1
-                    short = {each for each in short if spares[each] * each < ahead}
-            except OSError:  # no room for one more name, or no directory for it
-                doomed.append(name)
-                room_made += cost
+            if cost in short and self._is_plain(name):
+                claimed += 1
+                with suppress(OSError):  # no room for one more name, or no directory for it
+                    if self._claim(name, cost, books):
+                        spares[cost] += 1
+                        short = {each for each in short if spares[each] * each < ahead}
+                    continue
+            doomed.append(name)
+            room_made += cost
         return doomed
 
     def _is_plain(self, name: bytes) -> bool:
@@ -192,10 +187,7 @@ class Eviction:
                 if books.keeper != self._ledger.member:
                     return False
                 for name, ours in gone:
-                    if ours:
-                        self._book(name, books)
-                    else:
-                        self._inventory.forget(name, books)
+                    (self._book if ours else self._inventory.forget)(name, books)
         return bool(gone)
 
     def _book(self, name: bytes, books: Books) -> None:

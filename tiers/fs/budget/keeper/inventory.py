@@ -62,8 +62,7 @@ class Inventory:
             self._gone_early.pop(name, None)
         known = name in self.catalog
         grew = self.catalog.add(name, cost, stamp, depth)
-        if (used := self._used_early.pop(name, None)) is not None:
-            self.catalog.use(name, used)
+        self.catalog.use(name, self._used_early.pop(name, 0))
         if books is not None:
             # before a scan has ended, what is known may have been evicted long ago
             known &= self.complete
@@ -72,8 +71,7 @@ class Inventory:
     def seen(self, name: bytes, cost: int, mtime: int) -> None:
         """A scan found the file."""
         self.catalog.seen(name, cost, mtime)
-        if (used := self._used_early.pop(name, None)) is not None:
-            self.catalog.use(name, used)
+        self.catalog.use(name, self._used_early.pop(name, 0))
 
     def use(self, name: bytes, stamp: int, depth: int) -> None:
         """The file was used; perhaps it is heard of only later that it is there."""

@@ -33,13 +33,7 @@ class Keeper:
         self.eviction = Eviction(self.inventory, limits)
         self._watch = Watch(ledger.directory)
         self._scan_due = 0.0
-        self._dead_at_scan: set[bytes] = set()
         self._saved_at = 0  # bytes of the journals at the last snapshot
-
-    @property
-    def complete(self) -> bool:
-        """Whether a scan has seen everything, so that the ledger's base is exact."""
-        return self.inventory.complete
 
     @property
     def scanning(self) -> bool:
@@ -105,7 +99,7 @@ class Keeper:
 
     def _book(self, slice_s: float) -> bool:
         more = self.replay.advance()
-        if self.complete:
+        if self.inventory.complete:
             self.rescan.book_books()
         self._scan(slice_s)
         if self.replay.lost:
@@ -119,11 +113,10 @@ class Keeper:
                 return
             with self._ledger.locked() as books:
                 self.judge(books)
-                self._dead_at_scan = {member for member, row in books.rows.items() if row.dead}
+                dead = {member for member, row in books.rows.items() if row.dead}
             self._scan_due = now + RESCAN_S
-            self.rescan.begin()
-        if self.rescan.step(slice_s):
-            self.rescan.finish(self._dead_at_scan)
+            self.rescan.begin(dead)
+        self.rescan.step(slice_s)
 
     def _count_anew(self) -> None:
         self.inventory.complete = False

@@ -139,11 +139,8 @@ class Replay:
         with self._ledger.locked() as books:
             if books.keeper != self._ledger.member:
                 return
-            before = catalog.nbytes, len(catalog)
-            with (
-                suppress(OSError),
-                nofollow.scandir(os.path.join(self._ledger.root, *parts)) as entries,
-            ):
+            before, path = (catalog.nbytes, len(catalog)), os.path.join(self._ledger.root, *parts)
+            with suppress(OSError), nofollow.scandir(path) as entries:
                 for entry in entries:
                     name = names.name([*parts, entry.name])
                     with suppress(OSError):

@@ -24,15 +24,6 @@ _MAX_DEPTH = 32
 Evictable = tuple[bytes, int, int]  # name, cost in bytes, and mtime in nanoseconds
 
 
-@dataclass(slots=True)
-class Walked:
-    """What a walk met that is no page and not in quarantine; `swept` counts removed temporaries."""
-
-    other_bytes: int = 0
-    other_files: int = 0
-    swept: int = 0
-
-
 class Rescan:
     """Makes the ledger's base exact. One thread only; blocks on the disk.
 
@@ -47,53 +38,54 @@ class Rescan:
         self._inventory = inventory
         self._ledger = inventory.ledger
         self._replay = replay
-        self._walked = Walked()
-        self._walk: Iterator[Evictable | None] | None = None
+        self._dead: Collection[bytes] = ()
+        self._walk = Walk(self._ledger.root, inventory.names, self._is_writing)
+        self._files: Iterator[Evictable | None] | None = None  # of the walk under way
         self._books_size = (0, 0)  # bytes and files
 
     @property
     def running(self) -> bool:
         """Whether a scan is under way."""
-        return self._walk is not None
+        return self._files is not None
 
-    def begin(self) -> None:
-        """Scan from the beginning."""
-        self._walked = Walked()
+    def begin(self, dead: Collection[bytes]) -> None:
+        """Scan from the beginning; the `dead` members are struck from the books at the end."""
+        self._dead = dead
         self._inventory.catalog.begin_scan()
         self._inventory.scanning = True
-        self._walk = walk(self._ledger.root, self._inventory.names, self._walked, self._is_writing)
+        self._walk = Walk(self._ledger.root, self._inventory.names, self._is_writing)
+        self._files = self._walk.files()
 
     def abandon(self) -> None:
         """Forget the scan under way."""
-        self._walk = None
+        self._files = None
         self._inventory.scanning = False
 
-    def step(self, slice_s: float) -> bool:
-        """Go on for about `slice_s` seconds; True if everything was seen."""
+    def step(self, slice_s: float) -> None:
+        """Go on for about `slice_s` seconds; where everything was seen, correct the ledger.
+
+        Raises:
+            OSError: the books cannot be read or written.
+        """
         end = time.monotonic() + slice_s
-        for found in self._walk or ():
+        for found in self._files or ():
             if found is not None:
                 name, cost, mtime = found
                 self._inventory.seen(name, cost, max(0, min(mtime, time.time_ns())))
                 if not is_page(name):
                     self._replay.note_quarantined(name)
             if time.monotonic() > end:
-                return False
-        self._walk = None
-        return True
+                return
+        self._files = None
+        self._finish()
 
-    def finish(self, dead: Collection[bytes]) -> None:
-        """Everything was seen: correct the ledger. `dead` are those that were at the start.
-
-        Raises:
-            OSError: the books cannot be read or written.
-        """
+    def _finish(self) -> None:
         while self._replay.advance():
             pass
         if self._replay.lost:
             return
-        catalog, walked = self._inventory.catalog, self._walked
-        self.swept += walked.swept
+        catalog, walk = self._inventory.catalog, self._walk
+        self.swept += walk.swept
         catalog.end_scan()
         self._inventory.scanning = False
         self._sweep_books()
@@ -103,9 +95,9 @@ class Rescan:
             costs = spare_costs(self._ledger.spares)
             books.spare_bytes, books.spare_files = sum(costs), len(costs)
             self._books_size = books_size(self._ledger.directory, self._is_writing)
-            books.base_bytes = catalog.nbytes + walked.other_bytes + self._books_size[0]
-            books.base_files = len(catalog) + walked.other_files + self._books_size[1]
-            for member in dead:
+            books.base_bytes = catalog.nbytes + walk.other_bytes + self._books_size[0]
+            books.base_files = len(catalog) + walk.other_files + self._books_size[1]
+            for member in self._dead:
                 if member in books.rows and books.rows[member].dead:  # else it woke up
                     strike(books, member, self._ledger.directory)
             books.boot = boot_id()
@@ -140,53 +132,57 @@ class Rescan:
                     nofollow.unlink(path)
 
 
-def walk(
-    root: str, names: Names, walked: Walked, is_writing: Callable[[str], bool]
-) -> Iterator[Evictable | None]:
-    """Each file below a root that can be evicted, and None for anything else that was met.
+@dataclass(slots=True)
+class Walk:
+    """A walk through everything below a root but the books.
 
-    The rest is added up in `walked`. Abandoned temporaries are removed; those for which
-    `is_writing` holds are not counted, since their writers have reserved them. The books
-    themselves are left out. Links are not followed; what cannot be read is passed over.
+    Abandoned temporaries are removed; those for which `is_writing` holds are not counted, since
+    their writers have reserved them. Links are not followed; what cannot be read is passed over.
+
+    Attributes:
+        other_bytes, other_files: what was met that is no page and not in quarantine.
+        swept: temporaries that were removed.
     """
-    pending: list[list[str]] = [[]]
-    while pending:
-        parts = pending.pop()
-        leaf = len(parts) == 3 and PAGES_DIR.fullmatch(parts[0]) is not None
-        if not leaf:
-            walked.other_bytes += BLOCK  # a leaf is in the cost of the files in it
-        with suppress(OSError), nofollow.scandir(os.path.join(root, *parts)) as entries:
-            for entry in entries:
-                found, inner = None, [*parts, entry.name]
-                with suppress(OSError):
-                    if not entry.is_dir(follow_symlinks=False):
-                        found = _meet(root, entry, inner, names, walked, is_writing)
-                    elif len(inner) <= _MAX_DEPTH and inner != [BOOKS_NAME]:
-                        pending.append(inner)
-                yield found
 
+    root: str
+    names: Names
+    is_writing: Callable[[str], bool]
+    other_bytes: int = 0
+    other_files: int = 0
+    swept: int = 0
 
-def _meet(
-    root: str,
-    entry: os.DirEntry[str],
-    parts: list[str],
-    names: Names,
-    walked: Walked,
-    is_writing: Callable[[str], bool],
-) -> Evictable | None:
-    status = entry.stat(follow_symlinks=False)
-    if is_temporary(entry.name):
-        if remove_abandoned(os.path.join(root, *parts)):
-            walked.swept += 1
-            return None
-        if is_writing(entry.name):
-            return None
-    cost, name = file_cost(status.st_size), names.name(parts)
-    if name is not None:
-        return name, cost, status.st_mtime_ns
-    walked.other_bytes += cost - BLOCK
-    walked.other_files += 1
-    return None
+    def files(self) -> Iterator[Evictable | None]:
+        """Each file that can be evicted, and None for anything else that was met."""
+        pending: list[list[str]] = [[]]
+        while pending:
+            parts = pending.pop()
+            leaf = len(parts) == 3 and PAGES_DIR.fullmatch(parts[0]) is not None
+            if not leaf:
+                self.other_bytes += BLOCK  # a leaf is in the cost of the files in it
+            with suppress(OSError), nofollow.scandir(os.path.join(self.root, *parts)) as entries:
+                for entry in entries:
+                    found, inner = None, [*parts, entry.name]
+                    with suppress(OSError):
+                        if not entry.is_dir(follow_symlinks=False):
+                            found = self._meet(entry, inner)
+                        elif len(inner) <= _MAX_DEPTH and inner != [BOOKS_NAME]:
+                            pending.append(inner)
+                    yield found
+
+    def _meet(self, entry: os.DirEntry[str], parts: list[str]) -> Evictable | None:
+        status = entry.stat(follow_symlinks=False)
+        if is_temporary(entry.name):
+            if remove_abandoned(os.path.join(self.root, *parts)):
+                self.swept += 1
+                return None
+            if self.is_writing(entry.name):
+                return None
+        cost, name = file_cost(status.st_size), self.names.name(parts)
+        if name is not None:
+            return name, cost, status.st_mtime_ns
+        self.other_bytes += cost - BLOCK
+        self.other_files += 1
+        return None
 
 
 def books_size(directory: str, is_writing: Callable[[str], bool]) -> tuple[int, int]:
