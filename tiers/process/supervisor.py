@@ -14,7 +14,7 @@ from __future__ import annotations
 import select
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -126,6 +126,14 @@ class _Group:
         self.start_at = time.monotonic() + pause
         self.unproven += 1
 
+    @property
+    def settled(self) -> bool:
+        """Whether there is nothing to do until its process says something."""
+        running = self.current
+        if running is None or running.process.broken or self.given_up:
+            return False
+        return not self.queue or running.load >= self.most_sent
+
     def running(self) -> list[_Running]:
         """All processes that may live."""
         return [*self.given_up, *([self.current] if self.current else [])]
@@ -150,6 +158,8 @@ class IoProcesses:
         self._looked = time.monotonic()
         self._check_at = 0.0
         self._closed = False
+        self._settled = self._awaited = False  # see `_settle`
+        self._ears = select.poll()
         self._news: list[News] = []
         self.trusted = setup.medium.trusted
         self.restarts = 0
@@ -166,6 +176,7 @@ class IoProcesses:
                 group = self._writers if task.kind in WRITES else self._readers
                 group.queue.append(task)
         self._dispatch()
+        self._settled = False
 
     def collect(self) -> list[Ended]:
         """The tasks that ended since the last call; also looks after the processes."""
@@ -226,7 +237,7 @@ class IoProcesses:
         """Drop what waits, and let the processes end what runs and themselves."""
         if self._closed:
             return
-        self._closed = True
+        self._closed, self._settled = True, False
         for group in self._groups:
             while group.queue:
                 self._drop(group.queue.popleft())
@@ -263,9 +274,11 @@ class IoProcesses:
         self._clock += min(now - self._looked, _TICK_S)
         self._looked = now
         due = self._clock >= self._check_at
+        # who has nothing to do has nothing to say; a look costs a system call
+        if self._settled and not due and not (self._awaited and self._ears.poll(0)):
+            return
         for group in self._groups:
             for running in group.running():
-                # who has nothing to do has nothing to say; a look costs a system call
                 if running.sent or running.telling or running.process.broken or due:
                     self._receive(running)
             self._bury(group)
@@ -284,6 +297,17 @@ class IoProcesses:
             if all(g.current is None and g.start_at > now + WAIT_FOR_START_S for g in self._groups):
                 for group in self._groups:  # pages that wait hold memory of the engine
                     self._fail_queue(group, "crashed", "no I/O process stays alive")
+        self._settle()
+
+    def _settle(self) -> None:
+        """Most steps find nothing new: see what makes the next ones short."""
+        self._settled = not self._closed and all(group.settled for group in self._groups)
+        running = [each for group in self._groups for each in group.running()]
+        self._awaited = any(each.sent or each.telling for each in running)
+        self._ears = select.poll()
+        for each in running:
+            if each.process.fd >= 0:
+                self._ears.register(each.process.fd, select.POLLIN)
 
     def _receive(self, running: _Running) -> None:
         running.telling, left = False, _IDLE_PACKETS
@@ -434,15 +458,6 @@ class IoProcesses:
 
     def _wait(self, timeout_s: float) -> None:
         """Wait until a process says something, or for a short time where none will."""
-        poll = select.poll()
-        for fd in self._fds():
-            poll.register(fd, select.POLLIN)
         undead = any(group.given_up for group in self._groups)
-        poll.poll(1000 * min(timeout_s, 0.002 if undead else 0.05))
+        self._ears.poll(1000 * min(timeout_s, 0.002 if undead else 0.05))
         self._check_at = 0.0
-
-    def _fds(self) -> Iterator[int]:
-        for group in self._groups:
-            for running in group.running():
-                if running.process.fd >= 0:
-                    yield running.process.fd
