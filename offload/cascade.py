@@ -39,7 +39,7 @@ class Cascades:
     def wanted(self, state: RequestState) -> bool:
         """Whether some tier may be given the request's pages."""
         return any(
-            link.breaker.closed and not link.trust.lost and state.wishes.allow(link.name)
+            link.breaker.closed and not link.trust.lost and state.parameters.allow(link.name)
             for link in self._jobs.links
         )
 
@@ -53,7 +53,7 @@ class Cascades:
         for link in self._jobs.links:
             bit = link.bit
             due = [entry for entry in entries if not entry.offered & bit]
-            if not due or link.trust.lost or not state.wishes.allow(link.name):
+            if not due or link.trust.lost or not state.parameters.allow(link.name):
                 continue
             if link.asked.counts:
                 wanted = set(link.asked.wanted([entry.key for entry in due]))
@@ -86,7 +86,7 @@ class Cascades:
         self._primary.let_go(entries, Hold.CASCADE)
         if job.link in self._jobs.links:
             stored = [key for key in job.entries if key not in result.failed]
-            self._report.came(stored, job.link.named)
+            self._report.came(stored, job.link)
 
     def _submit(
         self, link: TierLink, entries: Sequence[Entry], request: RequestView, *, probe: bool = False

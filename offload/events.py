@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import NamedTuple
 
-from kvstrata.offload.secondary.tier import NamedTier
+from kvstrata.offload.secondary.tier import TierLink
 
 
 class Event(NamedTuple):
@@ -16,7 +16,7 @@ class Event(NamedTuple):
 
     keys: list[bytes]
     removed: bool
-    tier: NamedTier | None
+    tier: TierLink | None
     announced: bool = True
 
 
@@ -27,12 +27,12 @@ class Report:
         self.counters: Counter[str] = Counter()
         self.events: list[Event] = []
 
-    def came(self, keys: list[bytes], tier: NamedTier | None = None) -> None:
+    def came(self, keys: list[bytes], tier: TierLink | None = None) -> None:
         """Pages came into a tier, None for the primary tier."""
         if keys:
             self.events.append(Event(keys, removed=False, tier=tier))
 
-    def left(self, keys: list[bytes], tier: NamedTier | None = None) -> None:
+    def left(self, keys: list[bytes], tier: TierLink | None = None) -> None:
         """Pages left a tier, None for the primary tier: those were evicted."""
         if keys:
             self.events.append(Event(keys, removed=True, tier=tier))

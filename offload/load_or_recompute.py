@@ -1,4 +1,4 @@
-"""Payoff: load a prefix from a secondary tier, or let the engine compute it?
+"""LoadOrRecompute: load a prefix from a secondary tier, or let the engine compute it?
 
 Both are measured in the engine: what a tier's loads took, from submission to arrival, and how
 fast a request's prefill advances. The copy from the primary tier to the GPU is not weighed: it
@@ -23,7 +23,7 @@ TRY_EVERY = 32
 TRY_PAGES = 4
 
 
-class Part(NamedTuple):
+class Candidate(NamedTuple):
     """A page that could be loaded: from where, its bytes, and the tokens it spares."""
 
     link: TierLink
@@ -31,7 +31,7 @@ class Part(NamedTuple):
     tokens: int
 
 
-class Payoff:
+class LoadOrRecompute:
     """Compares loading with computing. Until enough was measured, loading always pays.
 
     Args:
@@ -54,37 +54,40 @@ class Payoff:
         if self._enabled and (per_token := self._speed.seconds_per_token()) is not None:
             self._per_token = WORTH_IT * per_token
 
-    def may_pay(self, part: Part, state: RequestState) -> bool:
+    def may_pay(self, candidate: Candidate, state: RequestState) -> bool:
         """Whether a page could pay as one of very many, when the latency does not count."""
-        if self._per_token is None or not part.link.loads.cost.known:
+        if self._per_token is None or not candidate.link.loads.cost.known:
             return True
-        if part.link.loads.cost.seconds_per_byte * part.nbytes <= self._per_token * part.tokens:
+        if (
+            candidate.link.loads.cost.seconds_per_byte * candidate.nbytes
+            <= self._per_token * candidate.tokens
+        ):
             return True
-        return self._pages_to_try(part.link, state) > 0
+        return self._pages_to_try(candidate.link, state) > 0
 
-    def worth(self, parts: Sequence[Part], state: RequestState, *, in_order: bool) -> int:
-        """How many of the first parts of a prefix to load so that most time is spared.
+    def worth(self, candidates: Sequence[Candidate], state: RequestState, *, in_order: bool) -> int:
+        """How many of the first candidates of a prefix to load so that most time is spared.
 
-        `in_order`: a prefix of the parts is of use; otherwise only all of them together.
+        `in_order`: a prefix of the candidates is of use; otherwise only all of them together.
         """
         if self._per_token is None:
-            return len(parts)
+            return len(candidates)
         best, most_spared = 0, 0.0
         own: dict[TierLink, int] = {}
         waits: dict[TierLink, float] = {}  # tiers load at the same time
         compute = 0.0
-        for count, part in enumerate(parts, 1):
-            link = part.link
-            own[link] = own.get(link, 0) + part.nbytes
+        for count, candidate in enumerate(candidates, 1):
+            link = candidate.link
+            own[link] = own.get(link, 0) + candidate.nbytes
             waits[link] = link.loads.cost.seconds(link.ahead(state.view.req_id, own[link]))
-            compute += part.tokens * self._per_token
+            compute += candidate.tokens * self._per_token
             spared = compute - max(waits.values())
-            if spared >= most_spared and (in_order or count == len(parts)):
+            if spared >= most_spared and (in_order or count == len(candidates)):
                 best, most_spared = count, spared
-        if best == len(parts):
+        if best == len(candidates):
             return best
-        tried = self._pages_to_try(parts[best].link, state)
-        return min(best + tried, len(parts)) if in_order or not tried else len(parts)
+        tried = self._pages_to_try(candidates[best].link, state)
+        return min(best + tried, len(candidates)) if in_order or not tried else len(candidates)
 
     def _pages_to_try(self, link: TierLink, state: RequestState) -> int:
         """Count a request that is to compute instead; how many pages it may load all the same."""

@@ -11,7 +11,7 @@ from kvstrata.offload.events import Report
 from kvstrata.offload.promotion import Promotions
 from kvstrata.offload.request.request import RequestState
 from kvstrata.offload.request.waits import Waits
-from kvstrata.offload.secondary.breaker import Kind
+from kvstrata.offload.secondary.breaker import Operation
 from kvstrata.offload.secondary.tier import TierLink
 from kvstrata.offload.secondary.tiers import TierJobs
 from kvstrata.tiers.base import Lookup
@@ -88,7 +88,7 @@ class TierLookup:
             if state.first_retry:
                 state.first_retry.pop((index, key), None)
             if link.breaker.doubtful:
-                link.breaker.succeeded(Kind.LOOKUP)
+                link.breaker.succeeded(Operation.LOOKUP)
             if found is _HIT and not retry:
                 if state.awaits:
                     # Behind an undecided key nothing is reserved: the prefix may end there.
@@ -117,7 +117,7 @@ class TierLookup:
         if now - since < self._deadline_s:
             return True
         state.silent.add(link.index)
-        link.breaker.failed(Kind.LOOKUP)
+        link.breaker.failed(Operation.LOOKUP)
         if not self._counters["lookup_timeouts"]:
             logger.warning(
                 "tier %s did not answer a look-up within %g s; requests go on without it "

@@ -21,19 +21,19 @@ from kvstrata.offload.audit.schedule import Schedule
 from kvstrata.offload.cascade import Cascades
 from kvstrata.offload.config.offload_config import OffloadConfig
 from kvstrata.offload.events import Event, Report
-from kvstrata.offload.load_or_recompute import Payoff
+from kvstrata.offload.load_or_recompute import LoadOrRecompute
 from kvstrata.offload.lookup import Answer, TierLookup
 from kvstrata.offload.primary.eviction.policies import policy_class
 from kvstrata.offload.primary.holds import Holds
 from kvstrata.offload.primary.slots import Entry, Hold, PrimaryTier, Writer
 from kvstrata.offload.promotion import Promotions
-from kvstrata.offload.request.parameters import WishReader
+from kvstrata.offload.request.parameters import ParameterReader
 from kvstrata.offload.request.request import RequestState
 from kvstrata.offload.request.waits import Waits
 from kvstrata.offload.secondary.costs import PrefillSpeed
-from kvstrata.offload.secondary.reuse import Offers
-from kvstrata.offload.secondary.tier import NamedTier, TierLink
-from kvstrata.offload.secondary.tiers import STOP_TIMEOUT_S, TierJobs
+from kvstrata.offload.secondary.reuse import ReuseCounter
+from kvstrata.offload.secondary.tier import TierLink
+from kvstrata.offload.secondary.tiers import STOP_TIMEOUT_S, OpenTiers, TierJobs
 from kvstrata.tiers.base import PageLayout, RequestView, key_group
 
 # Members bound once: in Python 3.11 each `Answer.HIT` is a call.
@@ -85,7 +85,7 @@ class TieringManager:
         layouts: Mapping[int, PageLayout],
         view: Callable[[int, int], memoryview],
         valid: Callable[[int], bool],
-        open_tiers: Callable[[], Sequence[NamedTier]],
+        open_tiers: OpenTiers,
         comparer: Comparer | None = None,
         *,
         weights_fixed: bool,
@@ -109,9 +109,9 @@ class TieringManager:
         self._several_groups = len(layouts) > 1
         self._tokens = {group: layout.tokens for group, layout in layouts.items()}
         self._holds = Holds(self.primary, config.pin_fraction, clock)
-        self._offers = Offers(config.store_threshold, config.max_tracker_size)
+        self._reuse = ReuseCounter(config.store_threshold, config.max_tracker_size)
         self._speed = PrefillSpeed()
-        self._payoff = Payoff(config.load_or_recompute, self._speed)
+        self._load_or_recompute = LoadOrRecompute(config.load_or_recompute, self._speed)
         self._jobs = TierJobs(open_tiers, view, layouts, config.promotion_deadline_s, clock)
         self._waits = Waits(config.promotion_deadline_s, clock)
         self._cuts = self._waits.cuts  # asked for every hit
@@ -120,7 +120,7 @@ class TieringManager:
             self.primary,
             self._holds,
             self._jobs,
-            self._payoff,
+            self._load_or_recompute,
             layouts,
             self._waits,
             clock,
@@ -139,18 +139,13 @@ class TieringManager:
             view,
             self._report,
         )
-        self._wishes = WishReader([link.name for link in self._jobs.links], clock)
+        self._parameters = ParameterReader([link.name for link in self._jobs.links], clock)
         self._requests: dict[str, RequestState] = {}
         # By request: pages of its load to which their keys led no more when it began
         self._late: dict[str, dict[bytes, Entry]] = {}
         self._newest = 0  # number of the newest request
         self._step = 0
         self._polled = False  # results were taken in this step
-
-    @property
-    def tiers(self) -> tuple[NamedTier, ...]:
-        """The secondary tiers in the order of look-up."""
-        return tuple(link.named for link in self._jobs.links)
 
     @property
     def links(self) -> tuple[TierLink, ...]:
@@ -335,7 +330,7 @@ class TieringManager:
         new = [key for key in ends if get(key) is None] if present else list(ends)
         if self.audits.findings.refused:
             new = [key for key in new if key not in self.audits.findings.refused]
-        wanted = self._offers.wanted(new)
+        wanted = self._reuse.wanted(new)
         self.counters["stores_skipped"] += len(new) - len(wanted)
         here = [entry for entry in self.primary.find(present) if entry.ready]
         self.primary.hold(here, Hold.KEPT)  # they stay
@@ -412,7 +407,7 @@ class TieringManager:
         self._poll()
         self._polled = False
         self._step += 1
-        self._payoff.end_step()
+        self._load_or_recompute.end_step()
         self._promotions.send()
         self._waits.end_step()
         self._cascades.probe()
@@ -496,8 +491,8 @@ class TieringManager:
 
     def _new_state(self, request: RequestView) -> RequestState:
         self._newest += 1
-        state = RequestState(request, self._newest, self._wishes.read(request.params))
-        self.counters["wrong_wishes"] = self._wishes.wrong
+        state = RequestState(request, self._newest, self._parameters.read(request.params))
+        self.counters["wrong_wishes"] = self._parameters.wrong
         self._requests[request.req_id] = state
         self.audits.begin(state)
         return state
@@ -542,7 +537,7 @@ class TieringManager:
             state.coming -= came.keys()
             pages |= came
         if pages:
-            self._offers.count(pages)
+            self._reuse.count(pages)
             self._cascades.asked(pages)
 
     def _take(
@@ -600,8 +595,8 @@ class TieringManager:
         self._pin(entries, state)
 
     def _pin(self, entries: Iterable[Entry], state: RequestState) -> None:
-        if state.wishes.pin_seconds > 0.0:
-            self.counters["pins_refused"] += self._holds.pin(entries, state.wishes.pin_seconds)
+        if state.parameters.pin_seconds > 0.0:
+            self.counters["pins_refused"] += self._holds.pin(entries, state.parameters.pin_seconds)
 
     def _poll(self) -> None:
         """Take the tiers' results, once per step, and then what they dropped since.
@@ -612,7 +607,7 @@ class TieringManager:
             self._polled = True
             self._take_results()
             for link in self._jobs.links:
-                self._report.left(list(link.tier.take_removed()), link.named)
+                self._report.left(list(link.tier.take_removed()), link)
 
     def _take_results(self) -> None:
         if self.not_ready:

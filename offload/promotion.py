@@ -10,7 +10,7 @@ from itertools import pairwise, repeat
 
 from kvstrata.offload.config.offload_config import OffloadConfig
 from kvstrata.offload.events import Report
-from kvstrata.offload.load_or_recompute import Part, Payoff
+from kvstrata.offload.load_or_recompute import Candidate, LoadOrRecompute
 from kvstrata.offload.primary.holds import Holds
 from kvstrata.offload.primary.slots import Entry, PrimaryTier, Writer
 from kvstrata.offload.request.request import RequestState
@@ -71,7 +71,7 @@ class Promotions:
         primary: where the pages go.
         holds: keeps what arrived until it is loaded.
         jobs: the tiers' jobs.
-        payoff: tells whether loading is worth it.
+        choice: tells whether loading is worth it.
         layouts: page layout by group.
         waits: how long requests wait.
         clock: seconds, monotonic.
@@ -84,7 +84,7 @@ class Promotions:
         primary: PrimaryTier,
         holds: Holds,
         jobs: TierJobs,
-        payoff: Payoff,
+        choice: LoadOrRecompute,
         layouts: Mapping[int, PageLayout],
         waits: Waits,
         clock: Callable[[], float],
@@ -96,7 +96,7 @@ class Promotions:
         self._primary = primary
         self._holds = holds
         self._jobs = jobs
-        self._payoff = payoff
+        self._load_or_recompute = choice
         self._layouts = layouts
         self._several_groups = len(layouts) > 1
         self._clock = clock
@@ -112,10 +112,10 @@ class Promotions:
 
     def may_pay(self, link: TierLink, key: bytes, state: RequestState) -> bool:
         """Whether it makes sense to ask the tier for the page."""
-        if not self._payoff.weighs:
+        if not self._load_or_recompute.weighs:
             return True
         layout = self._layouts[key_group(key)]
-        return self._payoff.may_pay(Part(link, layout.nbytes, layout.tokens), state)
+        return self._load_or_recompute.may_pay(Candidate(link, layout.nbytes, layout.tokens), state)
 
     @property
     def waiting(self) -> bool:
@@ -255,7 +255,7 @@ class Promotions:
     def _enqueue(self, reserved: Reserved) -> None:
         """Queue what of it is worth loading."""
         state, pages = reserved.state, reserved.pages
-        worth = self._worth(reserved) if self._payoff.weighs else len(pages)
+        worth = self._worth(reserved) if self._load_or_recompute.weighs else len(pages)
         for link, entry in pages[worth:]:
             state.unworthy.add((link.index, entry.key))
             self._cancel(entry, state)
@@ -347,8 +347,8 @@ class Promotions:
             tokens = [end - begin for begin, end in pairwise([start, *ends[:-1], reach])]
         else:
             tokens = [0] * (len(ends) - 1) + [reach - start]
-        parts = [
-            Part(link, layout.nbytes, spared)
+        candidates = [
+            Candidate(link, layout.nbytes, spared)
             for (link, _), layout, spared in zip(reserved.pages, layouts, tokens, strict=True)
         ]
-        return self._payoff.worth(parts, reserved.state, in_order=in_order)
+        return self._load_or_recompute.worth(candidates, reserved.state, in_order=in_order)

@@ -52,7 +52,7 @@ _SHORT.maxstring = _SHORT.maxother = 100
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
+class Parameters:
     """A request's wishes, checked.
 
     Attributes:
@@ -68,7 +68,7 @@ class Wishes:
         return self.tiers is None or tier in self.tiers
 
 
-NO_WISHES = Wishes()
+NO_PARAMETERS = Parameters()
 _NOWHERE: frozenset[str] = frozenset()
 
 
@@ -80,14 +80,14 @@ class _Found:
     pins: list[float] = field(default_factory=list)
     keys: int = 0  # that were looked at
 
-    def strictest(self) -> Wishes:
+    def strictest(self) -> Parameters:
         if not (self.tiers or self.pins):
-            return NO_WISHES
+            return NO_PARAMETERS
         tiers = frozenset.intersection(*self.tiers) if self.tiers else None
-        return Wishes(tiers, min(self.pins, default=0.0))
+        return Parameters(tiers, min(self.pins, default=0.0))
 
 
-class WishReader:
+class ParameterReader:
     """Reads wishes. Those in a wrong place or form are counted, and warned of once a minute each.
 
     Args:
@@ -101,7 +101,7 @@ class WishReader:
         self._warned: dict[tuple[str, str], float] = {}  # form -> when
         self.wrong = 0
 
-    def read(self, params: Mapping[str, Any]) -> Wishes:
+    def read(self, params: Mapping[str, Any]) -> Parameters:
         """The wishes in a request's `kv_transfer_params`; it never raises."""
         found = _Found()
         self._read_params(params, found, 0)

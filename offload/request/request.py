@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from kvstrata.offload.primary.eviction.line import Use
-from kvstrata.offload.request.parameters import NO_WISHES, Wishes
-from kvstrata.offload.secondary.costs import Progress
+from kvstrata.offload.request.parameters import NO_PARAMETERS, Parameters
+from kvstrata.offload.secondary.costs import Advance
 from kvstrata.tiers.base import RequestView
 
 
@@ -16,7 +16,7 @@ class RequestState:
 
     view: RequestView
     number: int = 0  # in the order of arrival
-    wishes: Wishes = NO_WISHES
+    parameters: Parameters = NO_PARAMETERS
     # (tier index, key) not to be tried for this request, as loading it was not worth it
     unworthy: set[tuple[int, bytes]] = field(default_factory=set)
     # (tier index, key) -> when the tier first answered RETRY
@@ -33,7 +33,7 @@ class RequestState:
     needs: str = ""  # for which request the first page that it waits for was reserved
     cut: int | None = None  # end token from which on it waits for no page any more; see `Waits`
     awaits: bool = False  # some look-up of this step was answered RETRY
-    progress: Progress | None = None  # of its prefill
+    progress: Advance | None = None  # of its prefill
     # End token of the first page that was answered MISS when it was looked up last: from there on
     # it computes its pages itself
     missed_from: int | None = None

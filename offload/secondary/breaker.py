@@ -19,7 +19,7 @@ FIRST_BACKOFF_S = 1.0
 LONGEST_BACKOFF_S = 60.0
 
 
-class Kind(enum.Enum):
+class Operation(enum.Enum):
     """What a tier was asked for; failures of different kinds are counted apart.
 
     Stores that succeed say nothing of loads that hang.
@@ -41,11 +41,11 @@ class CircuitBreaker:
     def __init__(self, name: str, clock: Callable[[], float]) -> None:
         self._name = name
         self._clock = clock
-        self._failures: Counter[Kind] = Counter()  # in a row
+        self._failures: Counter[Operation] = Counter()  # in a row
         self._backoff_s = FIRST_BACKOFF_S
         self._retry_at: float | None = None  # None: closed
         self.closed = True  # the tier is in use; asked for every chunk, so not a property
-        self._cause: Kind | None = None  # the kind that opened it last
+        self._cause: Operation | None = None  # the kind that opened it last
         self.doubtful = False  # something failed since the last success of its kind
         self.openings = 0
 
@@ -65,7 +65,7 @@ class CircuitBreaker:
             self._close()
             self._failures[self._cause] = FAILURES_TO_OPEN - 1
 
-    def succeeded(self, kind: Kind) -> None:
+    def succeeded(self, kind: Operation) -> None:
         """The tier did, perhaps late, what it was asked for."""
         self._failures[kind] = 0
         self.doubtful = any(self._failures.values())
@@ -75,7 +75,7 @@ class CircuitBreaker:
             if self._retry_at is not None:
                 self._close()
 
-    def failed(self, kind: Kind) -> None:
+    def failed(self, kind: Operation) -> None:
         """The tier did not do what it was asked for, or not in time."""
         self._failures[kind] += 1
         self.doubtful = True

@@ -105,7 +105,7 @@ class TransferCost:
 
 
 @dataclass(slots=True)
-class Progress:
+class Advance:
     """How far a request's prefill was at its last offer of pages."""
 
     step: int  # number of the scheduler step
@@ -125,13 +125,13 @@ class PrefillSpeed:
     def __init__(self) -> None:
         self._steps: deque[tuple[int, float]] = deque(maxlen=_STEPS)  # tokens, seconds
 
-    def advance(self, last: Progress | None, step: int, time: float, tokens: int) -> Progress:
+    def advance(self, last: Advance | None, step: int, time: float, tokens: int) -> Advance:
         """Note an offer of a request whose last one was `last`; to be handed in next time."""
         if last is None or step != last.step + 1 or tokens <= last.tokens:
-            return Progress(step, time, tokens)
+            return Advance(step, time, tokens)
         if last.run >= 1:
             self._steps.append((tokens - last.tokens, time - last.time))
-        return Progress(step, time, tokens, last.run + 1)
+        return Advance(step, time, tokens, last.run + 1)
 
     def seconds_per_token(self) -> float | None:
         """None while it is not known."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from kvstrata.offload.config.offload_config import OffloadConfig
 from kvstrata.offload.secondary.guard import GuardedTier, check_words
-from kvstrata.offload.secondary.tier import NamedTier
+from kvstrata.offload.secondary.tier import TierLink
 from kvstrata.tiers.base import EPOCH, SecondaryTier, TierContext
 from kvstrata.tiers.registry import TierEntry, tier_class, tier_options
 
@@ -44,8 +44,8 @@ class TierOpener:
         self._context = context
         self._private = private
 
-    def __call__(self) -> list[NamedTier]:
-        """The tiers, each behind a guard.
+    def __call__(self, deadline_s: float, clock: Callable[[], float]) -> list[TierLink]:
+        """The tiers, each behind a guard; for the arguments see `TierLink`.
 
         Raises:
             TierConfigError: one cannot be used.
@@ -55,19 +55,25 @@ class TierOpener:
             namespace = {**context.namespace, EPOCH: secrets.token_hex(8)}
             context = replace(context, namespace=namespace)
         self._private = True
-        return [_open(entry, context) for entry in self._entries]
+        return [
+            TierLink(
+                entry.name,
+                GuardedTier(entry.name, tier),
+                index,
+                deadline_s,
+                clock,
+                medium=type(tier).medium,
+                store_threshold=entry.store_threshold,
+                max_tracker_size=entry.max_tracker_size,
+                kv_events=entry.kv_events,
+            )
+            for index, entry in enumerate(self._entries)
+            for tier in [_open(entry, context)]
+        ]
 
 
-def _open(entry: TierEntry, context: TierContext) -> NamedTier:
-    cls: type[SecondaryTier] = tier_class(entry.entry)
-    tier = cls(tier_options(entry.entry), context)
+def _open(entry: TierEntry, context: TierContext) -> SecondaryTier:
+    tier = tier_class(entry.entry)(tier_options(entry.entry), context)
     tier.locality = entry.locality or tier.locality
     check_words(entry.name, tier)
-    return NamedTier(
-        entry.name,
-        GuardedTier(entry.name, tier),
-        cls.medium,
-        entry.store_threshold,
-        entry.max_tracker_size,
-        entry.kv_events,
-    )
+    return tier

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 
 
-class Offers:
+class ReuseCounter:
     """Keys and how often they were offered; the least recently offered are forgotten first.
 
     Args:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from kvstrata.offload.audit.trust import Trust
 from kvstrata.offload.primary.slots import Entry
@@ -13,25 +12,8 @@ from kvstrata.offload.secondary.breaker import CircuitBreaker
 from kvstrata.offload.secondary.costs import TransferCost
 from kvstrata.offload.secondary.load_queue import LoadQueue
 from kvstrata.offload.secondary.pace import Pace
-from kvstrata.offload.secondary.reuse import Offers
+from kvstrata.offload.secondary.reuse import ReuseCounter
 from kvstrata.tiers.base import SecondaryTier
-
-
-@dataclass(frozen=True, slots=True)
-class NamedTier:
-    """A secondary tier and the name it has in requests, logs and metrics.
-
-    `store_threshold`, `max_tracker_size` and `kv_events` are those of its entry in
-    `secondary_tiers`.
-    """
-
-    name: str
-    tier: SecondaryTier
-    medium: str | None = None  # vLLM's word: "CPU", "STORAGE", or None for anything else
-    store_threshold: int = 0
-    max_tracker_size: int = 64_000
-    kv_events: bool = True
-
 
 MAX_LOST = 4096
 
@@ -50,23 +32,37 @@ class TierLink:
     """A secondary tier as the manager deals with it.
 
     Args:
-        named: the tier.
+        name: the tier's in requests, logs and metrics.
+        tier: itself, behind its guard.
         index: its place in the order of look-up.
         deadline_s: `promotion_deadline_s`.
         clock: seconds, monotonic.
+        medium: vLLM's word: "CPU", "STORAGE", or None for anything else.
+        store_threshold, max_tracker_size, kv_events: those of its entry in `secondary_tiers`.
     """
 
     def __init__(
-        self, named: NamedTier, index: int, deadline_s: float, clock: Callable[[], float]
+        self,
+        name: str,
+        tier: SecondaryTier,
+        index: int,
+        deadline_s: float,
+        clock: Callable[[], float],
+        *,
+        medium: str | None = None,
+        store_threshold: int = 0,
+        max_tracker_size: int = 64_000,
+        kv_events: bool = True,
     ) -> None:
-        self.named = named
-        self.name = named.name
-        self.tier = named.tier
+        self.name = name
+        self.tier = tier
+        self.medium = medium
+        self.kv_events = kv_events
         self.index = index
         self.bit = 1 << index  # in `Entry.offered`
-        self.breaker = CircuitBreaker(named.name, clock)
+        self.breaker = CircuitBreaker(name, clock)
         self.trust = Trust()
-        self.asked = Offers(named.store_threshold, named.max_tracker_size)
+        self.asked = ReuseCounter(store_threshold, max_tracker_size)
         self.loads = Traffic()
         self.stores = Traffic()
         self.queue = LoadQueue()

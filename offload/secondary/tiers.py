@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from kvstrata.offload.primary.slots import Entry
-from kvstrata.offload.secondary.breaker import Kind
+from kvstrata.offload.secondary.breaker import Operation
 from kvstrata.offload.secondary.costs import Timing
-from kvstrata.offload.secondary.tier import NamedTier, TierLink, Traffic
+from kvstrata.offload.secondary.tier import TierLink, Traffic
 from kvstrata.tiers.base import Job, JobResult, PageLayout, RequestView
 
 logger = logging.getLogger("kvstrata.manager")
@@ -20,6 +21,10 @@ STOP_TIMEOUT_S = 5.0
 # A store that takes longer no longer keeps an otherwise idle engine stepping, and counts as
 # a failure of the tier.
 STORE_PATIENCE_S = 60.0
+
+
+# Called with `promotion_deadline_s` and the clock; see `TierLink`.
+OpenTiers: TypeAlias = Callable[[float, Callable[[], float]], Sequence[TierLink]]
 
 
 @dataclass(slots=True, eq=False)
@@ -48,9 +53,9 @@ class Running:
         return self.link.traffic(promotion=self.promotion)
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> Operation:
         """What a failure counts as."""
-        return Kind.LOAD if self.promotion else Kind.STORE
+        return Operation.LOAD if self.promotion else Operation.STORE
 
 
 class TierJobs:
@@ -66,7 +71,7 @@ class TierJobs:
 
     def __init__(
         self,
-        open_tiers: Callable[[], Sequence[NamedTier]],
+        open_tiers: OpenTiers,
         view: Callable[[int, int], memoryview],
         layouts: Mapping[int, PageLayout],
         promotion_deadline_s: float,
@@ -87,7 +92,7 @@ class TierJobs:
         self._left_behind: list[TierLink] = []  # did not stop in time; may still end jobs
         # (tier, kind, request) that failed since `results` was called last: the jobs of one
         # prefix that fail together are one failure
-        self._blamed: set[tuple[TierLink, Kind, str]] = set()
+        self._blamed: set[tuple[TierLink, Operation, str]] = set()
         self.links: tuple[TierLink, ...] = ()
         self._open()
 
@@ -241,10 +246,7 @@ class TierJobs:
             self.links = ()
 
     def _open(self) -> None:
-        self.links = tuple(
-            TierLink(named, index, self._promotion_deadline_s, self._clock)
-            for index, named in enumerate(self._open_tiers())
-        )
+        self.links = tuple(self._open_tiers(self._promotion_deadline_s, self._clock))
 
     def _bounded(self, verb: str, call: Callable[[TierLink, float], bool]) -> list[TierLink]:
         """Do something to every tier, healthy ones first; those that did not end in time."""

@@ -37,7 +37,7 @@ from kvstrata.offload.primary.region import Region, open_region
 from kvstrata.offload.primary.slots import Entry
 from kvstrata.offload.secondary.guard import GuardedTier
 from kvstrata.offload.secondary.opening import TierOpener, usable_entries
-from kvstrata.offload.secondary.tier import NamedTier
+from kvstrata.offload.secondary.tier import TierLink
 from kvstrata.offload.vllm_plugin.engine.offload_cap import below_cap, has_partial_tails, take_cap
 from kvstrata.offload.vllm_plugin.info import Labels, config_info
 from kvstrata.offload.vllm_plugin.metrics import StatsReader
@@ -116,7 +116,7 @@ class KVStrataScheduler(OffloadingManager):
         name = self._manager.source(key, self._view(req_context))
         if name is None:
             return CacheHitSource.HOST
-        medium = next(named.medium for named in self._manager.tiers if named.name == name)
+        medium = next(link.medium for link in self._manager.links if link.name == name)
         return _SOURCES.get(medium or "", CacheHitSource.EXTERNAL_UNSPECIFIED)
 
     def prepare_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> LoadStoreSpec:
@@ -184,14 +184,14 @@ class KVStrataScheduler(OffloadingManager):
 
         vLLM remembers what it announced of a page until its last tier that says what it drops did.
         """
-        for keys, removed, named, announced in self._manager.take_events():
-            medium = "CPU" if named is None else named.medium
+        for keys, removed, link, announced in self._manager.take_events():
+            medium = "CPU" if link is None else link.medium
             if not (self._events and keys and medium):  # it may have no word for the medium
                 continue
-            if named is not None and not named.kv_events:
+            if link is not None and not link.kv_events:
                 continue  # nobody wants to know
             more: dict[str, bool] = {}
-            if not removed and _EXPECTS and (named is None or _tells_removals(named.tier)):
+            if not removed and _EXPECTS and (link is None or _tells_removals(link.tier)):
                 more["removal_expected"] = True
             if not announced:
                 if not _FORGETS:
@@ -201,8 +201,8 @@ class KVStrataScheduler(OffloadingManager):
                 keys=[OffloadKey(key) for key in keys],
                 medium=Medium(medium),
                 removed=removed,
-                locality=_locality(named),
-                ownership=None if named is None else named.name,
+                locality=_locality(link),
+                ownership=None if link is None else link.name,
                 **more,
             )
 
@@ -262,16 +262,16 @@ class KVStrataScheduler(OffloadingManager):
         if tier_filter is TierFilter.ALL:
             return None
         return frozenset(
-            named.name
-            for named in self._manager.tiers
-            if tier_filter.allows(Medium(named.medium) if named.medium else None, _locality(named))
+            link.name
+            for link in self._manager.links
+            if tier_filter.allows(Medium(link.medium) if link.medium else None, _locality(link))
         )
 
 
-def _locality(named: NamedTier | None) -> Locality | None:
-    if named is None:
+def _locality(link: TierLink | None) -> Locality | None:
+    if link is None:
         return Locality.LOCAL
-    return Locality(named.tier.locality) if named.tier.locality else None
+    return Locality(link.tier.locality) if link.tier.locality else None
 
 
 def _tells_removals(tier: SecondaryTier) -> bool:
@@ -327,9 +327,9 @@ def open_scheduler(
         format_bytes(region.slot_bytes),
         format_bytes(region.slots * region.slot_bytes),
         manager.primary.slots,
-        ", ".join(named.name for named in manager.tiers) or "none",
+        ", ".join(link.name for link in manager.links) or "none",
     )
-    mediums = [named.medium for named in manager.tiers]
+    mediums = [link.medium for link in manager.links]
 
     def info() -> Sequence[Labels]:
         return config_info(

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from kvstrata.offload.cli.main import app
 from kvstrata.offload.config.offload_config import parse_config
-from kvstrata.offload.request.parameters import NO_WISHES, WishReader
+from kvstrata.offload.request.parameters import NO_PARAMETERS, ParameterReader
 from kvstrata.tiers.fs.files.trust import distrust
 from kvstrata.tiers.testing import CONTEXT
 from tests.docs.blocks import DOCUMENTS, ROOT, SHELL, Block, Command, blocks, shell_commands
@@ -169,7 +169,7 @@ def test_json_is_accepted(block: Block) -> None:
     if "spec_name" in extra or "secondary_tiers" in extra:
         parse_config({"cpu_bytes_to_use": "1GiB", **extra})
     if params := shown.get("kv_transfer_params"):
-        reader = WishReader(["fs"])
+        reader = ParameterReader(["fs"])
         wishes = reader.read(params)
         assert reader.wrong == 0
-        assert "kvstrata" not in params or wishes != NO_WISHES
+        assert "kvstrata" not in params or wishes != NO_PARAMETERS

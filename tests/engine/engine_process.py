@@ -141,7 +141,7 @@ class EngineProcess:
         assert self.offload is not None
         manager = self.offload.manager._manager
         primary = manager.primary
-        stats = {named.name: named.tier.stats() for named in manager.tiers}
+        stats = {link.name: link.tier.stats() for link in manager.links}
         return {
             **manager.counters,
             "preemptions": self.preemptions,

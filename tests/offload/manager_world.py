@@ -8,7 +8,7 @@ from kvstrata.offload.audit.comparison import Elements, compare
 from kvstrata.offload.config.offload_config import OffloadConfig
 from kvstrata.offload.lookup import Answer
 from kvstrata.offload.manager import TieringManager
-from kvstrata.offload.secondary.tier import NamedTier
+from kvstrata.offload.secondary.tier import TierLink
 from kvstrata.tiers.base import PageLayout, RequestView, SecondaryTier, TensorSpec, TierContext
 
 PAGE = 64  # bytes
@@ -71,12 +71,20 @@ class World:
             clock=lambda: self.now,
         )
 
-    def _open(self) -> list[NamedTier]:
+    def _open(self, deadline_s: float, clock: Callable[[], float]) -> list[TierLink]:
         tiers = self.reopen() if self.opened and self.reopen else self.tiers
         self.opened += 1
         thresholds = [*self.thresholds, *[0] * len(tiers)]
         return [
-            NamedTier(f"tier{index}", tier, "STORAGE", thresholds[index])
+            TierLink(
+                f"tier{index}",
+                tier,
+                index,
+                deadline_s,
+                clock,
+                medium="STORAGE",
+                store_threshold=thresholds[index],
+            )
             for index, tier in enumerate(tiers)
         ]
 

@@ -3,11 +3,17 @@
 import pytest
 
 from kvstrata.offload.config.offload_config import OffloadConfig
-from kvstrata.offload.load_or_recompute import TRY_EVERY, TRY_PAGES, WORTH_IT, Part, Payoff
+from kvstrata.offload.load_or_recompute import (
+    TRY_EVERY,
+    TRY_PAGES,
+    WORTH_IT,
+    Candidate,
+    LoadOrRecompute,
+)
 from kvstrata.offload.lookup import Answer
 from kvstrata.offload.request.request import RequestState
 from kvstrata.offload.secondary.costs import PrefillSpeed
-from kvstrata.offload.secondary.tier import NamedTier, TierLink
+from kvstrata.offload.secondary.tier import TierLink
 from kvstrata.tiers.base import RequestView, SecondaryTier
 from kvstrata.tiers.memory import MemoryTier
 from kvstrata.tiers.testing import SlowTier
@@ -30,7 +36,7 @@ def teach(link: TierLink, latency: float, per_byte: float) -> None:
 
 
 def tier_link(latency: float | None = None, per_byte: float = 0.0, index: int = 0) -> TierLink:
-    made = TierLink(NamedTier(f"tier{index}", MemoryTier({}, CONTEXT)), index, 10.0, lambda: 0.0)
+    made = TierLink(f"tier{index}", MemoryTier({}, CONTEXT), index, 10.0, lambda: 0.0)
     if latency is not None:
         teach(made, latency, per_byte)
     return made
@@ -40,73 +46,75 @@ def state() -> RequestState:
     return RequestState(RequestView("r"))
 
 
-def worth(payoff: Payoff, parts: list[Part], *, in_order: bool = True) -> int:
-    return payoff.worth(parts, state(), in_order=in_order)
+def worth(choice: LoadOrRecompute, candidates: list[Candidate], *, in_order: bool = True) -> int:
+    return choice.worth(candidates, state(), in_order=in_order)
 
 
-def payoff_of(seconds_per_token: float, *, enabled: bool = True) -> Payoff:
+def choice_of(seconds_per_token: float, *, enabled: bool = True) -> LoadOrRecompute:
     """Loading one token may take `seconds_per_token`."""
-    payoff = Payoff(enabled, speed(seconds_per_token / WORTH_IT))
-    payoff.end_step()
-    return payoff
+    choice = LoadOrRecompute(enabled, speed(seconds_per_token / WORTH_IT))
+    choice.end_step()
+    return choice
 
 
 def test_a_short_prefix_does_not_pay_for_the_latency() -> None:
     """10 tokens per page, 0.1 s to compute one of them; 5 s latency and 0.5 s per page."""
-    payoff = payoff_of(0.1)
+    choice = choice_of(0.1)
     link = tier_link(5.0, 0.5)
-    assert worth(payoff, [Part(link, 1, 10)] * 9) == 0
-    assert worth(payoff, [Part(link, 1, 10)] * 11) == 11
+    assert worth(choice, [Candidate(link, 1, 10)] * 9) == 0
+    assert worth(choice, [Candidate(link, 1, 10)] * 11) == 11
     link.loads.nbytes = 2  # queued before it: one second more
-    assert worth(payoff, [Part(link, 1, 10)] * 11) == 0
-    assert worth(payoff, [Part(link, 1, 10)] * 12) == 12
+    assert worth(choice, [Candidate(link, 1, 10)] * 11) == 0
+    assert worth(choice, [Candidate(link, 1, 10)] * 12) == 12
 
 
 def test_the_part_that_does_not_pay_is_cut_off() -> None:
-    payoff = payoff_of(0.1)
+    choice = choice_of(0.1)
     near, far = tier_link(0.0, 0.1), tier_link(100.0, 0.1, index=1)
-    parts = [Part(near, 1, 10)] * 3 + [Part(far, 1, 10)] * 4
-    assert worth(payoff, parts) == 3
-    assert worth(payoff, parts, in_order=False) == 0
-    assert worth(payoff, parts[:3], in_order=False) == 3
+    candidates = [Candidate(near, 1, 10)] * 3 + [Candidate(far, 1, 10)] * 4
+    assert worth(choice, candidates) == 3
+    assert worth(choice, candidates, in_order=False) == 0
+    assert worth(choice, candidates[:3], in_order=False) == 3
 
 
 def test_tiers_load_at_the_same_time() -> None:
-    payoff = payoff_of(0.1)
+    choice = choice_of(0.1)
     near, far = tier_link(2.0, 0.0), tier_link(2.5, 0.0, index=1)
-    assert worth(payoff, [Part(near, 1, 10), Part(far, 1, 10), Part(far, 1, 10)]) == 3
+    assert (
+        worth(choice, [Candidate(near, 1, 10), Candidate(far, 1, 10), Candidate(far, 1, 10)]) == 3
+    )
 
 
 def test_what_is_not_known_pays() -> None:
     slow = tier_link(1e9, 1e9)
-    assert worth(payoff_of(1e-6, enabled=False), [Part(slow, 1, 1)]) == 1
-    unknown = Payoff(True, PrefillSpeed())
+    assert worth(choice_of(1e-6, enabled=False), [Candidate(slow, 1, 1)]) == 1
+    unknown = LoadOrRecompute(True, PrefillSpeed())
     unknown.end_step()
-    assert worth(unknown, [Part(slow, 1, 1)]) == 1
-    assert worth(payoff_of(1e-6), [Part(tier_link(), 1, 1)]) == 1
-    assert unknown.may_pay(Part(slow, 1, 1), state())
-    assert payoff_of(1e-6).may_pay(Part(tier_link(), 1, 1), state())
+    assert worth(unknown, [Candidate(slow, 1, 1)]) == 1
+    assert worth(choice_of(1e-6), [Candidate(tier_link(), 1, 1)]) == 1
+    assert unknown.may_pay(Candidate(slow, 1, 1), state())
+    assert choice_of(1e-6).may_pay(Candidate(tier_link(), 1, 1), state())
 
 
 def test_the_latency_alone_does_not_make_a_page_hopeless() -> None:
-    payoff = payoff_of(0.1)
-    assert payoff.may_pay(Part(tier_link(1e9, 0.9), 1, 10), state())
-    assert not payoff.may_pay(Part(tier_link(0.0, 1.1), 1, 10), state())
+    choice = choice_of(0.1)
+    assert choice.may_pay(Candidate(tier_link(1e9, 0.9), 1, 10), state())
+    assert not choice.may_pay(Candidate(tier_link(0.0, 1.1), 1, 10), state())
 
 
 def test_some_requests_try_all_the_same() -> None:
-    payoff = payoff_of(0.1)
+    choice = choice_of(0.1)
     link = tier_link(0.0, 2.0)
     tried = []
     for _ in range(3 * TRY_EVERY):
         request = state()
-        tried.append(payoff.may_pay(Part(link, 1, 10), request))
-        same = [payoff.may_pay(Part(link, 1, 10), request) for _ in range(3)]
+        tried.append(choice.may_pay(Candidate(link, 1, 10), request))
+        same = [choice.may_pay(Candidate(link, 1, 10), request) for _ in range(3)]
         assert same == [tried[-1]] * 3, "a request is asked once"
-        nine = [Part(link, 1, 10)] * 9
-        assert payoff.worth(nine, request, in_order=True) == tried[-1] * TRY_PAGES
-        assert payoff.worth(nine, request, in_order=False) == tried[-1] * 9
-        assert payoff.worth(nine[:2], request, in_order=True) == tried[-1] * 2
+        nine = [Candidate(link, 1, 10)] * 9
+        assert choice.worth(nine, request, in_order=True) == tried[-1] * TRY_PAGES
+        assert choice.worth(nine, request, in_order=False) == tried[-1] * 9
+        assert choice.worth(nine[:2], request, in_order=True) == tried[-1] * 2
     assert sum(tried) == 3 and tried[TRY_EVERY - 1]
 
 

@@ -292,7 +292,7 @@ def test_max_tracker_size_forgets_the_oldest() -> None:
     one, two = world.request("one"), world.request("two")
     for item in ITEMS[:3]:
         world.manager.prepare_store([item], one)
-    assert len(world.manager._offers) == 2
+    assert len(world.manager._reuse) == 2
     plans = [world.manager.prepare_store([item], two) for item in (ITEMS[2], ITEMS[0])]
     assert [plan and plan.keys for plan in plans] == [[KEYS[2]], []]
 
@@ -793,7 +793,7 @@ def test_events() -> None:
     tier = Recorder(*ITEMS[3:4])
     world = World([tier], slots=2)
     request = world.request()
-    (named,) = world.manager.tiers
+    (named,) = world.manager.links
     world.store(ITEMS[:2], request)
     assert list(world.manager.take_events()) == [Event(KEYS[:2], False, None)]
     world.step(2)
@@ -819,7 +819,7 @@ def test_reset_keeps_the_secondary_tiers_of_fixed_weights() -> None:
     assert world.lookup(ITEMS[0], request) is HIT
     assert world.manager.reset() == []
     assert len(world.manager.primary) == 0 and world.manager.primary.free == 8
-    assert world.manager.tiers[0].tier is tier and list(world.manager.take_events()) == []
+    assert world.manager.links[0].tier is tier and list(world.manager.take_events()) == []
     assert world.lookup(ITEMS[0], request) is PENDING
     world.step(2)
     assert world.lookup(ITEMS[0], request) is HIT
@@ -831,7 +831,7 @@ def test_reset_opens_the_tiers_anew_when_weights_change() -> None:
     request = world.request()
     world.store(ITEMS[:2], request)
     world.manager.reset()
-    assert world.manager.tiers[0].tier is new
+    assert world.manager.links[0].tier is new
     assert world.lookup(ITEMS[0], request) is MISS
     assert old.lookup(KEYS[0], request) is Lookup.MISS, "it was shut down"
 
@@ -850,11 +850,11 @@ def test_fixed_weights_that_changed_all_the_same(when: str) -> None:
     world.step()
     changed[0] = True
     assert world.lookup(ITEMS[0], world.request("next")) is MISS
-    assert world.manager.tiers[0].tier is tiers[1]
+    assert world.manager.links[0].tier is tiers[1]
     assert tiers[0].lookup(KEYS[0], request) is Lookup.MISS, "it was shut down"
     world.store(ITEMS[2:3], request)
     world.manager.reset()
-    assert world.lookup(ITEMS[2], request) is MISS and world.manager.tiers[0].tier is tiers[2]
+    assert world.lookup(ITEMS[2], request) is MISS and world.manager.links[0].tier is tiers[2]
 
 
 def test_weights_are_looked_at_around_a_reset_only() -> None:
@@ -881,7 +881,7 @@ def test_reset_survives_tiers_that_cannot_be_opened_again() -> None:
     request = world.request()
     world.manager.reset()
     world.store(ITEMS[:1], request)
-    assert world.manager.tiers == () and world.lookup(ITEMS[0], request) is HIT
+    assert world.manager.links == () and world.lookup(ITEMS[0], request) is HIT
 
 
 @pytest.mark.parametrize("weights_fixed", [True, False])

@@ -7,29 +7,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstrata.offload.request.parameters import NO_WISHES, Wishes, WishReader
+from kvstrata.offload.request.parameters import NO_PARAMETERS, ParameterReader, Parameters
 
 TIERS = ("fs", "memory")
-FS, NOWHERE = Wishes(frozenset({"fs"})), Wishes(frozenset())
+FS, NOWHERE = Parameters(frozenset({"fs"})), Parameters(frozenset())
 
 
 @pytest.mark.parametrize(
     ("wishes", "meant"),
     [
-        ({}, NO_WISHES),
-        ({"persist": True}, NO_WISHES),
+        ({}, NO_PARAMETERS),
+        ({"persist": True}, NO_PARAMETERS),
         ({"persist": False}, NOWHERE),
         ({"tiers": ["fs"]}, FS),
         ({"tiers": []}, NOWHERE),
         ({"tiers": ["fs"], "persist": False}, NOWHERE),
-        ({"pin_seconds": 600}, Wishes(None, 600.0)),
-        ({"pin_seconds": 0.5, "tiers": ["memory", "fs"]}, Wishes(frozenset(TIERS), 0.5)),
+        ({"pin_seconds": 600}, Parameters(None, 600.0)),
+        ({"pin_seconds": 0.5, "tiers": ["memory", "fs"]}, Parameters(frozenset(TIERS), 0.5)),
     ],
 )
-def test_what_is_right(wishes: dict[str, object], meant: Wishes) -> None:
-    reader = WishReader(TIERS)
+def test_what_is_right(wishes: dict[str, object], meant: Parameters) -> None:
+    reader = ParameterReader(TIERS)
     assert reader.read({"kvstrata": wishes, "max_offload_tokens": 3}) == meant
-    assert reader.read({}) is reader.read({"kvstrata": None}) is NO_WISHES
+    assert reader.read({}) is reader.read({"kvstrata": None}) is NO_PARAMETERS
     assert reader.wrong == 0
 
 
@@ -38,11 +38,11 @@ def test_what_is_right(wishes: dict[str, object], meant: Wishes) -> None:
     [
         # beside our key instead of in it
         ({"persist": False}, NOWHERE),
-        ({"persist": True}, NO_WISHES),
+        ({"persist": True}, NO_PARAMETERS),
         ({"Persist": False}, NOWHERE),
         ({"tiers": ["fs"]}, FS),
-        ({"pin_seconds": 5}, Wishes(None, 5.0)),
-        ({"pinSeconds": 5}, Wishes(None, 5.0)),
+        ({"pin_seconds": 5}, Parameters(None, 5.0)),
+        ({"pinSeconds": 5}, Parameters(None, 5.0)),
         ({"kvstrata.persist": False}, NOWHERE),
         ({"kvstrata_tiers": ["fs"]}, FS),
         ({"kvstrata": {"persist": True}, "persist": False}, NOWHERE),
@@ -59,24 +59,24 @@ def test_what_is_right(wishes: dict[str, object], meant: Wishes) -> None:
         ({"extra_args": {"kvstrata": {"tiers": ["fs"]}}}, FS),
         ({"kv_transfer_params": '{"kvstrata": {"tiers": ["fs"]}}'}, FS),
         ({"offload": {"persist": False}}, NOWHERE),
-        ({"kv": {"pin_seconds": 5}}, Wishes(None, 5.0)),
+        ({"kv": {"pin_seconds": 5}}, Parameters(None, 5.0)),
         ({"vllm_xargs": {"kvstrata.tiers": ["fs"]}}, FS),
         # values whose meaning is plain
         ({"kvstrata": {"persist": "false"}}, NOWHERE),
         ({"kvstrata": {"persist": 0}}, NOWHERE),
-        ({"kvstrata": {"persist": "True"}}, NO_WISHES),
-        ({"kvstrata": {"persist": 1}}, NO_WISHES),
+        ({"kvstrata": {"persist": "True"}}, NO_PARAMETERS),
+        ({"kvstrata": {"persist": 1}}, NO_PARAMETERS),
         ({"kvstrata": {"PERSIST": False}}, NOWHERE),
         ({"kvstrata": {"tiers": "fs"}}, FS),
         ({"kvstrata": {"tier": "FS"}}, FS),
         ({"kvstrata": {"tiers": ["fs", "disk"]}}, FS),
-        ({"kvstrata": {"pin_seconds": "600"}}, Wishes(None, 600.0)),
+        ({"kvstrata": {"pin_seconds": "600"}}, Parameters(None, 600.0)),
     ],
 )
 def test_what_is_understood_all_the_same(
-    params: dict[str, object], meant: Wishes, caplog: pytest.LogCaptureFixture
+    params: dict[str, object], meant: Parameters, caplog: pytest.LogCaptureFixture
 ) -> None:
-    reader = WishReader(TIERS)
+    reader = ParameterReader(TIERS)
     with caplog.at_level(logging.WARNING):
         assert reader.read(params) == meant
     assert reader.wrong == len(caplog.records) >= 1
@@ -118,7 +118,7 @@ def test_what_is_understood_all_the_same(
 def test_what_is_not_understood_stays_out_of_all_tiers(
     params: dict[str, object], says: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    reader = WishReader(TIERS)
+    reader = ParameterReader(TIERS)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             assert reader.read(params) == NOWHERE
@@ -130,18 +130,18 @@ def test_what_is_not_understood_stays_out_of_all_tiers(
 @pytest.mark.parametrize("value", [-1, float("nan"), True, 1e9, 10**400, "1e9", "10m", None, [5]])
 def test_a_wrong_pin_pins_nothing(value: object, caplog: pytest.LogCaptureFixture) -> None:
     """It says nothing of where pages may go."""
-    reader = WishReader(TIERS)
+    reader = ParameterReader(TIERS)
     with caplog.at_level(logging.WARNING):
-        assert reader.read({"kvstrata": {"pin_seconds": value}}) == NO_WISHES
+        assert reader.read({"kvstrata": {"pin_seconds": value}}) == NO_PARAMETERS
     assert 'use "pin_seconds" with a number from 0 to 86400; nothing is' in caplog.text
     assert reader.wrong == 1
-    assert reader.read({"kvstrata": {"pin_second": 5}}) == NO_WISHES, "of which one is not sure"
+    assert reader.read({"kvstrata": {"pin_second": 5}}) == NO_PARAMETERS, "of which one is not sure"
     assert reader.wrong == 2
 
 
 def test_one_wrong_pin_leaves_the_other_wishes() -> None:
     wishes = {"tiers": ["fs"], "pin_seconds": "long"}
-    assert WishReader(TIERS).read({"kvstrata": wishes}) == FS
+    assert ParameterReader(TIERS).read({"kvstrata": wishes}) == FS
 
 
 # What vLLM 0.31 to 0.33 and its connectors (NIXL, Mooncake, MoRIIO, LMCache, P2P, offloading) read
@@ -193,14 +193,14 @@ VLLM_KEYS = [
 
 @pytest.mark.parametrize("value", [False, True, 0, "false", None, [], ["fs"], {"tiers": 7}])
 def test_vllms_own_keys_are_never_taken_for_ours(value: object) -> None:
-    reader = WishReader(TIERS)
-    assert reader.read(dict.fromkeys(VLLM_KEYS, value)) is NO_WISHES
+    reader = ParameterReader(TIERS)
+    assert reader.read(dict.fromkeys(VLLM_KEYS, value)) is NO_PARAMETERS
     assert reader.wrong == 0
 
 
 def test_each_form_is_warned_of_once_a_minute(caplog: pytest.LogCaptureFixture) -> None:
     clock = [0.0]
-    reader = WishReader(TIERS, lambda: clock[0])
+    reader = ParameterReader(TIERS, lambda: clock[0])
     with caplog.at_level(logging.WARNING):
         for clock[0], warnings in ((0.0, 2), (59.0, 2), (60.0, 4), (61.0, 4), (120.0, 6)):
             reader.read({"persist": False})
@@ -211,7 +211,7 @@ def test_each_form_is_warned_of_once_a_minute(caplog: pytest.LogCaptureFixture) 
 
 def test_clients_cannot_flood_the_log(caplog: pytest.LogCaptureFixture) -> None:
     clock = [0.0]
-    reader = WishReader(TIERS, lambda: clock[0])
+    reader = ParameterReader(TIERS, lambda: clock[0])
     with caplog.at_level(logging.WARNING):
         for clock[0] in (0.0, 60.0):
             for number in range(1000):
@@ -234,7 +234,7 @@ WISHES = st.recursive(
 
 @given(params=st.dictionaries(NAMES | SCALARS, WISHES, max_size=3))
 def test_nothing_raises(params: dict[object, object]) -> None:
-    meant = WishReader(TIERS).read(params)  # type: ignore[arg-type]
+    meant = ParameterReader(TIERS).read(params)  # type: ignore[arg-type]
     assert meant.tiers is None or meant.tiers <= set(TIERS)
     assert 0.0 <= meant.pin_seconds <= 86400.0
 
@@ -244,11 +244,11 @@ def test_only_a_plain_yes_persists(wish: object) -> None:
     plain = wish == 1 or (
         isinstance(wish, str) and wish.strip().lower() in ("true", "yes", "on", "1")
     )
-    persists = WishReader(TIERS).read({"kvstrata": {"persist": wish}}).tiers is None
+    persists = ParameterReader(TIERS).read({"kvstrata": {"persist": wish}}).tiers is None
     assert persists is plain
 
 
 def test_what_contains_itself_ends() -> None:
     params: dict[str, object] = {}
     params["kvstrata"] = params["kv_transfer_params"] = params["x"] = params
-    assert WishReader(TIERS).read(params) == NOWHERE
+    assert ParameterReader(TIERS).read(params) == NOWHERE

@@ -7,8 +7,8 @@ import pytest
 from kvstrata.offload.secondary.costs import (
     LEAST_JOBS,
     LEAST_STEPS,
+    Advance,
     PrefillSpeed,
-    Progress,
     TransferCost,
 )
 
@@ -85,7 +85,7 @@ def test_old_jobs_are_forgotten() -> None:
 
 def prefill(speed: PrefillSpeed, steps: int, first: int = 0, gap: int = 1) -> None:
     """A request of 100 tokens per step, 0.5 s each."""
-    last: Progress | None = None
+    last: Advance | None = None
     for step in range(steps):
         last = speed.advance(last, first + step * gap, 0.5 * step, 100 * (step + 1))
 
@@ -110,7 +110,7 @@ def test_decoding_and_interrupted_prefill_do_not_count() -> None:
     speed = PrefillSpeed()
     prefill(speed, 10 * LEAST_STEPS, gap=2)
     assert speed.seconds_per_token() is None
-    last: Progress | None = None
+    last: Advance | None = None
     for step in range(10 * LEAST_STEPS):  # the same offer again: there was no room for it
         last = speed.advance(last, step, float(step), 100)
     assert speed.seconds_per_token() is None

@@ -120,7 +120,7 @@ def call_all(tier: SecondaryTier) -> list[Any]:
 METHODS = sorted(
     name
     for name, member in vars(SecondaryTier).items()
-    if callable(member) and not name.startswith("_")
+    if callable(member) and not isinstance(member, type) and not name.startswith("_")
 )
 
 

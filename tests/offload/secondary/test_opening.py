@@ -1,5 +1,6 @@
 """Which tiers are opened, under whose namespace, and what is made of their entries."""
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,7 +31,7 @@ def namespaces(*, private: bool) -> list[Mapping[str, Any]]:
     entry = TierEntry("noted", {"type": "Noted", "module_path": __name__})
     opener = TierOpener([entry], CONTEXT, private=private)
     for _ in range(3):
-        opener()
+        opener(10.0, time.monotonic)
     return [context.namespace for context in CONTEXTS]
 
 
@@ -68,10 +69,10 @@ def test_with_lora_nothing_is_said_where_there_are_no_tiers(
 
 def test_each_tier_is_as_its_entry_says_and_guarded() -> None:
     entry = TierEntry("far", {"type": "memory"}, 2, 9, kv_events=False, locality="REMOTE")
-    near, far = TierOpener([ENTRY, entry], CONTEXT, private=False)()
-    assert [type(named.tier) for named in (near, far)] == [GuardedTier] * 2
+    near, far = TierOpener([ENTRY, entry], CONTEXT, private=False)(10.0, time.monotonic)
+    assert [type(link.tier) for link in (near, far)] == [GuardedTier] * 2
     assert (near.tier.locality, far.tier.locality) == ("LOCAL", "REMOTE")
-    assert (far.name, far.store_threshold, far.max_tracker_size, far.kv_events) == (
+    assert (far.name, far.asked._threshold, far.asked._capacity, far.kv_events) == (
         *("far", 2, 9),
         False,
     )
@@ -94,4 +95,4 @@ def test_a_tier_with_words_that_vllm_does_not_have_is_refused(
     """Else the first request with `kv_load_tiers` would end the engine."""
     entry = TierEntry("odd", {"type": cls.__name__, "module_path": __name__})
     with pytest.raises(TierConfigError, match=f"tier odd: .*{word} = 'Disk'; use "):
-        TierOpener([entry], CONTEXT, private=False)()
+        TierOpener([entry], CONTEXT, private=False)(10.0, time.monotonic)

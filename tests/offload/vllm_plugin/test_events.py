@@ -35,7 +35,7 @@ from kvstrata.offload.config.offload_config import OffloadConfig  # noqa: E402
 from kvstrata.offload.manager import TieringManager  # noqa: E402
 from kvstrata.offload.primary.region import Region, create_region  # noqa: E402
 from kvstrata.offload.secondary.guard import GuardedTier  # noqa: E402
-from kvstrata.offload.secondary.tier import NamedTier  # noqa: E402
+from kvstrata.offload.secondary.tier import TierLink  # noqa: E402
 from kvstrata.offload.vllm_plugin.scheduler import _FORGETS, KVStrataScheduler  # noqa: E402
 from kvstrata.tiers.base import PageLayout, SecondaryTier, TensorSpec  # noqa: E402
 from kvstrata.tiers.faults import FaultyTier, SlowTier  # noqa: E402
@@ -228,7 +228,9 @@ def test_a_follower_knows_what_is_where(seed: int, model: Model) -> None:
         {0: layout},
         lambda slot, nbytes: memoryview(engine._copies._slots[slot]).cast("B"),
         lambda slot: choose.random() < 0.95,
-        lambda: [NamedTier("disk", GuardedTier("disk", tier), "STORAGE")],
+        lambda deadline_s, clock: [
+            TierLink("disk", GuardedTier("disk", tier), 0, deadline_s, clock, medium="STORAGE")
+        ],
         weights_fixed=True,
     )
     manager = KVStrataScheduler(inner, cast(Region, NoRegion()), events=True)

@@ -269,7 +269,7 @@ def test_a_tier_is_where_its_entry_says_and_is_quiet_if_it_says_so(
     with caplog.at_level("INFO", "kvstrata"):
         manager = open_scheduler(engine, settings, events=True)
     try:
-        named = manager._manager.tiers
+        named = manager._manager.links
         assert [each.tier.locality for each in named] == ["REMOTE", "LOCAL"]
         for each in named:
             manager._manager._report.came([KEYS[0]], each)
