@@ -68,7 +68,14 @@ def test_with_lora_nothing_is_said_where_there_are_no_tiers(
 
 
 def test_each_tier_is_as_its_entry_says_and_guarded() -> None:
-    entry = TierEntry("far", {"type": "memory"}, 2, 9, kv_events=False, locality="REMOTE")
+    entry = TierEntry(
+        "far",
+        {"type": "memory"},
+        store_threshold=2,
+        max_tracker_size=9,
+        kv_events=False,
+        locality="REMOTE",
+    )
     near, far = TierOpener([ENTRY, entry], CONTEXT, private=False)(10.0, time.monotonic)
     assert [type(link.tier) for link in (near, far)] == [GuardedTier] * 2
     assert (near.tier.locality, far.tier.locality) == ("LOCAL", "REMOTE")
