@@ -11,9 +11,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from operator import attrgetter
 from types import MappingProxyType
-from typing import NamedTuple
 
 from kvstrata.offload.audit.audits import Audits
 from kvstrata.offload.audit.comparer import Comparer
@@ -27,8 +25,11 @@ from kvstrata.offload.primary.eviction.policies import policy_class
 from kvstrata.offload.primary.holds import Holds
 from kvstrata.offload.primary.slots import Entry, Hold, PrimaryTier, Writer
 from kvstrata.offload.promotion import Promotions
+from kvstrata.offload.request.demand import Demand
+from kvstrata.offload.request.loads import Loads
 from kvstrata.offload.request.parameters import ParameterReader
 from kvstrata.offload.request.request import RequestState
+from kvstrata.offload.request.stores import StorePlan, Stores
 from kvstrata.offload.request.waits import Waits
 from kvstrata.offload.secondary.costs import PrefillSpeed
 from kvstrata.offload.secondary.reuse import ReuseCounter
@@ -39,21 +40,6 @@ from kvstrata.tiers.base import PageLayout, RequestView, key_group
 # Members bound once: in Python 3.11 each `Answer.HIT` is a call.
 _HIT, _MISS, _PENDING = Answer.HIT, Answer.MISS, Answer.PENDING
 _GPU = Writer.GPU
-# So often in a row a request's stores wait for others' transfers: a step or two end them.
-MOST_PUT_OFF = 2
-_END_TOKEN = attrgetter("end_token")
-
-
-def _place(entry: Entry) -> tuple[int, bytes]:
-    return entry.end_token, entry.key[-4:]
-
-
-class StorePlan(NamedTuple):
-    """Where the GPU's pages go: `slots[i]` for `keys[i]`; `evicted` made room."""
-
-    keys: list[bytes]
-    slots: list[int]
-    evicted: list[bytes]
 
 
 class TieringManager:
@@ -94,7 +80,6 @@ class TieringManager:
         windows: Mapping[int, int] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._valid = valid
         self._weights_fixed = weights_fixed
         self._weights_changed = weights_changed
         self._was_reset = False  # and nothing was looked up since
@@ -106,10 +91,8 @@ class TieringManager:
         self.windows = windows or {}
         policy = policy_class(config.eviction_policy)(slots, self.windows)
         self.primary = PrimaryTier(self._ready(), policy)
-        self._several_groups = len(layouts) > 1
-        self._tokens = {group: layout.tokens for group, layout in layouts.items()}
         self._holds = Holds(self.primary, config.pin_fraction, clock)
-        self._reuse = ReuseCounter(config.store_threshold, config.max_tracker_size)
+        reuse = ReuseCounter(config.store_threshold, config.max_tracker_size)
         self._speed = PrefillSpeed()
         self._load_or_recompute = LoadOrRecompute(config.load_or_recompute, self._speed)
         self._jobs = TierJobs(open_tiers, view, layouts, config.promotion_deadline_s, clock)
@@ -139,10 +122,24 @@ class TieringManager:
             view,
             self._report,
         )
+        self._demand = Demand(
+            self.primary, self._holds, reuse, self._cascades, self._jobs, self._report
+        )
+        self._loads = Loads(
+            self.primary, self._holds, self._demand, layouts, self.windows, self._report
+        )
+        self._stores = Stores(
+            self.primary,
+            reuse,
+            self._demand,
+            self._cascades,
+            self.audits,
+            valid,
+            len(layouts) > 1,
+            self._report,
+        )
         self._parameters = ParameterReader([link.name for link in self._jobs.links], clock)
         self._requests: dict[str, RequestState] = {}
-        # By request: pages of its load to which their keys led no more when it began
-        self._late: dict[str, dict[bytes, Entry]] = {}
         self._newest = 0  # number of the newest request
         self._step = 0
         self._polled = False  # results were taken in this step
@@ -221,14 +218,7 @@ class TieringManager:
         `ends` has the end tokens of its pages, in prefix order.
         """
         state = self._requests.get(request.req_id) or self._new_state(request)
-        missing = state.missing
-        if missing[0] == self._step and missing[1] <= end_token:
-            return
-        group = key_group(key)
-        if group not in self.windows:  # of those it looks for the end only
-            last = next(reversed(ends.values()), end_token)
-            pages = max(0, last - end_token) // self._tokens[group] + 1
-            state.missing = self._step, end_token, pages
+        self._loads.missed(key, end_token, ends, state, self._step)
 
     @property
     def answers_alike(self) -> bool:
@@ -257,46 +247,20 @@ class TieringManager:
         Raises:
             KeyError: the request was not answered HIT.
         """
-        name = request.req_id
-        held = self._holds.of(name) if name in self._holds.outlived else None
-        entries = []
-        for key in keys:
-            entry = self.primary.get(key)
-            if held is not None or entry is None or entry.writer is not None:
-                if held is None:
-                    held = self._holds.of(name)
-                entry = held.get(key)
-                if entry is None:
-                    raise KeyError(f"page {key.hex()} is not ready to be loaded")
-            entries.append(entry)
-        state = self._state(request)
-        state.waits = False
-        self.primary.hold(entries, Hold.LOAD)
-        self._holds.loads(name)
-        self._ask({entry.key: entry.end_token for entry in entries}, state)
-        self._count_hits(entries, state)
-        here = entries
-        if held is not None:  # what is not here any more may be of earlier weights
-            here = [entry for entry in entries if entry.attached]
-            self._late[name] = {entry.key: entry for entry in entries if not entry.attached}
-        self._asked_again(here, state)
-        self.audits.served(len(entries))
-        return [entry.slot for entry in entries]
+        slots = self._loads.prepare(keys, self._state(request))
+        self.audits.served(len(slots))
+        return slots
 
     def complete_load(self, keys: Collection[bytes], request: RequestView | None = None) -> None:
         """The GPU has the pages. Without `request` none of them had outlived a reset."""
-        late = self._late.pop(request.req_id, None) if request is not None else None
-        entries = self.primary.find(keys if late is None else [k for k in keys if k not in late])
-        if late is not None:
-            entries += late.values()
-        assert len(entries) == len(keys), "a page held by prepare_load cannot leave"
-        self.primary.let_go(entries, Hold.LOAD)
+        self._loads.complete(keys, request.req_id if request is not None else None)
 
     def touch(self, keys: Collection[bytes], request: RequestView) -> None:
         """The request uses the pages, in prefix order, perhaps elsewhere (in GPU memory)."""
         found = self.primary.find(keys)
-        self._ask({entry.key: entry.end_token for entry in found}, self._state(request))
-        self._touch_tiers(keys, request)
+        ends = {entry.key: entry.end_token for entry in found}
+        self._demand.ask(ends, self._state(request))
+        self._demand.touch_tiers(keys, request)
 
     # -- store --------------------------------------------------------------------
 
@@ -322,55 +286,13 @@ class TieringManager:
             state.progress = self._speed.advance(
                 state.progress, self._step, self._clock(), max(ends.values())
             )
-        state.waits = False
-        self._count_misses(state)
-        self._ask(ends, state)
-        get = self.primary.get
-        present = [key for key in ends if get(key) is not None]
-        new = [key for key in ends if get(key) is None] if present else list(ends)
-        if self.audits.findings.refused:
-            new = [key for key in new if key not in self.audits.findings.refused]
-        wanted = self._reuse.wanted(new)
-        self.counters["stores_skipped"] += len(new) - len(wanted)
-        here = [entry for entry in self.primary.find(present) if entry.ready]
-        self.primary.hold(here, Hold.KEPT)  # they stay
-        taken = self._take(wanted, ends, state, len(here))
-        self.primary.let_go(here, Hold.KEPT)
-        if taken is None:
-            self.counters["store_no_room"] += 1
-            return None
-        if here:  # vLLM found them in GPU memory
-            self._asked_again(here, state)
-        entries, evicted = taken
-        self._report.left(evicted)
-        spare = self.audits.choose(ends, present, entries, state)
-        if spare or self._several_groups:
-            slots = {entry.key: entry for entry in (*entries, *spare)}
-            entries = [slots[key] for key in ends if key in slots]
-        if entries:
-            state.open_stores += 1
-        return StorePlan([e.key for e in entries], [e.slot for e in entries], evicted)
+        self._loads.count_misses(state)
+        return self._stores.prepare(ends, state)
 
     def complete_store(self, keys: Collection[bytes], request: RequestView) -> None:
         """The GPU's pages of one plan have arrived: make them loadable, and cascade."""
-        keys = self.audits.computed(keys, request.req_id, self._valid)
-        stored = sorted(self.primary.find(keys), key=_place if self._several_groups else _END_TOKEN)
-        valid = self._valid
-        if bad := [entry for entry in stored if not valid(entry.slot)]:
-            stored = [entry for entry in stored if entry not in bad]
-            self._report.given_up([entry.key for entry in bad])
-            self.primary.finish_writes(bad, good=False)
-            self.counters["incomplete_pages"] += len(bad)
         state = self._state(request)
-        if stored:
-            self.counters["stored_pages"] += len(stored)
-            self._report.came([entry.key for entry in stored])
-            # Held by the tiers before they become idle, they are not pinned twice.
-            self._cascades.give(stored, state)
-            self._pin(stored, state)
-            self.primary.finish_writes(stored, good=True)
-        self.audits.stored(keys, request)
-        state.open_stores -= 1
+        self._stores.complete(keys, state)
         self._forget_if_over(state)
 
     # -- requests and steps -------------------------------------------------------
@@ -396,7 +318,7 @@ class TieringManager:
         if self.windows:  # of those groups it used some only, and asked for them
             more = [entry for entry in more if key_group(entry.key) not in self.windows]
         if more:
-            self._ask({entry.key: entry.end_token for entry in more}, state)
+            self._demand.ask({entry.key: entry.end_token for entry in more}, state)
         self.primary.ended(state.use)
         self._holds.drop(request.req_id)
         self.audits.end(state)
@@ -445,9 +367,7 @@ class TieringManager:
         self._take_results()
         self._promotions.clear()
         self._holds.reset()
-        held = self.audits.clear() + self.primary.reset()
-        held += dict.fromkeys(entry for late in self._late.values() for entry in late.values())
-        self._late.clear()
+        held = self.audits.clear() + self.primary.reset() + self._loads.reset()
         self._report.events.clear()
         for state in list(self._requests.values()):
             # vLLM reports no completion for what was under way before a reset
@@ -497,106 +417,14 @@ class TieringManager:
         self.audits.begin(state)
         return state
 
-    def _count_hits(self, entries: Sequence[Entry], state: RequestState) -> None:
-        """The request loads pages; what lies behind them, and was looked up in vain, it computes.
-
-        Each page is one hit, in the tier where it was found.
-        """
-        self.counters["loaded_pages"] += len(entries)
-        hits: dict[str | None, int] = {None: len(entries)}
-        if state.sources:
-            hits = Counter(state.sources.get(entry.key) for entry in entries)
-        for name, pages in hits.items():
-            self.counters["primary_hits" if name is None else f"promoted_hits:{name}"] += pages
-        if state.missing[1] > max((entry.end_token for entry in entries), default=0):
-            self._count_misses(state)
-        state.missing = (-1, 0, 0)
-
-    def _count_misses(self, state: RequestState) -> None:
-        self.counters["misses"] += state.missing[2]
-        state.missing = (-1, 0, 0)
-
     def _forget_if_over(self, state: RequestState) -> None:
         if state.finished and state.open_stores <= 0:
             self._requests.pop(state.view.req_id, None)
             if self._jobs.links:
-                self._touch_tiers(state.use.in_order(), state.view)
+                self._demand.touch_tiers(state.use.in_order(), state.view)
             state.use.over()
             for link in self._jobs.links:
                 link.tier.on_request_finished(state.view)
-
-    def _ask(self, ends: Mapping[bytes, int], state: RequestState) -> None:
-        """A request asks for pages, perhaps once more; their end tokens by key."""
-        use = state.use
-        use.renew()
-        pages = {key: end for key, end in ends.items() if key not in use.seen}
-        if pages:
-            self.primary.ask(pages, use)
-        if state.coming:
-            came = {key: end for key, end in ends.items() if key in state.coming}
-            state.coming -= came.keys()
-            pages |= came
-        if pages:
-            self._reuse.count(pages)
-            self._cascades.asked(pages)
-
-    def _take(
-        self, wanted: list[bytes], ends: Mapping[bytes, int], state: RequestState, staying: int
-    ) -> tuple[list[Entry], list[bytes]] | None:
-        """Slots for the first of the wanted pages, and what was evicted; None: no room now.
-
-        `staying`: so many pages that are here are held meanwhile.
-        """
-        if self._several_groups:
-            wanted.sort(key=ends.__getitem__)
-        if state.stored_until is not None:
-            if wanted and ends[wanted[0]] <= state.stored_until:
-                state.stored_until = None
-            else:  # without what comes before them they are worth nothing
-                return [], []
-        if self._is_put_off(len(wanted), staying, state):
-            return None
-        entries, evicted = self.primary.allocate(
-            [(key, ends[key]) for key in wanted],
-            Writer.GPU,
-            state.use,
-            must=self._cascades.wanted(state),
-        )
-        if len(entries) < len(wanted):
-            if not (entries or self.primary.idle):
-                return None
-            state.stored_until = ends[wanted[len(entries)]]
-            self.counters["stores_declined"] += len(wanted) - len(entries)
-        return entries, evicted
-
-    def _is_put_off(self, pages: int, staying: int, state: RequestState) -> bool:
-        """Whether vLLM shall offer so many pages again in its next step, with those of that step:
-        transfers to and from the GPU hold the slots, and end soon."""
-        primary = self.primary
-        missing = pages - primary.free - primary.idle
-        soon = primary.slots - primary.free - primary.idle - primary.held_long - staying
-        if not 0 < missing <= soon or state.put_off >= MOST_PUT_OFF:
-            state.put_off = 0
-            return False
-        state.put_off += 1
-        return True
-
-    def _touch_tiers(self, keys: Collection[bytes], request: RequestView) -> None:
-        """Tell the tiers that the pages, in prefix order, were used."""
-        if not keys:
-            return
-        for link in self._jobs.links:
-            if link.breaker.closed:
-                link.tier.touch(keys, request)
-
-    def _asked_again(self, entries: Sequence[Entry], state: RequestState) -> None:
-        """Pages that are ready already: tiers that do not have them may want them now."""
-        self._cascades.give(entries, state)
-        self._pin(entries, state)
-
-    def _pin(self, entries: Iterable[Entry], state: RequestState) -> None:
-        if state.parameters.pin_seconds > 0.0:
-            self.counters["pins_refused"] += self._holds.pin(entries, state.parameters.pin_seconds)
 
     def _poll(self) -> None:
         """Take the tiers' results, once per step, and then what they dropped since.

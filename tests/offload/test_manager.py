@@ -292,7 +292,7 @@ def test_max_tracker_size_forgets_the_oldest() -> None:
     one, two = world.request("one"), world.request("two")
     for item in ITEMS[:3]:
         world.manager.prepare_store([item], one)
-    assert len(world.manager._reuse) == 2
+    assert len(world.manager._demand._reuse) == 2
     plans = [world.manager.prepare_store([item], two) for item in (ITEMS[2], ITEMS[0])]
     assert [plan and plan.keys for plan in plans] == [[KEYS[2]], []]
 

@@ -18,8 +18,8 @@ from kvstrata.offload import promotion
 from kvstrata.offload.audit import audits
 from kvstrata.offload.config.offload_config import OffloadConfig
 from kvstrata.offload.lookup import Answer
-from kvstrata.offload.manager import StorePlan
 from kvstrata.offload.primary.slots import Entry
+from kvstrata.offload.request.stores import StorePlan
 from kvstrata.offload.secondary import pace
 from kvstrata.offload.secondary.guard import GuardedTier
 from kvstrata.offload.secondary.tier import TierLink
@@ -511,7 +511,7 @@ class ManagerMachine(RuleBasedStateMachine):
         for job in self.manager._jobs._running.values():
             live |= {id(entry): entry.slot for entry in job.entries.values()}
         live |= {id(entry): entry.slot for entry in self.manager._holds}
-        for late in self.manager._late.values():
+        for late in self.manager._loads._late.values():
             live |= {id(entry): entry.slot for entry in late.values()}
         for audit in self.audits._under_way:
             live |= {id(e): e.slot for e in (audit.computed, audit.served) if e is not None}

@@ -1,0 +1,158 @@
+"""Stores: which of the pages that a request computed are stored, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from operator import attrgetter
+from typing import NamedTuple
+
+from kvstrata.offload.audit.audits import Audits
+from kvstrata.offload.cascade import Cascades
+from kvstrata.offload.events import Report
+from kvstrata.offload.primary.slots import Entry, Hold, PrimaryTier, Writer
+from kvstrata.offload.request.demand import Demand
+from kvstrata.offload.request.request import RequestState
+from kvstrata.offload.secondary.reuse import ReuseCounter
+
+# So often in a row a request's stores wait for others' transfers: a step or two end them.
+MOST_PUT_OFF = 2
+_END_TOKEN = attrgetter("end_token")
+
+
+class StorePlan(NamedTuple):
+    """Where the GPU's pages go: `slots[i]` for `keys[i]`; `evicted` made room."""
+
+    keys: list[bytes]
+    slots: list[int]
+    evicted: list[bytes]
+
+
+class Stores:
+    """Takes slots for the GPU's pages, and what comes of them.
+
+    Args:
+        primary: where they go.
+        reuse: the engine's `store_threshold`.
+        demand: is told of what is stored.
+        cascades: what they go through next.
+        audits: choose some.
+        valid: slot -> whether the workers filled it completely.
+        several_groups: whether there are pages of several groups.
+        report: the manager's.
+    """
+
+    def __init__(
+        self,
+        primary: PrimaryTier,
+        reuse: ReuseCounter,
+        demand: Demand,
+        cascades: Cascades,
+        audits: Audits,
+        valid: Callable[[int], bool],
+        several_groups: bool,
+        report: Report,
+    ) -> None:
+        self._primary = primary
+        self._reuse = reuse
+        self._demand = demand
+        self._cascades = cascades
+        self._audits = audits
+        self._valid = valid
+        self._several_groups = several_groups
+        self._order = _place if several_groups else _END_TOKEN
+        self._report = report
+        self._counters = report.counters
+
+    def prepare(self, ends: dict[bytes, int], state: RequestState) -> StorePlan | None:
+        """See `TieringManager.prepare_store`; `ends` are the end tokens by key."""
+        state.waits = False
+        self._demand.ask(ends, state)
+        primary, refused = self._primary, self._audits.findings.refused
+        present = [key for key in ends if primary.get(key) is not None]
+        new = [key for key in ends if primary.get(key) is None] if present else list(ends)
+        if refused:
+            new = [key for key in new if key not in refused]
+        wanted = self._reuse.wanted(new)
+        self._counters["stores_skipped"] += len(new) - len(wanted)
+        here = [entry for entry in primary.find(present) if entry.ready]
+        primary.hold(here, Hold.KEPT)  # they stay
+        taken = self._take(wanted, ends, state, len(here))
+        primary.let_go(here, Hold.KEPT)
+        if taken is None:
+            self._counters["store_no_room"] += 1
+            return None
+        if here:  # vLLM found them in GPU memory
+            self._demand.meet(here, state)
+        entries, evicted = taken
+        self._report.left(evicted)
+        spare = self._audits.choose(ends, present, entries, state)
+        if spare or self._several_groups:
+            slots = {entry.key: entry for entry in (*entries, *spare)}
+            entries = [slots[key] for key in ends if key in slots]
+        if entries:
+            state.open_stores += 1
+        return StorePlan([e.key for e in entries], [e.slot for e in entries], evicted)
+
+    def complete(self, keys: Collection[bytes], state: RequestState) -> None:
+        """See `TieringManager.complete_store`."""
+        valid = self._valid
+        keys = self._audits.computed(keys, state.view.req_id, valid)
+        stored = sorted(self._primary.find(keys), key=self._order)
+        if bad := [entry for entry in stored if not valid(entry.slot)]:
+            stored = [entry for entry in stored if entry not in bad]
+            self._report.given_up([entry.key for entry in bad])
+            self._primary.finish_writes(bad, good=False)
+            self._counters["incomplete_pages"] += len(bad)
+        if stored:
+            self._counters["stored_pages"] += len(stored)
+            self._report.came([entry.key for entry in stored])
+            # Held by the tiers before they become idle, they are not pinned twice.
+            self._demand.meet(stored, state)
+            self._primary.finish_writes(stored, good=True)
+        self._audits.stored(keys, state.view)
+        state.open_stores -= 1
+
+    def _take(
+        self, wanted: list[bytes], ends: dict[bytes, int], state: RequestState, staying: int
+    ) -> tuple[list[Entry], list[bytes]] | None:
+        """Slots for the first of the wanted pages, and what was evicted; None: no room now.
+
+        `staying`: so many pages that are here are held meanwhile.
+        """
+        if self._several_groups:
+            wanted.sort(key=ends.__getitem__)
+        if state.stored_until is not None:
+            if wanted and ends[wanted[0]] <= state.stored_until:
+                state.stored_until = None
+            else:  # without what comes before them they are worth nothing
+                return [], []
+        if self._is_put_off(len(wanted), staying, state):
+            return None
+        entries, evicted = self._primary.allocate(
+            [(key, ends[key]) for key in wanted],
+            Writer.GPU,
+            state.use,
+            must=self._cascades.wanted(state),
+        )
+        if len(entries) < len(wanted):
+            if not (entries or self._primary.idle):
+                return None
+            state.stored_until = ends[wanted[len(entries)]]
+            self._counters["stores_declined"] += len(wanted) - len(entries)
+        return entries, evicted
+
+    def _is_put_off(self, pages: int, staying: int, state: RequestState) -> bool:
+        """Whether vLLM shall offer so many pages again in its next step, with those of that step:
+        transfers to and from the GPU hold the slots, and end soon."""
+        primary = self._primary
+        missing = pages - primary.free - primary.idle
+        soon = primary.slots - primary.free - primary.idle - primary.held_long - staying
+        if not 0 < missing <= soon or state.put_off >= MOST_PUT_OFF:
+            state.put_off = 0
+            return False
+        state.put_off += 1
+        return True
+
+
+def _place(entry: Entry) -> tuple[int, bytes]:
+    return entry.end_token, entry.key[-4:]
