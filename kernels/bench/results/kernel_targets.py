@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from kvstrata.kernels.bench import cpu
 from kvstrata.kernels.bench.neighbours import GEMM
@@ -21,78 +21,60 @@ from kvstrata.kernels.bench.results.cases import (
     STAGED,
     STORE,
     SUBMIT,
-    Case,
     Result,
 )
-from kvstrata.kernels.bench.results.targets import Held, Target
+from kvstrata.kernels.bench.results.targets import Held, Target, of
 
 
-def _target(
-    name: str,
-    contestant: str,
-    metric: str,
-    applies: Callable[[Case], bool],
-    bound: float,
-    against: tuple[str, ...] = (),
-    at_most: bool = False,
-) -> Target:
-    """A target of one metric, in the cases to which it applies."""
-
-    def of(result: Result) -> bool:
-        return result.metric == metric and applies(result.case)
-
-    return Target(name, contestant, of, bound, against, at_most)
+def _large(result: Result, *operations: str) -> bool:
+    return result.case.nbytes >= LARGE_BYTES and result.case.operation in operations
 
 
-def _large(case: Case, *operations: str) -> bool:
-    return case.nbytes >= LARGE_BYTES and case.operation in operations
-
-
-def _at_tp8(case: Case) -> bool:
-    return case.model == "Llama-3-70B TP8" and _large(case, STORE, LOAD)
+def _at_tp8(result: Result) -> bool:
+    return result.case.model == "Llama-3-70B TP8" and _large(result, STORE, LOAD)
 
 
 TARGETS = (
-    _target("staged, of the ceiling", STAGED, SHARE, lambda c: _large(c, STORE, LOAD), 0.95),
-    _target("both at once, of the duplex ceiling", OURS, SHARE, lambda c: _large(c, BOTH), 0.9),
-    _target(
+    Target("staged, of the ceiling", STAGED, of(SHARE, lambda r: _large(r, STORE, LOAD)), 0.95),
+    Target("both at once, of the duplex ceiling", OURS, of(SHARE, lambda r: _large(r, BOTH)), 0.9),
+    Target(
         "Llama-3-70B TP8 LBNHC, against per-fragment",
         OURS,
-        SPEED,
-        lambda c: _at_tp8(c) and c.layout == "LBNHC",
+        of(SPEED, lambda r: _at_tp8(r) and r.case.layout == "LBNHC"),
         10.0,
         (PER_FRAGMENT,),
     ),
-    _target(
+    Target(
         "Llama-3-70B TP8 LBHNC, against per-fragment",
         OURS,
-        SPEED,
-        lambda c: _at_tp8(c) and c.layout == "LBHNC",
+        of(SPEED, lambda r: _at_tp8(r) and r.case.layout == "LBHNC"),
         3.0,
         (PER_FRAGMENT,),
     ),
-    _target(
+    Target(
         "Llama-3-8B TP1, against the best baseline",
         OURS,
-        SPEED,
-        lambda c: c.model == "Llama-3-8B TP1" and _large(c, STORE, LOAD),
+        of(SPEED, lambda r: r.case.model == "Llama-3-8B TP1" and _large(r, STORE, LOAD)),
         1.0,
         BASELINES,
     ),
-    _target(
+    Target(
         "CPU submit at TP8, against per-fragment",
         OURS,
-        SUBMIT,
-        _at_tp8,
+        of(SUBMIT, _at_tp8),
         0.1,
         (PER_FRAGMENT,),
         at_most=True,
     ),
-    _target(
-        "GEMM beside a transfer", OURS, SLOWDOWN, lambda c: c.operation == GEMM, 1.03, at_most=True
+    Target(
+        "GEMM beside a transfer",
+        OURS,
+        of(SLOWDOWN, lambda r: r.case.operation == GEMM),
+        1.03,
+        at_most=True,
     ),
-    _target("host time of a staging slot, us", OURS, HOST, lambda c: True, 20.0, at_most=True),
-    _target("CPU path, of one memcpy", cpu.OURS, cpu.RATIO, lambda c: True, 0.8),
+    Target("host time of a staging slot, us", OURS, of(HOST), 20.0, at_most=True),
+    Target("CPU path, of one memcpy", cpu.OURS, of(cpu.RATIO), 0.8),
 )
 
 

@@ -50,6 +50,11 @@ class Target(NamedTuple):
         return Held(self.name, values, self.bound, self.at_most)
 
 
+def of(metric: str, applies: Callable[[Any], bool] = lambda figure: True) -> Callable[[Any], bool]:
+    """What a target applies to: figures of one metric, all of them or some."""
+    return lambda figure: figure.metric == metric and applies(figure)
+
+
 def ratios(figures: Sequence[Any], contestant: str, *others: str) -> dict[Any, float]:
     """The contestant's figures, each by the others' largest for the same, where that is not 0."""
     largest: dict[Any, float] = {}
