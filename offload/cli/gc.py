@@ -118,7 +118,7 @@ def _show_trimmed(done: Trimmed) -> None:
     servers, who = "", "by this command"
     if done.members:
         servers = f"members running: {done.members}; "
-        who = "by this command and by the server that keeps the books"
+        who = "by this command and by the member that keeps the books"
     typer.echo(
         f"{servers}from {before.files} files, {format_bytes(before.nbytes)} to {after.files} "
         f"files, {format_bytes(after.nbytes)}; {done.evicted_files} files, "

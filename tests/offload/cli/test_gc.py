@@ -50,7 +50,7 @@ def test_gc_beside_a_server(root: Path, paths: NamespacePaths) -> None:
     tier = fill_many(root)
     shown = run("gc", root, "--max-files", 20)
     done = run_json("gc", root, "--max-bytes", "64KiB")
-    assert "; 0 files" not in shown and "deleted by this command and by the server" in shown
+    assert "; 0 files" not in shown and "deleted by this command and by the member" in shown
     assert tier.shutdown(60.0)
     assert done["within"] and done["servers"] == 2
     assert done["evicted_files"] == done["before"]["files"] - done["after"]["files"] > 0
