@@ -38,8 +38,8 @@ from kvstrata.offload.primary.slots import Entry
 from kvstrata.offload.secondary.guard import GuardedTier
 from kvstrata.offload.secondary.opening import TierOpener, usable_entries
 from kvstrata.offload.secondary.tier import TierLink
+from kvstrata.offload.vllm_plugin.config_info import Labels, config_info
 from kvstrata.offload.vllm_plugin.engine.offload_cap import below_cap, has_partial_tails, take_cap
-from kvstrata.offload.vllm_plugin.info import Labels, config_info
 from kvstrata.offload.vllm_plugin.metrics import StatsReader
 from kvstrata.offload.vllm_plugin.transfer import PageSlots
 from kvstrata.offload.vllm_plugin.weights.watch import WeightWatch
