@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -88,7 +88,7 @@ def work_of(
     return work
 
 
-def incomplete(work: GroupWork) -> Mapping[int, bool]:
-    """For each slot whether its page misses a block."""
-    missing = (work.block_ids == MISSING).any(axis=1)
-    return dict(zip(work.slots.tolist(), missing.tolist(), strict=True))
+def incomplete(work: GroupWork) -> list[int]:
+    """The slots whose pages miss a block."""
+    slots: list[int] = work.slots[(work.block_ids == MISSING).any(axis=1)].tolist()
+    return slots

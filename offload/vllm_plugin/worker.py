@@ -55,7 +55,7 @@ class KVStrataWorker(OffloadingWorker):
         assert isinstance(dst_spec, PageSlots)
         work = self._work(dst_spec, src_spec, store=True)
         for part in work:
-            self._set_incomplete(slot for slot, missing in incomplete(part).items() if missing)
+            self._set_incomplete(incomplete(part))
         self._tickets[job_id] = dst_spec.ticket
         self._storing[job_id] = dst_spec.slots.tolist()
         self._pipeline.submit_store(job_id, work)

@@ -24,13 +24,11 @@ class Fields:
     """The fields of one class.
 
     deciding: names whose values are in the namespace.
-    sometimes: names whose values are in it on a condition, and which.
     inner: names of configurations of their own, and their class.
     left_out: the other names, and the reason of each.
     """
 
     deciding: frozenset[str]
-    sometimes: Mapping[str, str]
     inner: Mapping[str, str]
     left_out: Mapping[str, str]
 
@@ -39,13 +37,11 @@ def fields(
     deciding: str = "",
     left_out: Mapping[str, str] | None = None,
     inner: Mapping[str, str] | None = None,
-    sometimes: Mapping[str, str] | None = None,
 ) -> Fields:
     """Names are written as text with spaces; `left_out` gives them by reason."""
     reasons = (left_out or {}).items()
     return Fields(
         deciding=frozenset(deciding.split()),
-        sometimes=sometimes or {},
         inner=inner or {},
         left_out={name: reason for reason, names in reasons for name in names.split()},
     )

@@ -154,29 +154,30 @@ def _source_of(module: str) -> str:
 
 # -- conditions ------------------------------------------------------------------
 
-
-def _is_quantised(config: Any, walk: _Walk) -> bool:
-    return walk.quantised
-
-
-def _is_cache_quantised(config: Any, walk: _Walk) -> bool:
-    return walk.cache_quantised
-
-
-def _reads_generation(model: Any, walk: _Walk) -> bool:
-    return family_of(module_of(model)) in _GENERATION_READERS
-
-
 _CONDITIONS: Mapping[str, Callable[[Any, _Walk], bool]] = {
     "ModelConfig.max_model_len": lambda model, walk: depends_on_length(model),
-    "ModelConfig.override_generation_config": _reads_generation,
-    "AttentionConfig.backend": _is_cache_quantised,
-    "AttentionConfig.backend_per_kind": _is_cache_quantised,
-    "AttentionConfig.mla_prefill_backend": _is_cache_quantised,
-    "AttentionConfig.use_trtllm_attention": _is_cache_quantised,
-    "KernelConfig.linear_backend": _is_quantised,
-    "KernelConfig.linear_backend_per_quant": _is_quantised,
-    "KernelConfig.moe_backend": _is_quantised,
+    "ModelConfig.override_generation_config": lambda model, walk: (
+        family_of(module_of(model)) in _GENERATION_READERS
+    ),
+    # It decides whether queries are quantised, too.
+    **dict.fromkeys(
+        (
+            "AttentionConfig.backend",
+            "AttentionConfig.backend_per_kind",
+            "AttentionConfig.mla_prefill_backend",
+            "AttentionConfig.use_trtllm_attention",
+        ),
+        lambda config, walk: walk.cache_quantised,
+    ),
+    # It decides whether activations are quantised, too.
+    **dict.fromkeys(
+        (
+            "KernelConfig.linear_backend",
+            "KernelConfig.linear_backend_per_quant",
+            "KernelConfig.moe_backend",
+        ),
+        lambda config, walk: walk.quantised,
+    ),
 }
 
 
@@ -185,15 +186,6 @@ _CONDITIONS: Mapping[str, Callable[[Any, _Walk], bool]] = {
 
 def _as_it_is(config: Any, value: Any, name: str) -> Any:
     return plain(value, name)
-
-
-def _runner(model: Any, value: Any, name: str) -> Any:
-    """What vLLM made of "auto"."""
-    return plain(getattr(model, "runner_type", value), name)
-
-
-def _convert(model: Any, value: Any, name: str) -> Any:
-    return plain(getattr(model, "convert_type", value), name)
 
 
 def _max_model_len(model: Any, value: Any, name: str) -> Any:
@@ -244,8 +236,13 @@ def _without_secrets(config: Any, value: Any, name: str) -> Any:
 
 
 _VALUES: Mapping[str, Callable[[Any, Any, str], Any]] = {
-    "ModelConfig.convert": _convert,
-    "ModelConfig.runner": _runner,
+    # what vLLM made of "auto"
+    "ModelConfig.convert": lambda model, value, name: plain(
+        getattr(model, "convert_type", value), name
+    ),
+    "ModelConfig.runner": lambda model, value, name: plain(
+        getattr(model, "runner_type", value), name
+    ),
     "ModelConfig.hf_config": _hf_config,
     "ModelConfig.hf_text_config": _hf_text_config,
     "ModelConfig.max_model_len": _max_model_len,

@@ -3,7 +3,7 @@
 Every field of every class that VllmConfig leads to is here, for vLLM 0.31 to 0.33; a test holds
 the table against each. A field *decides* if it reaches the computation of K and V beyond rounding,
 or gives tokens, images or other inputs their identity. What is left out has its reason. A field
-that is not here counts as deciding (`rule.py`).
+that is not here counts as deciding; a few do on a condition (`rule.py`).
 """
 
 from __future__ import annotations
@@ -73,10 +73,6 @@ TABLE: Mapping[str, Fields] = {
             code_revision convert disable_sliding_window dtype hf_config hf_text_config
             model_class_overrides model_impl quantization quantization_config runner
         """,
-        sometimes={
-            "max_model_len": "where the model may depend on it: see length.py",
-            "override_generation_config": "where the model reads it: Llama 4",
-        },
         inner={"multimodal_config": "MultiModalConfig", "pooler_config": "PoolerConfig"},
         left_out={
             "the weights' fingerprint is of their content": "model model_weights revision",
@@ -175,10 +171,6 @@ TABLE: Mapping[str, Fields] = {
             disable_flashinfer_q_quantization indexer_kv_dtype indexer_sparse_logits
             use_non_causal use_prefill_query_quantization
         """,
-        sometimes=dict.fromkeys(
-            ("backend", "backend_per_kind", "mla_prefill_backend", "use_trtllm_attention"),
-            "where the KV cache is quantised: it decides whether queries are, too",
-        ),
         inner={"hisparse_config": "HiSparseConfig"},
         left_out={
             "rounding alone; where it changes the form of content, the content order says so": """
@@ -196,10 +188,6 @@ TABLE: Mapping[str, Fields] = {
         left_out={ROUNDING: "backend ssu_algorithm"},
     ),
     "KernelConfig": fields(
-        sometimes=dict.fromkeys(
-            ("linear_backend", "linear_backend_per_quant", "moe_backend"),
-            "where weights are quantised: it decides whether activations are, too",
-        ),
         inner={"ir_op_priority": "IrOpPriorityConfig"},
         left_out={
             ROUNDING: """

@@ -14,7 +14,6 @@ import vllm  # noqa: E402
 from vllm.config import CacheConfig  # noqa: E402
 
 from kvstrata.offload.vllm_plugin.namespace import environment, length, rule  # noqa: E402
-from kvstrata.offload.vllm_plugin.namespace.fields import Fields  # noqa: E402
 from kvstrata.offload.vllm_plugin.namespace.table import TABLE  # noqa: E402
 from kvstrata.offload.vllm_plugin.version import SUPPORTED  # noqa: E402
 from tests.offload.vllm_plugin.namespace.length_readers import HARMLESS, LAYERS  # noqa: E402
@@ -28,8 +27,14 @@ def names_of(version: str) -> dict[str, Any]:
     return names() if version == "installed" else RECORDS[version]
 
 
-def known(table: Fields) -> set[str]:
-    return {*table.deciding, *table.sometimes, *table.inner, *table.left_out}
+def known(name: str) -> set[str]:
+    """The fields of a class that the tables know."""
+    table = TABLE[name]
+    return {*table.deciding, *table.inner, *table.left_out, *on_condition(name)}
+
+
+def on_condition(name: str) -> list[str]:
+    return [field for each, field in (n.split(".") for n in rule._CONDITIONS) if each == name]
 
 
 def unknown_fields(classes: Mapping[str, Iterable[str]]) -> set[str]:
@@ -38,7 +43,7 @@ def unknown_fields(classes: Mapping[str, Iterable[str]]) -> set[str]:
         f"{name}.{field}"
         for name, each in classes.items()
         for field in each
-        if name not in TABLE or field not in known(TABLE[name])
+        if name not in TABLE or field not in known(name)
     }
 
 
@@ -72,23 +77,20 @@ def test_no_name_is_made_up() -> None:
     for record in RECORDS.values():
         for name, each in record["fields"].items():
             classes.setdefault(name, set()).update(each)
-    assert {name: known(table) for name, table in TABLE.items()} == classes
+    assert {name: known(name) for name in TABLE} == classes
 
 
 @pytest.mark.parametrize("name", TABLE)
 def test_each_field_is_in_one_place_and_each_reason_says_something(name: str) -> None:
     table = TABLE[name]
-    places = (table.deciding, table.sometimes, table.inner, table.left_out)
-    assert sum(len(place) for place in places) == len(known(table))
-    assert all(len(reason) > 10 for reason in (*table.left_out.values(), *table.sometimes.values()))
+    places = (table.deciding, on_condition(name), table.inner, table.left_out)
+    assert sum(len(place) for place in places) == len(known(name))
+    assert all(len(reason) > 10 for reason in table.left_out.values())
     assert set(table.inner.values()) <= TABLE.keys()
 
 
-def test_conditions_are_those_of_the_table() -> None:
-    said = {f"{name}.{field}" for name, table in TABLE.items() for field in table.sometimes}
-    assert rule._CONDITIONS.keys() == said
-    values = {field.rsplit(".", 1)[0] for field in rule._VALUES}
-    assert values <= TABLE.keys()
+def test_conditions_and_values_are_of_classes_in_the_table() -> None:
+    assert {field.rsplit(".", 1)[0] for field in (*rule._CONDITIONS, *rule._VALUES)} <= TABLE.keys()
 
 
 @pytest.mark.parametrize("version", VERSIONS)
