@@ -17,10 +17,10 @@ from kvstrata.tiers.fs.files import nofollow
 from kvstrata.tiers.fs.files.direct_io import FileIO
 from kvstrata.tiers.fs.files.failures import error_cause
 from kvstrata.tiers.fs.files.layout import NamespacePaths
+from kvstrata.tiers.fs.files.namespace import make_namespace
 from kvstrata.tiers.fs.files.quarantine import Identity, Quarantine, identity
 from kvstrata.tiers.fs.files.temporary import temporary_name
 from kvstrata.tiers.fs.ground import Ground
-from kvstrata.tiers.fs.startup import make_namespace
 from kvstrata.tiers.page.form import MAX_HEADER_BYTES, BadPage
 from kvstrata.tiers.page.page import PageForm
 from kvstrata.tiers.process.medium import Medium, Outcome, PageRef
@@ -297,7 +297,7 @@ class PageFiles(Medium):
         except FileNotFoundError:  # the namespace is gone, or eviction took the parent again
             if self._ground is not None:
                 self._ground.restore()
-            make_namespace(self._config, self.paths, self._fields)
+            make_namespace(self.paths, self._fields, self._config.file_mode, mode)
             with suppress(FileNotFoundError):
                 nofollow.make_directories(directory, self.paths.pages, mode)
         if self._config.durability == "fsync":

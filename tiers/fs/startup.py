@@ -19,7 +19,7 @@ from kvstrata.tiers.fs.config import FsConfig
 from kvstrata.tiers.fs.files import nofollow
 from kvstrata.tiers.fs.files.direct_io import probe_direct
 from kvstrata.tiers.fs.files.layout import NamespacePaths
-from kvstrata.tiers.fs.files.namespace import namespace_paths, validate_config, write_config
+from kvstrata.tiers.fs.files.namespace import make_namespace, namespace_paths, validate_config
 from kvstrata.tiers.fs.files.trust import is_trusted
 from kvstrata.tiers.fs.ground import Ground
 from kvstrata.tiers.fs.refusals import is_whole_system, refusal
@@ -107,7 +107,7 @@ def open_namespace(config: FsConfig, paths: NamespacePaths, fields: Mapping[str,
             differs, or that `io` cannot be had.
     """
     try:
-        make_namespace(config, paths, fields)
+        make_namespace(paths, fields, config.file_mode, config.dir_mode)
         direct = probe_direct(paths.home)
     except OSError as error:
         if error.errno not in NOT_NOW:
@@ -275,14 +275,3 @@ def say_limits(config: FsConfig, limits: Limits) -> None:
 
 def _start_error(root: str, error: OSError) -> TierConfigError:
     return TierConfigError(f"root_dir: {root!r} {refusal(root, error)}")
-
-
-def make_namespace(config: FsConfig, paths: NamespacePaths, fields: Mapping[str, Any]) -> None:
-    """Create the namespace's directories and config.json below a root that exists.
-
-    Raises:
-        OSError: one cannot be created.
-    """
-    for directory in (paths.home, paths.pages):
-        nofollow.make_directories(directory, config.root_dir, config.dir_mode)
-    write_config(paths, fields, config.file_mode)

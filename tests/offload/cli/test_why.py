@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvstrata.tiers.fs.files.layout import NamespacePaths
-from kvstrata.tiers.fs.files.namespace import namespace_paths, write_config
+from kvstrata.tiers.fs.files.namespace import make_namespace, namespace_paths
 from tests.offload.cli.cli_world import run, run_json
 
 LAYERS = [f"model.layers.{n}.attn" for n in range(40)]
@@ -29,7 +29,7 @@ def make(root: Path, model: str, fields: dict[str, object]) -> NamespacePaths:
     """A namespace without pages."""
     paths = namespace_paths(str(root), model, fields)
     os.makedirs(paths.home)
-    write_config(paths, fields, 0o600)
+    make_namespace(paths, fields, 0o600, 0o700)
     return paths
 
 

@@ -12,7 +12,7 @@ import pytest
 from kvstrata.tiers.base import TierContext
 from kvstrata.tiers.fs.cold_start import explain_cold_start
 from kvstrata.tiers.fs.files.layout import NamespacePaths
-from kvstrata.tiers.fs.files.namespace import namespace_paths, write_config
+from kvstrata.tiers.fs.files.namespace import make_namespace, namespace_paths
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.testing import CONTEXT, make_data, make_key, store
 
@@ -31,7 +31,7 @@ def make(
     paths = namespace_paths(str(root), model, fields)
     os.makedirs(paths.home)
     os.makedirs(f"{paths.pages}/quarantine")
-    write_config(paths, fields, 0o600)
+    make_namespace(paths, fields, 0o600, 0o700)
     if pages:
         os.mkdir(f"{paths.pages}/0ab")
     os.utime(paths.home, (opened, opened))

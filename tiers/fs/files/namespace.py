@@ -43,15 +43,18 @@ def namespace_paths(root: str, model: str, fields: Mapping[str, Any]) -> Namespa
     return next((paths for paths in (ours, *others) if nofollow.lexists(paths.config)), ours)
 
 
-def write_config(paths: NamespacePaths, fields: Mapping[str, Any], mode: int) -> None:
-    """Write config.json unless it is there; its directory must exist.
+def make_namespace(
+    paths: NamespacePaths, fields: Mapping[str, Any], file_mode: int, dir_mode: int
+) -> None:
+    """Create the directories and config.json below a root that exists, unless they are there.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: one cannot be created.
     """
-    if nofollow.lexists(paths.config):
-        return
-    publish(paths.config, config_text(fields), mode)
+    for directory in (paths.home, paths.pages):
+        nofollow.make_directories(directory, paths.root, dir_mode)
+    if not nofollow.lexists(paths.config):
+        publish(paths.config, config_text(fields), file_mode)
 
 
 def publish(path: str, text: str, mode: int) -> None:
