@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -39,17 +40,23 @@ FORBIDDEN: Mapping[str, str] = {
         f"vllm kernels offload.vllm_plugin {_DECISIONS} offload.audit offload.request "
         "offload.secondary tiers.process tiers.fs.tier tiers.fs.medium"
     ),
-    "offload/vllm_plugin/**/*.py": "offload.cli tiers.process tiers.fs.tools tiers.fs.budget",
+    "offload/vllm_plugin/**/*.py": "offload.cli tiers.process tiers.fs",
     "tiers/**/*.py": "torch triton vllm kernels offload",
     # the contract and what goes with it know no medium
     "tiers/*.py": _MEDIA,
     "tiers/page/*.py": "tiers.process tiers.fs",
     # what runs any medium knows none
     "tiers/process/*.py": "tiers.fs",
-    "tiers/fs/files/*.py": "tiers.process tiers.fs.budget tiers.fs.tools tiers.fs.tier",
-    "tiers/fs/budget/**/*.py": "tiers.process tiers.fs.tools tiers.fs.tier tiers.fs.medium",
+    "tiers/fs/files/*.py": (
+        "tiers.process tiers.fs.budget tiers.fs.tools tiers.fs.tier tiers.fs.medium "
+        "tiers.fs.page_files tiers.fs.startup"
+    ),
+    "tiers/fs/budget/**/*.py": (
+        "tiers.process tiers.fs.tools tiers.fs.tier tiers.fs.medium tiers.fs.page_files "
+        "tiers.fs.startup"
+    ),
     # what the command line does to a root needs no engine and no I/O process
-    "tiers/fs/tools/*.py": "tiers.process tiers.fs.tier tiers.fs.medium",
+    "tiers/fs/tools/*.py": "tiers.process tiers.fs.tier tiers.fs.medium tiers.fs.page_files",
 }
 # (file, what it imports all the same) -> why
 ALLOWED: Mapping[tuple[str, str], str] = {
@@ -115,6 +122,7 @@ def imports(source: str, module: str, lazy: bool = True) -> set[str]:
     return found
 
 
+@cache
 def imports_of(path: Path, lazy: bool = True) -> set[str]:
     return imports(path.read_text(), module_name(path), lazy)
 

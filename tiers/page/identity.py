@@ -10,6 +10,7 @@ from typing import Any
 # A shorter hash could not fill the <hhh>/<hh> of a path; a longer one is no hash that vLLM makes,
 # and a file's name must stay under the 255 bytes that file systems allow.
 MIN_HASH_BYTES, MAX_HASH_BYTES = 3, 64
+MAX_CONFIG_BYTES = 2**20  # of config.json
 
 
 def is_key(key: bytes) -> bool:
@@ -25,3 +26,8 @@ def canonical_json(value: object) -> str:
 def namespace_digest(fields: Mapping[str, Any]) -> str:
     """The first 12 hex digits of SHA-256 over the fields as canonical JSON."""
     return hashlib.sha256(canonical_json(dict(fields)).encode()).hexdigest()[:12]
+
+
+def config_text(fields: Mapping[str, Any]) -> str:
+    """What config.json says, for people: ASCII, indented, in the order of names."""
+    return json.dumps(dict(fields), indent=2, sort_keys=True, allow_nan=False) + "\n"

@@ -23,7 +23,7 @@ from kvstrata.offload.vllm_plugin.namespace.rule import (
 )
 from kvstrata.offload.vllm_plugin.weights.fingerprint import name_weights
 from kvstrata.tiers.base import PageLayout, layouts_to_json
-from kvstrata.tiers.fs.files.namespace import MAX_CONFIG_BYTES, config_text
+from kvstrata.tiers.page.identity import MAX_CONFIG_BYTES, config_text
 
 FORMAT_VERSION = 2
 

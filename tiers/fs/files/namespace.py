@@ -14,16 +14,10 @@ from kvstrata.tiers.fs.files import nofollow
 from kvstrata.tiers.fs.files.differences import differences
 from kvstrata.tiers.fs.files.layout import NAMESPACE_DIR, NamespacePaths, directory_name
 from kvstrata.tiers.fs.files.temporary import temporary_name
-from kvstrata.tiers.page.identity import namespace_digest
+from kvstrata.tiers.page.identity import MAX_CONFIG_BYTES, config_text, namespace_digest
 
-MAX_CONFIG_BYTES = 2**20  # of config.json
 _MAX_CONFIG_DEPTH = 32  # of nested values; far above any namespace, below Python's recursion limit
 _MAX_SHOWN = 200  # characters of a name or value in an error
-
-
-def config_text(fields: Mapping[str, Any]) -> str:
-    """What config.json says, for people: ASCII, indented, in the order of names."""
-    return json.dumps(dict(fields), indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
 def namespace_paths(root: str, model: str, fields: Mapping[str, Any]) -> NamespacePaths:

@@ -13,7 +13,8 @@ from typing import Any
 
 from kvstrata.tiers.fs.files import nofollow
 from kvstrata.tiers.fs.files.layout import NamespacePaths
-from kvstrata.tiers.fs.files.namespace import config_text, publish, read_config
+from kvstrata.tiers.fs.files.namespace import publish, read_config
+from kvstrata.tiers.page.identity import config_text
 
 
 def is_trusted(paths: NamespacePaths) -> bool:
