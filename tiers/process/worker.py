@@ -73,7 +73,7 @@ _BEHIND_BYTES = 2**20  # queued for the engine: it was idle for long
 
 
 class Outbox:
-    """Sends records to the engine from a thread of its own, so that no I/O thread waits.
+    """Sends records to the engine at once, or where that would wait from a thread of its own.
 
     What a medium knows as its `Host`; see there.
     """
@@ -91,8 +91,18 @@ class Outbox:
         """Send a record some time soon, after those put before."""
         packed = pack(record)
         with self._count_lock:
+            if not self._queued and self._send_at_once(packed):
+                return
             self._queued += len(packed)
-        self._records.put(packed)
+            self._records.put(packed)
+
+    def _send_at_once(self, packed: bytes) -> bool:
+        """Another thread for it would cost as much as a third of a page's other work."""
+        try:
+            self._control.send(packet([packed]), socket.MSG_DONTWAIT)
+        except OSError:  # it would wait, or the engine is gone: that is for the other thread to see
+            return False
+        return True
 
     @property
     def is_behind(self) -> bool:
@@ -130,6 +140,8 @@ class Outbox:
         with suppress(ConnectionError):  # the engine is gone
             while records := self._take():
                 self._control.send(packet(records))
+                with self._count_lock:
+                    self._queued -= sum(map(len, records))
 
     def _take(self) -> list[bytes]:
         """Wait for records; what there is, up to about a packet. None after `close`."""
@@ -142,8 +154,6 @@ class Outbox:
                 break
             records.append(record)
             size += len(record)
-        with self._count_lock:
-            self._queued -= size
         return records
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvstrata.tiers.process.messages import MAX_PACKET, Ready, Told, unpack_records
+from kvstrata.tiers.process.messages import MAX_PACKET, Notice, Ready, Told, unpack_records
 from kvstrata.tiers.process.worker import Outbox
 from kvstrata.tiers.testing import make_key
 
@@ -40,3 +40,23 @@ def test_an_engine_that_does_not_listen(ends: tuple[socket.socket, socket.socket
     assert heard == told
     outbox.close()
     assert not outbox.is_behind and outbox._queued == 0
+
+
+def test_records_keep_their_order(ends: tuple[socket.socket, socket.socket]) -> None:
+    engine, control = ends
+    outbox = Outbox(control)
+    heard: list[str] = []
+
+    def listen() -> None:
+        records = unpack_records(engine.recv(MAX_PACKET))
+        heard.extend(record.text for record in records if isinstance(record, Notice))
+
+    said = [str(number) for number in range(5000)]
+    for number, text in enumerate(said):  # some at once, and where the socket is full, later
+        outbox.say(text)
+        if number % 50 == 0:
+            listen()
+    while len(heard) < len(said):
+        listen()
+    assert heard == said
+    outbox.close()
