@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import pickle
 import signal
@@ -22,6 +24,11 @@ from kvstrata.tiers.process.messages import (
 
 # -P: a file of the working directory must not pass for a library
 COMMAND = (sys.executable, "-P", "-m", "kvstrata.tiers.process.worker")
+
+# recv(2), of sockets that do not block. It keeps the GIL: a busy thread that gets it from
+# `socket.recv` has it for 5 ms, for each packet.
+_recv = ctypes.PyDLL(None, use_errno=True).recv
+_NOTHING_YET = (errno.EAGAIN, errno.EINTR)
 
 
 class IoProcess:
@@ -64,6 +71,7 @@ class IoProcess:
             raise
         self.pid = self._child.pid  # until it says that it is another
         self._told = self._killed = False
+        self._packet = ctypes.create_string_buffer(MAX_PACKET)
         # It takes no packets any more, or sends what is none; `receive` has its last ones.
         self.broken = False
 
@@ -71,6 +79,12 @@ class IoProcess:
     def fd(self) -> int:
         """Readable when `receive` has something to say; -1 when it never will again."""
         return self._socket.fileno()
+
+    @property
+    def has_word(self) -> bool:
+        """Whether `receive` has something to say, or the process is gone."""
+        size = _recv(self.fd, self._packet, 1, socket.MSG_PEEK)
+        return size >= 0 or ctypes.get_errno() not in _NOTHING_YET
 
     def send(self, raw: bytes) -> bool:
         """Send a packet; False if it does not take one now."""
@@ -89,12 +103,10 @@ class IoProcess:
             return None
         if self._told and self.pid != self._child.pid:
             self._child.poll()  # it has done its part
-        try:
-            raw = self._socket.recv(MAX_PACKET)
-        except BlockingIOError:
+        size = _recv(self.fd, self._packet, MAX_PACKET, 0)
+        if size < 0 and ctypes.get_errno() in _NOTHING_YET:
             return None
-        except ConnectionError:
-            raw = b""
+        raw = ctypes.string_at(self._packet, max(size, 0))
         if not raw:
             self._close()
             return None

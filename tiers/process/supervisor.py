@@ -158,8 +158,7 @@ class IoProcesses:
         self._looked = time.monotonic()
         self._check_at = 0.0
         self._closed = False
-        self._settled = self._awaited = False  # see `_settle`
-        self._ears = select.poll()
+        self._settled, self._awaited = False, list[IoProcess]()  # see `_settle`
         self._news: list[News] = []
         self.trusted = setup.medium.trusted
         self.restarts = 0
@@ -275,7 +274,7 @@ class IoProcesses:
         self._looked = now
         due = self._clock >= self._check_at
         # who has nothing to do has nothing to say; a look costs a system call
-        if self._settled and not due and not (self._awaited and self._ears.poll(0)):
+        if self._settled and not due and not any(each.has_word for each in self._awaited):
             return
         for group in self._groups:
             for running in group.running():
@@ -302,12 +301,8 @@ class IoProcesses:
     def _settle(self) -> None:
         """Most steps find nothing new: see what makes the next ones short."""
         self._settled = not self._closed and all(group.settled for group in self._groups)
-        running = [each for group in self._groups for each in group.running()]
-        self._awaited = any(each.sent or each.telling for each in running)
-        self._ears = select.poll()
-        for each in running:
-            if each.process.fd >= 0:
-                self._ears.register(each.process.fd, select.POLLIN)
+        currents = [group.current for group in self._groups if group.current]
+        self._awaited = [each.process for each in currents if each.sent or each.telling]
 
     def _receive(self, running: _Running) -> None:
         running.telling, left = False, _IDLE_PACKETS
@@ -458,6 +453,11 @@ class IoProcesses:
 
     def _wait(self, timeout_s: float) -> None:
         """Wait until a process says something, or for a short time where none will."""
+        poll = select.poll()
+        for group in self._groups:
+            for running in group.running():
+                if running.process.fd >= 0:
+                    poll.register(running.process.fd, select.POLLIN)
         undead = any(group.given_up for group in self._groups)
-        self._ears.poll(1000 * min(timeout_s, 0.002 if undead else 0.05))
+        poll.poll(1000 * min(timeout_s, 0.002 if undead else 0.05))
         self._check_at = 0.0
