@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
-from kvstrata.tiers.base import PageKey, TierContext
+from kvstrata.tiers.base import PageKey
 from kvstrata.tiers.page.form import BadPage
 
 News = tuple[PageKey, bool]  # a key, and whether its page is there now
@@ -136,18 +136,14 @@ class Medium(Protocol):
         """No further call follows; what must not be lost is made safe."""
 
 
-# Makes a medium in its process from `MediumSpec.options`, the engine's context without a region,
-# whom it may tell what, and whether this is the process that prefers reads.
-MediumFactory = Callable[[Any, TierContext, Host, bool], Medium]
-
-
 @dataclass(frozen=True, slots=True)
 class MediumSpec:
     """How an I/O process makes its medium.
 
     Attributes:
-        factory: `module:name` of a `MediumFactory`, which the process imports.
-        options: what the factory is given; pickled.
+        factory: `module:name` of what the process imports, and calls with the options, the engine's
+            context without a region, a `Host`, and whether it is the process that prefers reads.
+        options: the factory's; pickled.
         name: of a tier with several media: what tells it from the others, for ever.
         trusted: whether its pages are to be believed, until the medium says otherwise.
     """

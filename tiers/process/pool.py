@@ -54,10 +54,6 @@ class Pool:
         else:
             self._put_tokens(len(works))
 
-    def queued(self) -> tuple[int, int]:
-        """Lengths of the read queue and of the write queue."""
-        return len(self._reads), len(self._writes)
-
     def wait_idle(self, timeout_s: float) -> bool:
         """Wait at most `timeout_s` seconds until nothing is queued or running."""
         deadline = time.monotonic() + timeout_s

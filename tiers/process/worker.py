@@ -29,7 +29,6 @@ from kvstrata.tiers.page.identity import is_key
 from kvstrata.tiers.process.medium import (
     Counts,
     Medium,
-    MediumFactory,
     News,
     Outcome,
     PageRef,
@@ -230,8 +229,9 @@ class _Work:
 def open_medium(setup: Setup, outbox: Outbox) -> Medium:
     """The medium that the tier asks for."""
     module, _, name = setup.medium.factory.partition(":")
-    factory: MediumFactory = getattr(importlib.import_module(module), name)
-    return factory(setup.medium.options, setup.context, outbox, setup.readers)
+    factory = getattr(importlib.import_module(module), name)
+    medium: Medium = factory(setup.medium.options, setup.context, outbox, setup.readers)
+    return medium
 
 
 def serve(setup: Setup, control: socket.socket, region_fd: int) -> None:
