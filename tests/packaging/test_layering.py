@@ -27,7 +27,11 @@ FORBIDDEN: Mapping[str, str] = {
     "offload/*.py": _NOT_OF_OFFLOAD,
     "offload/audit/*.py": f"{_NOT_OF_OFFLOAD} offload.manager offload.promotion offload.cascade",
     "offload/secondary/*.py": f"{_NOT_OF_OFFLOAD} {_DECISIONS} offload.load_or_recompute",
-    "offload/request/*.py": f"{_NOT_OF_OFFLOAD} {_DECISIONS} offload.audit offload.config",
+    "offload/request/*.py": (
+        f"{_NOT_OF_OFFLOAD} offload.manager offload.lookup offload.promotion offload.config"
+    ),
+    # parameters, request, waits: what is remembered of a request knows none who decides on it
+    "offload/request/[prw]*.py": f"{_DECISIONS} offload.audit",
     "offload/primary/**/*.py": (
         f"{_NOT_OF_OFFLOAD} {_DECISIONS} {_MEDIA} offload.audit offload.config offload.events "
         "offload.request offload.secondary"
