@@ -31,7 +31,7 @@ class ARC(Ordered):
             if key in self._pages:
                 if self._windows:
                     use.reused.add(key)
-                self._pages.move(key, self._t2, use)
+                self._pages.move((key,), self._t2, use)
             elif key in self._b1:
                 step = max(1.0, len(self._b2) / len(self._b1))
                 self._target = min(self._target + step, float(self._capacity))

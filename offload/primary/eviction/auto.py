@@ -84,11 +84,11 @@ def play(
     """Let a request use pages, in prefix order; how many of `whole` it found before one missed."""
     use = Use()
     use.counts, use.reach = counts, max(pages.values())
-    held = shadow.part
-    new = [page for page in pages.items() if held(page[0]) is None]
+    held = shadow.resident
+    new = [page for page in pages.items() if page[0] not in held]
     hits = len(whole)
     if new:
-        hits = next((at for at, key in enumerate(whole) if held(key) is None), hits)
+        hits = next((at for at, key in enumerate(whole) if key not in held), hits)
     shadow.ask(pages, use)
     for key, end_token in new:
         if len(shadow) >= shadow.capacity and shadow.evict(key, end_token, use, must=False) is None:

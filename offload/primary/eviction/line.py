@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from kvstrata.tiers.base import key_group
 
@@ -21,6 +21,7 @@ _LEAST_PARTS = 64
 # prompt that waits for its load.
 _MOST_ONE_BY_ONE = 16
 _stamps = itertools.count(1)
+_numbers = itertools.count()
 
 
 class Use:
@@ -72,11 +73,12 @@ class _Part:
     and are so still. `heap` has the others, once it is needed, and some that were among them, in
     their places when the use reached `reach`; `queued`: the line's queue has this part."""
 
-    __slots__ = ("heap", "line", "passed", "queued", "reach", "use", "waiting")
+    __slots__ = ("heap", "line", "number", "passed", "queued", "reach", "use", "waiting")
 
-    def __init__(self, line: Line, use: Use) -> None:
+    def __init__(self, line: Line, use: Use, number: int) -> None:
         self.line = line
         self.use = use
+        self.number = number
         self.waiting: dict[bytes, int] = {}
         self.passed: dict[bytes, int] = {}
         self.heap: list[tuple[int, bytes]] | None = None
@@ -94,7 +96,8 @@ class Pages:
     Attributes:
         pinned: pages that must not leave. They keep their places, and are looked for only when they
             would be the next: most are not pinned for so long.
-        part: key -> the pages that it is one of; None: it is not resident.
+        parts: by number, the pages of one use in a line.
+        home: by resident key, the number of its part.
     """
 
     def __init__(self, windows: Mapping[int, int]) -> None:
@@ -102,27 +105,31 @@ class Pages:
         # How far a use goes on until pages have to be looked for that its windows have left behind
         self.stride = min(windows.values(), default=_BEYOND)
         self.pinned: set[bytes] = set()
-        self._home: dict[bytes, _Part] = {}
-        # Called for every key, so not a method
-        self.part: Callable[[bytes], _Part | None] = self._home.get
+        self.parts: dict[int, _Part] = {}
+        # Dicts of keys and numbers, here of millions, are nothing to the garbage collector.
+        self.home: dict[bytes, int] = {}
         self._passed = 0
 
     def __len__(self) -> int:
-        return len(self._home)
+        return len(self.home)
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self._home
+        return key in self.home
+
+    def part(self, key: bytes) -> _Part:
+        """The pages that a resident one is one of."""
+        return self.parts[self.home[key]]
 
     @property
     def idle(self) -> int:
         """How many are not pinned."""
-        return len(self._home) - len(self.pinned)
+        return len(self.home) - len(self.pinned)
 
     def unpin(self, key: bytes) -> None:
         """A pinned page may leave again."""
         self.pinned.remove(key)
         if self._passed:
-            part = self._home[key]
+            part = self.part(key)
             end_token = part.passed.pop(key, None)
             if end_token is not None:
                 self._passed -= 1
@@ -130,24 +137,31 @@ class Pages:
 
     def add(self, key: bytes, end_token: int, line: Line, use: Use) -> None:
         """A page comes in."""
-        part = self._home[key] = line.part(use)
+        part = line.part(use)
+        self.home[key] = part.number
         line.size += 1
         self._wait(part, key, end_token)
 
-    def move(self, key: bytes, line: Line, use: Use) -> None:
-        """A page becomes part of another use, perhaps in another line."""
-        old = self._home[key]
-        if old.use is not use:
-            old.use.reused.discard(key)
-        part = self._home[key] = line.part(use)
-        old.line.size -= 1
-        line.size += 1
-        end_token = self._out_of(old, key)
-        part.waiting[key] = end_token
-        if part.heap is not None or not part.queued:
-            self._wait(part, key, end_token)
-        if not old.waiting:
-            old.line.clean(old)
+    def move(self, keys: Iterable[bytes], line: Line, use: Use) -> None:
+        """Pages become part of another use, perhaps in another line."""
+        home, parts, part = self.home, self.parts, None
+        for key in keys:
+            old = parts[home[key]]
+            if old.use is not use:
+                old.use.reused.discard(key)
+            if part is None:
+                part = line.part(use)
+            home[key] = part.number
+            old.line.size -= 1
+            line.size += 1
+            end_token = old.waiting.pop(key, None)
+            if end_token is None:
+                end_token = self._out_of(old, key)
+            part.waiting[key] = end_token
+            if part.heap is not None or not part.queued:
+                self._wait(part, key, end_token)
+            if not old.waiting:
+                old.line.clean(old)
 
     def pass_over(self, part: _Part, keys: Collection[bytes]) -> None:
         """Waiting pages are pinned, and one of them would be the next to leave."""
@@ -157,20 +171,19 @@ class Pages:
     def gather(self, use: Use) -> None:
         """A request ended: its pages that others asked for since are its own again. Of those that
         are not here its counts are of no more use."""
+        home = self.home
         for key in use.seen:
-            part = self.part(key)
-            if part is not None and part.use is not use:
+            if key in home and (part := self.part(key)).use is not use:
                 use.reused.add(key)
                 if self._windows:  # it may still be in the heap, in another place
                     part.line.part(use).heap = None
-                self.move(key, part.line, use)
-        home = self._home
+                self.move((key,), part.line, use)
         for key in [key for key in use.counts if key not in home]:
             del use.counts[key]
 
     def remove(self, key: bytes) -> int:
         """A page goes out; its end token."""
-        part = self._home.pop(key)
+        part = self.parts[self.home.pop(key)]
         part.use.reused.discard(key)
         part.line.size -= 1
         self.pinned.discard(key)
@@ -263,7 +276,8 @@ class Line:
         if part is None:
             if len(self._parts) >= self._sweep_at:
                 self._sweep()
-            part = self._parts[use] = _Part(self, use)
+            part = self._parts[use] = _Part(self, use, next(_numbers))
+            self._pages.parts[part.number] = part
         return part
 
     def queue(self, part: _Part) -> None:
@@ -274,6 +288,7 @@ class Line:
         """A page left the part: forget it if that was its last."""
         if not (part.queued or part.waiting or part.passed):
             del self._parts[part.use]
+            del self._pages.parts[part.number]
 
     def _sweep(self) -> None:
         """Forget queued parts that have lost their pages: while there is room, nobody asks for the

@@ -100,11 +100,10 @@ class LRU(Ordered):
         self.clear()
 
     def ask(self, pages: Mapping[PageKey, int], use: Use) -> None:
-        for key in pages:
-            if key in self._pages:
-                if self._windows:
-                    use.reused.add(key)
-                self._pages.move(key, self._line, use)
+        here = [key for key in pages if key in self._pages.home]
+        if self._windows:
+            use.reused.update(here)
+        self._pages.move(here, self._line, use)
 
     def evict(self, key: PageKey, end_token: int, use: Use, *, must: bool) -> PageKey | None:
         oldest = self._line.oldest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 
 from kvstrata.offload.primary.eviction.frequency import ONE, Frequency
 from kvstrata.offload.primary.eviction.line import Line, Oldest, Pages, Use
@@ -59,26 +59,27 @@ class Windowed(Ordered):
         return len(self._pages)
 
     @property
-    def part(self) -> Callable[[bytes], object]:
-        """See `Pages.part`."""
-        return self._pages.part
+    def resident(self) -> Collection[bytes]:
+        """The keys that are here."""
+        return self._pages.home
 
     def ask(self, pages: Mapping[bytes, int], use: Use) -> None:
-        part_of = self._pages.part
-        for key in pages:
-            part = part_of(key)
-            if part is None:
-                continue
-            if self._windows:
-                use.reused.add(key)
-            line = part.line
-            if line is self._passing or self._share >= 1.0:
+        home = self._pages.home
+        here = [key for key in pages if key in home]
+        if self._windows:
+            use.reused.update(here)
+        if self._share >= 1.0:
+            self._pages.move(here, self._window, use)
+            return
+        for key in here:
+            line = self._pages.part(key).line
+            if line is self._passing:
                 line = self._window
             elif line is self._window:
                 line = self._main
                 if self._main.size >= self._most_in_main:
                     self._demote()
-            self._pages.move(key, line, use)
+            self._pages.move((key,), line, use)
 
     def evict(self, key: bytes, end_token: int, use: Use, *, must: bool) -> bytes | None:
         main = self._others(self._main, end_token, use) if self._main.size else None
@@ -88,7 +89,7 @@ class Windowed(Ordered):
             return self._take(key, main, self._window)
         window = self._others(self._window, end_token, use)
         while window is not None and main is not None and self._beats(window[0], window[2], main):
-            self._pages.move(window[0], self._main, window[2])
+            self._pages.move(window[:1], self._main, window[2])
             if self._main.size > self._most_in_main:
                 return self._take(key, main, self._window)
             window = self._others(self._window, end_token, use)
@@ -130,7 +131,7 @@ class Windowed(Ordered):
         """The main part's oldest page goes back to the window, where it is old."""
         oldest = self._main.oldest()
         if oldest is not None:
-            self._pages.move(oldest[0], self._window, oldest[2])
+            self._pages.move(oldest[:1], self._window, oldest[2])
 
     def _take(self, key: bytes, victim: Oldest, into: Line) -> bytes:
         self._pages.remove(victim[0])

@@ -3,6 +3,7 @@
 import gc
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import cast
 
 import pytest
 from hypothesis import settings
@@ -121,6 +122,7 @@ def test_pages_are_nothing_to_the_garbage_collector() -> None:
     (entry,) = fill(primary, b"a")
     primary.hold((entry,), Hold.LOAD)
     assert not gc.is_tracked(entry) and not gc.is_tracked(primary._entries)
+    assert not gc.is_tracked(cast(LRU, primary._policy)._pages.home)
 
 
 KEYS = [bytes([n]) for n in range(8)]

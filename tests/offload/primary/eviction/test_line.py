@@ -115,7 +115,7 @@ def test_any_history_against_a_sorted_list(steps: list[tuple]) -> None:
         match step:
             case ("move", one, number):
                 if one in home:
-                    line.move(one, line.only, uses[number])
+                    line.move((one,), line.only, uses[number])
                 else:
                     line.add(one, 32 * (one[1] + 1), line.only, uses[number])
                     line.pinned.add(one)
@@ -164,7 +164,7 @@ def test_requests_that_lost_their_pages_are_forgotten_though_nothing_ever_leaves
         use = Use()
         for one in pages:
             use.reused.add(one)
-            line.move(one, line.only, use)
+            line.move((one,), line.only, use)
     assert uses() < before + 200
     assert line.drain() == pages[::-1]
 
@@ -173,7 +173,7 @@ def test_what_was_reused_is_known_only_of_a_requests_own_pages() -> None:
     line, first, second = Queue({}), Use(), Use()
     fill(line, first, key(1, 0), key(1, 1), key(1, 2))
     first.reused.update({key(1, 0), key(1, 1), key(1, 2)})
-    line.move(key(1, 0), line.only, second)
+    line.move((key(1, 0),), line.only, second)
     line.remove(key(1, 1))
     assert first.reused == {key(1, 2)}
 
@@ -182,7 +182,7 @@ def test_the_pages_of_a_request_that_ends_are_its_own_again() -> None:
     line, first, second = Queue({}), Use(), Use()
     first.see({key(1, chunk): 32 * (chunk + 1) for chunk in range(3)})
     fill(line, first, *first.seen)
-    line.move(key(1, 0), line.only, second)
+    line.move((key(1, 0),), line.only, second)
     first.renew()
     line.gather(first)
     assert line.drain() == [key(1, 2), key(1, 1), key(1, 0)]
@@ -198,7 +198,7 @@ def test_what_another_request_reused_of_a_window_stays_with_its_prefix() -> None
     shared = [key(1, 2, 1), key(1, 3, 1)]
     for one in shared:
         second.reused.add(one)
-        line.move(one, line.only, second)
+        line.move((one,), line.only, second)
     assert line.only.oldest() is not None
     first.renew()
     line.gather(first)
