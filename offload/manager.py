@@ -18,20 +18,20 @@ from kvstrata.offload.audit.comparer import Comparer
 from kvstrata.offload.audit.schedule import Schedule
 from kvstrata.offload.cascade import Cascades
 from kvstrata.offload.config.offload_config import OffloadConfig
+from kvstrata.offload.demand.demand import Demand
+from kvstrata.offload.demand.loads import Loads
+from kvstrata.offload.demand.stores import StorePlan, Stores
 from kvstrata.offload.events import Event, Report
-from kvstrata.offload.load_or_recompute import LoadOrRecompute
 from kvstrata.offload.lookup import Answer, TierLookup
 from kvstrata.offload.primary.eviction.policies import policy_class
 from kvstrata.offload.primary.holds import Holds
 from kvstrata.offload.primary.slots import Entry, Hold, PrimaryTier, Writer
 from kvstrata.offload.promotion import Promotions
-from kvstrata.offload.request.demand import Demand
-from kvstrata.offload.request.loads import Loads
 from kvstrata.offload.request.parameters import ParameterReader
 from kvstrata.offload.request.request import RequestState
-from kvstrata.offload.request.stores import StorePlan, Stores
 from kvstrata.offload.request.waits import Waits
 from kvstrata.offload.secondary.costs import PrefillSpeed
+from kvstrata.offload.secondary.load_or_recompute import LoadOrRecompute
 from kvstrata.offload.secondary.reuse import ReuseCounter
 from kvstrata.offload.secondary.tier import TierLink
 from kvstrata.offload.secondary.tiers import STOP_TIMEOUT_S, OpenTiers, TierJobs

@@ -10,12 +10,12 @@ from itertools import pairwise, repeat
 
 from kvstrata.offload.config.offload_config import OffloadConfig
 from kvstrata.offload.events import Report
-from kvstrata.offload.load_or_recompute import Candidate, LoadOrRecompute
 from kvstrata.offload.primary.holds import Holds
 from kvstrata.offload.primary.slots import Entry, PrimaryTier, Writer
 from kvstrata.offload.request.request import RequestState
 from kvstrata.offload.request.waits import Waits
 from kvstrata.offload.secondary.costs import Timing
+from kvstrata.offload.secondary.load_or_recompute import Candidate, LoadOrRecompute
 from kvstrata.offload.secondary.tier import TierLink
 from kvstrata.offload.secondary.tiers import Running, TierJobs
 from kvstrata.tiers.base import JobResult, PageLayout, key_group

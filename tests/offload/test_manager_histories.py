@@ -17,9 +17,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kvstrata.offload import promotion
 from kvstrata.offload.audit import audits
 from kvstrata.offload.config.offload_config import OffloadConfig
+from kvstrata.offload.demand.stores import StorePlan
 from kvstrata.offload.lookup import Answer
 from kvstrata.offload.primary.slots import Entry
-from kvstrata.offload.request.stores import StorePlan
 from kvstrata.offload.secondary import pace
 from kvstrata.offload.secondary.guard import GuardedTier
 from kvstrata.offload.secondary.tier import TierLink

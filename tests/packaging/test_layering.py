@@ -26,12 +26,9 @@ FORBIDDEN: Mapping[str, str] = {
     # a room of offload/ knows those below it
     "offload/*.py": _NOT_OF_OFFLOAD,
     "offload/audit/*.py": f"{_NOT_OF_OFFLOAD} offload.manager offload.promotion offload.cascade",
-    "offload/secondary/*.py": f"{_NOT_OF_OFFLOAD} {_DECISIONS} offload.load_or_recompute",
-    "offload/request/*.py": (
-        f"{_NOT_OF_OFFLOAD} offload.manager offload.lookup offload.promotion offload.config"
-    ),
-    # parameters, request, waits: what is remembered of a request knows none who decides on it
-    "offload/request/[prw]*.py": f"{_DECISIONS} offload.audit",
+    "offload/secondary/*.py": f"{_NOT_OF_OFFLOAD} {_DECISIONS} offload.demand",
+    "offload/demand/*.py": f"{_NOT_OF_OFFLOAD} offload.manager offload.lookup offload.promotion",
+    "offload/request/*.py": f"{_NOT_OF_OFFLOAD} {_DECISIONS} offload.audit offload.config",
     "offload/primary/**/*.py": (
         f"{_NOT_OF_OFFLOAD} {_DECISIONS} {_MEDIA} offload.audit offload.config offload.events "
         "offload.request offload.secondary"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
+from kvstrata.offload.demand.demand import Demand
 from kvstrata.offload.events import Report
 from kvstrata.offload.primary.holds import Holds
 from kvstrata.offload.primary.slots import Entry, Hold, PrimaryTier
-from kvstrata.offload.request.demand import Demand
 from kvstrata.offload.request.request import RequestState
 from kvstrata.tiers.base import PageLayout, key_group
 

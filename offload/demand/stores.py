@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from kvstrata.offload.audit.audits import Audits
 from kvstrata.offload.cascade import Cascades
+from kvstrata.offload.demand.demand import Demand
 from kvstrata.offload.events import Report
 from kvstrata.offload.primary.slots import Entry, Hold, PrimaryTier, Writer
-from kvstrata.offload.request.demand import Demand
 from kvstrata.offload.request.request import RequestState
 from kvstrata.offload.secondary.reuse import ReuseCounter
 

@@ -3,16 +3,16 @@
 import pytest
 
 from kvstrata.offload.config.offload_config import OffloadConfig
-from kvstrata.offload.load_or_recompute import (
+from kvstrata.offload.lookup import Answer
+from kvstrata.offload.request.request import RequestState
+from kvstrata.offload.secondary.costs import PrefillSpeed
+from kvstrata.offload.secondary.load_or_recompute import (
     TRY_EVERY,
     TRY_PAGES,
     WORTH_IT,
     Candidate,
     LoadOrRecompute,
 )
-from kvstrata.offload.lookup import Answer
-from kvstrata.offload.request.request import RequestState
-from kvstrata.offload.secondary.costs import PrefillSpeed
 from kvstrata.offload.secondary.tier import TierLink
 from kvstrata.tiers.base import RequestView, SecondaryTier
 from kvstrata.tiers.memory import MemoryTier
