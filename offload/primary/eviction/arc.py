@@ -30,7 +30,7 @@ class ARC(Ordered):
         for key in reversed(list(pages)):
             if key in self._pages:
                 if self._windows:
-                    use.reused.add(key)
+                    use.reused[key] = None
                 self._pages.move((key,), self._t2, use)
             elif key in self._b1:
                 step = max(1.0, len(self._b2) / len(self._b1))

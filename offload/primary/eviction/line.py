@@ -10,6 +10,9 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Collection, Iterable, Mapping
+from functools import partial
+
+import msgspec
 
 from kvstrata.tiers.base import key_group
 
@@ -24,8 +27,8 @@ _stamps = itertools.count(1)
 _numbers = itertools.count()
 
 
-class Use:
-    """What one request uses.
+class Use(msgspec.Struct, gc=False, eq=False):
+    """What one request uses. As long as its pages stay, and nothing to the garbage collector.
 
     Attributes:
         stamp: when it went on last; later uses have larger stamps.
@@ -36,15 +39,13 @@ class Use:
             to the end token `counted`.
     """
 
-    __slots__ = ("counted", "counts", "least", "reach", "reused", "seen", "stamp")
-
-    def __init__(self) -> None:
-        self.renew()
-        self.seen: dict[bytes, int] = {}
-        self.reused: set[bytes] = set()
-        self.reach = self.counted = 0
-        self.least = 255
-        self.counts: dict[bytes, int] = {}
+    stamp: int = msgspec.field(default_factory=partial(next, _stamps))
+    seen: dict[bytes, int] = {}
+    reused: dict[bytes, None] = {}  # a set would be visited
+    reach: int = 0
+    counted: int = 0
+    least: int = 255
+    counts: dict[bytes, int] = {}
 
     def see(self, pages: Mapping[bytes, int]) -> None:
         """The request asks for pages; their end tokens."""
@@ -148,7 +149,7 @@ class Pages:
         for key in keys:
             old = parts[home[key]]
             if old.use is not use:
-                old.use.reused.discard(key)
+                old.use.reused.pop(key, None)
             if part is None:
                 part = line.part(use)
             home[key] = part.number
@@ -174,7 +175,7 @@ class Pages:
         home = self.home
         for key in use.seen:
             if key in home and (part := self.part(key)).use is not use:
-                use.reused.add(key)
+                use.reused[key] = None
                 if self._windows:  # it may still be in the heap, in another place
                     part.line.part(use).heap = None
                 self.move((key,), part.line, use)
@@ -184,7 +185,7 @@ class Pages:
     def remove(self, key: bytes) -> int:
         """A page goes out; its end token."""
         part = self.parts[self.home.pop(key)]
-        part.use.reused.discard(key)
+        part.use.reused.pop(key, None)
         part.line.size -= 1
         self.pinned.discard(key)
         end_token = self._out_of(part, key)

@@ -102,7 +102,7 @@ class LRU(Ordered):
     def ask(self, pages: Mapping[PageKey, int], use: Use) -> None:
         here = [key for key in pages if key in self._pages.home]
         if self._windows:
-            use.reused.update(here)
+            use.reused.update(dict.fromkeys(here))
         self._pages.move(here, self._line, use)
 
     def evict(self, key: PageKey, end_token: int, use: Use, *, must: bool) -> PageKey | None:

@@ -67,7 +67,7 @@ class Windowed(Ordered):
         home = self._pages.home
         here = [key for key in pages if key in home]
         if self._windows:
-            use.reused.update(here)
+            use.reused.update(dict.fromkeys(here))
         if self._share >= 1.0:
             self._pages.move(here, self._window, use)
             return

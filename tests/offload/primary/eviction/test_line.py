@@ -81,7 +81,7 @@ def test_pages_before_a_window_leave_first_unless_they_were_reused() -> None:
     """A sliding window of two chunks in group 1: a hit at the end needs chunks 2 and 3 of it."""
     line, use = Queue({1: 64}), Use()
     use.see({key(1, chunk, group): 32 * (chunk + 1) for group in (0, 1) for chunk in range(4)})
-    use.reused.add(key(1, 0, 1))
+    use.reused[key(1, 0, 1)] = None
     fill(line, use, *use.seen)
     gone = line.drain()
     assert gone[0] == key(1, 1, 1)
@@ -163,7 +163,7 @@ def test_requests_that_lost_their_pages_are_forgotten_though_nothing_ever_leaves
     for _ in range(1000):
         use = Use()
         for one in pages:
-            use.reused.add(one)
+            use.reused[one] = None
             line.move((one,), line.only, use)
     assert uses() < before + 200
     assert line.drain() == pages[::-1]
@@ -172,10 +172,10 @@ def test_requests_that_lost_their_pages_are_forgotten_though_nothing_ever_leaves
 def test_what_was_reused_is_known_only_of_a_requests_own_pages() -> None:
     line, first, second = Queue({}), Use(), Use()
     fill(line, first, key(1, 0), key(1, 1), key(1, 2))
-    first.reused.update({key(1, 0), key(1, 1), key(1, 2)})
+    first.reused.update(dict.fromkeys([key(1, 0), key(1, 1), key(1, 2)]))
     line.move((key(1, 0),), line.only, second)
     line.remove(key(1, 1))
-    assert first.reused == {key(1, 2)}
+    assert list(first.reused) == [key(1, 2)]
 
 
 def test_the_pages_of_a_request_that_ends_are_its_own_again() -> None:
@@ -197,7 +197,7 @@ def test_what_another_request_reused_of_a_window_stays_with_its_prefix() -> None
     assert line.only.oldest() is not None  # its order is known from now on
     shared = [key(1, 2, 1), key(1, 3, 1)]
     for one in shared:
-        second.reused.add(one)
+        second.reused[one] = None
         line.move((one,), line.only, second)
     assert line.only.oldest() is not None
     first.renew()
