@@ -25,7 +25,7 @@ from kvstrata.tiers.process.messages import (
 # -P: a file of the working directory must not pass for a library
 COMMAND = (sys.executable, "-P", "-m", "kvstrata.tiers.process.worker")
 
-# recv(2), of sockets that do not block. It keeps the GIL: a busy thread that gets it from
+# recv(2), only ever told not to wait. It keeps the GIL: a busy thread that gets it from
 # `socket.recv` has it for 5 ms, for each packet.
 _recv = ctypes.PyDLL(None, use_errno=True).recv
 _NOTHING_YET = (errno.EAGAIN, errno.EINTR)
@@ -83,7 +83,7 @@ class IoProcess:
     @property
     def has_word(self) -> bool:
         """Whether `receive` has something to say, or the process is gone."""
-        size = _recv(self.fd, self._packet, 1, socket.MSG_PEEK)
+        size = _recv(self.fd, self._packet, 1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         return size >= 0 or ctypes.get_errno() not in _NOTHING_YET
 
     def send(self, raw: bytes) -> bool:
@@ -103,7 +103,7 @@ class IoProcess:
             return None
         if self._told and self.pid != self._child.pid:
             self._child.poll()  # it has done its part
-        size = _recv(self.fd, self._packet, MAX_PACKET, 0)
+        size = _recv(self.fd, self._packet, MAX_PACKET, socket.MSG_DONTWAIT)
         if size < 0 and ctypes.get_errno() in _NOTHING_YET:
             return None
         raw = ctypes.string_at(self._packet, max(size, 0))
