@@ -68,7 +68,7 @@ def make(name: str, model: Model, slots: int, threshold: int) -> OffloadingManag
         ),
         lambda slot, nbytes: memoryview(bytes(nbytes)),
         lambda slot: True,
-        lambda: [],
+        lambda deadline_s, clock: [],
         weights_fixed=True,
         windows=model.windows,
     )
