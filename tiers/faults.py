@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from kvstrata.tiers.base import (
     Job,
@@ -17,65 +18,31 @@ from kvstrata.tiers.base import (
 )
 
 
+class _Inners:
+    """What `inner` has under this name, method or not."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, wrapper: TierWrapper, owner: type) -> Any:
+        return getattr(wrapper.inner, self._name)
+
+
 class TierWrapper(SecondaryTier):
     """Passes every call on to `inner`; subclasses change what they mean to.
 
     Wrappers are made in code and have no options.
     """
 
+    locality, page_causes, trusted = _Inners(), _Inners(), _Inners()
+    lookup, touch, take_removed, how_to_trust = _Inners(), _Inners(), _Inners(), _Inners()
+    submit_store, submit_load, submit_reject = _Inners(), _Inners(), _Inners()
+    get_finished, get_arrived = _Inners(), _Inners()
+    on_new_request, on_request_finished, on_step_end = _Inners(), _Inners(), _Inners()
+    drain, shutdown, stats = _Inners(), _Inners(), _Inners()
+
     def __init__(self, inner: SecondaryTier) -> None:
         self.inner = inner
-        self.locality = inner.locality
-        self.page_causes = inner.page_causes
-
-    def lookup(self, key: PageKey, request: RequestView) -> Lookup:
-        return self.inner.lookup(key, request)
-
-    def submit_store(self, job: Job) -> None:
-        self.inner.submit_store(job)
-
-    def submit_load(self, job: Job) -> None:
-        self.inner.submit_load(job)
-
-    def get_finished(self) -> Sequence[JobResult]:
-        return self.inner.get_finished()
-
-    def get_arrived(self) -> Mapping[int, Collection[PageKey]]:
-        return self.inner.get_arrived()
-
-    def submit_reject(self, job: Job, *, distrust: bool) -> bool:
-        return self.inner.submit_reject(job, distrust=distrust)
-
-    def how_to_trust(self) -> str:
-        return self.inner.how_to_trust()
-
-    @property
-    def trusted(self) -> bool:  # type: ignore[override]
-        return self.inner.trusted
-
-    def touch(self, keys: Collection[PageKey], request: RequestView) -> None:
-        self.inner.touch(keys, request)
-
-    def on_new_request(self, request: RequestView) -> None:
-        self.inner.on_new_request(request)
-
-    def on_request_finished(self, request: RequestView) -> None:
-        self.inner.on_request_finished(request)
-
-    def on_step_end(self) -> None:
-        self.inner.on_step_end()
-
-    def take_removed(self) -> Iterable[PageKey]:
-        return self.inner.take_removed()
-
-    def drain(self, timeout_s: float) -> bool:
-        return self.inner.drain(timeout_s)
-
-    def shutdown(self, timeout_s: float) -> bool:
-        return self.inner.shutdown(timeout_s)
-
-    def stats(self) -> TierStats:
-        return self.inner.stats()
 
 
 class FaultyTier(TierWrapper):
