@@ -1,4 +1,4 @@
-"""For the tests of tiers, also those of others: one suite for all, and wrappers that misbehave.
+"""For the tests of tiers, also those of others: one suite for all.
 
 class TestMyTier(TierContract):
     @pytest.fixture
@@ -33,25 +33,6 @@ from kvstrata.tiers.base import (
     key_group,
     layouts_to_json,
 )
-from kvstrata.tiers.faults import FaultyTier, SlowTier
-
-__all__ = [
-    "CONTEXT",
-    "REQUEST",
-    "FaultyTier",
-    "MakeTier",
-    "Medium",
-    "Slots",
-    "SlowTier",
-    "TierContract",
-    "finish",
-    "load",
-    "make_data",
-    "make_job",
-    "make_key",
-    "settle",
-    "store",
-]
 
 
 class Medium(Protocol):

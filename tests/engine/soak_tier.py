@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvstrata.tiers.base import Job, JobResult, Lookup, RequestView, TierContext
-from kvstrata.tiers.faults import FaultyTier, SlowTier
 from kvstrata.tiers.fs.tier import FsTier
+from tests.tiers.faults import FaultyTier, SlowTier
 
 FAILS = {"lookup": 0.002, "store": 0.03, "load": 0.06}  # share of the pages
 SURE = 3  # which page fails in any case, so that a short run sees each failure too

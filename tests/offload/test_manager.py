@@ -12,8 +12,8 @@ from kvstrata.offload.secondary import tiers as tier_jobs
 from kvstrata.offload.secondary.guard import GuardedTier
 from kvstrata.tiers.base import Job, JobResult, Lookup, RequestView, SecondaryTier
 from kvstrata.tiers.memory import MemoryTier
-from kvstrata.tiers.testing import FaultyTier, SlowTier
 from tests.offload.manager_world import CONTEXT, TOKENS, World, chunk, content
+from tests.tiers.faults import FaultyTier, SlowTier
 
 HIT, MISS, PENDING, RETRY = Answer.HIT, Answer.MISS, Answer.PENDING, Answer.RETRY
 ITEMS = [chunk(0, index) for index in range(6)]

@@ -24,10 +24,9 @@ from kvstrata.offload.secondary import pace
 from kvstrata.offload.secondary.guard import GuardedTier
 from kvstrata.offload.secondary.tier import TierLink
 from kvstrata.tiers.base import Job, JobResult, RequestView, SecondaryTier
-from kvstrata.tiers.faults import TierWrapper
 from kvstrata.tiers.memory import MemoryTier
-from kvstrata.tiers.testing import FaultyTier, SlowTier
 from tests.offload.manager_world import CONTEXT, LAYOUTS, PAGE, World, chunk, content
+from tests.tiers.faults import FaultyTier, SlowTier, TierWrapper
 
 CHUNKS = 5
 PRIVATE = 2  # the prefix of which all requests want nothing in a secondary tier

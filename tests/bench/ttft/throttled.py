@@ -12,9 +12,9 @@ from functools import partial
 from typing import Any
 
 from kvstrata.tiers.base import Job, JobResult, TierContext
-from kvstrata.tiers.faults import TierWrapper
 from kvstrata.tiers.options import WrongValue, option, parse_number, parse_options
 from kvstrata.tiers.registry import tier_class, tier_options
+from tests.tiers.faults import TierWrapper
 
 
 def _parse_tier(key: str, value: object) -> Mapping[str, Any]:

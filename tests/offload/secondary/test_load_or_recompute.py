@@ -16,8 +16,8 @@ from kvstrata.offload.secondary.load_or_recompute import (
 from kvstrata.offload.secondary.tier import TierLink
 from kvstrata.tiers.base import RequestView, SecondaryTier
 from kvstrata.tiers.memory import MemoryTier
-from kvstrata.tiers.testing import SlowTier
 from tests.offload.manager_world import CONTEXT, PAGE, TOKENS, World, chunk, content
+from tests.tiers.faults import SlowTier
 
 HIT, MISS, PENDING = Answer.HIT, Answer.MISS, Answer.PENDING
 ITEMS = [chunk(0, index) for index in range(8)]

@@ -38,12 +38,12 @@ from kvstrata.offload.secondary.guard import GuardedTier  # noqa: E402
 from kvstrata.offload.secondary.tier import TierLink  # noqa: E402
 from kvstrata.offload.vllm_plugin.scheduler import _FORGETS, KVStrataScheduler  # noqa: E402
 from kvstrata.tiers.base import PageLayout, SecondaryTier, TensorSpec  # noqa: E402
-from kvstrata.tiers.faults import FaultyTier, SlowTier  # noqa: E402
 from kvstrata.tiers.memory import MemoryTier  # noqa: E402
 from tests.offload.manager_world import CONTEXT, World  # noqa: E402
 from tests.offload.vllm_plugin.block_engine import BlockEngine, Model  # noqa: E402
 from tests.offload.vllm_plugin.test_against_stock import NoRegion  # noqa: E402
 from tests.offload.vllm_plugin.traces import trace  # noqa: E402
+from tests.tiers.faults import FaultyTier, SlowTier  # noqa: E402
 
 PER_CHUNK, BLOCK = 4, 16
 STEP = ScheduleEndContext((), ())

@@ -9,10 +9,8 @@ from kvstrata.tiers.memory import MemoryTier
 from kvstrata.tiers.testing import (
     CONTEXT,
     REQUEST,
-    FaultyTier,
     MakeTier,
     Slots,
-    SlowTier,
     TierContract,
     finish,
     load,
@@ -22,6 +20,7 @@ from kvstrata.tiers.testing import (
     settle,
     store,
 )
+from tests.tiers.faults import FaultyTier, SlowTier
 
 SIZE = CONTEXT.layouts[0].nbytes
 
