@@ -9,12 +9,14 @@ where too few come of themselves, the last page of a hit prefix is answered MISS
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
-from kvstrata.offload.audit.comparer import Comparer, PagePair
+from kvstrata.offload.audit.comparer import Compared, Comparer
 from kvstrata.offload.audit.findings import Findings
 from kvstrata.offload.audit.probe import Probe
 from kvstrata.offload.audit.schedule import MOST_AT_ONCE, Schedule
@@ -53,44 +55,28 @@ class Audit:
     dropped: bool = False
 
 
+@dataclass(slots=True, eq=False)
 class Audits:
-    """Chooses pages and has them compared; `findings` draws the consequences.
+    """Chooses pages and has them compared; `findings` draws the consequences."""
 
-    Args:
-        schedule: says when.
-        primary: where the pages are.
-        jobs: the tiers' jobs.
-        comparer: compares.
-        layouts: page layout by group.
-        view: (slot, bytes) -> the beginning of the slot.
-        report: the manager's.
-    """
+    _schedule: Schedule  # says when
+    _primary: PrimaryTier
+    _jobs: TierJobs
+    _comparer: Comparer
+    _layouts: Mapping[int, PageLayout]  # by group
+    _view: Callable[[int, int], memoryview]  # (slot, bytes) -> the beginning of the slot
+    _report: Report
+    findings: Findings = field(init=False)
+    intervenes: bool = False  # some look-ups are not answered as usual
+    _probing: RequestState | None = None
+    _probe: Probe = field(default_factory=Probe)
+    # By request and key, until it is stored
+    _open: dict[tuple[str, PageKey], Audit] = field(default_factory=dict)
+    _under_way: set[Audit] = field(default_factory=set)
+    _comparing: deque[tuple[Audit, Future[Compared]]] = field(default_factory=deque)  # in order
 
-    def __init__(
-        self,
-        schedule: Schedule,
-        primary: PrimaryTier,
-        jobs: TierJobs,
-        comparer: Comparer,
-        layouts: Mapping[int, PageLayout],
-        view: Callable[[int, int], memoryview],
-        report: Report,
-    ) -> None:
-        self._schedule = schedule
-        self._primary = primary
-        self._jobs = jobs
-        self._comparer = comparer
-        self._layouts = layouts
-        self._view = view
-        self._report = report
-        self._probing: RequestState | None = None
-        self._probe = Probe()
-        self._open: dict[tuple[str, PageKey], Audit] = {}  # by request and key, until it is stored
-        self._under_way: set[Audit] = set()
-        self._comparing: dict[int, Audit] = {}
-        self._next = 0
-        self.findings = Findings(primary, jobs, report)
-        self.intervenes = False  # some look-ups are not answered as usual
+    def __post_init__(self) -> None:
+        self.findings = Findings(self._primary, self._jobs, self._report)
 
     @property
     def comparing(self) -> bool:
@@ -222,8 +208,9 @@ class Audits:
         """Take what the comparisons found."""
         if not self._comparing:
             return
-        for number, comparison, seconds in self._comparer.take():
-            audit = self._comparing.pop(number)
+        while self._comparing and self._comparing[0][1].done():
+            audit, future = self._comparing.popleft()
+            comparison, seconds = future.result()
             self._schedule.ended(seconds, forced=audit.forced)
             if comparison is not None and not audit.dropped:
                 self.findings.judge(audit.key, audit.computed, audit.link, comparison)
@@ -257,7 +244,7 @@ class Audits:
 
     def stop(self, timeout_s: float) -> None:
         """Wait so long for the comparisons under way."""
-        self._comparer.stop(timeout_s)
+        wait([future for _, future in self._comparing], timeout_s)
 
     # -- inside -------------------------------------------------------------------
 
@@ -318,13 +305,10 @@ class Audits:
             self._compare(audit, served)
 
     def _compare(self, audit: Audit, served: Entry) -> None:
-        self._next += 1
-        self._comparing[self._next] = audit
         group = key_group(audit.key)
         nbytes = self._layouts[group].nbytes
-        computed = self._view(audit.computed.slot, nbytes)
-        pair = PagePair(self._next, group, computed, self._view(served.slot, nbytes))
-        self._comparer.submit(pair)
+        views = [self._view(entry.slot, nbytes) for entry in (audit.computed, served)]
+        self._comparing.append((audit, self._comparer.submit(group, *views)))
 
     def _end(self, audit: Audit) -> None:
         """Give both slots back."""

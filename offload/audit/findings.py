@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from functools import partial
 
 from kvstrata.offload.audit.comparison import Comparison, Verdict
@@ -20,25 +21,21 @@ _MOST_REFUSED = 65_536  # keys; the oldest are forgotten
 CPU_TIER = "CPU"
 
 
+@dataclass(slots=True, eq=False)
 class Findings:
-    """Counts verdicts and draws the consequences.
+    """Counts verdicts and draws the consequences."""
 
-    Args:
-        primary: where the pages are.
-        jobs: the tiers' jobs.
-        report: the manager's.
-    """
-
-    def __init__(self, primary: PrimaryTier, jobs: TierJobs, report: Report) -> None:
-        self._primary = primary
-        self._jobs = jobs
-        self._report = report
-        self._cpu = Trust()
-        self._blamed: set[str] = set()  # tiers of which a different page was logged
-        self._leaving: dict[PageKey, Entry] = {}  # to be dropped once the GPU has read them
-        # Keys that are neither loaded nor stored any more -> whether a tier still has such a page
-        self.refused: dict[PageKey, bool] = {}
-        self.largest_error = 0.0
+    _primary: PrimaryTier
+    _jobs: TierJobs
+    _report: Report
+    _cpu: Trust = field(default_factory=Trust)
+    # Tiers of which a different page was logged
+    _blamed: set[str] = field(default_factory=set)
+    # To be dropped once the GPU has read them
+    _leaving: dict[PageKey, Entry] = field(default_factory=dict)
+    # Keys that are neither loaded nor stored any more -> whether a tier still has such a page
+    refused: dict[PageKey, bool] = field(default_factory=dict)
+    largest_error: float = 0.0
 
     @property
     def distrusted(self) -> list[str]:

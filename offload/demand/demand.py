@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 from kvstrata.offload.cascade import Cascades
 from kvstrata.offload.events import Report
@@ -14,33 +15,16 @@ from kvstrata.offload.secondary.tiers import TierJobs
 from kvstrata.tiers.base import RequestView
 
 
+@dataclass(slots=True, eq=False)
 class Demand:
-    """Tells the primary tier and the secondary ones who asks for which pages.
+    """Tells the primary tier and the secondary ones who asks for which pages."""
 
-    Args:
-        primary: where the pages are.
-        holds: pins them.
-        reuse: counts for the engine's `store_threshold`.
-        cascades: give pages to tiers.
-        jobs: the tiers.
-        report: the manager's.
-    """
-
-    def __init__(
-        self,
-        primary: PrimaryTier,
-        holds: Holds,
-        reuse: ReuseCounter,
-        cascades: Cascades,
-        jobs: TierJobs,
-        report: Report,
-    ) -> None:
-        self._primary = primary
-        self._holds = holds
-        self._reuse = reuse
-        self._cascades = cascades
-        self._jobs = jobs
-        self._report = report
+    _primary: PrimaryTier
+    _holds: Holds  # pins pages
+    _reuse: ReuseCounter  # counts for the engine's `store_threshold`
+    _cascades: Cascades
+    _jobs: TierJobs
+    _report: Report
 
     def ask(self, ends: Mapping[bytes, int], state: RequestState) -> None:
         """A request asks for pages, perhaps once more; their end tokens by key."""

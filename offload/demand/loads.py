@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from kvstrata.offload.demand.demand import Demand
 from kvstrata.offload.events import Report
@@ -13,35 +14,18 @@ from kvstrata.offload.request.request import RequestState
 from kvstrata.tiers.base import PageLayout, key_group
 
 
+@dataclass(slots=True, eq=False)
 class Loads:
-    """The loads under way, and what was hit.
+    """The loads under way, and what was hit."""
 
-    Args:
-        primary: where the pages are.
-        holds: has what requests were answered.
-        demand: is told of what is loaded.
-        layouts: page layout by group.
-        windows: groups of which the end is looked for only.
-        report: the manager's.
-    """
-
-    def __init__(
-        self,
-        primary: PrimaryTier,
-        holds: Holds,
-        demand: Demand,
-        layouts: Mapping[int, PageLayout],
-        windows: Mapping[int, int],
-        report: Report,
-    ) -> None:
-        self._primary = primary
-        self._holds = holds
-        self._demand = demand
-        self._tokens = {group: layout.tokens for group, layout in layouts.items()}
-        self._windows = windows
-        self._report = report
-        # By request: pages of its load to which their keys led no more when it began
-        self._late: dict[str, dict[bytes, Entry]] = {}
+    _primary: PrimaryTier
+    _holds: Holds  # has what requests were answered
+    _demand: Demand  # is told of what is loaded
+    _layouts: Mapping[int, PageLayout]  # by group
+    _windows: Mapping[int, int]  # groups of which the end is looked for only
+    _report: Report
+    # By request: pages of its load to which their keys led no more when it began
+    _late: dict[str, dict[bytes, Entry]] = field(default_factory=dict)
 
     def prepare(self, keys: Sequence[bytes], state: RequestState) -> list[int]:
         """See `TieringManager.prepare_load`."""
@@ -94,7 +78,7 @@ class Loads:
         group = key_group(key)
         if group not in self._windows:  # of those it looks for the end only
             last = next(reversed(ends.values()), end_token)
-            pages = max(0, last - end_token) // self._tokens[group] + 1
+            pages = max(0, last - end_token) // self._layouts[group].tokens + 1
             state.missing = step, end_token, pages
 
     def count_misses(self, state: RequestState) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -27,41 +28,18 @@ class StorePlan(NamedTuple):
     evicted: list[bytes]
 
 
+@dataclass(slots=True, eq=False)
 class Stores:
-    """Takes slots for the GPU's pages, and what comes of them.
+    """Takes slots for the GPU's pages, and what comes of them."""
 
-    Args:
-        primary: where they go.
-        reuse: the engine's `store_threshold`.
-        demand: is told of what is stored.
-        cascades: what they go through next.
-        audits: choose some.
-        valid: slot -> whether the workers filled it completely.
-        several_groups: whether there are pages of several groups.
-        report: the manager's.
-    """
-
-    def __init__(
-        self,
-        primary: PrimaryTier,
-        reuse: ReuseCounter,
-        demand: Demand,
-        cascades: Cascades,
-        audits: Audits,
-        valid: Callable[[int], bool],
-        several_groups: bool,
-        report: Report,
-    ) -> None:
-        self._primary = primary
-        self._reuse = reuse
-        self._demand = demand
-        self._cascades = cascades
-        self._audits = audits
-        self._valid = valid
-        self._several_groups = several_groups
-        self._order = _place if several_groups else _END_TOKEN
-        self._report = report
-        self._counters = report.counters
+    _primary: PrimaryTier
+    _reuse: ReuseCounter  # for the engine's `store_threshold`
+    _demand: Demand  # is told of what is stored
+    _cascades: Cascades  # what they go through next
+    _audits: Audits  # choose some
+    _valid: Callable[[int], bool]  # slot -> whether the workers filled it completely
+    _several_groups: bool  # whether there are pages of several groups
+    _report: Report
 
     def prepare(self, ends: dict[bytes, int], state: RequestState) -> StorePlan | None:
         """See `TieringManager.prepare_store`; `ends` are the end tokens by key."""
@@ -73,13 +51,13 @@ class Stores:
         if refused:
             new = [key for key in new if key not in refused]
         wanted = self._reuse.wanted(new)
-        self._counters["stores_skipped"] += len(new) - len(wanted)
+        self._report.counters["stores_skipped"] += len(new) - len(wanted)
         here = [entry for entry in primary.find(present) if entry.ready]
         primary.hold(here, Hold.KEPT)  # they stay
         taken = self._take(wanted, ends, state, len(here))
         primary.let_go(here, Hold.KEPT)
         if taken is None:
-            self._counters["store_no_room"] += 1
+            self._report.counters["store_no_room"] += 1
             return None
         if here:  # vLLM found them in GPU memory
             self._demand.meet(here, state)
@@ -97,14 +75,16 @@ class Stores:
         """See `TieringManager.complete_store`."""
         valid = self._valid
         keys = self._audits.computed(keys, state.view.req_id, valid)
-        stored = sorted(self._primary.find(keys), key=self._order)
+        stored = sorted(
+            self._primary.find(keys), key=_place if self._several_groups else _END_TOKEN
+        )
         if bad := [entry for entry in stored if not valid(entry.slot)]:
             stored = [entry for entry in stored if entry not in bad]
             self._report.given_up([entry.key for entry in bad])
             self._primary.finish_writes(bad, good=False)
-            self._counters["incomplete_pages"] += len(bad)
+            self._report.counters["incomplete_pages"] += len(bad)
         if stored:
-            self._counters["stored_pages"] += len(stored)
+            self._report.counters["stored_pages"] += len(stored)
             self._report.came([entry.key for entry in stored])
             # Held by the tiers before they become idle, they are not pinned twice.
             self._demand.meet(stored, state)
@@ -138,7 +118,7 @@ class Stores:
             if not (entries or self._primary.idle):
                 return None
             state.stored_until = ends[wanted[len(entries)]]
-            self._counters["stores_declined"] += len(wanted) - len(entries)
+            self._report.counters["stores_declined"] += len(wanted) - len(entries)
         return entries, evicted
 
     def _is_put_off(self, pages: int, staying: int, state: RequestState) -> bool:

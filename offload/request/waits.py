@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from kvstrata.offload.primary.slots import Entry
 from kvstrata.offload.request.request import RequestState
@@ -13,19 +14,14 @@ from kvstrata.offload.request.request import RequestState
 SEVERAL_GROUPS = 0.8
 
 
+@dataclass(slots=True, eq=False)
 class Waits:
-    """The clocks of waiting requests and of pages that the GPU fills.
+    """The clocks of waiting requests and of pages that the GPU fills."""
 
-    Args:
-        deadline_s: `promotion_deadline_s`.
-        clock: seconds, monotonic.
-    """
-
-    def __init__(self, deadline_s: float, clock: Callable[[], float]) -> None:
-        self.deadline_s = deadline_s
-        self._clock = clock
-        self._step = 0
-        self.cuts: list[RequestState] = []  # waiting requests that have one
+    deadline_s: float  # `promotion_deadline_s`
+    _clock: Callable[[], float]  # seconds, monotonic
+    _step: int = 0
+    cuts: list[RequestState] = field(default_factory=list)  # waiting requests that have one
 
     def left(self, state: RequestState) -> float:
         """Seconds that a request still has, as of its last `goes_on`."""

@@ -1,9 +1,10 @@
 """A manager without an engine: pages in plain memory, a clock that stands still."""
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from kvstrata.offload.audit.comparer import Compared, Comparer, PagePair
+from kvstrata.offload.audit.comparer import Compared, Comparer
 from kvstrata.offload.audit.comparison import Elements, compare
 from kvstrata.offload.config.offload_config import OffloadConfig
 from kvstrata.offload.lookup import Answer
@@ -21,9 +22,10 @@ ELEMENTS = {group: [Elements(PAGE, "U8", PAGE, 1)] for group in LAYOUTS}
 class InlineComparer(Comparer):
     """Compares when it is told to."""
 
-    def submit(self, pair: PagePair) -> None:
-        found = compare(pair.computed, pair.served, self._elements[pair.group])
-        self._done.append(Compared(pair.number, found, 0.0))
+    def submit(self, group: int, computed: memoryview, served: memoryview) -> Future[Compared]:
+        found: Future[Compared] = Future()
+        found.set_result(Compared(compare(computed, served, self._elements[group]), 0.0))
+        return found
 
 
 def chunk(prefix: int, index: int, group: int = 0) -> tuple[bytes, int]:
