@@ -148,35 +148,16 @@ class Setup:
     outlives: bool
 
 
-_encoder = msgspec.msgpack.Encoder()
-_tasks = msgspec.msgpack.Decoder(list[Task])
-_records = msgspec.msgpack.Decoder(list[Record])
-
 # A task or a record, in bytes.
-pack = _encoder.encode
+pack = msgspec.msgpack.Encoder().encode
+# The tasks, or the records, of a packet; msgspec.MsgspecError if it is none of those.
+unpack_tasks = msgspec.msgpack.Decoder(list[Task]).decode
+unpack_records = msgspec.msgpack.Decoder(list[Record]).decode
 
 
 def packet(packed: Sequence[bytes]) -> bytes:
     """A packet of what `pack` gave: a msgpack array (array 32)."""
     return b"".join((b"\xdd", len(packed).to_bytes(4), *packed))
-
-
-def unpack_tasks(raw: bytes) -> list[Task]:
-    """The tasks of a packet.
-
-    Raises:
-        msgspec.MsgspecError: it is none of tasks.
-    """
-    return _tasks.decode(raw)
-
-
-def unpack_records(raw: bytes) -> list[Record]:
-    """The records of a packet.
-
-    Raises:
-        msgspec.MsgspecError: it is none of records.
-    """
-    return _records.decode(raw)
 
 
 def short(text: str) -> str:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import deque
-from collections.abc import Sequence
 from queue import SimpleQueue
 from typing import Protocol
 
@@ -42,46 +40,34 @@ class Pool:
             name = f"kvstrata-io-{index}"
             threading.Thread(target=self._serve, name=name, daemon=True).start()
 
-    def submit(self, works: Sequence[Work], writes: bool) -> None:
-        """Queue works, all of which write, or all of which read."""
+    def submit(self, work: Work, writes: bool) -> None:
+        """Queue work that writes, or that reads; not after `close`."""
         with self._lock:
-            closed = self._closed
-            if not closed:
-                (self._writes if writes else self._reads).extend(works)
-        if closed:
-            for work in works:
-                work.drop()
-        else:
-            self._put_tokens(len(works))
+            (self._writes if writes else self._reads).append(work)
+        self._tokens.put(None)
 
-    def wait_idle(self, timeout_s: float) -> bool:
-        """Wait at most `timeout_s` seconds until nothing is queued or running."""
-        deadline = time.monotonic() + timeout_s
-        with self._lock:
-            while self._reads or self._writes or self._running:
-                if not self._idle.wait(deadline - time.monotonic()):
-                    return False
-        return True
+    def close(self, *, end_writes: bool) -> None:
+        """Drop what is queued, or with `end_writes` the reads, and let the threads end.
 
-    def close(self, timeout_s: float, *, end_writes: bool = False) -> bool:
-        """Drop what is queued, let the threads end, and wait for what is running.
-
-        end_writes: only reads are dropped; the threads end when the writes have.
+        They do when what is running has ended, and what was not dropped.
         """
+        dropped: list[Work] = []
         with self._lock:
             self._closed = True
-            dropped = [*self._reads] if end_writes else [*self._reads, *self._writes]
-            self._reads.clear()
-            if not end_writes:
-                self._writes.clear()
-        self._put_tokens(self._threads)
+            for queue in (self._reads,) if end_writes else (self._reads, self._writes):
+                dropped += queue
+                queue.clear()
+        for _ in range(self._threads):
+            self._tokens.put(None)
         for work in dropped:
             work.drop()
-        return self.wait_idle(timeout_s)
 
-    def _put_tokens(self, count: int) -> None:
-        for _ in range(count):
-            self._tokens.put(None)
+    def wait_idle(self, timeout_s: float | None = None) -> bool:
+        """Wait, at most `timeout_s` seconds, until nothing is queued or running; True if so."""
+        with self._lock:
+            return self._idle.wait_for(
+                lambda: not (self._reads or self._writes or self._running), timeout_s
+            )
 
     def _serve(self) -> None:
         own, other = self._reads, self._writes

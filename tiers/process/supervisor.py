@@ -170,7 +170,7 @@ class IoProcesses:
         """Do these tasks, reads before writes, else in their order."""
         for task in tasks:
             if self._closed:
-                self._drop(task)
+                self._fail(task, "shutdown")
             else:
                 group = self._writers if task.kind in WRITES else self._readers
                 group.queue.append(task)
@@ -239,7 +239,7 @@ class IoProcesses:
         self._closed, self._settled = True, False
         for group in self._groups:
             while group.queue:
-                self._drop(group.queue.popleft())
+                self._fail(group.queue.popleft(), "shutdown")
         if self._readers.current:
             self._readers.current.process.finish()
 
@@ -437,9 +437,6 @@ class IoProcesses:
             if theirs < other.setup.threads // 2 and load > 2 * theirs + 1:
                 return other.current
         return own.current if load < own.most_sent else None
-
-    def _drop(self, task: Task) -> None:
-        self._fail(task, "shutdown")
 
     def _fail_queue(self, group: _Group, cause: str, detail: str) -> None:
         while group.queue:

@@ -12,6 +12,8 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, count
+from operator import itemgetter
 from typing import ClassVar, TypeVar
 
 from xxhash import xxh3_64_intdigest
@@ -113,7 +115,7 @@ class ProcessTier(SecondaryTier):
         self._doubted = False  # until the medium says so
         # An access is a job, a touch or the lookups of a step; its pages count as used
         # together.
-        self._access = first_access
+        self._access_numbers = count(first_access + 1)
         self._promised: dict[PageKey, None] = {}  # in this step
         # The loads and stores of a request are one access, in however many jobs they come: the
         # deepest pages go first. 0: none yet
@@ -285,8 +287,8 @@ class ProcessTier(SecondaryTier):
         return zip(self.processes, parts, strict=True)
 
     def _note(self, kind: Kind, keys: Iterable[PageKey]) -> None:
-        access = self._next_access()
-        for processes, ours in self._by_medium(keys, _itself):
+        access = next(self._access_numbers)
+        for processes, ours in self._by_medium(keys, lambda key: key):
             processes.note(kind, ours, access)
 
     def _nbytes(self, key: PageKey) -> int | None:
@@ -308,17 +310,13 @@ class ProcessTier(SecondaryTier):
             opened.failed[key] = cause
             opened.pending -= 1
         self._finish_if_over(job.job_id, opened)
-        access = self._next_access()
+        access = next(self._access_numbers)
         if (first := self._accesses.get(job.request.req_id)) is not None:
             access = self._accesses[job.request.req_id] = first or access
-        for processes, ours in self._by_medium(good, _key_of):
+        for processes, ours in self._by_medium(good, itemgetter(0)):
             processes.submit(
                 self._task(kind, part, job.job_id, access) for part in self._parts(ours)
             )
-
-    def _next_access(self) -> int:
-        self._access += 1
-        return self._access
 
     def _parts(self, rows: list[_Row]) -> Iterator[list[_Row]]:
         """The pages in order, cut into tasks."""
@@ -338,18 +336,14 @@ class ProcessTier(SecondaryTier):
         return Task(kind, keys, slots, depths, rewrites, access, job_id)
 
     def _send_checks(self) -> None:
-        for processes, keys in self._by_medium(self._index.take_unsent(), _itself):
+        for processes, keys in self._by_medium(self._index.take_unsent(), lambda key: key):
             batches = [keys[i : i + _KEYS_PER_CHECK] for i in range(0, len(keys), _KEYS_PER_CHECK)]
             processes.submit(Task(Kind.CHECK, batch) for batch in batches)
 
     def _collect(self) -> None:
         """Take what the I/O processes did since the last call."""
-        for each in self.processes:
-            self._collect_from(each)
-
-    def _collect_from(self, processes: IoProcesses) -> None:
         now = time.monotonic()
-        for ended in processes.collect():
+        for ended in chain.from_iterable(map(IoProcesses.collect, self.processes)):
             pairs = list(zip(ended.task.keys, ended.outcomes, strict=True))
             if ended.task.kind is Kind.CHECK:
                 for key, outcome in pairs:
@@ -365,9 +359,9 @@ class ProcessTier(SecondaryTier):
                 if good:
                     self._arrived.setdefault(job_id, []).extend(good)
             self._finish_if_over(job_id, job)
-        if not processes.trusted:
+        if not all(each.trusted for each in self.processes):
             self._doubted = False  # from now on the operator's word counts
-        for key, present in processes.take_news():
+        for key, present in chain.from_iterable(map(IoProcesses.take_news, self.processes)):
             if present:
                 if self._nbytes(key) is not None:  # may be anybody's word
                     self._index.hear(key)
@@ -405,11 +399,3 @@ class ProcessTier(SecondaryTier):
         word = "stored" if is_store else "loaded"
         self._counters[f"{word}_pages"] += pages
         self._counters[f"{word}_bytes"] += nbytes
-
-
-def _itself(key: PageKey) -> PageKey:
-    return key
-
-
-def _key_of(row: _Row) -> PageKey:
-    return row[0]

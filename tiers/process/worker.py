@@ -9,10 +9,10 @@ nobody could read the pages.
 from __future__ import annotations
 
 import ctypes
-import importlib
 import mmap
 import os
 import pickle
+import pkgutil
 import signal
 import socket
 import sys
@@ -226,19 +226,12 @@ class _Work:
         self.outbox.put(Done(self.task.task_id, outcomes, start, time.monotonic()))
 
 
-def open_medium(setup: Setup, outbox: Outbox) -> Medium:
-    """The medium that the tier asks for."""
-    module, _, name = setup.medium.factory.partition(":")
-    factory = getattr(importlib.import_module(module), name)
-    medium: Medium = factory(setup.medium.options, setup.context, outbox, setup.readers)
-    return medium
-
-
 def serve(setup: Setup, control: socket.socket, region_fd: int) -> None:
     """Do the engine's tasks until it says that it is enough, or is gone."""
     outbox = Outbox(control)
     outbox.put(Ready())
-    medium = open_medium(setup, outbox)
+    factory = pkgutil.resolve_name(setup.medium.factory)
+    medium: Medium = factory(setup.medium.options, setup.context, outbox, setup.readers)
     mover = Mover(setup, medium, outbox)
     os.close(region_fd)
     pool = Pool(setup.threads, setup.readers)
@@ -259,10 +252,11 @@ def serve(setup: Setup, control: socket.socket, region_fd: int) -> None:
             elif task.kind is Kind.PROMISE:
                 guarded(medium.promised, task.keys, task.access)
             else:
-                pool.submit([_Work(task, mover, outbox)], task.kind in WRITES)
+                pool.submit(_Work(task, mover, outbox), task.kind in WRITES)
     if not finish:
         end_in_time()
-    pool.close(threading.TIMEOUT_MAX, end_writes=not finish)
+    pool.close(end_writes=not finish)
+    pool.wait_idle()
     guarded(medium.close)
     if finish:
         outbox.close()
