@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from kvstrata.tiers.base import PageKey, TierContext
 from kvstrata.tiers.fs.budget.member import Member
-from kvstrata.tiers.fs.budget.messages import Upkeep
 from kvstrata.tiers.fs.files.layout import NamespacePaths
 from kvstrata.tiers.fs.files.temporary import sweep
 from kvstrata.tiers.fs.files.trust import distrust, is_trusted
@@ -105,7 +104,7 @@ class FsMedium(PageFiles):
     def _sweep(self) -> None:
         places = self.paths.home, self.paths.pages
         removed = sum(sweep(place, self._closing) for place in places)
-        self._host.upkeep(Upkeep(swept_temporaries=removed))
+        self._host.upkeep({"swept_temporaries": removed})
 
     def _watch_trust(self) -> None:
         while not self._closing.wait(_LOOK_FOR_TRUST_S):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from kvstrata.tiers.base import TierConfigError, TierContext
-from kvstrata.tiers.fs.budget.messages import first_access
+from kvstrata.tiers.fs.budget.stamps import first_access
 from kvstrata.tiers.fs.cold_start import explain_cold_start
 from kvstrata.tiers.fs.config import FsConfig
 from kvstrata.tiers.fs.files.layout import NamespacePaths

@@ -9,7 +9,7 @@ prefers writes, each with a medium of its own and several threads that call it.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -54,18 +54,12 @@ class Outcome(msgspec.Struct, frozen=True, array_like=True, gc=False):
     detail: str = ""
 
 
-class Counts(Protocol):
-    """Counters by name: a NamedTuple of integers."""
-
-    def _asdict(self) -> dict[str, int]: ...
-
-
 class Host(Protocol):
     """What a medium may tell the engine, on any thread and at any time."""
 
     @property
     def is_behind(self) -> bool:
-        """Whether the engine was idle for long: what can wait elsewhere should."""
+        """Whether what was told before waits to be taken: what can wait elsewhere should."""
 
     def report(self, cause: str, detail: str) -> None:
         """Something failed that is no page's `Outcome`; the detail is logged once per cause."""
@@ -73,8 +67,8 @@ class Host(Protocol):
     def tell(self, news: Sequence[News]) -> None:
         """Pages came or went without the engine, in this order."""
 
-    def upkeep(self, done: Counts) -> None:
-        """What the medium did of its own accord since the last call; summed in `TierStats`."""
+    def upkeep(self, done: Mapping[str, int]) -> None:
+        """What the medium did of its own accord since the last call, by counter of `TierStats`."""
 
     def say(self, text: str) -> None:
         """Something that the operator should know, and no failure."""

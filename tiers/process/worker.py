@@ -18,7 +18,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -27,7 +27,6 @@ from kvstrata.tiers.base import PageKey, key_group
 from kvstrata.tiers.liveness import process_state
 from kvstrata.tiers.page.identity import is_key
 from kvstrata.tiers.process.medium import (
-    Counts,
     Medium,
     News,
     Outcome,
@@ -121,8 +120,8 @@ class Outbox:
         for start in range(0, len(keys), MOST_NEWS):
             self.put(Told(keys[start : start + MOST_NEWS]))
 
-    def upkeep(self, done: Counts) -> None:
-        self.put(Upkeep(done._asdict()))
+    def upkeep(self, done: Mapping[str, int]) -> None:
+        self.put(Upkeep(dict(done)))
 
     def say(self, text: str) -> None:
         self.put(Notice(short(text)))

@@ -12,9 +12,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
 from contextlib import suppress
-from typing import Protocol
 
 from kvstrata.tiers.fs.budget.admission import Admission
 from kvstrata.tiers.fs.budget.journal import Journal, Op, Record, evicted_key
@@ -24,12 +22,12 @@ from kvstrata.tiers.fs.budget.keeper.rescan import boot_id
 from kvstrata.tiers.fs.budget.lease import Lease, Watch
 from kvstrata.tiers.fs.budget.ledger import MAX_ROWS, Books, Ledger, Row
 from kvstrata.tiers.fs.budget.limits import BLOCK, BOOKS_BYTES, Limits, Usage
-from kvstrata.tiers.fs.budget.messages import News, Upkeep
 from kvstrata.tiers.fs.budget.tail import Tail
 from kvstrata.tiers.fs.files import nofollow
 from kvstrata.tiers.fs.files.failures import error_cause
 from kvstrata.tiers.fs.files.temporary import host_name
 from kvstrata.tiers.fs.ground import Ground
+from kvstrata.tiers.process.medium import Host, News
 
 TICK_S = 0.05
 SLICE_S = 0.005  # of a scan; then the engine has the interpreter for as long, or four times so
@@ -38,26 +36,6 @@ _NEWS = 4000  # told at once; each takes the engine about 0.6 us
 _BEAT_S = 1.0
 _MAX_PENDING = 2**16  # records that could not be written yet; of others above that
 _LOSABLE = (Op.USED, Op.PROMISED, Op.EVICTED)  # those without which the budget is right are lost
-
-
-class Listener(Protocol):
-    """What a member tells, on any thread."""
-
-    @property
-    def is_behind(self) -> bool:
-        """Whether what was told before waits to be taken: then news and upkeep are held back."""
-
-    def report(self, cause: str, detail: str) -> None:
-        """Something failed."""
-
-    def tell(self, news: Sequence[News]) -> None:
-        """Pages of the namespace came or went; at first those that the books know."""
-
-    def upkeep(self, done: Upkeep) -> None:
-        """What was done as the keeper since the last call."""
-
-    def say(self, text: str) -> None:
-        """Something that the operator should know, and no failure."""
 
 
 class Member:
@@ -70,7 +48,7 @@ class Member:
         limits: Limits,
         file_mode: int,
         dir_mode: int,
-        listener: Listener,
+        host: Host,
         keeps: bool = True,
         ground: Ground | None = None,
     ) -> None:
@@ -82,7 +60,7 @@ class Member:
                 stores none.
             limits: those of this member.
             file_mode, dir_mode: permission bits of the books.
-            listener: is told what happens.
+            host: is told what happens: first the pages of the namespace that the books know.
             keeps: whether it becomes the keeper where there is none, and tells news.
             ground: where the root stands; None if it is not to be made again.
         """
@@ -90,7 +68,7 @@ class Member:
         ledger = self._ledger = Ledger(root, file_mode, dir_mode, member)
         self._namespace = namespace
         self._limits = limits
-        self._listener = listener
+        self._host = host
         self._keeps = keeps
         self._ground = ground
         self._events: deque[Record] = deque()
@@ -184,13 +162,13 @@ class Member:
                 with suppress(OSError):
                     self._make_directories()
             except Exception as error:
-                self._listener.report("internal", f"{type(error).__name__}: {error}")
+                self._host.report("internal", f"{type(error).__name__}: {error}")
                 self._keeper = None  # begin anew from what is on the disk
                 self._stop.wait(1.0)
         try:
             self._leave()
         except OSError as error:
-            self._listener.report("books", str(error))
+            self._host.report("books", str(error))
         finally:
             if self._lease is not None:
                 self._lease.close()
@@ -219,20 +197,20 @@ class Member:
     def _report(self, error: OSError) -> None:
         """The books could not be kept."""
         self._books_short = error_cause(error) == "no-space"
-        self._listener.report("books", str(error))
+        self._host.report("books", str(error))
 
     def _hear(self) -> bool:
         """Pass on what the other members say; True if there is more."""
-        if self._tail is None or self._listener.is_behind:
+        if self._tail is None or self._host.is_behind:
             return False  # the journals keep what was not read
         news = self._tail.news(_NEWS)
         if news:
-            self._listener.tell(news)
+            self._host.tell(news)
             self._stop.wait(SLICE_S)  # so that the engine is not flooded
         return len(news) >= _NEWS
 
     def _publish(self, keeper: Keeper) -> None:
-        """Tell the listener, and the other members, what the keeper here evicted."""
+        """Tell the host, and the other members, what the keeper here evicted."""
         ours: list[News] = []
         eviction, rescan = keeper.eviction, keeper.rescan
         while eviction.told:
@@ -242,18 +220,23 @@ class Member:
             self._events.append(Record(Op.EVICTED, evicted_key(namespace, key)))
         if eviction.by_others is not None and not self._said_others:
             self._said_others = True
-            self._listener.say(
+            self._host.say(
                 f"the pages below {self._ledger.root!r} are evicted by the limits of another "
                 f"server there, or of `kvstrata gc`: "
                 f"{eviction.by_others.stricter_than(self._limits)}; the strictest count for all"
             )
-        if self._listener.is_behind:
+        if self._host.is_behind:
             return  # a page that it takes for present costs it one failed load
         if ours:
-            self._listener.tell(ours)
-        done = Upkeep(eviction.files, eviction.nbytes, rescan.swept)
-        if any(done):
-            self._listener.upkeep(done)
+            self._host.tell(ours)
+        if eviction.files or eviction.nbytes or rescan.swept:
+            self._host.upkeep(
+                {
+                    "evicted_files": eviction.files,
+                    "evicted_bytes": eviction.nbytes,
+                    "swept_temporaries": rescan.swept,
+                }
+            )
             eviction.files = eviction.nbytes = rescan.swept = 0
 
     def _join(self) -> bool:
@@ -298,7 +281,7 @@ class Member:
         """
         is_full = len(books.rows) >= MAX_ROWS
         if is_full and not self._shut_out:
-            self._listener.report(
+            self._host.report(
                 "books",
                 f"{self._ledger.root} has {MAX_ROWS} members, which is the most: this one stores "
                 "nothing until another leaves",

@@ -11,7 +11,7 @@ from operator import itemgetter
 
 from kvstrata.tiers.fs.budget import snapshot
 from kvstrata.tiers.fs.budget.journal import Op, Piece, Positions, evicted_key, journals, unread
-from kvstrata.tiers.fs.budget.messages import News
+from kvstrata.tiers.process.medium import News
 
 _MOST_KNOWN = 2**19  # pages told at the start: those used last
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import stat
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -16,11 +17,11 @@ from kvstrata.tiers.fs.budget.keeper.rescan import Walk, books_size
 from kvstrata.tiers.fs.budget.ledger import BOOKS_NAME
 from kvstrata.tiers.fs.budget.limits import Limits, Usage
 from kvstrata.tiers.fs.budget.member import Member
-from kvstrata.tiers.fs.budget.messages import News, Upkeep
 from kvstrata.tiers.fs.budget.names import Names
 from kvstrata.tiers.fs.files import nofollow
 from kvstrata.tiers.fs.tools.audit import audit
 from kvstrata.tiers.process.failures import Failures
+from kvstrata.tiers.process.medium import News
 
 _POLL_S = 0.02
 _STUCK_S = 15.0  # without any progress; another member's keeper looks every 50 ms
@@ -61,7 +62,7 @@ class _Accounts:
 
     def __init__(self) -> None:
         self.failures = Failures("fs")
-        self.evicted_files = self.evicted_bytes = 0
+        self.done = Counter(evicted_files=0, evicted_bytes=0)
         self.last = ""
 
     def report(self, cause: str, detail: str) -> None:
@@ -74,9 +75,11 @@ class _Accounts:
     def tell(self, news: Sequence[News]) -> None:
         """No page is ours."""
 
-    def upkeep(self, done: Upkeep) -> None:
-        self.evicted_files += done.evicted_files
-        self.evicted_bytes += done.evicted_bytes
+    def upkeep(self, done: Mapping[str, int]) -> None:
+        self.done.update(done)
+
+    def trust(self, trusted: bool) -> None:
+        """Only a medium tells."""
 
 
 def trim(
@@ -106,8 +109,8 @@ def trim(
         while True:
             usage, within, counted = member.state()
             if progress is not None:
-                progress(usage, accounts.evicted_files)
-            state = (usage.nbytes, usage.files, accounts.evicted_files)
+                progress(usage, accounts.done["evicted_files"])
+            state = (usage.nbytes, usage.files, accounts.done["evicted_files"])
             if state != last:
                 last, since = state, time.monotonic()
             stuck = time.monotonic() - since > _STUCK_S
@@ -115,7 +118,7 @@ def trim(
             if not counted and stuck and failures:
                 raise OSError("the books cannot be kept: " + accounts.last)
             if counted and (within or stuck):
-                files, nbytes = accounts.evicted_files, accounts.evicted_bytes
+                files, nbytes = accounts.done["evicted_files"], accounts.done["evicted_bytes"]
                 if living and usage.nbytes < before.nbytes:
                     files = max(files, before.files - usage.files)
                     nbytes = max(nbytes, before.nbytes - usage.nbytes)

@@ -4,7 +4,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ from kvstrata.tiers.fs.budget import member as member_module
 from kvstrata.tiers.fs.budget.ledger import Books
 from kvstrata.tiers.fs.budget.limits import file_cost
 from kvstrata.tiers.fs.budget.member import Member
-from kvstrata.tiers.fs.budget.messages import News, Upkeep, first_access
+from kvstrata.tiers.fs.budget.stamps import first_access
 from kvstrata.tiers.fs.config import FsConfig
 from kvstrata.tiers.fs.files.namespace import namespace_paths
 from kvstrata.tiers.fs.page_files import PageFiles
 from kvstrata.tiers.fs.startup import make_root, open_books, open_namespace
-from kvstrata.tiers.process.medium import PageRef
+from kvstrata.tiers.process.medium import News, PageRef
 from kvstrata.tiers.testing import CONTEXT, make_data, make_key
 
 GROUP = 2
@@ -90,8 +90,11 @@ class Server:
     def tell(self, news: Sequence[News]) -> None:
         self.news += news
 
-    def upkeep(self, done: Upkeep) -> None:
-        self.done.update(done._asdict())
+    def upkeep(self, done: Mapping[str, int]) -> None:
+        self.done.update(done)
+
+    def trust(self, trusted: bool) -> None:
+        """Only a medium tells."""
 
     def access(self) -> int:
         self._access += 1

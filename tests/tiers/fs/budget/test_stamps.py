@@ -4,8 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstrata.tiers.fs.budget import stamps as stamps_module
-from kvstrata.tiers.fs.budget.messages import first_access
-from kvstrata.tiers.fs.budget.stamps import Stamps
+from kvstrata.tiers.fs.budget.stamps import Stamps, first_access
 
 accesses = st.builds(
     lambda engine, number: engine << 40 | number, st.integers(0, 3), st.integers(1, 500)

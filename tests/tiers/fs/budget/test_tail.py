@@ -22,10 +22,10 @@ from kvstrata.tiers.fs.budget.journal import (
     journal_name,
 )
 from kvstrata.tiers.fs.budget.limits import Limits
-from kvstrata.tiers.fs.budget.messages import News
 from kvstrata.tiers.fs.budget.names import Names
 from kvstrata.tiers.fs.budget.tail import Tail
 from kvstrata.tiers.fs.tier import FsTier
+from kvstrata.tiers.process.medium import News
 from kvstrata.tiers.testing import make_data, make_key, store
 from tests.tiers.fs.budget.conftest import OpenServer
 from tests.tiers.fs.budget.harness import BUDGET, COST, GROUP, SIZE, rest_driven
