@@ -58,22 +58,22 @@ class FsMedium(PageFiles):
     def __init__(self, opened: Opened, context: TierContext, host: Host, reader: bool) -> None:
         """Only the process of the writes keeps the books, or sweeps where there are none."""
         config, paths = opened.config, opened.paths
-        space = None
+        member = None
         if opened.limits is not None:
             modes = config.file_mode, config.dir_mode
-            space = Member(
+            member = Member(
                 *(config.root_dir, paths.name, opened.limits, *modes, host),
                 keeps=not reader,
                 ground=opened.ground,
             )
         super().__init__(
-            config, context, paths, opened.direct, host.report, space, ground=opened.ground
+            config, context, paths, opened.direct, host.report, member, ground=opened.ground
         )
         self._host = host
         self._closing = threading.Event()
         self._watch = TrustWatch(paths, config.file_mode, opened.trusted, host)
         threading.Thread(target=self._watch_trust, name="kvstrata-fs-trust", daemon=True).start()
-        if space is None and not reader:  # else the keeper does it
+        if member is None and not reader:  # else the keeper does it
             name = "kvstrata-fs-sweep"
             threading.Thread(target=self._sweep, name=name, daemon=True).start()
 
@@ -85,21 +85,21 @@ class FsMedium(PageFiles):
 
     def used(self, keys: Sequence[PageKey], access: int) -> None:
         """Write it down."""
-        if self._space is not None:
+        if self._member is not None:
             for key in keys:
-                self._space.used(key, 0, access)
+                self._member.used(key, 0, access)
 
     def promised(self, keys: Sequence[PageKey], access: int) -> None:
         """Write it down, and spare the pages for a while."""
-        if self._space is not None:
+        if self._member is not None:
             for key in keys:
-                self._space.promised(key, access)
+                self._member.promised(key, access)
 
     def close(self) -> None:
         """Write down everything, and leave the books."""
         self._closing.set()
-        if self._space is not None:
-            self._space.close(threading.TIMEOUT_MAX)
+        if self._member is not None:
+            self._member.close(threading.TIMEOUT_MAX)
 
     def _sweep(self) -> None:
         places = self.paths.home, self.paths.pages

@@ -38,7 +38,7 @@ class PageFiles(Medium):
         paths: where the namespace lies.
         direct: whether O_DIRECT is to be used, from `open_namespace`.
         report: is told cause and detail of what fails beside the outcomes, on any thread.
-        space: the books of the root; None if none are kept.
+        member: writes in the books of the root; None if none are kept.
         ground: where the root stands; None if it is not to be made again.
     """
 
@@ -49,12 +49,12 @@ class PageFiles(Medium):
         paths: NamespacePaths,
         direct: bool,
         report: Callable[[str, str], None],
-        space: Member | None = None,
+        member: Member | None = None,
         ground: Ground | None = None,
     ) -> None:
         self._ground = ground
         self._report = report
-        self._space = space
+        self._member = member
         self._config = config
         self._fields = dict(context.namespace)
         self._form = PageForm(context)
@@ -81,9 +81,7 @@ class PageFiles(Medium):
             if not page.rewrite and self._plausible(key, path):
                 self._note_use(page, access)
                 return Outcome()
-            if self._space is None:
-                self._write(path, key, view)
-            elif not self._write_within(self._space, path, page, view, access):
+            if not self._write_within(path, page, view, access):
                 full = "there is no room for a page on the disk, or within its budget"
                 return Outcome("budget", detail=full)
             if self._config.durability == "fsync":
@@ -108,8 +106,8 @@ class PageFiles(Medium):
         except OSError as error:
             cause = error_cause(error)
             if cause == "missing":
-                if self._space is not None:
-                    self._space.gone(key)
+                if self._member is not None:
+                    self._member.gone(key)
                 return Outcome(cause, gone=True, detail=str(error))
             if cause in ("symlink", "not-regular", "unreadable"):
                 return self._reject(key, cause, str(error), None)
@@ -127,56 +125,52 @@ class PageFiles(Medium):
                 self._keep_computed(key, computed)
             except OSError as error:  # what matters is that the other is out of the way
                 self._report(error_cause(error), f"{path}: no copy of the computed page")
-        if self._space is not None:
-            self._space.quarantined()
+        if self._member is not None:
+            self._member.quarantined()
             if taken != "stuck":
-                self._space.gone(key)
+                self._member.gone(key)
         return Outcome(moved=taken == "moved", gone=True, stuck=taken == "stuck")
 
     def _keep_computed(self, key: bytes, computed: memoryview) -> None:
         """Write a page into the quarantine, if the budget has room for it."""
-        grant = self._space.admission.admit(self._cost(key)) if self._space is not None else None
-        if self._space is not None and grant is None:
-            return
-        try:
-            header = self._form.header(key, computed)
-            path = self._quarantine.path(self.paths.page(key), f"{AUDIT}-computed")
-            directory, name = os.path.split(path)
-            self._in_directory(
-                directory, lambda leaf: self._write_in(leaf, name, header, computed, None)
-            )
-        finally:
-            if self._space is not None and grant is not None:
-                self._space.admission.cancel(grant, False)  # booked as part of the quarantine
+        path = self._quarantine.path(self.paths.page(key), f"{AUDIT}-computed")
+        if self._member is None:
+            self._write(path, key, computed)
+        elif (grant := self._member.admission.admit(self._cost(key))) is not None:
+            try:
+                self._write(path, key, computed)
+            finally:
+                self._member.admission.cancel(grant, False)  # booked as part of the quarantine
 
     def _note_use(self, page: PageRef, access: int) -> None:
-        if self._space is not None:
-            self._space.used(page.key, page.depth, access)
+        if self._member is not None:
+            self._member.used(page.key, page.depth, access)
 
-    def _write_within(
-        self, space: Member, path: str, page: PageRef, view: memoryview, access: int
-    ) -> bool:
-        """Write the page if the budget has room for it; whether it had."""
-        grant = space.admission.admit(self._cost(page.key))
+    def _write_within(self, path: str, page: PageRef, view: memoryview, access: int) -> bool:
+        """Write the page if the budget, where there is one, has room for it; whether it had."""
+        if self._member is None:
+            self._write(path, page.key, view)
+            return True
+        grant = self._member.admission.admit(self._cost(page.key))
         if grant is None:
             return False
         try:
             self._write(path, page.key, view, grant.spare)
         except BaseException as error:
             full = isinstance(error, OSError) and error_cause(error) == "no-space"
-            space.admission.cancel(grant, full)
+            self._member.admission.cancel(grant, full)
             raise
-        space.stored(page.key, grant.cost, page.depth, access)
+        self._member.stored(page.key, grant.cost, page.depth, access)
         return True
 
     def _reject(self, key: bytes, cause: str, detail: str, found_bad: Identity | None) -> Outcome:
         taken = self._quarantine.take(self.paths.page(key), cause, found_bad)
         if taken == "gone":  # as a rule it was evicted while it was read
             cause = "missing"
-        if taken != "stuck" and self._space is not None:
+        if taken != "stuck" and self._member is not None:
             if taken == "moved":
-                self._space.quarantined()
-            self._space.gone(key)
+                self._member.quarantined()
+            self._member.gone(key)
         return Outcome(cause, gone=True, stuck=taken == "stuck", detail=detail)
 
     def _cost(self, key: bytes) -> int:

@@ -5,28 +5,24 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
+from collections.abc import Callable
 from queue import SimpleQueue
-from typing import Protocol
+from typing import Generic, TypeVar
 
+T = TypeVar("T")
 logger = logging.getLogger("kvstrata.tiers.process")
 
 
-class Work(Protocol):
-    """A piece of work for the pool: either `run` or `drop` is called, once."""
+class Pool(Generic[T]):
+    """Some threads and two queues of work, one of which goes first."""
 
-    def run(self) -> None:
-        """Do the work, on a thread of the pool; must not raise."""
-
-    def drop(self) -> None:
-        """The pool closed before the work began; must not raise."""
-
-
-class Pool:
-    """Some threads and two queues, one of which goes first."""
-
-    def __init__(self, threads: int, reads_first: bool) -> None:
-        self._reads: deque[Work] = deque()
-        self._writes: deque[Work] = deque()
+    def __init__(
+        self, threads: int, reads_first: bool, run: Callable[[T], None], drop: Callable[[T], None]
+    ) -> None:
+        """Of each work either `run` is called, on a thread of the pool, or `drop`; once."""
+        self._run, self._drop = run, drop
+        self._reads: deque[T] = deque()
+        self._writes: deque[T] = deque()
         self._reads_first = reads_first
         self._lock = threading.Lock()
         # One for each queued work: it wakes a thread without Python code, as a Condition would run.
@@ -40,7 +36,7 @@ class Pool:
             name = f"kvstrata-io-{index}"
             threading.Thread(target=self._serve, name=name, daemon=True).start()
 
-    def submit(self, work: Work, writes: bool) -> None:
+    def submit(self, work: T, writes: bool) -> None:
         """Queue work that writes, or that reads; not after `close`."""
         with self._lock:
             (self._writes if writes else self._reads).append(work)
@@ -51,7 +47,7 @@ class Pool:
 
         They do when what is running has ended, and what was not dropped.
         """
-        dropped: list[Work] = []
+        dropped: list[T] = []
         with self._lock:
             self._closed = True
             for queue in (self._reads,) if end_writes else (self._reads, self._writes):
@@ -60,7 +56,7 @@ class Pool:
         for _ in range(self._threads):
             self._tokens.put(None)
         for work in dropped:
-            work.drop()
+            self._drop(work)
 
     def wait_idle(self, timeout_s: float | None = None) -> bool:
         """Wait, at most `timeout_s` seconds, until nothing is queued or running; True if so."""
@@ -81,7 +77,7 @@ class Pool:
                 work = own.popleft() if own else other.popleft()
                 self._running += 1
             try:
-                work.run()
+                self._run(work)
             except BaseException:
                 logger.exception("a task of an I/O process failed")
             finally:

@@ -159,11 +159,7 @@ class ProcessTier(SecondaryTier):
             return Lookup.MISS
         if self._index.is_unsent(key):
             self._send_checks()
-        found = self._index.lookup(key, request.req_id, time.monotonic())
-        if found is Lookup.HIT:
-            self._hits += 1
-            self._promised[key] = None
-        return found
+        return self._index.lookup(key, request.req_id, time.monotonic())
 
     def submit_store(self, job: Job) -> None:
         """See `SecondaryTier.submit_store`."""

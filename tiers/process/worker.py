@@ -20,7 +20,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from queue import SimpleQueue
 
 from kvstrata.tiers.base import PageKey, key_group
@@ -165,7 +164,21 @@ class Mover:
         self._sizes = {group: each.nbytes for group, each in setup.context.layouts.items()}
         self._memory = memoryview(mmap.mmap(setup.region.fd, 0))
 
-    def do(self, task: Task) -> list[Outcome]:
+    def run(self, task: Task) -> None:
+        """Do it, and say what became of the pages."""
+        start = time.monotonic()
+        self._end(task, self._outcomes(task), start)
+
+    def drop(self, task: Task) -> None:
+        """Say that it was not done."""
+        self._end(task, [Outcome("shutdown")] * len(task.keys), time.monotonic())
+
+    def _end(self, task: Task, outcomes: list[Outcome], start: float) -> None:
+        if outcomes.count(outcomes[0]) == len(outcomes):
+            outcomes = outcomes[:1]
+        self._outbox.put(Done(task.task_id, outcomes, start, time.monotonic()))
+
+    def _outcomes(self, task: Task) -> list[Outcome]:
         """What became of the pages; failures are reported. Never raises."""
         try:
             outcomes = list(self._move(task))
@@ -204,27 +217,6 @@ class Mover:
         return self._memory[start : start + self._sizes[key_group(key)]]
 
 
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """A task in the pool."""
-
-    task: Task
-    mover: Mover
-    outbox: Outbox
-
-    def run(self) -> None:
-        start = time.monotonic()
-        self._end(self.mover.do(self.task), start)
-
-    def drop(self) -> None:
-        self._end([Outcome("shutdown")] * len(self.task.keys), time.monotonic())
-
-    def _end(self, outcomes: list[Outcome], start: float) -> None:
-        if outcomes.count(outcomes[0]) == len(outcomes):
-            outcomes = outcomes[:1]
-        self.outbox.put(Done(self.task.task_id, outcomes, start, time.monotonic()))
-
-
 def serve(setup: Setup, control: socket.socket, region_fd: int) -> None:
     """Do the engine's tasks until it says that it is enough, or is gone."""
     outbox = Outbox(control)
@@ -233,7 +225,7 @@ def serve(setup: Setup, control: socket.socket, region_fd: int) -> None:
     medium: Medium = factory(setup.medium.options, setup.context, outbox, setup.readers)
     mover = Mover(setup, medium, outbox)
     os.close(region_fd)
-    pool = Pool(setup.threads, setup.readers)
+    pool = Pool(setup.threads, setup.readers, mover.run, mover.drop)
     finish = False
 
     def guarded(call: Callable[..., None], *arguments: object) -> None:
@@ -251,7 +243,7 @@ def serve(setup: Setup, control: socket.socket, region_fd: int) -> None:
             elif task.kind is Kind.PROMISE:
                 guarded(medium.promised, task.keys, task.access)
             else:
-                pool.submit(_Work(task, mover, outbox), task.kind in WRITES)
+                pool.submit(task, task.kind in WRITES)
     if not finish:
         end_in_time()
     pool.close(end_writes=not finish)

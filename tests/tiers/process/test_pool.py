@@ -23,14 +23,14 @@ class Work:
         self.log.append(f"dropped {self.name}")
 
 
-def submit(pool: Pool, kind: str, count: int, log: list[str]) -> None:
+def submit(pool: Pool[Work], kind: str, count: int, log: list[str]) -> None:
     for index in range(count):
         pool.submit(Work(f"{kind}{index}", log), writes=kind == "w")
 
 
-def blocked_pool(threads: int, reads_first: bool = True) -> tuple[Pool, threading.Event]:
+def blocked_pool(threads: int, reads_first: bool = True) -> tuple[Pool[Work], threading.Event]:
     """A pool all of whose threads wait for the event."""
-    pool, gate = Pool(threads, reads_first), threading.Event()
+    pool, gate = Pool(threads, reads_first, Work.run, Work.drop), threading.Event()
     busy = threading.Barrier(threads + 1)
 
     def block() -> None:
@@ -84,7 +84,7 @@ def test_closing_drops_what_waits_and_waits_for_what_runs() -> None:
 
 def test_the_threads_end() -> None:
     before = threading.active_count()
-    pool = Pool(6, True)
+    pool = Pool(6, True, Work.run, Work.drop)
     assert threading.active_count() == before + 6
     pool.close(end_writes=False)
     for thread in threading.enumerate():
@@ -94,7 +94,7 @@ def test_the_threads_end() -> None:
 
 
 def test_a_task_that_raises_does_not_cost_a_thread() -> None:
-    pool = Pool(1, True)
+    pool = Pool(1, True, Work.run, Work.drop)
     log: list[str] = []
     pool.submit(Work("bad", log, lambda: 1 / 0), writes=False)
     pool.submit(Work("good", log), writes=False)
