@@ -103,7 +103,7 @@ def _print_trimmed(done: Trimmed, limits: Limits) -> None:
             "limits": limits_json(limits),
             "servers": done.members,
             "refused": done.refused,
-            "fixed": {"files": done.fixed_files, "bytes": done.fixed_bytes},
+            "fixed": {"files": done.fixed.files, "bytes": done.fixed.nbytes},
             "evicted_files": done.evicted_files,
             "evicted_bytes": done.evicted_bytes,
             "before": before,
@@ -129,7 +129,7 @@ def _show_trimmed(done: Trimmed) -> None:
     if done.refused:
         typer.echo(
             "the limits cannot be reached, and nothing was deleted: without any page "
-            f"{done.fixed_files} files, {format_bytes(done.fixed_bytes)} would be left "
+            f"{done.fixed.files} files, {format_bytes(done.fixed.nbytes)} would be left "
             "(the books, foreign files, directories)"
         )
     elif not done.within:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from kvstrata.tiers.base import PageKey, TierContext
 from kvstrata.tiers.fs.budget.member import Member
-from kvstrata.tiers.fs.files.layout import NamespacePaths
 from kvstrata.tiers.fs.files.temporary import sweep
 from kvstrata.tiers.fs.files.trust import distrust, is_trusted
 from kvstrata.tiers.fs.page_files import PageFiles
@@ -15,41 +14,6 @@ from kvstrata.tiers.fs.startup import Opened
 from kvstrata.tiers.process.medium import Host, Outcome, PageRef
 
 _LOOK_FOR_TRUST_S = 0.5  # how soon a word of the operator's, or of another server, is heard
-
-
-class TrustWatch:
-    """Tells the engine when the namespace is marked as one not to be believed, or no longer is."""
-
-    def __init__(self, paths: NamespacePaths, file_mode: int, trusted: bool, host: Host) -> None:
-        """trusted: what the engine knows."""
-        self._paths = paths
-        self._file_mode = file_mode
-        self._told = trusted
-        self._host = host
-        self._unmarked = False  # the mark could not be made
-        self._lock = threading.Lock()
-
-    def distrust(self) -> None:
-        """Mark the namespace, now or as soon as the disk allows; any thread may."""
-        with self._lock:
-            self._unmarked = True
-        self.look()
-
-    def look(self) -> None:
-        """Look at the disk; any thread may."""
-        with self._lock:
-            try:
-                if self._unmarked:
-                    distrust(self._paths, self._file_mode)
-                    self._unmarked = False
-                trusted = is_trusted(self._paths)
-            except OSError as error:
-                word = "marked yet" if self._unmarked else "looked at"
-                self._host.report("distrust", f"the namespace cannot be {word}: {error}")
-                return
-            if trusted != self._told:
-                self._told = trusted
-                self._host.trust(trusted)
 
 
 class FsMedium(PageFiles):
@@ -71,7 +35,9 @@ class FsMedium(PageFiles):
         )
         self._host = host
         self._closing = threading.Event()
-        self._watch = TrustWatch(paths, config.file_mode, opened.trusted, host)
+        self._told = opened.trusted  # what the engine knows
+        self._unmarked = False  # the mark could not be made
+        self._lock = threading.Lock()
         threading.Thread(target=self._watch_trust, name="kvstrata-fs-trust", daemon=True).start()
         if member is None and not reader:  # else the keeper does it
             name = "kvstrata-fs-sweep"
@@ -80,7 +46,9 @@ class FsMedium(PageFiles):
     def reject(self, page: PageRef, computed: memoryview, distrust: bool) -> Outcome:
         """See `Medium.reject`; the namespace is marked on the disk."""
         if distrust:
-            self._watch.distrust()
+            with self._lock:
+                self._unmarked = True
+            self._look_for_trust()
         return super().reject(page, computed, distrust)
 
     def used(self, keys: Sequence[PageKey], access: int) -> None:
@@ -108,4 +76,20 @@ class FsMedium(PageFiles):
 
     def _watch_trust(self) -> None:
         while not self._closing.wait(_LOOK_FOR_TRUST_S):
-            self._watch.look()
+            self._look_for_trust()
+
+    def _look_for_trust(self) -> None:
+        """Mark the namespace if that is to be done, and tell the engine of what is there now."""
+        with self._lock:
+            try:
+                if self._unmarked:
+                    distrust(self.paths, self._config.file_mode)
+                    self._unmarked = False
+                trusted = is_trusted(self.paths)
+            except OSError as error:
+                word = "marked yet" if self._unmarked else "looked at"
+                self._host.report("distrust", f"the namespace cannot be {word}: {error}")
+                return
+            if trusted != self._told:
+                self._told = trusted
+                self._host.trust(trusted)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import select
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -120,6 +120,11 @@ class _Group:
         """Whether tasks wait or run, or an old process may still touch pages."""
         return bool(self.queue or self.given_up or (self.current and self.current.sent))
 
+    @property
+    def ready(self) -> bool:
+        """Whether its process has started."""
+        return self.current is not None and self.current.ready
+
     def put_off(self) -> None:
         """No process is of use: start the next one later each time."""
         pause = min(RESTART_S * 2 ** min(self.unproven, _MOST_DOUBLED), MOST_RESTART_S)
@@ -210,27 +215,15 @@ class IoProcesses:
 
     def wait_ready(self, timeout_s: float) -> bool:
         """Wait at most `timeout_s` seconds until both have started; False if one will not."""
-        deadline = time.monotonic() + timeout_s
-        while True:
-            self._step()
-            if all(group.current and group.current.ready for group in self._groups):
-                return True
-            left = deadline - time.monotonic()
-            if left <= 0 or any(group.unproven for group in self._groups):
-                return False
-            self._wait(left)
+
+        def known() -> bool:
+            return all(g.ready for g in self._groups) or any(g.unproven for g in self._groups)
+
+        return self._wait_until(known, timeout_s) and all(g.ready for g in self._groups)
 
     def wait_idle(self, timeout_s: float) -> bool:
         """Wait at most `timeout_s` seconds until nothing waits or runs."""
-        deadline = time.monotonic() + timeout_s
-        while True:
-            self._step()
-            if not any(group.busy for group in self._groups):
-                return True
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return False
-            self._wait(left)
+        return self._wait_until(lambda: not any(group.busy for group in self._groups), timeout_s)
 
     def stop(self) -> None:
         """Drop what waits, and let the processes end what runs and themselves."""
@@ -267,6 +260,18 @@ class IoProcesses:
             self._wait((deadline if now >= kill_at else kill_at) - now)
 
     # -- inside -------------------------------------------------------------------
+
+    def _wait_until(self, met: Callable[[], bool], timeout_s: float) -> bool:
+        """Wait at most `timeout_s` seconds until that holds; True if so."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            self._step()
+            if met():
+                return True
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            self._wait(left)
 
     def _step(self) -> None:
         now = time.monotonic()

@@ -158,11 +158,7 @@ def _examine_books(root: str, fix: bool) -> tuple[list[Finding], int]:
 
 
 def _rebuild_books(root: str, damage: tuple[Damage, ...]) -> None:
-    """Be the keeper for one scan, between removing what is in its way and what it leaves.
-
-    Raises:
-        OSError: the books cannot be kept.
-    """
+    """Be the keeper for one scan, between removing what is in its way and what it leaves."""
     _remove(damage, Remedy.REMOVE)
     trim(root, Limits())
     _remove(audit(root).damage, Remedy.BOOK_AND_REMOVE)

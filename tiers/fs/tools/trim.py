@@ -36,7 +36,7 @@ class Trimmed:
         evicted_files, evicted_bytes: what was deleted: here or, where members are running, by the
             one that keeps the books, less what they stored meanwhile.
         before, after: what was taken at first, as far as it was known, and in the end.
-        fixed_files, fixed_bytes: what no trimming deletes: the books, foreign files, directories.
+        fixed: what no trimming deletes: the books, foreign files, directories.
         refused: whether nothing was deleted since the limits cannot be reached.
         within: whether everything below the root is within the limits now.
         members: how many were living.
@@ -47,8 +47,7 @@ class Trimmed:
     evicted_bytes: int
     before: Usage
     after: Usage
-    fixed_files: int
-    fixed_bytes: int
+    fixed: Usage
     refused: bool
     within: bool
     members: int
@@ -99,10 +98,10 @@ def trim(
     mode = stat.S_IMODE(os.stat(root).st_mode) | 0o700
     living = len(audit(root).living)
     # where members live they may have deleted something before we look again
-    before, least = _survey(root)
-    fixed, accounts = (least.files, least.nbytes), _Accounts()
-    if limits.room(least).is_passed:
-        return Trimmed(0, 0, before, before, *fixed, True, False, living, {})
+    before, fixed = _survey(root)
+    if limits.room(fixed).is_passed:
+        return Trimmed(0, 0, before, before, fixed, True, False, living, {})
+    accounts = _Accounts()
     member = Member(root, None, limits, mode & 0o666, mode & 0o777, accounts)
     last, since = (-1, -1, -1), time.monotonic()
     try:
@@ -122,7 +121,7 @@ def trim(
                 if living and usage.nbytes < before.nbytes:
                     files = max(files, before.files - usage.files)
                     nbytes = max(nbytes, before.nbytes - usage.nbytes)
-                done = before, usage, *fixed, False, within, living, failures
+                done = before, usage, fixed, False, within, living, failures
                 return Trimmed(files, nbytes, *done)
             time.sleep(_POLL_S)
     finally:
@@ -133,9 +132,6 @@ def _survey(root: str) -> tuple[Usage, Usage]:
     """What everything below the root takes, and what it would take without any page.
 
     What is being written is left out.
-
-    Raises:
-        OSError: the file system cannot be asked.
     """
     walk, nbytes, files = Walk(root, Names(), lambda name: True), 0, 0
     for found in walk.files():

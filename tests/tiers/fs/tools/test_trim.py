@@ -89,7 +89,7 @@ def test_trim_that_cannot_succeed(root: Path) -> None:
     (root / "foreign").write_bytes(bytes(10**5))
     found = trim(str(root), Limits(max_bytes=10**5))
     assert found.refused and not found.within and found.before == found.after
-    assert (found.fixed_files, found.fixed_bytes) == (1, 26 * 4096)  # its directory, too
+    assert (found.fixed.files, found.fixed.nbytes) == (1, 26 * 4096)  # its directory, too
     assert list(root.iterdir()) == [root / "foreign"]
 
 

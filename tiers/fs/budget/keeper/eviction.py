@@ -21,7 +21,9 @@ _MAX_TOLD = 2**16  # evictions that nobody was told of yet
 
 
 class Eviction:
-    """Keeps the use below the limits. One thread only; blocks on the disk.
+    """Keeps the use below the limits. One thread only.
+
+    Its methods block on the disk, and raise OSError where the books cannot be read or written.
 
     Attributes:
         files, nbytes: what was evicted.
@@ -43,11 +45,7 @@ class Eviction:
         self._left: list[str] = []  # directories that victims were taken from
 
     def make_room(self) -> bool:
-        """Claim and delete a batch of files if that is needed; True if more is.
-
-        Raises:
-            OSError: the books cannot be read or written.
-        """
+        """Claim and delete a batch of files if that is needed; True if more is."""
         doomed: list[bytes] = []
         self._left.clear()
         claimed = self.files

@@ -17,7 +17,10 @@ RESCAN_S = 600.0  # between two scans for what was changed by others
 
 
 class Keeper:
-    """The keeper's work in the order in which it is done. One thread only; blocks on the disk."""
+    """The keeper's work in the order in which it is done. One thread only.
+
+    Its methods block on the disk, and raise OSError where the books cannot be read or written.
+    """
 
     def __init__(self, ledger: Ledger, protected: dict[bytes, float], limits: Limits) -> None:
         """Take over from the last keeper. A scan begins with the first work.
@@ -41,11 +44,7 @@ class Keeper:
         return self.rescan.running or self._scan_due == 0.0
 
     def work(self, slice_s: float) -> bool:
-        """Do what is due, the scan for at most `slice_s` seconds; True if more is due.
-
-        Raises:
-            OSError: the books cannot be read or written.
-        """
+        """Do what is due, the scan for at most `slice_s` seconds; True if more is due."""
         try:
             more = self._book(slice_s)
         except OSError:
@@ -58,21 +57,13 @@ class Keeper:
         return more
 
     def finish(self) -> None:
-        """The member leaves: book what is there and write the snapshot.
-
-        Raises:
-            OSError: the books cannot be read or written.
-        """
+        """The member leaves: book what is there and write the snapshot."""
         while self.replay.advance():
             pass
         self.save()
 
     def save(self) -> None:
-        """Write the snapshot and delete the journals that it covers.
-
-        Raises:
-            OSError: it could not be written.
-        """
+        """Write the snapshot and delete the journals that it covers."""
         with self._ledger.locked() as books:
             rows, ours = set(books.rows), books.keeper == self._ledger.member
         if ours:

@@ -26,7 +26,9 @@ PROTECT_S = 5.0  # a page that somebody was told is here is not evicted for so l
 
 
 class Replay:
-    """Reads all journals below a root. One thread only; blocks on the disk.
+    """Reads all journals below a root. One thread only.
+
+    Its methods block on the disk, and raise OSError where the books cannot be read or written.
 
     Attributes:
         lost: a record could not be read, so the ledger is not to be believed until a scan
@@ -41,11 +43,7 @@ class Replay:
         self._quarantined: dict[str, set[bytes]] = {}
 
     def advance(self) -> bool:
-        """Take in what the journals say next; True if there is more.
-
-        Raises:
-            OSError: the books cannot be read or written.
-        """
+        """Take in what the journals say next; True if there is more."""
         more = False
         directory, read = self._ledger.directory, self._inventory.read
         for member, piece in unread(directory, journals(directory), read):

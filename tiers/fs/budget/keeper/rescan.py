@@ -25,7 +25,9 @@ Evictable = tuple[bytes, int, int]  # name, cost in bytes, and mtime in nanoseco
 
 
 class Rescan:
-    """Makes the ledger's base exact. One thread only; blocks on the disk.
+    """Makes the ledger's base exact. One thread only.
+
+    Its methods block on the disk, and raise OSError where the books cannot be read or written.
 
     Attributes:
         hosts: of all members; what they are writing they have reserved.
@@ -62,11 +64,7 @@ class Rescan:
         self._inventory.scanning = False
 
     def step(self, slice_s: float) -> None:
-        """Go on for about `slice_s` seconds; where everything was seen, correct the ledger.
-
-        Raises:
-            OSError: the books cannot be read or written.
-        """
+        """Go on for about `slice_s` seconds; where everything was seen, correct the ledger."""
         end = time.monotonic() + slice_s
         for found in self._files or ():
             if found is not None:
@@ -104,11 +102,7 @@ class Rescan:
             books.known = self._inventory.complete = True
 
     def book_books(self) -> None:
-        """Book by how much the books themselves grew.
-
-        Raises:
-            OSError: the books cannot be read or written.
-        """
+        """Book by how much the books themselves grew."""
         before = self._books_size
         self._books_size = books_size(self._ledger.directory, self._is_writing)
         if before != self._books_size:
