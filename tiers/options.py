@@ -35,15 +35,18 @@ _SIZE = re.compile(r"([0-9]{1,24}(?:\.[0-9]{1,24})?) ?([A-Za-z]*)")
 _LEAST_BEGINNING = 3  # characters that name a key
 
 
-class TierConfigError(ValueError):
-    """A tier's options are wrong: the message names the key, the value and the remedy."""
+class ConfigError(ValueError):
+    """A configuration is wrong: the message names the key, the value and the remedy."""
+
+
+class TierConfigError(ConfigError):
+    """The options of a tier are wrong."""
 
 
 class WrongValue(TierConfigError):
     """The value of `key` is wrong; `remedy` says what to give instead."""
 
     def __init__(self, key: str, value: object, remedy: str) -> None:
-        self.key, self.value, self.remedy = key, value, remedy
         super().__init__(f"{key}: {value!r} is wrong; give {remedy}")
 
 

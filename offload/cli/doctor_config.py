@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kvstrata.offload.cli.doctor import OK, PROBLEM, WARNING, Check, check_memory, check_storage
-from kvstrata.offload.config.offload_config import ConfigError, OffloadConfig, parse_config
+from kvstrata.offload.config.offload_config import OffloadConfig, parse_config
 from kvstrata.offload.config.precheck import SHM, check_directories, check_size
 from kvstrata.offload.vllm_plugin.engine.early_check import SPEC_NAME
 from kvstrata.offload.vllm_plugin.register import SPEC_MODULE
-from kvstrata.tiers.options import format_bytes
+from kvstrata.tiers.options import ConfigError, format_bytes
 
 _INNER = "kv_connector_extra_config"
 _CONNECTOR = "OffloadingConnector"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Mapping
 
 from kvstrata.tiers.options import Option, options_of, use_instead
@@ -23,8 +24,10 @@ _PLACES: Mapping[str, str] = {
         "lazy_offload"
     ),
     "it is an option of vLLM's server: --shutdown-timeout 15": "shutdown_timeout",
+    "a key of tiers that only vLLM's TieringOffloadingSpec has; remove it": (
+        "store_config prefix host port backends"
+    ),
 }
-_STOCK = ("store_config", "prefix", "io_threads", "host", "port", "backends")  # of vLLM's tiers
 
 
 def elsewhere(key: str, *, in_tier: bool, engine: Mapping[str, Option]) -> str:
@@ -38,16 +41,11 @@ def elsewhere(key: str, *, in_tier: bool, engine: Mapping[str, Option]) -> str:
     for place, keys in _PLACES.items():
         if key in keys.split():
             return place
-    others = engine if in_tier else {**options_of(TierEntry), **_of_built_in_tiers()}
-    place = _ENGINE if in_tier else _ENTRY
-    if key in others or (key in _STOCK and not in_tier):
+    place, others = _ENGINE, engine
+    if not in_tier:
+        classes = [TierEntry, *(tier_class({"type": name}).Options for name in BUILT_IN)]
+        place, others = _ENTRY, dict(ChainMap(*map(options_of, classes)))
+    if key in others:
         return f"it is a key {place}"
     instead = use_instead(key, others)
     return f"{instead} {place}" if instead else ""
-
-
-def _of_built_in_tiers() -> dict[str, Option]:
-    found: dict[str, Option] = {}
-    for name in BUILT_IN:
-        found |= {**options_of(tier_class({"type": name}).Options), **found}
-    return found

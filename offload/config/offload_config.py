@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import InitVar, dataclass, field
 from functools import partial
-from itertools import product
+from itertools import combinations
 from typing import Any
 
 from kvstrata.offload.config.misplaced import elsewhere
 from kvstrata.offload.primary.eviction.policies import named_policy
-from kvstrata.tiers.base import TierConfigError
 from kvstrata.tiers.options import (
+    ConfigError,
     UnknownKeyError,
     WrongValue,
     format_bytes,
@@ -42,30 +42,22 @@ _ZERO_TO_ONE = partial(parse_number, most=1.0, zero=True)
 _SECONDS = partial(parse_number, most=3600.0)
 
 
-class ConfigError(ValueError):
-    """A configuration value is wrong: the message names key, value and remedy."""
-
-
 def _cpu_bytes(key: str, value: object) -> int:
     size = parse_bytes(key, value)
-    if size < _LEAST_CPU_BYTES:
-        raise ConfigError(
-            f"{key}: {value!r} is {format_bytes(size)}, less than one page takes; give "
-            'bytes, or a unit with them, for example "8GiB"'
-        )
-    if size > _MOST_CPU_BYTES:
-        raise ConfigError(
-            f"{key}: {value!r} is more memory than a machine has; give what this one "
-            'can spare, for example "8GiB"'
-        )
-    return size
+    if _LEAST_CPU_BYTES <= size <= _MOST_CPU_BYTES:
+        return size
+    less = f"is {format_bytes(size)}, less than one page takes"
+    raise ConfigError(
+        f"{key}: {value!r} {less if size < _LEAST_CPU_BYTES else 'is more than a machine has'}; "
+        'give the memory that this one can spare, with a unit, for example "8GiB"'
+    )
 
 
 def _check_sync_budget(key: str, value: object) -> None:
     """vLLM's connector reads it, with `int()`."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**60:
         remedy = "a number of bytes of at least 0"
-        with suppress(TierConfigError):  # vLLM takes no units
+        with suppress(ConfigError):  # vLLM takes no units
             if isinstance(value, str):
                 remedy = f"the number of bytes, {parse_bytes('', value)}"
         raise WrongValue(key, value, remedy)
@@ -73,27 +65,23 @@ def _check_sync_budget(key: str, value: object) -> None:
 
 def _check_canonical(key: str, value: object) -> None:
     if value is not True:
-        raise ConfigError(f"{key}={value!r}: pages are always canonical here; remove the key")
+        raise WrongValue(key, value, "true, or remove the key: pages are always canonical here")
 
 
 def _parse_tiers(key: str, value: Any) -> tuple[TierEntry, ...]:
     if not isinstance(value, list | tuple):
-        raise ConfigError(
-            f'{key}={value!r}: use a list such as [{{"type": "fs", "root_dir": "/mnt/kv"}}]'
-        )
+        raise WrongValue(key, value, 'a list such as [{"type": "fs", "root_dir": "/mnt/kv"}]')
     tiers: list[TierEntry] = []
     for index, entry in enumerate(value):
+        where = f"{key}[{index}]"
         if not isinstance(entry, Mapping):
-            raise ConfigError(
-                f'{key}[{index}]={entry!r}: use an object such as {{"type": "fs", ...}}'
-            )
+            raise WrongValue(where, entry, 'an object such as {"type": "fs", ...}')
         try:
             tiers.append(_parse_tier(entry, tiers))
         except UnknownKeyError as error:
-            text = _placed(error, in_tier=True)
-            raise ConfigError(f"{key}[{index}]: {text}") from None
-        except (TierConfigError, ConfigError) as error:
-            raise ConfigError(f"{key}[{index}]: {error}") from None
+            raise ConfigError(f"{where}: {_placed(error, in_tier=True)}") from None
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
     return tuple(tiers)
 
 
@@ -230,41 +218,24 @@ def parse_config(extra: Mapping[str, Any]) -> OffloadConfig:
         ConfigError: for the first thing that is wrong.
     """
     try:
-        return _parse(extra)
+        values = read_options(OffloadConfig, extra, "kv_connector_extra_config")
     except UnknownKeyError as error:
         raise ConfigError(_placed(error, in_tier=False)) from None
-    except TierConfigError as error:
-        raise ConfigError(str(error)) from None
-
-
-def _parse(extra: Mapping[str, Any]) -> OffloadConfig:
-    values = _read(OffloadConfig, extra)
     if extra.get("block_size") is not None and extra.get("blocks_per_chunk") is not None:
         raise ConfigError(
-            f"block_size={extra['block_size']!r} and blocks_per_chunk="
-            f"{extra['blocks_per_chunk']!r} are both given: remove one of them"
+            f"block_size: {extra['block_size']!r} and blocks_per_chunk: "
+            f"{extra['blocks_per_chunk']!r} are both given; remove one of them"
         )
     without_effect = _idle(OffloadConfig, extra)
     for index, tier in enumerate(values.get("tiers", ())):
         for key, reason in _idle(TierEntry, tier.entry).items():
             without_effect[f"secondary_tiers[{index}].{key}"] = reason
-    try:
-        values["eviction_policy"], passed_over = named_policy(
-            extra.get("eviction_policy", "auto"), extra.get("cache_policy_module_path")
-        )
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    values["eviction_policy"], passed_over = named_policy(
+        extra.get("eviction_policy", "auto"), extra.get("cache_policy_module_path")
+    )
     if passed_over:
         without_effect["eviction_policy"] = passed_over
     return OffloadConfig(**values, without_effect=without_effect)
-
-
-def _read(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What is given, checked, by field; errors in the engine's words."""
-    try:
-        return read_options(cls, given, "kv_connector_extra_config")
-    except WrongValue as error:
-        raise ConfigError(f"{error.key}={error.value!r}: use {error.remedy}") from None
 
 
 def _idle(cls: type, given: Mapping[str, Any]) -> dict[str, str]:
@@ -285,7 +256,8 @@ def _parse_tier(entry: Mapping[str, Any], before: list[TierEntry]) -> TierEntry:
     cls = tier_class(entry)
     cls.check_options(tier_options(entry))
     common = options_of(TierEntry)
-    given = _read(TierEntry, {key: value for key, value in entry.items() if key in common})
+    shared = {key: value for key, value in entry.items() if key in common}
+    given = read_options(TierEntry, shared, "secondary_tiers")
     type_name = str(entry["type"])
     others = sum(1 for tier in before if tier.entry["type"] == type_name)
     tier = TierEntry(f"{type_name}-{others + 1}" if others else type_name, dict(entry), **given)
@@ -294,30 +266,21 @@ def _parse_tier(entry: Mapping[str, Any], before: list[TierEntry]) -> TierEntry:
 
 
 def _check_apart(tier: TierEntry, before: list[TierEntry]) -> None:
-    """Refuse a tier that would keep the same pages in the same place as one before it."""
-    for other in before:
-        for here, there in product(tier.directories, other.directories):
-            if here != there and os.path.commonpath((here, there)) in (here, there):
-                raise ConfigError(
-                    f"{here!r} and {there!r} of tier {other.name} lie one in the other: each "
-                    "would count and evict the other's files; give directories that do not"
-                )
-        if _same(tier) == _same(other) or set(tier.directories) & set(other.directories):
+    """Refuse a tier that would keep pages where it, or one before it, keeps others."""
+    if any(_options(tier) == _options(other) for other in before):
+        raise ConfigError(
+            f"{tier.entry!r} is listed twice: every page would be stored twice; remove one"
+        )
+    paths = [path for each in (*before, tier) for path in each.directories]
+    for one, other in combinations(paths, 2):
+        here, there = os.path.realpath(one), os.path.realpath(other)
+        if os.path.commonpath((here, there)) in (here, there):
             raise ConfigError(
-                f"{tier.entry!r} is listed twice: every page would be stored twice; remove one"
+                f"{one!r} and {other!r} lead to one directory, or one into the other: each would "
+                "count and evict the other's files; give directories that do not, or remove one"
             )
 
 
-def _same(tier: TierEntry) -> object:
-    """Equal for two tiers that keep the same pages in the same place."""
-    options = {key: _normal(value) for key, value in tier_options(tier.entry).items()}
-    return tier_class(tier.entry), options
-
-
-def _normal(value: Any) -> Any:
-    """The option with paths written in one way."""
-    if isinstance(value, list | tuple):
-        return [_normal(each) for each in value]
-    if isinstance(value, str) and value.startswith(("/", "~")):
-        return os.path.normpath(os.path.expanduser(value))
-    return value
+def _options(tier: TierEntry) -> tuple[type, Mapping[str, Any]]:
+    """Equal for two tiers that keep the same pages in the same way."""
+    return tier_class(tier.entry), tier_options(tier.entry)

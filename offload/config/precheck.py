@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from kvstrata.offload.config.offload_config import ConfigError, OffloadConfig
-from kvstrata.tiers.base import TierConfigError
+from kvstrata.offload.config.offload_config import OffloadConfig
 from kvstrata.tiers.directories import check_directory
-from kvstrata.tiers.options import format_bytes
+from kvstrata.tiers.disk import disk_at
+from kvstrata.tiers.options import ConfigError, format_bytes
 
 SHM = Path("/dev/shm")
 
@@ -37,13 +37,12 @@ def check_size(cpu_bytes: int, shm: Path = SHM) -> None:
             "lower it"
         )
     try:
-        found = os.statvfs(shm)
+        total = disk_at(shm).total  # 0 where there is no limit
     except OSError as error:
         raise ConfigError(
             f"cpu_bytes_to_use: the CPU tier lives in {shm}, which cannot be used: "
             f"{error.strerror}; mount a tmpfs there"
         ) from error
-    total = found.f_blocks * found.f_frsize  # 0 where there is no limit
     if 0 < total < cpu_bytes:
         raise ConfigError(
             f"cpu_bytes_to_use: {size} is more than {shm}, where the CPU tier lives, holds in all, "
@@ -52,24 +51,14 @@ def check_size(cpu_bytes: int, shm: Path = SHM) -> None:
 
 
 def check_directories(config: OffloadConfig) -> None:
-    """Refuse directories that tiers could not use, or that lead to one place.
+    """Refuse directories that tiers could not use.
 
     Raises:
         ConfigError: naming the tier, the directory and the remedy.
     """
-    seen: dict[str, str] = {}
     for index, tier in enumerate(config.tiers):
         for path in tier.directories:
             try:
                 check_directory(path)
-            except (TierConfigError, OSError) as error:
+            except (ConfigError, OSError) as error:
                 raise ConfigError(f"secondary_tiers[{index}]: {error}") from error
-            real = os.path.realpath(path)
-            for other, given in seen.items():
-                if os.path.commonpath((real, other)) in (real, other):
-                    raise ConfigError(
-                        f"secondary_tiers[{index}]: {path!r} and {given!r} lead to one directory, "
-                        "or one into the other: each would evict the other's files; give "
-                        "directories that do not"
-                    )
-            seen[real] = path

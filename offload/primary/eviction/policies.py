@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from kvstrata.offload.primary.eviction.arc import ARC
 from kvstrata.offload.primary.eviction.auto import Auto
 from kvstrata.offload.primary.eviction.policy import LRU, EvictionPolicy
-from kvstrata.tiers.options import nearest
+from kvstrata.tiers.options import ConfigError, WrongValue, nearest
 
 _BUILT_IN: Mapping[str, type[EvictionPolicy]] = {"auto": Auto, "lru": LRU, "arc": ARC}
 _STOCK_BASE = ("vllm.v1.kv_offload.cpu.policies.base", "CachePolicy")
@@ -23,19 +23,17 @@ def named_policy(name: object, module: object) -> tuple[str, str]:
         knows slots and not requests and cannot be used here, the reason why "auto" is used.
 
     Raises:
-        ValueError: there is no such policy; names the key, the value and the remedy.
+        ConfigError: there is no such policy; names the key, the value and the remedy.
     """
     if module is None or (isinstance(name, str) and name in _BUILT_IN):
         policy_class(name)
         return str(name), ""
     if not isinstance(module, str) or not module:
-        raise ValueError(
-            f"cache_policy_module_path={module!r}: use the module of eviction_policy, such as "
-            '"package.module", or remove the key'
-        )
+        remedy = 'the module of eviction_policy, such as "package.module", or remove the key'
+        raise WrongValue("cache_policy_module_path", module, remedy)
     if not isinstance(name, str) or not name:
-        raise ValueError(f"eviction_policy={name!r}: use the name of a class in {module!r}")
-    found = _import(f"eviction_policy={name!r}", module, name)
+        raise WrongValue("eviction_policy", name, f"the name of a class in {module!r}")
+    found = _import(f"eviction_policy: {name!r}", module, name)
     bases = found.__mro__ if isinstance(found, type) else ()
     if any((base.__module__, base.__name__) == _STOCK_BASE for base in bases):
         return "auto", f"{module}:{name} is a policy for vLLM's own specs; auto is used"
@@ -47,28 +45,26 @@ def policy_class(name: object) -> type[EvictionPolicy]:
     """The policy that `eviction_policy` asks for: a built-in name or "package.module:Class".
 
     Raises:
-        ValueError: there is no such policy; names the key, the value and the remedy.
+        ConfigError: there is no such policy; names the key, the value and the remedy.
     """
     found = _BUILT_IN.get(name) if isinstance(name, str) else None
     if found is not None:
         return found
-    wrong = f"eviction_policy={name!r}"
+    wrong = f"eviction_policy: {name!r}"
     module, _, attribute = name.partition(":") if isinstance(name, str) else ("", "", "")
     if not module or not attribute:
         near = nearest(name, _BUILT_IN) if isinstance(name, str) else ""
-        raise ValueError(
-            f"{wrong}: use one of {', '.join(_BUILT_IN)}{near}, or "
-            '"package.module:Class" for your own'
-        )
+        known = f'one of {", ".join(_BUILT_IN)}{near}, or "package.module:Class" for your own'
+        raise WrongValue("eviction_policy", name, known)
     imported = _import(wrong, module, attribute)
     if not isinstance(imported, type) or not issubclass(imported, EvictionPolicy):
-        raise ValueError(
-            f"{wrong} is no eviction policy: give a class derived from "
+        raise ConfigError(
+            f"{wrong} is no eviction policy; give a class derived from "
             f"{EvictionPolicy.__module__}:{EvictionPolicy.__name__}"
         )
     if inspect.isabstract(imported):
         missing = ", ".join(sorted(imported.__abstractmethods__))
-        raise ValueError(f"{wrong} lacks {missing}: give a class that defines them")
+        raise ConfigError(f"{wrong} lacks {missing}; give a class that defines them")
     return imported
 
 
@@ -76,7 +72,7 @@ def _import(wrong: str, module: str, attribute: str) -> object:
     try:
         return getattr(importlib.import_module(module), attribute)
     except Exception as error:  # the module is foreign code and may raise anything
-        raise ValueError(
+        raise ConfigError(
             f"{wrong} cannot be imported: {type(error).__name__}: {error}; "
             "give the path of a class that the engine's processes can import"
         ) from error

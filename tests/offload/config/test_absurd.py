@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from kvstrata.offload.config.offload_config import ConfigError, parse_config
+from kvstrata.offload.config.offload_config import parse_config
+from kvstrata.tiers.options import ConfigError
 
 SIZE = ("cpu_bytes_to_use", "8GiB")
 TIERS = ("secondary_tiers", '[{"type": "fs", "root_dir": "/mnt/kv"}]')
@@ -53,7 +54,7 @@ REFUSED: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     (fs(max_size="1GiB"), (FIRST, "'max_size'", "use max_bytes")),
     ({"max_size": "1GiB"}, ("'max_size'", "use max_bytes of an entry of secondary_tiers")),
     ({"path": "/mnt/kv"}, ("'path'", "use root_dir of an entry of secondary_tiers")),
-    ({"store_config": {}}, ("'store_config'", "it is a key of an entry of secondary_tiers")),
+    ({"store_config": {}}, ("'store_config'", "only vLLM's TieringOffloadingSpec", "remove it")),
     ({"locality": "LOCAL"}, ("'locality'", "it is a key of an entry of secondary_tiers")),
     (fs(path="/mnt/kv"), (FIRST, "'path'", "use root_dir")),
     (fs(directory="/mnt/kv"), (FIRST, "'directory'", "use root_dir")),
@@ -79,49 +80,49 @@ REFUSED: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     (fs(rootdir="/x"), (FIRST, "'rootdir'", "did you mean 'root_dir'?")),
     ({"Eviction_Policy": "lru"}, ("'Eviction_Policy'", "did you mean 'eviction_policy'?")),
     # -- chunks
-    ({"block_size": "32"}, ("block_size='32'", "without quotes")),
-    ({"block_size": 10**9}, ("block_size=1000000000", "1,048,576")),
-    ({"blocks_per_chunk": 0}, ("blocks_per_chunk=0", "from 1")),
-    ({"blocks_per_chunk": 10**9}, ("blocks_per_chunk=1000000000", "65,536")),
+    ({"block_size": "32"}, ("block_size: '32'", "without quotes")),
+    ({"block_size": 10**9}, ("block_size: 1000000000", "1,048,576")),
+    ({"blocks_per_chunk": 0}, ("blocks_per_chunk: 0", "from 1")),
+    ({"blocks_per_chunk": 10**9}, ("blocks_per_chunk: 1000000000", "65,536")),
     # -- policy
-    ({"eviction_policy": "LRU"}, ("eviction_policy='LRU'", "did you mean 'lru'?")),
-    ({"eviction_policy": "fifo"}, ("eviction_policy='fifo'", "auto, lru, arc", CLASS)),
-    ({"eviction_policy": "os:path"}, ("eviction_policy='os:path'", "EvictionPolicy")),
-    ({"eviction_policy": "nope.mod:Cls"}, ("eviction_policy='nope.mod:Cls'", "No module", "give")),
-    ({"eviction_policy": "builtins:dict"}, ("eviction_policy='builtins:dict'", "EvictionPolicy")),
-    ({"eviction_policy": 7}, ("eviction_policy=7", "auto, lru, arc", CLASS)),
+    ({"eviction_policy": "LRU"}, ("eviction_policy: 'LRU'", "did you mean 'lru'?")),
+    ({"eviction_policy": "fifo"}, ("eviction_policy: 'fifo'", "auto, lru, arc", CLASS)),
+    ({"eviction_policy": "os:path"}, ("eviction_policy: 'os:path'", "EvictionPolicy")),
+    ({"eviction_policy": "nope.mod:Cls"}, ("eviction_policy: 'nope.mod:Cls'", "No module", "give")),
+    ({"eviction_policy": "builtins:dict"}, ("eviction_policy: 'builtins:dict'", "EvictionPolicy")),
+    ({"eviction_policy": 7}, ("eviction_policy: 7", "auto, lru, arc", CLASS)),
     (
         {"eviction_policy": "Mine", "cache_policy_module_path": "nope.mod"},
-        ("eviction_policy='Mine'", "No module named 'nope'"),
+        ("eviction_policy: 'Mine'", "No module named 'nope'"),
     ),
-    ({"cache_policy_module_path": 3, "eviction_policy": "M"}, ("cache_policy_module_path=3",)),
+    ({"cache_policy_module_path": 3, "eviction_policy": "M"}, ("cache_policy_module_path: 3",)),
     # -- counts
-    ({"store_threshold": -1}, ("store_threshold=-1", "from 0")),
-    ({"store_threshold": 1.5}, ("store_threshold=1.5", "whole number")),
-    ({"store_threshold": "2"}, ("store_threshold='2'", "without quotes")),
-    ({"store_threshold": 10**6}, ("store_threshold=1000000", "1,000")),
-    ({"max_tracker_size": 0}, ("max_tracker_size=0", "from 1")),
-    (fs(store_threshold="2"), (FIRST, "store_threshold='2'", "without quotes")),
-    ({"sync_load_budget_bytes": "1GiB"}, ("sync_load_budget_bytes='1GiB'", "1073741824")),
-    ({"sync_load_budget_bytes": -1}, ("sync_load_budget_bytes=-1", "at least 0")),
+    ({"store_threshold": -1}, ("store_threshold: -1", "from 0")),
+    ({"store_threshold": 1.5}, ("store_threshold: 1.5", "whole number")),
+    ({"store_threshold": "2"}, ("store_threshold: '2'", "without quotes")),
+    ({"store_threshold": 10**6}, ("store_threshold: 1000000", "1,000")),
+    ({"max_tracker_size": 0}, ("max_tracker_size: 0", "from 1")),
+    (fs(store_threshold="2"), (FIRST, "store_threshold: '2'", "without quotes")),
+    ({"sync_load_budget_bytes": "1GiB"}, ("sync_load_budget_bytes: '1GiB'", "1073741824")),
+    ({"sync_load_budget_bytes": -1}, ("sync_load_budget_bytes: -1", "at least 0")),
     # -- shares and times
-    ({"promotion_fraction": 0}, ("promotion_fraction=0", "above 0 and at most 1")),
-    ({"promotion_fraction": 2}, ("promotion_fraction=2", "above 0 and at most 1")),
-    ({"promotion_fraction": "half"}, ("promotion_fraction='half'", "above 0 and at most 1")),
-    ({"promotion_fraction": "0.5"}, ("promotion_fraction='0.5'", "without quotes")),
-    ({"pin_fraction": -0.1}, ("pin_fraction=-0.1", "from 0 to 1")),
-    ({"audit_fraction": 7}, ("audit_fraction=7", "from 0 to 1")),
-    ({"lookup_deadline_s": 0}, ("lookup_deadline_s=0", "above 0")),
-    ({"lookup_deadline_s": "1s"}, ("lookup_deadline_s='1s'", "number")),
+    ({"promotion_fraction": 0}, ("promotion_fraction: 0", "above 0 and at most 1")),
+    ({"promotion_fraction": 2}, ("promotion_fraction: 2", "above 0 and at most 1")),
+    ({"promotion_fraction": "half"}, ("promotion_fraction: 'half'", "above 0 and at most 1")),
+    ({"promotion_fraction": "0.5"}, ("promotion_fraction: '0.5'", "without quotes")),
+    ({"pin_fraction": -0.1}, ("pin_fraction: -0.1", "from 0 to 1")),
+    ({"audit_fraction": 7}, ("audit_fraction: 7", "from 0 to 1")),
+    ({"lookup_deadline_s": 0}, ("lookup_deadline_s: 0", "above 0")),
+    ({"lookup_deadline_s": "1s"}, ("lookup_deadline_s: '1s'", "number")),
     # -- words
-    ({"load_or_recompute": "yes"}, ("load_or_recompute='yes'", "true or false")),
-    ({"weights_fixed": "no"}, ("weights_fixed='no'", "true or false")),
-    ({"offload_prompt_only": "false"}, ("offload_prompt_only='false'", "without quotes")),
-    ({"transport": "rdma"}, ("transport='rdma'", "auto, staged, direct, zero-copy")),
-    ({"transport": "Direct"}, ("transport='Direct'", "did you mean 'direct'?")),
-    ({"canonical_layout": False}, ("canonical_layout=False", "remove the key")),
-    ({"backpressure": "high"}, ("backpressure='high'", "object")),
-    ({"tier_poll_interval_s": "1ms"}, ("tier_poll_interval_s='1ms'", "number")),
+    ({"load_or_recompute": "yes"}, ("load_or_recompute: 'yes'", "true or false")),
+    ({"weights_fixed": "no"}, ("weights_fixed: 'no'", "true or false")),
+    ({"offload_prompt_only": "false"}, ("offload_prompt_only: 'false'", "without quotes")),
+    ({"transport": "rdma"}, ("transport: 'rdma'", "auto, staged, direct, zero-copy")),
+    ({"transport": "Direct"}, ("transport: 'Direct'", "did you mean 'direct'?")),
+    ({"canonical_layout": False}, ("canonical_layout: False", "remove the key")),
+    ({"backpressure": "high"}, ("backpressure: 'high'", "object")),
+    ({"tier_poll_interval_s": "1ms"}, ("tier_poll_interval_s: '1ms'", "number")),
     # -- secondary tiers
     ({"secondary_tiers": {"type": "fs"}}, TIERS),
     ({"secondary_tiers": "fs"}, TIERS),
@@ -139,10 +140,10 @@ REFUSED: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     (tiers({"type": "os", "module_path": "sys"}), (FIRST, "'os'", "'sys'", "no attribute")),
     (tiers({"type": "X", "module_path": "nope"}), (FIRST, "'X'", "No module named 'nope'")),
     (tiers({"type": "Path", "module_path": "pathlib"}), (FIRST, "'pathlib:Path'", "SecondaryTier")),
-    (fs(enable_kv_events="yes"), (FIRST, "enable_kv_events='yes'", "true or false")),
-    (fs(locality="remote"), (FIRST, "locality='remote'", "did you mean 'REMOTE'?")),
-    (fs(locality="NEAR"), (FIRST, "locality='NEAR'", "LOCAL or REMOTE")),
-    (fs(backpressure=[]), (FIRST, "backpressure=[]", "object")),
+    (fs(enable_kv_events="yes"), (FIRST, "enable_kv_events: 'yes'", "true or false")),
+    (fs(locality="remote"), (FIRST, "locality: 'remote'", "did you mean 'REMOTE'?")),
+    (fs(locality="NEAR"), (FIRST, "locality: 'NEAR'", "LOCAL or REMOTE")),
+    (fs(backpressure=[]), (FIRST, "backpressure: []", "object")),
     # -- directories
     (tiers({"type": "fs"}), (FIRST, "root_dir is missing", "/mnt/kv")),
     (root("kv"), (FIRST, "root_dir: 'kv' is relative", "absolute path")),
@@ -163,8 +164,8 @@ REFUSED: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     (root("/mnt/kv "), (FIRST, "'/mnt/kv '", "white space")),
     (root("/"), (FIRST, "'/'", "whole file system", "/mnt/kv")),
     (root("//../"), (FIRST, "'//../'", "whole file system")),
-    (root("/a", "/a/"), ("secondary_tiers[1]", "'/a/'", "listed twice")),
-    (root("/a", "/a/b"), ("secondary_tiers[1]", "'/a/b'", "'/a'", "one in the other")),
+    (root("/a", "/a"), ("secondary_tiers[1]", "'/a'", "listed twice")),
+    (root("/a", "/a/b"), ("secondary_tiers[1]", "'/a/b'", "'/a'", "one into the other")),
     # -- the disk budget
     (fs(max_bytes="150%"), (FIRST, "max_bytes: '150%'", *SHARE)),
     (fs(max_bytes="0%"), (FIRST, "max_bytes: '0%'", *SHARE)),
@@ -217,7 +218,7 @@ def test_one_error_that_names_what_is_wrong(extra: dict[str, Any], names: tuple[
     text = str(caught.value)
     assert [name for name in names if name not in text] == [], text
     assert "\n" not in text
-    assert "None" not in text.replace("secondary_tiers=None", ""), "what is missing has no value"
+    assert "None" not in text.replace("secondary_tiers: None", ""), "what is missing has no value"
 
 
 @pytest.mark.parametrize("extra", [{}, {"spec_name": "KVStrataSpec"}])

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from kvstrata.kernels.gpu.transport import Transport
 from kvstrata.offload.config.offload_config import (
     TRANSPORTS,
-    ConfigError,
     OffloadConfig,
     TierEntry,
     parse_config,
 )
+from kvstrata.tiers.options import ConfigError
 
 
 def parse(**extra: Any) -> OffloadConfig:
@@ -123,12 +123,11 @@ BAD: dict[str, list[Any]] = {
     "self_describing_kv_events": NOT_FLAGS,
     "secondary_tiers": ["fs", {"type": "fs"}, None, 3, True],
 }
-REMEDIES = ("use ", "give ")
 
 
 def test_pins_can_be_turned_off() -> None:
     assert parse(pin_fraction=0).pin_fraction == 0.0
-    with pytest.raises(ConfigError, match=r"pin_fraction=-1: use a number from 0 to 1$"):
+    with pytest.raises(ConfigError, match=r"pin_fraction: -1 is wrong; give a number from 0 to 1$"):
         parse(pin_fraction=-1)
 
 
@@ -146,7 +145,7 @@ def test_bad_value_is_one_error_with_key_value_and_remedy(key: str, value: Any) 
     text = str(caught.value)
     assert text.startswith(key)
     assert repr(value) in text
-    assert any(remedy in text for remedy in REMEDIES)
+    assert "give " in text
     assert "\n" not in text
 
 
@@ -157,7 +156,7 @@ def test_missing_size() -> None:
 
 
 def test_both_chunk_sizes() -> None:
-    with pytest.raises(ConfigError, match=r"block_size=64 and blocks_per_chunk=2.*remove one"):
+    with pytest.raises(ConfigError, match=r"block_size: 64 and blocks_per_chunk: 2.*remove one"):
         parse(block_size=64, blocks_per_chunk=2)
 
 
@@ -168,7 +167,7 @@ def test_none_is_no_chunk_size() -> None:
 
 @pytest.mark.parametrize("value", [False, None, "true"])
 def test_another_layout_is_refused(value: Any) -> None:
-    with pytest.raises(ConfigError, match=r"canonical_layout=.*always canonical here; remove"):
+    with pytest.raises(ConfigError, match=r"canonical_layout: .*remove the key"):
         parse(canonical_layout=value)
 
 
@@ -235,7 +234,7 @@ def test_a_tier_listed_twice_is_refused() -> None:
 def test_a_tier_listed_twice_in_other_words_is_refused(
     first: dict[str, Any], second: dict[str, Any]
 ) -> None:
-    with pytest.raises(ConfigError, match=r"secondary_tiers\[1\]: .* listed twice"):
+    with pytest.raises(ConfigError, match=r"secondary_tiers\[1\]: .* (listed twice|lead to one)"):
         parse(secondary_tiers=[{"type": "fs", **first}, {"type": "fs", **second}])
 
 
@@ -256,13 +255,13 @@ def test_tiers_on_neighbouring_directories_are_two() -> None:
 )
 def test_tiers_one_in_the_other_are_refused(first: Any, second: Any) -> None:
     roots = [{"type": "fs", "root_dir": root} for root in (first, second)]
-    with pytest.raises(ConfigError, match=r"secondary_tiers\[1\]: .* lie one in the other"):
+    with pytest.raises(ConfigError, match=r"secondary_tiers\[1\]: .* one into the other"):
         parse(secondary_tiers=roots)
 
 
 def test_one_directory_with_other_options_is_one_tier() -> None:
     first = {"type": "fs", "root_dir": "/a", "n_read_threads": 8}
-    with pytest.raises(ConfigError, match=r"secondary_tiers\[1\]: .* listed twice"):
+    with pytest.raises(ConfigError, match=r"secondary_tiers\[1\]: '/a' and '/a' lead to one"):
         parse(secondary_tiers=[first, {"type": "fs", "root_dir": ["/b", "/a"]}])
 
 
@@ -276,8 +275,8 @@ def test_entry_is_a_copy() -> None:
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ("fs", r"secondary_tiers\[1\]='fs': use an object"),
-        (None, r"secondary_tiers\[1\]=None: use an object"),
+        ("fs", r"secondary_tiers\[1\]: 'fs' is wrong; give an object"),
+        (None, r"secondary_tiers\[1\]: None is wrong; give an object"),
         ({}, r"secondary_tiers\[1\]: \"type\" is missing; give one of fs, memory"),
         ({"type": 3}, r"secondary_tiers\[1\]: .*\"type\": 3 is wrong"),
         ({"type": "sf"}, r"secondary_tiers\[1\]: .*unknown type 'sf'.*known types: fs, memory"),

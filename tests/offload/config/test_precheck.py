@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from kvstrata.offload.config import precheck
-from kvstrata.offload.config.offload_config import ConfigError, OffloadConfig, parse_config
+from kvstrata.offload.config.offload_config import OffloadConfig, parse_config
 from kvstrata.offload.config.precheck import check_here, check_size
+from kvstrata.tiers.options import ConfigError
 
 GIB = 2**30
 
@@ -66,7 +67,7 @@ def test_directories_that_links_make_one(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").symlink_to(tmp_path / "a")
     for other in (tmp_path / "b", tmp_path / "b" / "inner"):
-        with pytest.raises(ConfigError, match=r"secondary_tiers\[1\]: .*'.*/a' lead to one"):
-            check_here(config(str(tmp_path / "a"), str(other)))
+        with pytest.raises(ConfigError, match=r"secondary_tiers\[1\]: '.*/a' and .* lead to one"):
+            config(str(tmp_path / "a"), str(other))
     with pytest.raises(ConfigError, match=r"secondary_tiers\[0\]: .* lead to one"):
-        check_here(config([str(tmp_path / "a"), str(tmp_path / "b")]))
+        config([str(tmp_path / "a"), str(tmp_path / "b")])

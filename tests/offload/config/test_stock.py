@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from kvstrata.offload.config.offload_config import (
-    ConfigError,
     OffloadConfig,
     TierEntry,
     parse_config,
 )
+from kvstrata.tiers.options import ConfigError
 
 FS = {"type": "fs", "root_dir": "/mnt/kv_cache", "n_read_threads": 32, "n_write_threads": 16}
 BACKPRESSURE = {"backpressure_cls": "EMABackpressureDetector", "policy_cls": "DropStorePolicy"}
@@ -154,9 +154,9 @@ def test_a_policy_by_its_module(name: str, policy: str, said: set[str]) -> None:
     ("name", "module", "words"),
     [
         ("Neither", "my_package.my_module", "my_module:Neither' is no eviction policy"),
-        ("Absent", "my_package.my_module", "eviction_policy='Absent' cannot be imported"),
-        ("", "my_package.my_module", "eviction_policy='': use the name of a class"),
-        ("Ours", "", "cache_policy_module_path='': use"),
+        ("Absent", "my_package.my_module", "eviction_policy: 'Absent' cannot be imported"),
+        ("", "my_package.my_module", "eviction_policy: '' is wrong; give the name of a class"),
+        ("Ours", "", "cache_policy_module_path: '' is wrong; give"),
     ],
 )
 def test_a_policy_that_is_not_there(name: str, module: str, words: str) -> None:

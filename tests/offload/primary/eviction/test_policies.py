@@ -318,9 +318,9 @@ def test_a_policy_of_your_own_is_named_by_its_path(
         "own_policy:Absent": "AttributeError.*give the path",
         "absent_policy:Mine": "ModuleNotFoundError.*give the path",
         "broken_policy:Mine": "RuntimeError: no such file.*give the path",
-        "own_policy": 'use one of auto, lru, arc, or "package.module:Class"',
-        ":Mine": "use one of",
-        "own_policy:": "use one of",
+        "own_policy": 'give one of auto, lru, arc, or "package.module:Class"',
+        ":Mine": "give one of",
+        "own_policy:": "give one of",
     }.items():
-        with pytest.raises(ValueError, match=f"^eviction_policy='{name}'.*{reason}"):
+        with pytest.raises(ValueError, match=f"^eviction_policy: '{name}'.*{reason}"):
             policy_class(name)

@@ -11,10 +11,10 @@ pytestmark = pytest.mark.vllm
 
 from vllm.config import CacheConfig, KVTransferConfig, VllmConfig  # noqa: E402
 
-from kvstrata.offload.config.offload_config import ConfigError  # noqa: E402
 from kvstrata.offload.vllm_plugin.engine import early_check  # noqa: E402
 from kvstrata.offload.vllm_plugin.engine.early_check import check, check_early  # noqa: E402
 from kvstrata.offload.vllm_plugin.spec import KVStrataSpec  # noqa: E402
+from kvstrata.tiers.options import ConfigError  # noqa: E402
 
 OURS = {"spec_name": "KVStrataSpec", "cpu_bytes_to_use": "1MiB"}
 WRONG = {**OURS, "cpu_bytes": 1}
