@@ -16,7 +16,9 @@ from kvstrata.tiers.options import (
     nearest,
     option,
     options_of,
+    or_none,
     parse_any,
+    parse_choice,
     parse_count,
     parse_flag,
 )
@@ -44,13 +46,6 @@ def _check_backpressure(key: str, value: object) -> None:
 def _check_interval(key: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 3600:
         raise WrongValue(key, value, "a number, or remove the key")
-
-
-def _parse_locality(key: str, value: object) -> object:
-    if value is not None and value not in LOCALITIES:
-        near = nearest(value, LOCALITIES) if isinstance(value, str) else ""
-        raise WrongValue(key, value, f"{' or '.join(LOCALITIES)}{near}")
-    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +77,7 @@ class TierEntry:
         key="enable_kv_events",
     )
     locality: str | None = option(
-        _parse_locality,
+        or_none(partial(parse_choice, choices=LOCALITIES)),
         "`LOCAL` or `REMOTE`, for KV events and `kv_load_tiers`",
         None,
         shown="what the tier says",
@@ -123,7 +118,7 @@ def tier_class(entry: Mapping[str, Any]) -> type[SecondaryTier]:
     module = entry.get("module_path")
     if module is not None:
         if not isinstance(module, str) or not module:
-            raise TierConfigError(f"module_path: {module!r} is wrong; give an importable module")
+            raise WrongValue("module_path", module, "an importable module")
         return _import(f"{module}:{name}", name)
     if name in BUILT_IN:
         return _import(BUILT_IN[name], name)
@@ -154,18 +149,31 @@ def tier_types() -> list[str]:
     return sorted({*BUILT_IN, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))})
 
 
-def _import(target: str, name: str) -> type[SecondaryTier]:
-    module, _, attribute = target.partition(":")
+def import_named(wrong: str, module: str, name: str) -> object:
+    """What `module` calls `name`.
+
+    Raises:
+        TierConfigError: it cannot be imported, which begins with `wrong`.
+    """
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        return getattr(importlib.import_module(module), name)
     except Exception as error:  # the module is foreign code and may raise anything
         raise TierConfigError(
-            f"type {name!r} cannot be imported from {module!r}: {type(error).__name__}: {error}; "
+            f"{wrong} cannot be imported from {module!r}: {type(error).__name__}: {error}; "
             "give a module and a class of it that the engine's processes can import"
         ) from error
-    if isinstance(found, type) and any(
-        (base.__module__, base.__name__) == _STOCK_BASE for base in found.__mro__
-    ):
+
+
+def derives_from(found: object, base: tuple[str, str]) -> bool:
+    """Whether it is a class with a base of this module and name, which may be of vLLM's own."""
+    bases = found.__mro__ if isinstance(found, type) else ()
+    return any((each.__module__, each.__name__) == base for each in bases)
+
+
+def _import(target: str, name: str) -> type[SecondaryTier]:
+    module, _, attribute = target.partition(":")
+    found = import_named(f"type {name!r}", module, attribute)
+    if derives_from(found, _STOCK_BASE):
         raise TierConfigError(
             f"{target!r} is a tier for vLLM's own TieringOffloadingSpec; kvstrata needs a subclass "
             "of kvstrata.tiers.base.SecondaryTier"

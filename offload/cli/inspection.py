@@ -20,7 +20,6 @@ from kvstrata.tiers.fs.files.layout import (
     CONFIG_NAME,
     NAMESPACE_DIR,
     PAGE_SUFFIX,
-    PAGES_DIR,
     NamespacePaths,
 )
 from kvstrata.tiers.fs.files.namespace import read_config
@@ -106,13 +105,15 @@ def inspect(path: str) -> Inspection:
     # the links on the way there are the user's own
     where = os.path.join(os.path.realpath(os.path.dirname(path)), name)
     home = _home_of(where)
-    inspection = _inspect(where, name, found)
+    inspection = _inspect(where, name, home, found)
     config, fields = _made_of(where, home, inspection.namespace)
     directory = None if home is None else home.home
     return replace(inspection, path=path, directory=directory, config=config, fields=fields)
 
 
-def _inspect(path: str, name: str, found: os.stat_result) -> Inspection:
+def _inspect(
+    path: str, name: str, home: NamespacePaths | None, found: os.stat_result
+) -> Inspection:
     """What the file itself and its place tell."""
     if name == CONFIG_NAME:
         return _inspect_config(path, found.st_size)
@@ -120,10 +121,11 @@ def _inspect(path: str, name: str, found: os.stat_result) -> Inspection:
         abandoned = is_abandoned(name, time.time() - found.st_mtime)
         kind = "abandoned temporary" if abandoned else "temporary"
         return replace(_page(path, kind, inspect_file(path)), reason=None)
-    place = _namespace_of(path)
     report = inspect_file(path)
-    if place is not None:
-        return _page(path, "page", check_place(place, report, known_layouts(place)))
+    # <pages>/<hhh>/<hh>_g<group>/ has the page's file
+    in_place = home is not None and Path(home.pages) in Path(path).parents[2:3]
+    if home is not None and in_place and name.endswith(PAGE_SUFFIX):
+        return _page(path, "page", check_place(home, report, known_layouts(home)))
     if report.header is not None:
         return _page(path, "page", report)
     return _foreign(path, report) or _no_page(path, report)
@@ -132,9 +134,9 @@ def _inspect(path: str, name: str, found: os.stat_result) -> Inspection:
 def _home_of(path: str) -> NamespacePaths | None:
     """The namespace in whose directories `path`, absolute, lies, be it in the quarantine."""
     for parent in Path(path).parents:
-        for form in (PAGES_DIR, NAMESPACE_DIR):
-            if form.fullmatch(parent.name):
-                return NamespacePaths(str(parent.parent), parent.name.removesuffix("_r0"))
+        name = parent.name.removesuffix("_r0")
+        if NAMESPACE_DIR.fullmatch(name):
+            return NamespacePaths(str(parent.parent), name)
     return None
 
 
@@ -185,17 +187,6 @@ def _page(path: str, kind: str, report: FileReport) -> Inspection:
         checksum=verdict,
         tensors=[Tensor(t.name, t.dtype, list(t.shape), t.nbytes) for t in header.layout.tensors],
     )
-
-
-def _namespace_of(path: str) -> NamespacePaths | None:
-    """The namespace in which `path`, absolute, has the place of a page."""
-    file = Path(path)
-    if file.suffix != PAGE_SUFFIX or len(file.parents) < 4:
-        return None
-    pages = file.parents[2]
-    if not PAGES_DIR.fullmatch(pages.name):
-        return None
-    return NamespacePaths(str(pages.parent), pages.name.removesuffix("_r0"))
 
 
 def _inspect_config(path: str, size: int) -> Inspection:

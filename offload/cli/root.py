@@ -68,12 +68,24 @@ def limits_json(limits: Limits) -> dict[str, int | None]:
     }
 
 
-def named_namespace(root: str, known: Sequence[NamespacePaths], asked: str) -> NamespacePaths:
-    """The one namespace whose name or digest is, or begins with, `asked`; a path to it will do.
+def named_namespaces(root: str, asked: Sequence[str]) -> list[NamespacePaths]:
+    """For each of `asked` the one namespace whose name or digest is, or begins with, it; a path to
+    it will do.
 
     Raises:
-        typer.Exit: with 2: it fits none or several.
+        typer.Exit: with 2: there are none, or it fits none or several.
+        OSError: `root` cannot be listed.
     """
+    from kvstrata.tiers.fs.tools.listing import namespaces
+
+    known = namespaces(os.path.realpath(root))
+    if not known:
+        no_namespaces(root)
+        raise typer.Exit(2)
+    return [_named_namespace(root, known, name) for name in asked]
+
+
+def _named_namespace(root: str, known: Sequence[NamespacePaths], asked: str) -> NamespacePaths:
     wanted = os.path.basename(asked.rstrip("/")).removesuffix("_r0")
     exact = [paths for paths in known if paths.name == wanted]
     fits = exact or [

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from kvstrata.offload.cli.printing import fail, printable
-from kvstrata.offload.cli.root import Root, named_namespace, no_namespaces
-
-if TYPE_CHECKING:
-    from kvstrata.tiers.fs.files.layout import NamespacePaths
+from kvstrata.offload.cli.root import Root, named_namespaces
 
 Namespace = Annotated[
     str, typer.Argument(metavar="NAMESPACE", help="Its name as `ls` prints it, or its digest.")
@@ -28,21 +24,12 @@ def trust(root: Root, namespace: Namespace) -> None:
     Exits with 2 if there is no such namespace.
     """
     from kvstrata.tiers.fs.files.trust import trust as take_marker
-    from kvstrata.tiers.fs.tools.listing import namespaces
 
     try:
-        known = namespaces(os.path.realpath(root))
-        if not known:
-            no_namespaces(root)
-            raise typer.Exit(2)
-        paths = named_namespace(root, known, namespace)
+        (paths,) = named_namespaces(root, [namespace])
         said = take_marker(paths)
     except OSError as error:
         fail(root, error)
-    _report(paths, said)
-
-
-def _report(paths: NamespacePaths, said: dict[str, object] | None) -> None:
     if said is None:
         typer.echo(f"{paths.name} was trusted already")
         return

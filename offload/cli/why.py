@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import typer
 
 from kvstrata.offload.cli.printing import fail, print_json, printable
-from kvstrata.offload.cli.root import named_namespace, no_namespaces, refuse
+from kvstrata.offload.cli.root import named_namespaces, refuse
 
 if TYPE_CHECKING:
     from kvstrata.tiers.fs.files.differences import Difference
@@ -25,16 +24,12 @@ def explain(root: str, asked: tuple[str, str], as_json: bool) -> None:
     """
     from kvstrata.tiers.fs.files.differences import differences
     from kvstrata.tiers.fs.files.namespace import read_config
-    from kvstrata.tiers.fs.tools.listing import check_config, namespaces
+    from kvstrata.tiers.fs.tools.listing import check_config
 
     try:
-        known = namespaces(os.path.realpath(root))
+        chosen = named_namespaces(root, asked)
     except OSError as error:
         fail(root, error)
-    if not known:
-        no_namespaces(root)
-        raise typer.Exit(2)
-    chosen = [named_namespace(root, known, name) for name in asked]
     fields = []
     for paths in chosen:
         if (wrong := check_config(paths)) is not None:

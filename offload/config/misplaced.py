@@ -44,7 +44,7 @@ def elsewhere(key: str, *, in_tier: bool, engine: Mapping[str, Option]) -> str:
     place, others = _ENGINE, engine
     if not in_tier:
         classes = [TierEntry, *(tier_class({"type": name}).Options for name in BUILT_IN)]
-        place, others = _ENTRY, dict(ChainMap(*map(options_of, classes)))
+        place, others = _ENTRY, dict(ChainMap(*(options_of(each) for each in classes)))
     if key in others:
         return f"it is a key {place}"
     instead = use_instead(key, others)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Mapping
 
@@ -10,6 +9,7 @@ from kvstrata.offload.primary.eviction.arc import ARC
 from kvstrata.offload.primary.eviction.auto import Auto
 from kvstrata.offload.primary.eviction.policy import LRU, EvictionPolicy
 from kvstrata.tiers.options import ConfigError, WrongValue, nearest
+from kvstrata.tiers.registry import derives_from, import_named
 
 _BUILT_IN: Mapping[str, type[EvictionPolicy]] = {"auto": Auto, "lru": LRU, "arc": ARC}
 _STOCK_BASE = ("vllm.v1.kv_offload.cpu.policies.base", "CachePolicy")
@@ -33,9 +33,8 @@ def named_policy(name: object, module: object) -> tuple[str, str]:
         raise WrongValue("cache_policy_module_path", module, remedy)
     if not isinstance(name, str) or not name:
         raise WrongValue("eviction_policy", name, f"the name of a class in {module!r}")
-    found = _import(f"eviction_policy: {name!r}", module, name)
-    bases = found.__mro__ if isinstance(found, type) else ()
-    if any((base.__module__, base.__name__) == _STOCK_BASE for base in bases):
+    found = import_named(f"eviction_policy: {name!r}", module, name)
+    if derives_from(found, _STOCK_BASE):
         return "auto", f"{module}:{name} is a policy for vLLM's own specs; auto is used"
     policy_class(f"{module}:{name}")
     return f"{module}:{name}", ""
@@ -56,7 +55,7 @@ def policy_class(name: object) -> type[EvictionPolicy]:
         near = nearest(name, _BUILT_IN) if isinstance(name, str) else ""
         known = f'one of {", ".join(_BUILT_IN)}{near}, or "package.module:Class" for your own'
         raise WrongValue("eviction_policy", name, known)
-    imported = _import(wrong, module, attribute)
+    imported = import_named(wrong, module, attribute)
     if not isinstance(imported, type) or not issubclass(imported, EvictionPolicy):
         raise ConfigError(
             f"{wrong} is no eviction policy; give a class derived from "
@@ -66,13 +65,3 @@ def policy_class(name: object) -> type[EvictionPolicy]:
         missing = ", ".join(sorted(imported.__abstractmethods__))
         raise ConfigError(f"{wrong} lacks {missing}; give a class that defines them")
     return imported
-
-
-def _import(wrong: str, module: str, attribute: str) -> object:
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # the module is foreign code and may raise anything
-        raise ConfigError(
-            f"{wrong} cannot be imported: {type(error).__name__}: {error}; "
-            "give the path of a class that the engine's processes can import"
-        ) from error

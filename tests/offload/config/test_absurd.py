@@ -142,7 +142,7 @@ REFUSED: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     (tiers({"type": "Path", "module_path": "pathlib"}), (FIRST, "'pathlib:Path'", "SecondaryTier")),
     (fs(enable_kv_events="yes"), (FIRST, "enable_kv_events: 'yes'", "true or false")),
     (fs(locality="remote"), (FIRST, "locality: 'remote'", "did you mean 'REMOTE'?")),
-    (fs(locality="NEAR"), (FIRST, "locality: 'NEAR'", "LOCAL or REMOTE")),
+    (fs(locality="NEAR"), (FIRST, "locality: 'NEAR'", "LOCAL, REMOTE")),
     (fs(backpressure=[]), (FIRST, "backpressure: []", "object")),
     # -- directories
     (tiers({"type": "fs"}), (FIRST, "root_dir is missing", "/mnt/kv")),
