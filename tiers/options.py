@@ -80,10 +80,6 @@ class Option:
     idle: bool
     other_names: str
 
-    def is_called(self, name: str) -> bool:
-        """Whether `name` is one of the other names, in any way of writing it."""
-        return _letters(name) in map(_letters, self.other_names.split())
-
 
 def option(
     parse: Callable[[str, Any], Any],
@@ -153,8 +149,9 @@ def read_options(cls: type, given: Mapping[str, Any], where: str) -> dict[str, A
 
 
 def use_instead(key: str, known: Mapping[str, Option]) -> str:
-    """`use x` or `use x and y`: the options for which people write `key`; "" for none."""
-    found = [name for name, made in known.items() if made.is_called(key)]
+    """`use x` or `use x and y`: the options people call `key`, however written; "" for none."""
+    word = _letters(key)
+    found = [k for k, made in known.items() if word in map(_letters, made.other_names.split())]
     return f"use {' and '.join(found)}" if found else ""
 
 
@@ -163,11 +160,13 @@ def plain(markdown: str) -> str:
     return re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", markdown).replace("`", "")
 
 
-def nearest(word: str, known: Collection[str]) -> str:
+def nearest(word: object, known: Collection[str]) -> str:
     """` (did you mean 'x'?)` with the known word that looks most like `word`, or nothing.
 
     Case does not count, and the beginning of a word will do.
     """
+    if not isinstance(word, str):
+        return ""
     by_lower = {each.lower(): each for each in sorted(known)}
     close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.7)
     if not close and len(word) >= _LEAST_BEGINNING:
@@ -264,8 +263,7 @@ def parse_flag(key: str, value: object) -> bool:
 def parse_choice(key: str, value: object, choices: Collection[str]) -> str:
     """One of the words in `choices`."""
     if not isinstance(value, str) or value not in choices:
-        near = nearest(value, choices) if isinstance(value, str) else ""
-        raise WrongValue(key, value, f"one of {', '.join(choices)}{near}")
+        raise WrongValue(key, value, f"one of {', '.join(choices)}{nearest(value, choices)}")
     return value
 
 

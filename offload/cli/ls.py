@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -120,25 +121,10 @@ def _show_books(root: str, books: Mapping[str, Any] | None) -> None:
 
 
 def _namespace_json(report: NamespaceReport, used: float | None, share: float) -> dict[str, Any]:
-    now = time.time()
-    written = (report.oldest, report.newest, used)
-    ages = [None if t is None else max(0.0, now - t) for t in written]
-    return {
-        "model": report.model,
-        "digest": report.digest,
-        "path": report.path,
-        "config": report.config,
-        "files": report.files,
-        "bytes": report.bytes,
-        "share": share,
-        "temporary": report.temporary,
-        "quarantined": report.quarantined,
-        "trusted": report.trusted,
-        "oldest_age_s": ages[0],
-        "newest_age_s": ages[1],
-        "used_age_s": ages[2],
-        "fields": report.fields,
-    }
+    now, found = time.time(), {**asdict(report), "share": share}
+    times = {"oldest": found.pop("oldest"), "newest": found.pop("newest"), "used": used}
+    ages = {name: None if t is None else max(0.0, now - t) for name, t in times.items()}
+    return {**found, **{f"{name}_age_s": since for name, since in ages.items()}}
 
 
 def _show_namespace(report: NamespaceReport, used: float | None, share: float) -> None:

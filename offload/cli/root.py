@@ -61,11 +61,7 @@ def free_json(free_bytes: int) -> int | None:
 
 def limits_json(limits: Limits) -> dict[str, int | None]:
     """Limits by option; None is no limit."""
-    return {
-        "max_bytes": limits.max_bytes or None,
-        "max_files": limits.max_files or None,
-        "min_free_bytes": limits.min_free_bytes or None,
-    }
+    return {name: bound or None for name, bound in limits._asdict().items()}
 
 
 def named_namespaces(root: str, asked: Sequence[str]) -> list[NamespacePaths]:

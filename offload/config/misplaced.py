@@ -43,7 +43,7 @@ def elsewhere(key: str, *, in_tier: bool, engine: Mapping[str, Option]) -> str:
             return place
     place, others = _ENGINE, engine
     if not in_tier:
-        classes = [TierEntry, *(tier_class({"type": name}).Options for name in BUILT_IN)]
+        classes: list[type] = [TierEntry, *(tier_class({"type": x}).Options for x in BUILT_IN)]
         place, others = _ENTRY, dict(ChainMap(*(options_of(each) for each in classes)))
     if key in others:
         return f"it is a key {place}"

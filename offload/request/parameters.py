@@ -12,7 +12,7 @@ import logging
 import re
 import reprlib
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import lru_cache
@@ -114,10 +114,7 @@ class ParameterReader:
 
         In a `foreign` object that is only what has our name, and what is no other word than ours.
         """
-        for given, value in params.items():
-            key = _short(given)
-            if self._is_too_much(key, value, found):
-                return
+        for key, value in self._keys(params, found):
             if key == SECTION and not depth:
                 self._read_section(key, value, found, depth)
                 continue
@@ -151,10 +148,7 @@ class ParameterReader:
             return
         if wishes is not value:
             self._warn(key, value, "it is read as the object that its text says")
-        for given, wish in wishes.items():
-            name = _short(given)
-            if self._is_too_much(name, wish, found):
-                return
+        for name, wish in self._keys(wishes, found):
             word, sure = _meaning(name)
             if word == SECTION and sure:
                 self._warn(name, wish, f'it is in itself; use one "{SECTION}" only')
@@ -166,12 +160,15 @@ class ParameterReader:
                     self._warn(name, wish, f'it is read as "{word}"')
                 self._read_wish(name, word, wish, found, sure=sure)
 
-    def _is_too_much(self, key: str, value: object, found: _Found) -> bool:
-        """Whether so many keys came before this one that no more are looked at."""
-        found.keys += 1
-        if found.keys == _MOST_KEYS + 1:
-            self._refuse(key, value, f"send {_MOST_KEYS} keys at most", found)
-        return found.keys > _MOST_KEYS
+    def _keys(self, given: Mapping[Any, Any], found: _Found) -> Iterator[tuple[str, Any]]:
+        """Keys and values, until so many of the request were looked at that no more are."""
+        for key, value in given.items():
+            found.keys += 1
+            if found.keys == _MOST_KEYS + 1:
+                self._refuse(_short(key), value, f"send {_MOST_KEYS} keys at most", found)
+            if found.keys > _MOST_KEYS:
+                return
+            yield _short(key), value
 
     def _read_wish(self, key: str, word: str, value: object, found: _Found, *, sure: bool) -> None:
         """One wish; not `sure`: its key only looks like the word."""
@@ -201,9 +198,9 @@ class ParameterReader:
 
     def _names(self, key: str, value: object) -> frozenset[str]:
         names = value if isinstance(value, list | tuple) else [value]
+        if names is value and all(name in self._tiers for name in names):
+            return frozenset(names)
         words = [name for name in names if isinstance(name, str)]
-        if names is value and len(words) == len(names) and set(words) <= set(self._tiers):
-            return frozenset(words)
         lower = {name.strip().lower() for name in words}
         tiers = frozenset(name for name in self._tiers if name.lower() in lower)
         known = ", ".join(self._tiers) or "there are none"

@@ -52,8 +52,8 @@ def policy_class(name: object) -> type[EvictionPolicy]:
     wrong = f"eviction_policy: {name!r}"
     module, _, attribute = name.partition(":") if isinstance(name, str) else ("", "", "")
     if not module or not attribute:
-        near = nearest(name, _BUILT_IN) if isinstance(name, str) else ""
-        known = f'one of {", ".join(_BUILT_IN)}{near}, or "package.module:Class" for your own'
+        known = f"one of {', '.join(_BUILT_IN)}{nearest(name, _BUILT_IN)}"
+        known += ', or "package.module:Class" for your own'
         raise WrongValue("eviction_policy", name, known)
     imported = import_named(wrong, module, attribute)
     if not isinstance(imported, type) or not issubclass(imported, EvictionPolicy):
