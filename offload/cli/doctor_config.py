@@ -8,7 +8,7 @@ from typing import Any
 
 from kvstrata.offload.cli.doctor import OK, PROBLEM, WARNING, Check, check_memory, check_storage
 from kvstrata.offload.config.offload_config import OffloadConfig, parse_config
-from kvstrata.offload.config.precheck import SHM, check_directories, check_size
+from kvstrata.offload.config.precheck import SHM, check_size
 from kvstrata.offload.vllm_plugin.engine.early_check import SPEC_NAME
 from kvstrata.offload.vllm_plugin.register import SPEC_MODULE
 from kvstrata.tiers.options import ConfigError, format_bytes
@@ -90,11 +90,6 @@ def _check_cpu_tier(config: OffloadConfig) -> Iterator[Check]:
 
 
 def _check_tiers(config: OffloadConfig) -> Iterator[Check]:
-    try:
-        check_directories(config)
-    except ConfigError as error:
-        yield Check("directories", PROBLEM, "cannot be used", str(error))
-        return
     for tier in config.tiers:
         for path in tier.directories:
             yield Check(tier.name, OK, path)

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 from kvstrata.offload.config.offload_config import OffloadConfig
-from kvstrata.tiers.directories import check_directory
 from kvstrata.tiers.disk import disk_at
+from kvstrata.tiers.fs.refusals import refusal_by_look
 from kvstrata.tiers.options import ConfigError, format_bytes
 
 SHM = Path("/dev/shm")
@@ -17,10 +17,13 @@ def check_here(config: OffloadConfig, shm: Path = SHM) -> None:
     """Refuse what cannot work on this machine, however much of it is free.
 
     Raises:
-        ConfigError: naming the key, the value and the remedy.
+        ConfigError: naming the key or tier, the value and the remedy.
     """
     check_size(config.cpu_bytes, shm)
-    check_directories(config)
+    for index, tier in enumerate(config.tiers):
+        for path in tier.directories:
+            if why := refusal_by_look(path):
+                raise ConfigError(f"secondary_tiers[{index}]: {path!r} {why}")
 
 
 def check_size(cpu_bytes: int, shm: Path = SHM) -> None:
@@ -48,17 +51,3 @@ def check_size(cpu_bytes: int, shm: Path = SHM) -> None:
             f"cpu_bytes_to_use: {size} is more than {shm}, where the CPU tier lives, holds in all, "
             f"{format_bytes(total)}: lower it, or make {shm} larger (containers: --shm-size)"
         )
-
-
-def check_directories(config: OffloadConfig) -> None:
-    """Refuse directories that tiers could not use.
-
-    Raises:
-        ConfigError: naming the tier, the directory and the remedy.
-    """
-    for index, tier in enumerate(config.tiers):
-        for path in tier.directories:
-            try:
-                check_directory(path)
-            except (ConfigError, OSError) as error:
-                raise ConfigError(f"secondary_tiers[{index}]: {error}") from error

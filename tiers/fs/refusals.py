@@ -22,6 +22,28 @@ def refusal(root: str, error: OSError) -> str:
     return "; ".join(_reason_and_remedy(root, error))
 
 
+def refusal_by_look(path: str) -> str:
+    """As `refusal`, found out without changing anything; nothing where no reason is seen.
+
+    A directory on a read-only file system passes: what is there can be loaded.
+    """
+    where = path
+    while not os.path.lexists(where):
+        where = os.path.dirname(where)
+    if not os.path.isdir(where):
+        return refusal(path, OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
+    if os.access(where, os.W_OK | os.X_OK, effective_ids=True):
+        return ""
+    try:
+        read_only = bool(os.statvfs(where).f_flag & os.ST_RDONLY)
+    except OSError as error:
+        return refusal(path, error)
+    if read_only and where == path:
+        return ""
+    number = errno.EROFS if read_only else errno.EACCES
+    return refusal(path, OSError(number, os.strerror(number)))
+
+
 def books_refusal(root: str) -> str:
     """As `refusal`, where the books of another user are at `root`; else nothing."""
     books = os.path.join(root, BOOKS_NAME)

@@ -84,8 +84,8 @@ def test_in_words(tmp_path: Path) -> None:
         ),
         (
             {**GOOD, "secondary_tiers": [{"type": "fs", "root_dir": "/dev/null/kv"}]},
-            "directories",
-            "secondary_tiers[0]: '/dev/null/kv' cannot be made",
+            "files",
+            "cannot be made: '/dev/null' is not a directory",
         ),
     ],
 )

@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstrata.tiers import directories
-from kvstrata.tiers.base import TierConfigError
-from kvstrata.tiers.directories import check_directory
+from kvstrata.tiers.fs.refusals import refusal_by_look
 
 
 @pytest.fixture
@@ -20,8 +18,8 @@ def someone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
 
     def access(path: str, mode: int, *, effective_ids: bool) -> bool:
-        assert effective_ids and mode == os.W_OK | os.X_OK
-        return Path(path).name == "mine"
+        assert effective_ids
+        return mode == os.X_OK or Path(path).name == "mine"
 
     monkeypatch.setattr(os, "access", access)
     return tmp_path
@@ -29,7 +27,7 @@ def someone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_what_can_be_used(someone: Path) -> None:
     for path in (someone / "mine", someone / "mine" / "a" / "b"):
-        check_directory(str(path))
+        assert refusal_by_look(str(path)) == ""
     assert sorted(os.listdir(someone)) == ["broken", "file", "mine", "theirs"]
     assert os.listdir(someone / "mine") == []
 
@@ -37,20 +35,19 @@ def test_what_can_be_used(someone: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("file", "/file' is not a directory"),
-        ("broken", "/broken' is not a directory"),
-        ("file/kv", "/file/kv' cannot be made: '.*/file' is not a directory"),
-        ("theirs", r"/theirs' is not writable by this user \(uid \d+\): it belongs to uid \d+"),
+        ("file", "is not a directory; give a directory"),
+        ("broken", r"cannot be made: '.*/broken' is a symbolic link to '.*'.*; make that"),
+        ("file/kv", "cannot be made: '.*/file' is not a directory; choose"),
+        ("theirs", r"is not writable by this user \(\d+\): it has user \d+.*; change its owner"),
         (
             "theirs/a/kv",
-            r"kv' does not exist and cannot be made: '.*/theirs' is not writable by this user "
-            r"\(uid \d+\); make it first: sudo install -d -o \d+ -g \d+ .*/theirs/a/kv$",
+            r"does not exist, and this user \(\d+\) may not make it in '.*/theirs'; make it as "
+            r"root \(mkdir -p .*/theirs/a/kv && chown",
         ),
     ],
 )
 def test_what_cannot(someone: Path, path: str, words: str) -> None:
-    with pytest.raises(TierConfigError, match=words):
-        check_directory(str(someone / path))
+    assert re.match(words, refusal_by_look(str(someone / path)))
 
 
 def test_a_read_only_directory_can_be_loaded_from(
@@ -58,7 +55,7 @@ def test_a_read_only_directory_can_be_loaded_from(
 ) -> None:
     found = list(os.statvfs(someone))
     found[8] |= os.ST_RDONLY
-    monkeypatch.setattr(directories.os, "statvfs", lambda path: os.statvfs_result(found))
-    check_directory(str(someone / "theirs"))
-    with pytest.raises(TierConfigError, match=re.escape(str(someone / "theirs" / "new"))):
-        check_directory(str(someone / "theirs" / "new"))
+    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result(found))
+    assert refusal_by_look(str(someone / "theirs")) == ""
+    new = refusal_by_look(str(someone / "theirs" / "new"))
+    assert re.match("does not exist, and '.*/theirs' is on a read-only file system; mount", new)
