@@ -34,14 +34,13 @@ class Fields:
 
 
 def fields(
-    deciding: str = "",
-    left_out: Mapping[str, str] | None = None,
-    inner: Mapping[str, str] | None = None,
+    deciding: str = "", left_out: Mapping[str, str] | None = None, inner: str = ""
 ) -> Fields:
-    """Names are written as text with spaces; `left_out` gives them by reason."""
+    """Names are written as text with spaces; `left_out` has them by reason, `inner` with classes:
+    "field=Class"."""
     reasons = (left_out or {}).items()
     return Fields(
         deciding=frozenset(deciding.split()),
-        inner=inner or {},
+        inner=dict(pair.split("=") for pair in inner.split()),
         left_out={name: reason for reason, names in reasons for name in names.split()},
     )

@@ -24,41 +24,26 @@ from kvstrata.offload.vllm_plugin.namespace.fields import (
     Fields,
     fields,
 )
-from kvstrata.offload.vllm_plugin.namespace.left_out import LEFT_OUT
+from kvstrata.offload.vllm_plugin.namespace.left_out import INNER, LEFT_OUT
 
 TABLE: Mapping[str, Fields] = {
     "VllmConfig": fields(
         deciding="additional_config",
-        inner={
-            "model_config": "ModelConfig",
-            "cache_config": "CacheConfig",
-            "parallel_config": "ParallelConfig",
-            "scheduler_config": "SchedulerConfig",
-            "device_config": "DeviceConfig",
-            "load_config": "LoadConfig",
-            "offload_config": "OffloadConfig",
-            "attention_config": "AttentionConfig",
-            "aux_output_config": "AuxOutputConfig",
-            "engram_config": "EngramConfig",
-            "mamba_config": "MambaConfig",
-            "kernel_config": "KernelConfig",
-            "lora_config": "LoRAConfig",
-            "speculative_config": "SpeculativeConfig",
-            "watermark_config": "WatermarkConfig",
-            "diffusion_config": "DiffusionConfig",
-            "structured_outputs_config": "StructuredOutputsConfig",
-            "observability_config": "ObservabilityConfig",
-            "logging_config": "LoggingConfig",
-            "compilation_config": "CompilationConfig",
-            "profiler_config": "ProfilerConfig",
-            "kv_transfer_config": "KVTransferConfig",
-            "kv_events_config": "KVEventsConfig",
-            "ec_transfer_config": "ECTransferConfig",
-            "ec_manager_config": "EncoderCacheManagerConfig",
-            "reasoning_config": "ReasoningConfig",
-            "weight_transfer_config": "WeightTransferConfig",
-            "watchdog_config": "WatchdogConfig",  # 0.33
-        },
+        inner="""
+            model_config=ModelConfig cache_config=CacheConfig parallel_config=ParallelConfig
+            scheduler_config=SchedulerConfig device_config=DeviceConfig load_config=LoadConfig
+            offload_config=OffloadConfig attention_config=AttentionConfig
+            aux_output_config=AuxOutputConfig engram_config=EngramConfig mamba_config=MambaConfig
+            kernel_config=KernelConfig lora_config=LoRAConfig speculative_config=SpeculativeConfig
+            watermark_config=WatermarkConfig diffusion_config=DiffusionConfig
+            structured_outputs_config=StructuredOutputsConfig
+            observability_config=ObservabilityConfig logging_config=LoggingConfig
+            compilation_config=CompilationConfig profiler_config=ProfilerConfig
+            kv_transfer_config=KVTransferConfig kv_events_config=KVEventsConfig
+            ec_transfer_config=ECTransferConfig ec_manager_config=EncoderCacheManagerConfig
+            reasoning_config=ReasoningConfig weight_transfer_config=WeightTransferConfig
+            watchdog_config=WatchdogConfig
+        """,
         left_out={
             "another one at every start": "instance_id",
             "made from quantization, quantization_config, hf_config and the checkpoint's files": (
@@ -73,7 +58,7 @@ TABLE: Mapping[str, Fields] = {
             code_revision convert disable_sliding_window dtype hf_config hf_text_config
             model_class_overrides model_impl quantization quantization_config runner
         """,
-        inner={"multimodal_config": "MultiModalConfig", "pooler_config": "PoolerConfig"},
+        inner="multimodal_config=MultiModalConfig pooler_config=PoolerConfig",
         left_out={
             "the weights' fingerprint is of their content": "model model_weights revision",
             "its effect is in hf_config": "config_format hf_config_path hf_overrides",
@@ -96,8 +81,8 @@ TABLE: Mapping[str, Fields] = {
                 tokenizer_mode tokenizer_revision
             """,
             OUTPUT: """
-                enable_trace_replay generation_config logits_processors logprobs_mode
-                max_logprobs return_sampling_mask use_fp64_gumbel
+                enable_trace_replay generation_config logits_processors logprobs_mode max_logprobs
+                return_sampling_mask use_fp64_gumbel
             """,
             ROUNDING: "enforce_eager",
             MEMORY: "enable_cumem_allocator enable_nccl_comm_suspend",
@@ -168,10 +153,10 @@ TABLE: Mapping[str, Fields] = {
     ),
     "AttentionConfig": fields(
         deciding="""
-            disable_flashinfer_q_quantization indexer_kv_dtype indexer_sparse_logits
-            use_non_causal use_prefill_query_quantization
+            disable_flashinfer_q_quantization indexer_kv_dtype indexer_sparse_logits use_non_causal
+            use_prefill_query_quantization
         """,
-        inner={"hisparse_config": "HiSparseConfig"},
+        inner="hisparse_config=HiSparseConfig",
         left_out={
             "rounding alone; where it changes the form of content, the content order says so": """
                 flash_attn_max_num_splits_for_cuda_graph flash_attn_version flex_attn_block_m
@@ -188,7 +173,7 @@ TABLE: Mapping[str, Fields] = {
         left_out={ROUNDING: "backend ssu_algorithm"},
     ),
     "KernelConfig": fields(
-        inner={"ir_op_priority": "IrOpPriorityConfig"},
+        inner="ir_op_priority=IrOpPriorityConfig",
         left_out={
             ROUNDING: """
                 enable_cutedsl_warmup enable_flashinfer_autotune enable_jit_warmup
@@ -212,7 +197,7 @@ TABLE: Mapping[str, Fields] = {
         deciding="""
             index_share_for_mtp_iteration kv_cache_dtype method parallel_drafting quantization
         """,
-        inner={"draft_load_config": "LoadConfig", "draft_model_config": "ModelConfig"},
+        inner="draft_load_config=LoadConfig draft_model_config=ModelConfig",
         left_out={
             "`draft_weights` is of their content": "model revision",
             "of the draft's model configuration": "code_revision max_model_len",
@@ -220,18 +205,17 @@ TABLE: Mapping[str, Fields] = {
             TOPOLOGY: "draft_parallel_config draft_tensor_parallel_size tensor_parallel_size",
             ROUNDING: "attention_backend enforce_eager moe_backend",
             SCHEDULING: """
-                disable_eagle_block_drop disable_lookahead_block_hashes
-                disable_padded_drafter_batch
+                disable_eagle_block_drop disable_lookahead_block_hashes disable_padded_drafter_batch
             """,
             DRAFTED: """
                 draft_lm_head_quantization draft_sample_method dspark_draft_topk
-                enable_adaptive_verification fly_entropy_threshold fly_entropy_top_k
-                fly_window_size num_speculative_tokens num_speculative_tokens_per_batch_size
-                prompt_lookup_max prompt_lookup_min rejection_sample_method
-                suffix_decoding_max_cached_requests suffix_decoding_max_spec_factor
-                suffix_decoding_max_tree_depth suffix_decoding_min_token_prob
-                synthetic_acceptance_length synthetic_acceptance_rates use_heterogeneous_vocab
-                use_local_argmax_reduction xpress_topc
+                enable_adaptive_verification fly_entropy_threshold fly_entropy_top_k fly_window_size
+                num_speculative_tokens num_speculative_tokens_per_batch_size prompt_lookup_max
+                prompt_lookup_min rejection_sample_method suffix_decoding_max_cached_requests
+                suffix_decoding_max_spec_factor suffix_decoding_max_tree_depth
+                suffix_decoding_min_token_prob synthetic_acceptance_length
+                synthetic_acceptance_rates use_heterogeneous_vocab use_local_argmax_reduction
+                xpress_topc
             """,
         },
     ),
@@ -246,5 +230,8 @@ TABLE: Mapping[str, Fields] = {
             """,
         },
     ),
-    **LEFT_OUT,
+    **{
+        name: fields(left_out=reasons, inner=INNER.get(name, ""))
+        for name, reasons in LEFT_OUT.items()
+    },
 }
