@@ -188,16 +188,7 @@ class RequestView:
 
 
 class Page(NamedTuple):
-    """One page of a job.
-
-    Attributes:
-        key: the offload key.
-        group: KV cache group index.
-        end_token: position in the request of the chunk's end, in tokens; 0 if unknown.
-        slot: index of the page's slot in the primary tier (in `TierContext.region`).
-        view: exactly the page's bytes (uint8, contiguous, 4096-aligned), readable for
-            stores and writable for loads. Valid until the job's result is taken.
-    """
+    """One page of a job; see there. `group` is its KV cache group index."""
 
     key: PageKey
     group: int
@@ -217,7 +208,8 @@ class Job:
         keys: the offload keys.
         slots: index of each page's slot in the primary tier (in `TierContext.region`).
         end_tokens: position in the request of each chunk's end, in tokens; 0 if unknown.
-        view: key and slot -> exactly the page's bytes, as in `Page.view`.
+        view: key and slot -> exactly the page's bytes (uint8, contiguous, 4096-aligned), readable
+            for stores and writable for loads. Valid until the job's result is taken.
     """
 
     job_id: int

@@ -6,7 +6,8 @@ import heapq
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from operator import itemgetter
+from typing import Any
 
 from kvstrata.tiers.base import EPOCH
 from kvstrata.tiers.fs.files import nofollow
@@ -24,14 +25,6 @@ _MAX_NAME = 100  # characters of a field's name, which is a foreign file's word
 logger = logging.getLogger("kvstrata.tiers.fs")
 
 
-class _Other(NamedTuple):
-    """Another namespace of the model; `opened` is when an engine started on it last."""
-
-    opened: float
-    paths: NamespacePaths
-    fields: Mapping[str, Any]
-
-
 def explain_cold_start(roots: Sequence[NamespacePaths], fields: Mapping[str, Any]) -> None:
     """Log which namespaces of this model hold pages that an engine with `fields` cannot use.
 
@@ -41,23 +34,28 @@ def explain_cold_start(roots: Sequence[NamespacePaths], fields: Mapping[str, Any
     """
     if EPOCH in fields or any(map(_may_hold_pages, roots)):
         return
-    others: dict[str, _Other] = {}
+    # by name: when an engine started on it last, where it lies, and its fields
+    others: dict[str, tuple[float, NamespacePaths, Mapping[str, Any]]] = {}
     private: set[str] = set()
+    weights = fields.get("weights")
     for ours in roots:
         for opened, paths in _candidates(ours):
             theirs = _fields_of(paths)
-            if theirs is None or not _is_same_model(ours, fields, paths, theirs):
+            if theirs is None or not (
+                _split(paths)[0] == _split(ours)[0]  # the model's name for display
+                or (weights is not None and theirs.get("weights") == weights)
+            ):
                 continue
             if EPOCH in theirs:
                 private.add(paths.name)
-            elif paths.name not in others or others[paths.name].opened < opened:
-                others[paths.name] = _Other(opened, paths, theirs)
+            elif paths.name not in others or others[paths.name][0] < opened:
+                others[paths.name] = opened, paths, theirs
     digest = _split(roots[0])[1]
-    newest = sorted(others.values(), key=lambda other: other.opened, reverse=True)
-    for other in newest[:_MOST_LINES]:
-        all_fields = f"kvstrata ls {other.paths.root} --why {_split(other.paths)[1]} {digest}"
-        said = _sentence(differences(fields, other.fields), all_fields)
-        _say(other.paths.root, f"{other.paths.name!r} differs in {said}")
+    newest = sorted(others.values(), key=itemgetter(0), reverse=True)
+    for _, paths, there in newest[:_MOST_LINES]:
+        all_fields = f"kvstrata ls {paths.root} --why {_split(paths)[1]} {digest}"
+        said = _sentence(differences(fields, there), all_fields)
+        _say(paths.root, f"{paths.name!r} differs in {said}")
     root = roots[0].root
     if len(newest) > _MOST_LINES:
         _say(root, f"and {len(newest) - _MOST_LINES} more, listed by: kvstrata ls {root}")
@@ -76,17 +74,18 @@ def _candidates(ours: NamespacePaths) -> Iterator[tuple[float, NamespacePaths]]:
 
     Their directory changes at each start of an engine, which tries whether it can be written.
     """
+    model, digest = _split(ours)
     found = []
     with suppress(OSError):
         for name in nofollow.listdir(ours.root):
             match = NAMESPACE_DIR.fullmatch(name)
-            if match is None or match["digest"] == _split(ours)[1]:
+            if match is None or match["digest"] == digest:
                 continue
             paths = NamespacePaths(ours.root, name)
             with suppress(OSError):
-                same_name = match["model"] == _split(ours)[0]
-                found.append((same_name, nofollow.lstat(paths.home).st_mtime, paths))
-    for _, opened, paths in heapq.nlargest(_MOST_READ, found, key=lambda each: each[:2]):
+                opened = nofollow.lstat(paths.home).st_mtime
+                found.append((match["model"] == model, opened, paths))
+    for _, opened, paths in heapq.nlargest(_MOST_READ, found, key=itemgetter(0, 1)):
         yield opened, paths
 
 
@@ -99,19 +98,6 @@ def _fields_of(paths: NamespacePaths) -> dict[str, Any] | None:
     return None
 
 
-def _is_same_model(
-    ours: NamespacePaths,
-    fields: Mapping[str, Any],
-    paths: NamespacePaths,
-    theirs: Mapping[str, Any],
-) -> bool:
-    """Whether it has this model's name for display, or its weights."""
-    weights = fields.get("weights")
-    return _split(paths)[0] == _split(ours)[0] or (
-        weights is not None and theirs.get("weights") == weights
-    )
-
-
 def _split(paths: NamespacePaths) -> tuple[str, str]:
     """Model and digest in the name."""
     model, _, digest = paths.name.rpartition("_")
@@ -119,11 +105,7 @@ def _split(paths: NamespacePaths) -> tuple[str, str]:
 
 
 def _holds_pages(paths: NamespacePaths) -> bool:
-    """Whether there are pages, or directories that were made for some; asks for names only.
-
-    Raises:
-        OSError: its directory cannot be listed.
-    """
+    """Whether there are pages, or directories that were made for some; asks for names only."""
     try:
         with nofollow.scandir(paths.pages) as entries:
             return any(entry.name != QUARANTINE_NAME for entry in entries)

@@ -75,10 +75,7 @@ def _reason_and_remedy(root: str, error: OSError) -> tuple[str, str]:
         return "is on a read-only file system", _ANOTHER
     if found is not None and number in _DENIED:
         return _denied(root, found, error)
-    return (
-        f"cannot be used ({error})",
-        f"see to its disk or its mount, or {_ANOTHER}",
-    )
+    return f"cannot be used ({error})", f"see to its disk or its mount, or {_ANOTHER}"
 
 
 def _in_the_way(root: str) -> tuple[str, str] | None:

@@ -7,6 +7,7 @@ import logging
 import os
 import stat
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -142,11 +143,8 @@ def open_books(config: FsConfig) -> Limits | None:
         raise _start_error(config.root_dir, error) from error
     try:
         ledger = Ledger(config.root_dir, config.file_mode, config.dir_mode)
-        try:
-            with ledger.locked():
-                return limits
-        finally:
-            ledger.close()
+        with closing(ledger), ledger.locked():
+            return limits
     except OSError as error:
         if isinstance(error, LedgerBusy) or error.errno in NOT_NOW:
             return limits  # nothing is stored until the books can be used

@@ -133,10 +133,7 @@ class Index:
 
     def touch(self, keys: Iterable[bytes]) -> list[bytes]:
         """Make the keys the most recently used; those of them that are known present."""
-        known = [key for key in keys if key in self._present]
-        for key in known:
-            self._present.move_to_end(key)
-        return known
+        return [key for key in keys if self.is_present(key)]
 
     def forget_request(self, req_id: str) -> None:
         """The request will not ask again."""

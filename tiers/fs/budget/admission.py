@@ -41,7 +41,10 @@ class Grant(NamedTuple):
 
 
 class Admission:
-    """Reserves for one member. Any thread may call it; it blocks on the disk."""
+    """Reserves for one member. Any thread may call it.
+
+    It blocks on the disk, and raises OSError where the ledger cannot be used.
+    """
 
     def __init__(self, ledger: Ledger, wake: Callable[[], None]) -> None:
         """`wake` makes the keeper work if it is here."""
@@ -57,11 +60,7 @@ class Admission:
         self._count_lock = threading.Lock()
 
     def admit(self, cost: int) -> Grant | None:
-        """Reserve `cost` bytes for one file; None if in `WAIT_S` seconds there was no room.
-
-        Raises:
-            OSError: the ledger cannot be used.
-        """
+        """Reserve `cost` bytes for one file; None if in `WAIT_S` seconds there was no room."""
         with self._count_lock:
             if self._ahead[cost]:
                 self._ahead[cost] -= 1
@@ -92,9 +91,6 @@ class Admission:
         Then it has less than it says, by a quota or for want of inodes, say, and room for one
         file is made by eviction. That is not done again before a page could be written, or so
         much time has passed: where it does not help, it must not empty the tier.
-
-        Raises:
-            OSError: the ledger cannot be used.
         """
         if grant.spare is not None:
             with suppress(OSError):

@@ -128,20 +128,12 @@ class Books:
         return smallest(row.limits for row in self.rows.values() if not row.dead)
 
     def taken(self, root: str) -> Usage:
-        """What the files take that are booked.
-
-        Raises:
-            OSError: the file system cannot be asked.
-        """
+        """What the files take that are booked; OSError where the file system cannot be asked."""
         nbytes, files = self.base_bytes + self.spare_bytes, self.base_files + self.spare_files
         return Usage(nbytes, files, disk_at(root).free)
 
     def usage(self, root: str) -> Usage:
-        """What is taken, reservations included.
-
-        Raises:
-            OSError: the file system cannot be asked.
-        """
+        """The same, reservations included."""
         reserved = sum(row.reserved_bytes for row in self.rows.values())
         files = sum(row.reserved_files for row in self.rows.values())
         nbytes, taken, free = self.taken(root)
@@ -252,21 +244,15 @@ class Ledger:
                 self._busy_until = time.monotonic() + _LOCK_WITHIN_S
                 raise
             try:
-                if self._is_current():
-                    return
+                with suppress(FileNotFoundError):  # is it the one that others find under its name?
+                    if os.path.samestat(nofollow.lstat(self._path), os.fstat(self._fd)):
+                        return
             except OSError:
                 fcntl.flock(self._fd, fcntl.LOCK_UN)
                 raise
             # somebody deleted the file: begin a new one, as everybody will
             os.close(self._fd)
             self._fd = -1
-
-    def _is_current(self) -> bool:
-        """Whether the open file is the one that others find under its name."""
-        try:
-            return os.path.samestat(nofollow.lstat(self._path), os.fstat(self._fd))
-        except FileNotFoundError:
-            return False
 
     def _open(self) -> int:
         try:

@@ -74,11 +74,11 @@ class _Accounts:
     def tell(self, news: Sequence[News]) -> None:
         """No page is ours."""
 
-    def upkeep(self, done: Mapping[str, int]) -> None:
-        self.done.update(done)
-
     def trust(self, trusted: bool) -> None:
         """Only a medium tells."""
+
+    def upkeep(self, done: Mapping[str, int]) -> None:
+        self.done.update(done)
 
 
 def trim(
