@@ -112,7 +112,7 @@ def test_a_page_can_be_copied_into_a_directory(
     ours = open_tier()
     store(ours, PAGE)
     ((whole,),) = medium.execute("SELECT whole FROM pages")
-    path = Path(files.roots[0].paths.page(KEY))
+    path = Path(files.paths[0].page(KEY))
     path.parent.mkdir(parents=True)
     path.write_bytes(whole)
     assert load(files, [KEY])[1] == PAGE

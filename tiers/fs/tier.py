@@ -5,16 +5,14 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from kvstrata.tiers.base import TierConfigError, TierContext
 from kvstrata.tiers.fs.budget.stamps import first_access
 from kvstrata.tiers.fs.cold_start import explain_cold_start
 from kvstrata.tiers.fs.config import FsConfig
-from kvstrata.tiers.fs.files.layout import NamespacePaths
 from kvstrata.tiers.fs.startup import Opened, open_root
 from kvstrata.tiers.process.medium import MediumSpec
-from kvstrata.tiers.process.supervisor import IoProcesses
 from kvstrata.tiers.process.tier import ProcessTier
 
 logger = logging.getLogger("kvstrata.tiers.fs")
@@ -24,13 +22,6 @@ _LOST = (
     *(errno.EIO, errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.ESTALE, errno.EUCLEAN),
     *(errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EREMOTEIO),
 )
-
-
-class Root(NamedTuple):
-    """One of the directories, and who works there."""
-
-    paths: NamespacePaths
-    processes: IoProcesses
 
 
 class FsTier(ProcessTier):
@@ -66,7 +57,8 @@ class FsTier(ProcessTier):
                 if not lost or (config is configs[-1] and not opened):
                     raise
                 logger.warning("kvstrata fs tier: %s; going on without that disk", error)
-        explain_cold_start([each.paths for each in opened.values()], context.namespace)
+        self.paths = [each.paths for each in opened.values()]  # in the order of `processes`
+        explain_cold_start(self.paths, context.namespace)
         super().__init__(
             context,
             [
@@ -77,15 +69,12 @@ class FsTier(ProcessTier):
             configs[0].n_write_threads,
             first_access(),
         )
-        self.roots = list(map(Root, (each.paths for each in opened.values()), self.processes))
         self._counters.update(evicted_files=0, evicted_bytes=0, swept_temporaries=0)
 
     def how_to_trust(self) -> str:
         """See `SecondaryTier.how_to_trust`."""
-        names = " and ".join(
-            f"`kvstrata trust {root.paths.root} {root.paths.name}`" for root in self.roots
-        )
+        names = " and ".join(f"`kvstrata trust {each.root} {each.name}`" for each in self.paths)
         return (
-            f"Pages that differed are in {self.roots[0].paths.quarantine} beside those that the "
+            f"Pages that differed are in {self.paths[0].quarantine} beside those that the "
             f"model computed. Then run {names}, which all servers hear within seconds."
         )

@@ -133,19 +133,19 @@ class Setup:
         medium: how it makes its medium.
         context: the engine's context without its region.
         region: the region; `fd` is the process's own descriptor.
-        readers: whether the process prefers reads to writes.
-        threads: number of its threads.
         engine: process id of the engine.
         outlives: whether the process writes what it was given when the engine is gone.
+        readers: whether the process prefers reads to writes.
+        threads: number of its threads.
     """
 
     medium: MediumSpec
     context: TierContext
     region: PageRegion
-    readers: bool
-    threads: int
     engine: int
     outlives: bool
+    readers: bool = True
+    threads: int = 1
 
 
 # A task or a record, in bytes.

@@ -128,8 +128,6 @@ class ProcessTier(SecondaryTier):
                     each,
                     replace(context, region=None),
                     self._region,
-                    readers=True,
-                    threads=1,
                     engine=os.getpid(),
                     outlives=is_worthwhile(context.namespace),
                 )
@@ -339,7 +337,7 @@ class ProcessTier(SecondaryTier):
     def _collect(self) -> None:
         """Take what the I/O processes did since the last call."""
         now = time.monotonic()
-        for ended in chain.from_iterable(map(IoProcesses.collect, self.processes)):
+        for ended in chain.from_iterable(each.collect() for each in self.processes):
             pairs = list(zip(ended.task.keys, ended.outcomes, strict=True))
             if ended.task.kind is Kind.CHECK:
                 for key, outcome in pairs:
@@ -357,7 +355,7 @@ class ProcessTier(SecondaryTier):
             self._finish_if_over(job_id, job)
         if not all(each.trusted for each in self.processes):
             self._doubted = False  # from now on the operator's word counts
-        for key, present in chain.from_iterable(map(IoProcesses.take_news, self.processes)):
+        for key, present in chain.from_iterable(each.take_news() for each in self.processes):
             if present:
                 if self._nbytes(key) is not None:  # may be anybody's word
                     self._index.hear(key)

@@ -142,10 +142,10 @@ class Ours:
         self._tier.on_step_end()
 
     def pids(self) -> list[int]:
-        return list(self._tier.roots[0].processes.pids())
+        return list(self._tier.processes[0].pids())
 
     def paths(self, keys: Sequence[bytes]) -> list[str]:
-        return [self._tier.roots[0].paths.page(key) for key in keys]
+        return [self._tier.paths[0].page(key) for key in keys]
 
     def clear(self, keys: Sequence[bytes]) -> None:
         _empty(self.paths(keys))

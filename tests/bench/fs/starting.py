@@ -49,7 +49,7 @@ def measure(root: Path, files: int) -> Iterator[Figure]:
     yield figure("start", seconds)._replace(shape=shape)
     yield figure("first look-up", _answer(tier))._replace(shape=shape)
     tier.shutdown(60.0)
-    key = _fill(tier.roots[0].paths.page, files)
+    key = _fill(tier.paths[0].page, files)
     shutil.rmtree(root / BOOKS_NAME)
 
     tier, seconds = _timed(start)

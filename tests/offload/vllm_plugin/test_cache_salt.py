@@ -58,7 +58,7 @@ def test_every_block_of_another_salt_has_another_key(algorithm: str) -> None:
 
 def test_a_tenant_finds_only_its_own_files(tier: FsTier) -> None:
     ours, theirs = (keys_of(salt, "sha256") for salt in ("tenant a", "tenant b"))
-    paths = tier.roots[0].paths
+    paths = tier.paths[0]
     assert not {paths.page(key) for key in ours} & {paths.page(key) for key in theirs}
     data = {key: make_data(n, SIZE) for n, key in enumerate(ours)}
     assert not store(tier, data).failed

@@ -178,7 +178,7 @@ SPOILT: dict[str, tuple[Spoil, str]] = {
 
 @pytest.mark.parametrize(("spoil", "cause"), SPOILT.values(), ids=SPOILT.keys())
 def test_load_of_a_bad_file(server: FsTier, spoil: Spoil, cause: str) -> None:
-    paths = server.roots[0].paths
+    paths = server.paths[0]
     assert not store(server, DATA).failed
     shutil.rmtree(paths.quarantine, ignore_errors=True)
     before = Counter(server.stats().failures)
@@ -229,7 +229,7 @@ def test_a_file_of_another_namespace(open_tier: OpenTier, paths: NamespacePaths)
     store(theirs, DATA)
     ours = open_tier()
     store(ours, {KEYS[0]: DATA[KEYS[0]]})
-    shutil.copy(theirs.roots[0].paths.page(KEYS[0]), paths.page(KEYS[0]))
+    shutil.copy(theirs.paths[0].page(KEYS[0]), paths.page(KEYS[0]))
     assert load(ours, [KEYS[0]])[0].failed == {KEYS[0]: "namespace"}
 
 

@@ -48,9 +48,9 @@ WRITER = textwrap.dedent("""
     for number in range(rounds):
         assert not store(tier, data).failed
         if number == 0:
-            print(*tier.roots[0].processes.pids(), flush=True)
+            print(*tier.processes[0].pids(), flush=True)
         for key in data if rounds > 1 else ():
-            os.unlink(tier.roots[0].paths.page(key))
+            os.unlink(tier.paths[0].page(key))
     assert tier.shutdown(60.0)
     assert not tier.stats().failures, tier.stats()
 """)

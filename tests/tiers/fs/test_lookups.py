@@ -35,13 +35,13 @@ def test_lookup_leaves_the_disk_to_the_processes(
     tier = open_tier()
     store(tier, PAGE)
     sent: list[Task] = []
-    submit = tier.roots[0].processes.submit
+    submit = tier.processes[0].submit
 
     def note(tasks: Iterable[Task]) -> None:
         sent.extend(tasks := list(tasks))
         submit(tasks)
 
-    monkeypatch.setattr(tier.roots[0].processes, "submit", note)
+    monkeypatch.setattr(tier.processes[0], "submit", note)
     for name in ("open", "stat", "lstat", "listdir", "scandir"):
         monkeypatch.delattr(os, name)
     monkeypatch.delattr(nofollow, "open")
@@ -65,7 +65,7 @@ def test_asking_again_sends_the_batch_off(open_tier: Callable[..., FsTier]) -> N
     key = make_key(1)
     assert tier.lookup(key, REQUEST) is Lookup.RETRY
     tier.lookup(key, REQUEST)
-    assert tier.roots[0].processes.unfinished() == (1, 0)
+    assert tier.processes[0].unfinished() == (1, 0)
     assert tier.drain(60.0)
     tier.get_finished()
     assert tier.lookup(key, REQUEST) is Lookup.MISS

@@ -98,7 +98,7 @@ class FsModel(RuleBasedStateMachine):
     def spoil(self, number: int, group: int) -> None:
         key = make_key(number, group)
         if key in self.files and key not in self.spoilt:
-            path = Path(self.tier.roots[0].paths.page(key))
+            path = Path(self.tier.paths[0].page(key))
             raw = bytearray(path.read_bytes())
             raw[-1] ^= 0x10
             path.write_bytes(raw)

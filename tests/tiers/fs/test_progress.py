@@ -24,7 +24,7 @@ def test_pages_arrive_one_task_after_the_other(
     tier = open_tier()
     missing = KEYS[3]
     store(tier, {key: make_data(n, SIZE) for n, key in enumerate(KEYS) if key != missing})
-    processes = tier.roots[0].processes
+    processes = tier.processes[0]
     collect = processes.collect
     came: list[Ended] = []
     order = iter(sorted(KEYS))
@@ -62,14 +62,14 @@ def test_the_jobs_of_a_request_are_one_access(
     """So that of what one request read and wrote the deepest pages are evicted first."""
     tier = open_tier()
     submit_job = tier.submit_load if kind is Kind.LOAD else tier.submit_store
-    submit, accesses = tier.roots[0].processes.submit, []
+    submit, accesses = tier.processes[0].submit, []
 
     def watched(tasks: Iterable[Task]) -> None:
         tasks = list(tasks)
         accesses.extend(task.access for task in tasks if task.kind is kind)
         submit(tasks)
 
-    monkeypatch.setattr(tier.roots[0].processes, "submit", watched)
+    monkeypatch.setattr(tier.processes[0], "submit", watched)
     one, two = RequestView("one"), RequestView("two")
     slots = Slots.make(1, SIZE)
 
@@ -94,7 +94,7 @@ def test_loads_and_stores_of_a_request_are_the_same_access(
 ) -> None:
     tier, accesses = open_tier(), []
     monkeypatch.setattr(
-        tier.roots[0].processes,
+        tier.processes[0],
         "submit",
         lambda tasks: accesses.extend(task.access for task in tasks),
     )

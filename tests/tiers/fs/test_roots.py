@@ -81,14 +81,14 @@ def test_a_directory_that_hangs_holds_up_its_pages_only(
     tier = open_tier(root_dir=roots[:2])
     store(tier, PAGES)
     placed = place(roots)
-    for pid in tier.roots[0].processes.pids():
+    for pid in tier.processes[0].pids():
         os.kill(pid, signal.SIGSTOP)
     free = [key for key in PAGES if placed[key] == roots[1]]
     stuck = [key for key in PAGES if placed[key] == roots[0]]
     slots = Slots.make(len(stuck), CONTEXT.layouts[0].nbytes)
     tier.submit_load(make_job(1, stuck, slots, CONTEXT))
     assert load(tier, free)[1].keys() == set(free)
-    for pid in tier.roots[0].processes.pids():
+    for pid in tier.processes[0].pids():
         os.kill(pid, signal.SIGCONT)
     (result,) = finish(tier)
     assert result.job_id == 1 and not result.failed

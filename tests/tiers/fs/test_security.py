@@ -95,7 +95,7 @@ def use(tier: FsTier, root: Path) -> None:
         assert set(result.failed.values()) <= {"symlink", "missing", "truncated"}
     settle(tier, KEY)
     tier.on_request_finished(REQUEST)
-    sweep(tier.roots[0].paths.pages, threading.Event())
+    sweep(tier.paths[0].pages, threading.Event())
     last_uses(str(root))
     check_root(str(root))
 
@@ -175,7 +175,7 @@ def test_the_root_may_be_reached_through_links(
     tier = open_tier(root_dir=f"{root}/deep")
     assert not store(tier, DATA).failed
     assert load(tier, list(DATA))[1] == DATA
-    assert Path(tier.roots[0].paths.root) == tmp_path / "real/deep"
+    assert Path(tier.paths[0].root) == tmp_path / "real/deep"
     assert tier.shutdown(60.0)
     assert check_root(f"{root}/deep").files == len(DATA)
     assert trim(f"{root}/deep", Limits(max_bytes=5 * COST)).within
@@ -190,7 +190,7 @@ def test_modes_whatever_the_umask(root: Path, spare: bool, open_tier: OpenTier) 
         tier = open_tier(file_mode="0664", dir_mode="0775", max_bytes=(14 if spare else 99) * COST)
         for numbers in (range(0, 4), range(100, 104), range(200, 230)):
             store(tier, {make_key(n, GROUP): make_data(n, SIZE) for n in numbers})
-        paths = tier.roots[0].paths
+        paths = tier.paths[0]
         Path(paths.page(make_key(229, GROUP))).write_bytes(b"")
         assert load(tier, [make_key(229, GROUP)])[0].failed
         assert tier.shutdown(60.0)  # writes the snapshot

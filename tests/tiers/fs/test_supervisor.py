@@ -66,20 +66,18 @@ def started(tier: FsTier) -> tuple[int, ...]:
 
     def both() -> bool:
         assert not tier.get_finished()
-        return all(
-            g.current is not None and g.current.ready for g in tier.roots[0].processes._groups
-        )
+        return all(g.current is not None and g.current.ready for g in tier.processes[0]._groups)
 
     wait_until(both)
-    return tier.roots[0].processes.pids()
+    return tier.processes[0].pids()
 
 
 def kill(tier: FsTier, chosen: list[int]) -> None:
     """Kill the readers (0) or the writers (1), or both, once there are both."""
-    while len(tier.roots[0].processes.pids()) < 2:
+    while len(tier.processes[0].pids()) < 2:
         tier.drain(0.0)
     for index in chosen:
-        os.kill(tier.roots[0].processes.pids()[index], signal.SIGKILL)
+        os.kill(tier.processes[0].pids()[index], signal.SIGKILL)
 
 
 @pytest.mark.parametrize("victim", ["readers", "writers", "both"])
@@ -111,7 +109,7 @@ def test_killed_in_the_middle_of_a_burst(
         assert all(arrived[key] == DATA[key] for key in arrived)
         back.check_guards()
         for key in KEYS:
-            Path(tier.roots[0].paths.page(key)).unlink(missing_ok=True)
+            Path(tier.paths[0].page(key)).unlink(missing_ok=True)
     assert lost > 0, "no process was killed while it worked: the test saw nothing"
     stats = tier.stats()
     assert stats.failures["crashed"] > 0
@@ -123,7 +121,7 @@ def test_killed_in_the_middle_of_a_burst(
 def test_a_crash_while_nothing_runs(open_tier: OpenTier) -> None:
     tier = open_tier()
     store(tier, {KEY: DATA[KEY]})
-    old = tier.roots[0].processes.pids()
+    old = tier.processes[0].pids()
     for pid in old:
         os.kill(pid, signal.SIGKILL)
     assert load(tier, [KEY])[0].failed in ({}, {KEY: "crashed"})
@@ -218,7 +216,7 @@ def test_pages_of_a_process_that_cannot_be_killed_stay_open(
     os.kill(old, signal.SIGSTOP)
     slots = Slots.make(1, SIZE)
     tier.submit_load(make_job(7, [KEY], slots, CONTEXT))
-    wait_until(lambda: not tier.get_finished() and tier.roots[0].processes.pids()[0] != old)
+    wait_until(lambda: not tier.get_finished() and tier.processes[0].pids()[0] != old)
     assert load(tier, [KEY])[1] == {KEY: DATA[KEY]}, "the new one serves"
     assert not tier.drain(0.05)
     assert not tier.shutdown(0.2)
@@ -247,16 +245,14 @@ def test_a_dead_file_system_does_not_pile_up_processes(
         stopped.append(pid)
         os.kill(pid, signal.SIGSTOP)
         tier.submit_load(make_job(job_id, [KEY], slots, CONTEXT))
-        wait_until(
-            lambda pid=pid: not tier.get_finished() and pid not in tier.roots[0].processes.pids()
-        )
-    assert len(tier.roots[0].processes.pids()) == 1
-    writers = tier.roots[0].processes.pids()[0]
+        wait_until(lambda pid=pid: not tier.get_finished() and pid not in tier.processes[0].pids())
+    assert len(tier.processes[0].pids()) == 1
+    writers = tier.processes[0].pids()[0]
     undead.spared.add(writers)
     os.kill(writers, signal.SIGSTOP)  # they helped
     stopped.append(writers)
     tier.submit_load(make_job(10, [KEY], slots, CONTEXT))
-    wait_until(lambda: not tier.get_finished() and writers not in tier.roots[0].processes.pids())
+    wait_until(lambda: not tier.get_finished() and writers not in tier.processes[0].pids())
     for pid in stopped:  # the mount came back
         undead.spared.clear()
         os.kill(pid, signal.SIGKILL)
@@ -277,7 +273,7 @@ def test_processes_that_die_at_once(open_tier: OpenTier, monkeypatch: pytest.Mon
     monkeypatch.setattr(processes_module, "RESTART_S", 0.05)
     with monkeypatch.context() as patch:
         patch.setattr(process_module, "COMMAND", (sys.executable, "-c", "raise SystemExit(3)"))
-        for pid in tier.roots[0].processes.pids():
+        for pid in tier.processes[0].pids():
             os.kill(pid, signal.SIGKILL)
         causes = [load(tier, [KEY])[0].failed[KEY] for _ in range(4)]
         assert causes == ["crashed"] * 4
@@ -314,10 +310,10 @@ def test_nothing_grows(open_tier: OpenTier, is_long: bool) -> None:
             finish(tier, 2)
 
     work(50)
-    before = resources(tier.roots[0].processes.pids())
+    before = resources(tier.processes[0].pids())
     work(2000 if is_long else 100)
     # whoever keeps the books opens a file at any time, and closes it again
-    pids = tier.roots[0].processes.pids()
+    pids = tier.processes[0].pids()
     wait_until(lambda: all(a <= b for a, b in zip(resources(pids)[0], before[0], strict=True)))
     after = resources(pids)
     assert all(a - b < 4096 for a, b in zip(after[1], before[1], strict=True)), (before, after)
@@ -329,7 +325,7 @@ def test_nothing_is_left(open_tier: OpenTier) -> None:
     for _ in range(3):
         tier = open_tier()
         store(tier, {KEY: DATA[KEY]})
-        os.kill(tier.roots[0].processes.pids()[0], signal.SIGKILL)
+        os.kill(tier.processes[0].pids()[0], signal.SIGKILL)
         load(tier, [KEY])
         assert tier.shutdown(60.0)
         assert len(os.listdir("/proc/self/fd")) == before
@@ -348,7 +344,7 @@ def test_others_inherit_nothing(open_tier: OpenTier) -> None:
     )
     opened = json.loads(done.stdout)
     assert not [name for name in opened if "memfd" in name or "socket" in name]
-    for pid in tier.roots[0].processes.pids():
+    for pid in tier.processes[0].pids():
         names = [os.readlink(f"/proc/{pid}/fd/{n}") for n in os.listdir(f"/proc/{pid}/fd")]
         assert len([name for name in names if name.startswith("socket")]) == 1
 
@@ -371,7 +367,7 @@ assert not load(tier, [make_key(1)])[0].failed  # both processes have started
 if "{fork}" and os.fork() == 0:
     time.sleep(60)  # keeps the engine's ends of the sockets open
     os._exit(0)
-print(*tier.roots[0].processes.pids(), flush=True)
+print(*tier.processes[0].pids(), flush=True)
 {end}
 """
 

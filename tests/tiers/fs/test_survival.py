@@ -52,8 +52,8 @@ ENGINE = textwrap.dedent("""
     tier.submit_store(make_job(2, [make_key(n) for n in range(40)], slots, CONTEXT))
     slots.view(40)[: size // 2] = make_data(1000, size)[: size // 2]
     assert not tier.drain(0.2)
-    assert not any(group.queue for group in tier.roots[0].processes._groups)
-    print(*tier.roots[0].processes.pids(), flush=True)
+    assert not any(group.queue for group in tier.processes[0]._groups)
+    print(*tier.processes[0].pids(), flush=True)
     time.sleep(600)
 """)
 

@@ -70,7 +70,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
 @pytest.fixture
 def processes(world: World) -> IoProcesses:
     assert CONTEXT.region is not None
-    setup = Setup(MediumSpec("none:None", None), CONTEXT, CONTEXT.region, True, 1, 1, True)
+    setup = Setup(MediumSpec("none:None", None), CONTEXT, CONTEXT.region, 1, True)
     return IoProcesses(setup, 1, 1, Failures("test"))
 
 

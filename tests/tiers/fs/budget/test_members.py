@@ -186,7 +186,7 @@ def test_an_io_process_that_is_killed(
         for start_ in range(0, 600, 20):
             some = dict(list(pages.items())[start_ : start_ + 20])
             if start_ % 200 == 100:
-                os.kill(tiers[0].roots[0].processes.pids()[victim], signal.SIGKILL)
+                os.kill(tiers[0].processes[0].pids()[victim], signal.SIGKILL)
             for tier in tiers:
                 failed = store(tier, some).failed
                 assert set(failed.values()) <= ({"crashed"} if tier is tiers[0] else set())

@@ -183,7 +183,7 @@ def test_news_reach_the_index_of_another_engine(open_tier: OpenTier) -> None:
         answer_of(second, number, Lookup.HIT)
     for start in range(10, 60, 5):
         assert not store(first, dict(list(data.items())[start : start + 5])).failed
-    gone = [n for n in range(10) if not os.path.exists(first.roots[0].paths.page(make_key(n, 2)))]
+    gone = [n for n in range(10) if not os.path.exists(first.paths[0].page(make_key(n, 2)))]
     assert len(gone) == 10
     for tier in (first, second):  # one of them keeps the books
         for number in gone:

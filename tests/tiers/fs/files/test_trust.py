@@ -112,7 +112,7 @@ def test_all_servers_and_later_ones_leave_it_alone(
     reject(tier, distrust=True)
     assert not tier.trusted
     said = json.loads(Path(paths.distrust).read_text())
-    assert "audits" in said["reason"] and said["process"] in tier.roots[0].processes.pids()
+    assert "audits" in said["reason"] and said["process"] in tier.processes[0].pids()
 
     def hears(each: FsTier) -> bool:
         each.get_finished()

@@ -213,9 +213,9 @@ def test_beside_a_server_that_evicts_nothing_sound_is_touched(
 def test_a_foreign_namespace_is_reported(root: Path, open_tier: Callable[..., FsTier]) -> None:
     tier = open_tier(TierContext("other", {"x": 1}, CONTEXT.layouts))
     assert tier.shutdown(60.0)
-    os.rename(tier.roots[0].paths.home, f"{root}/other_{0:012x}")
+    os.rename(tier.paths[0].home, f"{root}/other_{0:012x}")
     found = examine(str(root), fix=True)
-    config = f"its fields have the digest {tier.roots[0].paths.name[-12:]}"
+    config = f"its fields have the digest {tier.paths[0].name[-12:]}"
     assert [finding.reason for finding in found.findings] == [
         f"config: {config}",
         "missing: No such file or directory",

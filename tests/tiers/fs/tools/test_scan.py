@@ -112,7 +112,7 @@ def test_check_finds_a_file_of_another_namespace(
 ) -> None:
     other = open_tier(TierContext("org/model", {"x": 1}, CONTEXT.layouts))
     store(other, {KEYS[0]: make_data(5, SIZE)})
-    os.replace(other.roots[0].paths.page(KEYS[0]), filled.page(KEYS[0]))
+    os.replace(other.paths[0].page(KEYS[0]), filled.page(KEYS[0]))
     assert [bad.cause for bad in check_root(str(root)).bad] == ["namespace"]
 
 

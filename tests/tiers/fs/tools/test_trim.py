@@ -128,7 +128,7 @@ def test_last_uses(root: Path, open_tier: Callable[..., FsTier]) -> None:
     store(tier, PAGES)
     assert tier.shutdown(60.0)
     found = last_uses(str(root))
-    assert list(found) == [tier.roots[0].paths.name]
+    assert list(found) == [tier.paths[0].name]
     assert before - 1 <= next(iter(found.values())) <= time.time() + 1
 
 
@@ -141,9 +141,9 @@ def test_last_uses_knows_uses_from_other_records(
     assert tier.shutdown(60.0)
     trim(str(root), Limits())  # the snapshot covers the journals
     before = last_uses(str(root))
-    journal = Journal(str(root / BOOKS_NAME), bytes(16), tier.roots[0].paths.name, 0o600, 2**20)
+    journal = Journal(str(root / BOOKS_NAME), bytes(16), tier.paths[0].name, 0o600, 2**20)
     journal.append([Record(Op.GONE, key) for key in PAGES])
     written = os.stat(root / BOOKS_NAME / journal_name(bytes(16), 1)).st_mtime
-    assert last_uses(str(root)) == before and before[tier.roots[0].paths.name] < written
+    assert last_uses(str(root)) == before and before[tier.paths[0].name] < written
     journal.append([Record(Op.USED, next(iter(PAGES)))])
-    assert last_uses(str(root))[tier.roots[0].paths.name] >= written
+    assert last_uses(str(root))[tier.paths[0].name] >= written
