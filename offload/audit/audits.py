@@ -35,24 +35,16 @@ _T = TypeVar("_T")
 
 @dataclass(slots=True, eq=False)
 class Audit:
-    """One page that is computed and compared.
-
-    Attributes:
-        key: the page's.
-        forced: the engine would not have computed it of itself.
-        computed: where the GPU's page goes: a spare slot, or the page's own.
-        served: where the page is that would have been served: its own slot, or a spare one; None
-            until the tier is asked for it.
-        link: the tier that it is from; None: the primary tier, where the GPU had stored it.
-        dropped: a reset came in between; the slots are given back and nothing is compared.
-    """
+    """One page that is computed and compared."""
 
     key: PageKey
-    forced: bool
-    computed: Entry
+    forced: bool  # the engine would not have computed it of itself
+    computed: Entry  # where the GPU's page goes: a spare slot, or the page's own
+    # Where the page is that would have been served: its own slot, or a spare one; None until the
+    # tier is asked for it
     served: Entry | None
-    link: TierLink | None
-    dropped: bool = False
+    link: TierLink | None  # that it is from; None: the primary tier, where the GPU had stored it
+    dropped: bool = False  # a reset came in between: the slots are given back, nothing is compared
 
 
 @dataclass(slots=True, eq=False)

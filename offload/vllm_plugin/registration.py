@@ -227,12 +227,9 @@ def _create_region(
         "model": config.model.name,
         "weights_fixed": weights_fixed(settings.weights_fixed, vllm_config),
         "elements": {
-            group: [
-                each.to_json()
-                for each in elements_of(
-                    shapes[group], dtypes, blocks, draft_layers(list(dtypes), vllm_config)
-                )
-            ]
+            group: elements_of(
+                shapes[group], dtypes, blocks, draft_layers(list(dtypes), vllm_config)
+            )
             for group in shapes
         },
         "windows": windows_of(config, vllm_config),

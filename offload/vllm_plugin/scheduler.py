@@ -311,7 +311,7 @@ def open_scheduler(
         TierOpener(entries, context, private=not fixed),
         Comparer(
             {
-                int(group): [Elements.from_json(each) for each in tensors]
+                int(group): [Elements(*each) for each in tensors]
                 for group, tensors in fields["elements"].items()
             }
         ),

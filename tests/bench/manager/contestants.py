@@ -47,8 +47,7 @@ def _ours(slots: int, tier: bool, policy: str, groups: int) -> Any:
         "namespace": {},
         "weights_fixed": True,
         "elements": {
-            group: [Elements(_PAGE_BYTES, "U8", _PAGE_BYTES, 1).to_json()]
-            for group in range(groups)
+            group: [Elements(_PAGE_BYTES, "U8", _PAGE_BYTES, 1)] for group in range(groups)
         },
         "weights_watch": None,
         "windows": {},

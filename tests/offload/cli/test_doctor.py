@@ -386,7 +386,7 @@ def test_plugin(allowed: str | None, status: str, monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_module_named_as_a_remedy_is_there() -> None:
-    name = doctor._SPEC_MODULE.removeprefix("kvstrata.").replace(".", "/")
+    name = doctor.SPEC_MODULE.removeprefix("kvstrata.").replace(".", "/")
     assert (Path(doctor.__file__).parents[2] / f"{name}.py").is_file()
 
 
