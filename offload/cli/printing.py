@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Annotated, NoReturn
 
 import typer
@@ -57,31 +58,25 @@ def fail(path: str, error: OSError) -> NoReturn:
 @contextmanager
 def byte_bar(what: str, total: int | None = None) -> Iterator[Callable[[int], None] | None]:
     """A bar on stderr; yields what is to be called with bytes done, None without a terminal."""
-    with _bar(BarColumn(), DownloadColumn(), TimeRemainingColumn()) as bar:
-        if bar is None:
-            yield None
-        else:
-            task = bar.add_task(what, total=total)
-            yield lambda nbytes: bar.advance(task, nbytes)
+    with _bar(what, total, BarColumn(), DownloadColumn(), TimeRemainingColumn()) as update:
+        yield update and (lambda nbytes: update(advance=nbytes))
 
 
 @contextmanager
 def state_bar(what: str) -> Iterator[Callable[[str], None] | None]:
     """A bar without an end on stderr; yields what is to be called with a few words of state."""
-    with _bar(BarColumn(), TextColumn("{task.fields[state]}")) as bar:
-        if bar is None:
-            yield None
-        else:
-            task = bar.add_task(what, total=None, state="")
-            yield lambda state: bar.update(task, state=state)
+    with _bar(what, None, BarColumn(), TextColumn("{task.fields[state]}")) as update:
+        yield update and (lambda state: update(state=state))
 
 
 @contextmanager
-def _bar(*columns: ProgressColumn) -> Iterator[Progress | None]:
-    """None unless stderr is a terminal."""
+def _bar(
+    what: str, total: int | None, *columns: ProgressColumn
+) -> Iterator[Callable[..., None] | None]:
+    """A bar's update; None unless stderr is a terminal."""
     if not sys.stderr.isatty():
         yield None
         return
     words = TextColumn("{task.description}")
     with Progress(words, *columns, console=Console(stderr=True), transient=True) as bar:
-        yield bar
+        yield partial(bar.update, bar.add_task(what, total=total, state=""))
