@@ -62,23 +62,15 @@ class UnknownKeyError(TierConfigError):
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """A key of a configuration.
+    """A key of a configuration."""
 
-    Attributes:
-        parse: makes of key and value what the field holds, or raises a `TierConfigError`.
-        help: what it is, in Markdown; of a required one it begins with what to give.
-        default: what holds without the key, in Markdown: as one would write it, or in words.
-        required: whether the key must be given.
-        idle: it is taken, and does nothing; `help` says why.
-        other_names: by which people look for it, between blanks.
-    """
-
+    # Makes of key and value what the field holds, or raises a `TierConfigError`
     parse: Callable[[str, Any], Any]
-    help: str
-    default: str
+    help: str  # what it is, in Markdown; of a required one it begins with what to give
+    default: str  # what holds without the key, in Markdown: as one would write it, or in words
     required: bool
-    idle: bool
-    other_names: str
+    idle: bool  # it is taken, and does nothing; `help` says why
+    other_names: str  # by which people look for it, between blanks
 
 
 def option(

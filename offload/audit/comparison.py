@@ -55,43 +55,27 @@ class Verdict(enum.Enum):
 
 
 class Elements(NamedTuple):
-    """How the bytes of one tensor of a page are to be read for a comparison; in JSON a list.
+    """How the bytes of one tensor of a page are to be read for a comparison; in JSON a list."""
 
-    Attributes:
-        nbytes: size of the tensor in the page, in bytes.
-        dtype: safetensors dtype of the elements, also where the file says U8; "U8" if unknown.
-        row_bytes: bytes that belong together: of one token in one head and layer, or of one block.
-        rows: successive rows of one head of one layer.
-        layers: layers of a head.
-        parts: 2 where a row is K and then V, else 1.
-        first: index of the model's first layer, -1 where it is in another tensor.
-        unstable: indices of layers left out: those of a draft, whose last token depends on the
-            token behind the page.
-    """
-
-    nbytes: int
-    dtype: str
-    row_bytes: int
-    rows: int
-    layers: int = 1
-    parts: int = 1
-    first: int = 0
+    nbytes: int  # of the tensor in the page
+    dtype: str  # safetensors dtype of the elements, also where the file says U8; "U8" if unknown
+    row_bytes: int  # that belong together: of one token in one head and layer, or of one block
+    rows: int  # successive ones of one head of one layer
+    layers: int = 1  # of a head
+    parts: int = 1  # 2 where a row is K and then V
+    first: int = 0  # index of the model's first layer, -1 where it is in another tensor
+    # Indices of layers left out: of a draft, whose last token depends on the token behind the page
     unstable: Sequence[int] = ()
 
 
 class Comparison(NamedTuple):
-    """The verdict, and the largest error.
-
-    Attributes:
-        verdict: see `Verdict`.
-        error: largest relative error of a row (of unknown bytes: the share that differs); 0.0 if
-            equal, infinite where only one page has a number.
-        where: tensor, head, layer and row of the largest error, in words; empty if equal.
-    """
+    """The verdict, and the largest error."""
 
     verdict: Verdict
+    # Largest relative error of a row (of unknown bytes: the share that differs); 0.0 if equal,
+    # infinite where only one page has a number
     error: float = 0.0
-    where: str = ""
+    where: str = ""  # tensor, head, layer and row of the largest error, in words; empty if equal
 
 
 EQUAL = Comparison(Verdict.EQUAL)

@@ -19,14 +19,10 @@ class Probe:
     first, vLLM asks again in its next step, and then the last page of the step before is known to
     be the prefix's last. That holds for full attention alone, whose look-ups go from the start of
     the prompt to the first miss.
-
-    Attributes:
-        target: the key that is answered MISS; empty while it is not known.
-        withheld: that it was, for the caller to note.
     """
 
-    target: PageKey = b""
-    withheld: bool = False
+    target: PageKey = b""  # the key that is answered MISS; empty while it is not known
+    withheld: bool = False  # that it was, for the caller to note
     _step: int = -1
     _last: PageKey = b""  # last key of this step's hits
     _open: bool = False  # a tier did not know yet, so that more hits may follow

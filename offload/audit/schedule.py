@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import inf
 
 # An audit that nobody's recomputation brings is forced at least so often while there are hits.
 LONGEST_S = 3600.0
@@ -18,22 +20,20 @@ _MOST_OWED = 16.0
 _PAUSE_S = 0.25
 
 
+@dataclass(slots=True, eq=False)
 class Schedule:
-    """Counts what was served, computed and audited.
+    """Counts what was served, computed and audited."""
 
-    Args:
-        fraction: of the pages served, those to audit; 0 turns audits off.
-        clock: seconds, monotonic.
-    """
+    _fraction: float  # of the pages served, those to audit; 0 turns audits off
+    _clock: Callable[[], float]  # seconds, monotonic
+    _owed: float = 0.0  # audits that were due and did not come
+    _tokens: float = 0.0  # that may be computed again now
+    _last: float = field(init=False)
+    _rest_until: float = -inf
+    _ask_from: float = -inf
 
-    def __init__(self, fraction: float, clock: Callable[[], float]) -> None:
-        self._fraction = fraction
-        self._clock = clock
-        self._owed = 0.0  # audits that were due and did not come
-        self._tokens = 0.0  # that may be computed again now
-        self._last = clock()
-        self._rest_until = clock()
-        self._ask_from = clock()
+    def __post_init__(self) -> None:
+        self._last = self._clock()
 
     @property
     def on(self) -> bool:
@@ -45,7 +45,7 @@ class Schedule:
         self._owed = min(_MOST_OWED, self._owed + pages * self._fraction)
         if self._fraction and self._clock() - self._last >= LONGEST_S:
             self._owed = max(1.0, self._owed)
-            self._tokens = float("inf")
+            self._tokens = inf
 
     def computed(self, tokens: int) -> None:
         """A request computed so many tokens that no tier gave it."""
@@ -59,7 +59,7 @@ class Schedule:
         """A page of so many tokens is being computed again."""
         self._owed -= 1.0
         self._last = self._clock()
-        self._tokens = max(0.0, self._tokens - tokens) if self._tokens < float("inf") else 0.0
+        self._tokens = max(0.0, self._tokens - tokens) if self._tokens < inf else 0.0
 
     def has_time(self) -> bool:
         """Whether a page that is being computed in any case may be compared."""

@@ -42,14 +42,7 @@ def gc(
         limits = _limits(root, max_bytes, max_files, min_free_bytes)
         refuse_root(root)
         with state_bar("trimming") as say:
-
-            def progress(usage: Usage, deleted: int) -> None:
-                if say is not None:
-                    say(
-                        f"{usage.files} files, {format_bytes(usage.nbytes)}; {deleted} deleted here"
-                    )
-
-            done = trim(root, limits, progress)
+            done = trim(root, limits, say and (lambda *state: say(_progress(*state))))
     except OSError as error:
         fail(root, error)
     if as_json:
@@ -90,6 +83,10 @@ def _limits(
     if disk.bounded and limits.min_free_bytes > disk.total:
         raise typer.BadParameter("min_free_bytes: the file system is smaller than that")
     return limits
+
+
+def _progress(usage: Usage, deleted: int) -> str:
+    return f"{usage.files} files, {format_bytes(usage.nbytes)}; {deleted} deleted here"
 
 
 def _print_trimmed(done: Trimmed, limits: Limits) -> None:

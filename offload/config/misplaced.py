@@ -30,13 +30,11 @@ _PLACES: Mapping[str, str] = {
 }
 
 
-def elsewhere(key: str, *, in_tier: bool, engine: Mapping[str, Option]) -> str:
+def elsewhere(key: str, engine: Mapping[str, Option], *, in_tier: bool) -> str:
     """Where a key that is unknown here belongs, or what to use instead; "": nobody knows it.
 
-    Args:
-        key: the unknown key.
-        in_tier: it was found in an entry of `secondary_tiers`.
-        engine: the options of `kv_connector_extra_config`.
+    `engine` are the options of `kv_connector_extra_config`; `in_tier`: the key was found in an
+    entry of `secondary_tiers`.
     """
     for place, keys in _PLACES.items():
         if key in keys.split():

@@ -247,7 +247,7 @@ def _placed(error: UnknownKeyError, *, in_tier: bool) -> str:
     """The error's text, with where the key belongs if it belongs elsewhere."""
     if error.instead:
         return str(error)
-    place = elsewhere(error.key, in_tier=in_tier, engine=options_of(OffloadConfig))
+    place = elsewhere(error.key, options_of(OffloadConfig), in_tier=in_tier)
     known = {*error.known, *(options_of(TierEntry) if in_tier else ())}
     return str(UnknownKeyError(error.where, error.key, known, place))
 

@@ -53,15 +53,10 @@ _SHORT.maxstring = _SHORT.maxother = 100
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """A request's wishes, checked.
+    """A request's wishes, checked."""
 
-    Attributes:
-        tiers: the secondary tiers that the request's pages are given to; None: all.
-        pin_seconds: how long its pages are kept from eviction in the primary tier.
-    """
-
-    tiers: frozenset[str] | None = None
-    pin_seconds: float = 0.0
+    tiers: frozenset[str] | None = None  # that the request's pages are given to; None: all
+    pin_seconds: float = 0.0  # for which its pages are kept from eviction in the primary tier
 
     def allow(self, tier: str) -> bool:
         """Whether the request's pages may be given to the tier of this name."""
