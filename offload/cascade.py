@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
-from kvstrata.offload.events import Report
-from kvstrata.offload.primary.slots import Entry, Hold, PrimaryTier
+from kvstrata.offload.context import Context
+from kvstrata.offload.primary.slots import Entry, Hold
 from kvstrata.offload.request.request import RequestState
 from kvstrata.offload.secondary.tier import TierLink
-from kvstrata.offload.secondary.tiers import Running, TierJobs
+from kvstrata.offload.secondary.tiers import Running
 from kvstrata.tiers.base import JobResult, RequestView
 
 # Pages are given to secondary tiers only while less than this share of the primary tier is held
@@ -23,18 +23,11 @@ LONGEST_QUEUE_S = 10.0
 
 
 class Cascades:
-    """Gives pages to the tiers that should have them, as far as the tiers keep up.
+    """Gives pages to the tiers that should have them, as far as the tiers keep up."""
 
-    Args:
-        primary: where the pages are.
-        jobs: the tiers' jobs.
-        report: the manager's.
-    """
-
-    def __init__(self, primary: PrimaryTier, jobs: TierJobs, report: Report) -> None:
-        self._primary = primary
-        self._jobs = jobs
-        self._report = report
+    def __init__(self, context: Context) -> None:
+        self._primary, self._jobs = context.primary, context.jobs
+        self._report = context.report
 
     def wanted(self, state: RequestState) -> bool:
         """Whether some tier may be given the request's pages."""
@@ -42,11 +35,6 @@ class Cascades:
             link.breaker.closed and not link.trust.lost and state.parameters.allow(link.name)
             for link in self._jobs.links
         )
-
-    def asked(self, keys: Collection[bytes]) -> None:
-        """A request asked for the pages, which counts for the tiers' `store_threshold`."""
-        for link in self._jobs.links:
-            link.asked.count(keys)
 
     def give(self, entries: Sequence[Entry], state: RequestState) -> None:
         """Store ready pages, in prefix order, in the tiers that should have them and do not."""
@@ -78,15 +66,12 @@ class Cascades:
 
     def end(self, job: Running, result: JobResult) -> None:
         """A job ended."""
-        entries = list(job.entries.values())
-        if result.failed:
-            for entry in entries:
-                if entry.key in result.failed:
-                    entry.offered &= ~job.link.bit  # to be tried when it is asked for again
-        self._primary.let_go(entries, Hold.CASCADE)
+        good, bad = job.parted(result)
+        for entry in bad:
+            entry.offered &= ~job.link.bit  # to be tried when it is asked for again
+        self._primary.let_go(job.entries, Hold.CASCADE)
         if job.link in self._jobs.links:
-            stored = [key for key in job.entries if key not in result.failed]
-            self._report.came(stored, job.link)
+            self._report.came([entry.key for entry in good], job.link)
 
     def _submit(
         self, link: TierLink, entries: Sequence[Entry], request: RequestView, *, probe: bool = False

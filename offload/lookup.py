@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import enum
 import logging
-from collections.abc import Callable
 
-from kvstrata.offload.config.offload_config import OffloadConfig
-from kvstrata.offload.events import Report
+from kvstrata.offload.context import Context
 from kvstrata.offload.promotion import Promotions
 from kvstrata.offload.request.request import RequestState
-from kvstrata.offload.request.waits import Waits
 from kvstrata.offload.secondary.breaker import Operation
 from kvstrata.offload.secondary.tier import TierLink
-from kvstrata.offload.secondary.tiers import TierJobs
 from kvstrata.tiers.base import Lookup
 
 logger = logging.getLogger("kvstrata.manager")
@@ -33,32 +29,12 @@ _HIT, _RETRY, _MISS = Lookup.HIT, Lookup.RETRY, Answer.MISS
 
 
 class TierLookup:
-    """Asks the tiers in their order; the first that has the page begins to promote it.
+    """Asks the tiers in their order; the first that has the page begins to promote it."""
 
-    Args:
-        config: for the deadline of look-ups.
-        jobs: the tiers.
-        promotions: what a hit starts.
-        waits: how long requests wait.
-        clock: seconds, monotonic.
-        report: the manager's.
-    """
-
-    def __init__(
-        self,
-        config: OffloadConfig,
-        jobs: TierJobs,
-        promotions: Promotions,
-        waits: Waits,
-        clock: Callable[[], float],
-        report: Report,
-    ) -> None:
-        self._deadline_s = config.lookup_deadline_s
-        self._jobs = jobs
+    def __init__(self, context: Context, promotions: Promotions) -> None:
+        self._context = context
+        self._jobs, self._waits = context.jobs, context.waits
         self._promotions = promotions
-        self._waits = waits
-        self._clock = clock
-        self._counters = report.counters
         self._awaiting: list[RequestState] = []  # requests with a RETRY in this step
         self.step = 0  # counts up
 
@@ -112,18 +88,19 @@ class TierLookup:
 
     def _may_wait(self, link: TierLink, key: bytes, state: RequestState) -> bool:
         """Whether the request may still wait for the tier's answer."""
-        now = self._clock()
+        deadline_s, counters = self._context.config.lookup_deadline_s, self._context.report.counters
+        now = self._context.clock()
         since = state.first_retry.setdefault((link.index, key), now)
-        if now - since < self._deadline_s:
+        if now - since < deadline_s:
             return True
         state.silent.add(link.index)
         link.breaker.failed(Operation.LOOKUP)
-        if not self._counters["lookup_timeouts"]:
+        if not counters["lookup_timeouts"]:
             logger.warning(
                 "tier %s did not answer a look-up within %g s; requests go on without it "
                 "(logged once; counted from now on as lookup_timeouts)",
                 link.name,
-                self._deadline_s,
+                deadline_s,
             )
-        self._counters["lookup_timeouts"] += 1
+        counters["lookup_timeouts"] += 1
         return False

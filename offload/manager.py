@@ -18,10 +18,10 @@ from kvstrata.offload.audit.comparer import Comparer
 from kvstrata.offload.audit.schedule import Schedule
 from kvstrata.offload.cascade import Cascades
 from kvstrata.offload.config.offload_config import OffloadConfig
+from kvstrata.offload.context import Context, Event, Report
 from kvstrata.offload.demand.demand import Demand
 from kvstrata.offload.demand.loads import Loads
 from kvstrata.offload.demand.stores import StorePlan, Stores
-from kvstrata.offload.events import Event, Report
 from kvstrata.offload.lookup import Answer, TierLookup
 from kvstrata.offload.primary.eviction.policies import policy_class
 from kvstrata.offload.primary.holds import Holds
@@ -84,60 +84,40 @@ class TieringManager:
         self._weights_changed = weights_changed
         self._was_reset = False  # and nothing was looked up since
         self._clock = clock
-        self._report = Report()
-        self.counters: Counter[str] = self._report.counters
         self._slots = slots
         self._ready = ready or (lambda: slots)
         self.windows = windows or {}
         policy = policy_class(config.eviction_policy)(slots, self.windows)
-        self.primary = PrimaryTier(self._ready(), policy)
-        self._holds = Holds(self.primary, config.pin_fraction, clock)
-        reuse = ReuseCounter(config.store_threshold, config.max_tracker_size)
-        self._speed = PrefillSpeed()
-        self._load_or_recompute = LoadOrRecompute(config.load_or_recompute, self._speed)
+        self.primary = primary = PrimaryTier(self._ready(), policy)
         self._jobs = TierJobs(open_tiers, view, layouts, config.promotion_deadline_s, clock)
         self._waits = Waits(config.promotion_deadline_s, clock)
         self._cuts = self._waits.cuts  # asked for every hit
-        self._promotions = Promotions(
+        self._holds = Holds(primary, config.pin_fraction, clock)
+        self._report = report = Report()
+        self.counters: Counter[str] = report.counters
+        context = Context(
             config,
-            self.primary,
-            self._holds,
-            self._jobs,
-            self._load_or_recompute,
             layouts,
-            self._waits,
+            self.windows,
             clock,
-            self._report,
-        )
-        self._lookup = TierLookup(
-            config, self._jobs, self._promotions, self._waits, clock, self._report
-        )
-        self._cascades = Cascades(self.primary, self._jobs, self._report)
-        self.audits = Audits(
-            Schedule(config.audit_fraction if comparer is not None else 0.0, clock),
-            self.primary,
+            report,
+            primary,
+            self._holds,
+            ReuseCounter(config.store_threshold, config.max_tracker_size),
             self._jobs,
-            comparer or Comparer({}),
-            layouts,
-            view,
-            self._report,
+            self._waits,
         )
-        self._demand = Demand(
-            self.primary, self._holds, reuse, self._cascades, self._jobs, self._report
-        )
-        self._loads = Loads(
-            self.primary, self._holds, self._demand, layouts, self.windows, self._report
-        )
-        self._stores = Stores(
-            self.primary,
-            reuse,
-            self._demand,
-            self._cascades,
-            self.audits,
-            valid,
-            len(layouts) > 1,
-            self._report,
-        )
+        self._speed = PrefillSpeed()
+        self._load_or_recompute = LoadOrRecompute(config.load_or_recompute, self._speed)
+        self._promotions = Promotions(context, self._load_or_recompute)
+        self._lookup = TierLookup(context, self._promotions)
+        self._cascades = Cascades(context)
+        schedule = Schedule(config.audit_fraction if comparer is not None else 0.0, clock)
+        comparer = comparer or Comparer({})
+        self.audits = Audits(schedule, primary, self._jobs, comparer, layouts, view, report)
+        self._demand = Demand(context, self._cascades)
+        self._loads = Loads(context, self._demand)
+        self._stores = Stores(context, self._demand, self._cascades, self.audits, valid)
         self._parameters = ParameterReader([link.name for link in self._jobs.links], clock)
         self._requests: dict[str, RequestState] = {}
         self._newest = 0  # number of the newest request
@@ -204,7 +184,7 @@ class TieringManager:
                 self._promotions.reached(request.req_id, end_token)
             return _HIT
         state = self._state(request)
-        may_wait = self._waits.for_gpu if writer is _GPU else self._promotions.may_wait
+        may_wait = self._waits.for_gpu if writer is _GPU else self._waits.for_tier
         if may_wait(entry, end_token, state):
             return _PENDING
         self.counters["store_timeouts" if writer is _GPU else "promotion_timeouts"] += 1
@@ -228,7 +208,9 @@ class TieringManager:
     def comes(self, key: bytes) -> bool:
         """Whether the page is on its way, and in time as of the end of the last step."""
         entry = self.primary.get(key)
-        return entry is not None and entry.writer is not None and not entry.late
+        if entry is None or entry.writer is None:
+            return False
+        return (awaited := entry.awaited) is None or not awaited.late
 
     def source(self, key: bytes, request: RequestView) -> str | None:
         """The name of the tier the page was promoted from for this request, if it was."""

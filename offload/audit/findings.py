@@ -9,7 +9,7 @@ from functools import partial
 
 from kvstrata.offload.audit.comparison import Comparison, Verdict
 from kvstrata.offload.audit.trust import MOST_DIFFERENT, REMEMBERED, Trust
-from kvstrata.offload.events import Report
+from kvstrata.offload.context import Report
 from kvstrata.offload.primary.slots import Entry, Hold, PrimaryTier
 from kvstrata.offload.secondary.tier import TierLink
 from kvstrata.offload.secondary.tiers import Running, TierJobs

@@ -43,6 +43,16 @@ HOLDS = (Hold.KEPT, Hold.LOAD, Hold.CASCADE, Hold.PIN, Hold.AUDIT)
 _KEPT = Hold.KEPT
 
 
+class Awaited(msgspec.Struct, gc=False, eq=False):
+    """Pages that were asked for together and are not ready: `since` when, in seconds, `req_id` for
+    whom, and how many tiers are counted on to bring. `late`: nobody waits for them any more."""
+
+    since: float
+    req_id: str = ""
+    pages: int = 0
+    late: bool = False
+
+
 class Entry(msgspec.Struct, gc=False, eq=False):
     """One page in one slot.
 
@@ -52,8 +62,8 @@ class Entry(msgspec.Struct, gc=False, eq=False):
     None once the page is ready. `holds` counts what holds it, for each `Hold` in bits of its own.
     `attached`: the key still leads here. `offered` has a bit for each secondary tier
     that need not be given the page: it has it or is getting it. `source`: name of the tier that it
-    was promoted from. `awaited_since`: when a request first waited for the GPU to fill it. `late`:
-    nobody waits any more until it is ready.
+    was promoted from. `awaited`: while it is not ready, since when it is, if anybody waited for the
+    GPU to fill it, or a tier.
     """
 
     key: bytes
@@ -64,8 +74,7 @@ class Entry(msgspec.Struct, gc=False, eq=False):
     attached: bool = True
     offered: int = 0
     source: str | None = None
-    awaited_since: float | None = None
-    late: bool = False
+    awaited: Awaited | None = None
 
     @property
     def ready(self) -> bool:
@@ -212,7 +221,7 @@ class PrimaryTier:
         for entry in entries:
             if entry.writer is _TIER:
                 self.promoting -= 1
-            entry.writer = None
+            entry.writer = entry.awaited = None
             if not entry.attached:
                 if not entry.busy:
                     self._release(entry)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from kvstrata.offload.primary.slots import Entry
+from kvstrata.offload.primary.slots import Awaited, Entry
 from kvstrata.offload.request.request import RequestState
 
 # Of the deadline, where a request waits for pages of several groups: from then on it takes no
@@ -53,11 +53,23 @@ class Waits:
 
     def for_gpu(self, entry: Entry, end_token: int, state: RequestState) -> bool:
         """Whether the request may wait (on) for a page that the GPU fills."""
-        now = self._clock()
-        if entry.awaited_since is None:
-            entry.awaited_since = now
-        entry.late = entry.late or now - entry.awaited_since >= self.deadline_s
-        return not entry.late and self.goes_on(state, end_token)
+        awaited = entry.awaited
+        if awaited is None:
+            awaited = entry.awaited = Awaited(self._clock())
+        awaited.late = self._is_late(awaited)
+        return not awaited.late and self.goes_on(state, end_token)
+
+    def for_tier(self, entry: Entry, end_token: int, state: RequestState) -> bool:
+        """Whether the request may wait (on) for a page under promotion."""
+        awaited = entry.awaited
+        if awaited is None or self._is_late(awaited):
+            return False
+        if self.is_first(state):
+            state.needs = awaited.req_id
+        return self.goes_on(state, end_token)
+
+    def _is_late(self, awaited: Awaited) -> bool:
+        return awaited.late or self._clock() - awaited.since >= self.deadline_s
 
     def is_cut(self, state: RequestState, end_token: int) -> bool:
         """Whether the request does without a page that ends there although it has arrived.

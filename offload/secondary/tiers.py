@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 from kvstrata.offload.primary.slots import Entry
@@ -35,7 +36,7 @@ class Running:
     """
 
     link: TierLink
-    entries: dict[bytes, Entry]
+    entries: Sequence[Entry]
     promotion: bool
     started: float
     request: RequestView
@@ -56,6 +57,14 @@ class Running:
     def kind(self) -> Operation:
         """What a failure counts as."""
         return Operation.LOAD if self.promotion else Operation.STORE
+
+    def parted(self, result: JobResult) -> tuple[Sequence[Entry], Sequence[Entry]]:
+        """What went well, and what failed."""
+        failed = result.failed
+        if not failed:
+            return self.entries, ()
+        good = [entry for entry in self.entries if entry.key not in failed]
+        return good, [entry for entry in self.entries if entry.key in failed]
 
 
 class TierJobs:
@@ -109,16 +118,46 @@ class TierJobs:
         timing: Timing | None = None,
         probe: bool = False,
         on_end: Callable[[Running, JobResult], None] | None = None,
-    ) -> None:
+        send: Callable[[Job], bool] | None = None,
+    ) -> bool:
         """Start one job; its result comes from `results`, or to `on_end`.
 
-        `timing`: of the pages it was asked for with, if there are others.
+        Args:
+            link: the tier.
+            entries: the pages.
+            request: on whose behalf.
+            promotion: the pages are loaded, else stored.
+            timing: of the pages it was asked for with, if there are others.
+            probe: it shows whether a tier is well again.
+            on_end: takes the result.
+            send: tells the tier, where that is neither to load nor to store; whether it took it.
+
+        Returns:
+            Whether there will be a result.
         """
-        job = self._open_job(link, entries, request, promotion, timing, probe, on_end)
-        if promotion:
+        job_id = self._next_job
+        self._next_job += 1
+        nbytes = sum(self.sizes(entries))
+        traffic = link.traffic(promotion=promotion)
+        traffic.pages += len(entries)
+        traffic.nbytes += nbytes
+        now = self._clock()
+        due = now + self._patience(promotion)
+        timing = timing or Timing(now, traffic.nbytes, len(entries))
+        self._running[job_id] = Running(
+            link, entries, promotion, now, request, nbytes, due, timing, probe, on_end
+        )
+        keys, slots = [e.key for e in entries], [e.slot for e in entries]
+        job = Job(job_id, keys, slots, [e.end_token for e in entries], request, self._view)
+        if send is not None:
+            if not send(job):
+                self._close_job(job_id)
+                return False
+        elif promotion:
             link.tier.submit_load(job)
         else:
             link.tier.submit_store(job)
+        return True
 
     def reject(
         self,
@@ -130,44 +169,8 @@ class TierJobs:
         on_end: Callable[[Running, JobResult], None],
     ) -> bool:
         """Let a tier put a page aside; see `SecondaryTier.submit_reject`. Whether it can."""
-        job = self._open_job(link, [entry], request, False, None, False, on_end)
-        if link.tier.submit_reject(job, distrust=distrust):
-            return True
-        self._close_job(job.job_id)
-        return False
-
-    def _open_job(
-        self,
-        link: TierLink,
-        entries: Sequence[Entry],
-        request: RequestView,
-        promotion: bool,
-        timing: Timing | None,
-        probe: bool,
-        on_end: Callable[[Running, JobResult], None] | None,
-    ) -> Job:
-        job_id = self._next_job
-        self._next_job += 1
-        keys = [entry.key for entry in entries]
-        nbytes = sum(self.sizes(entries))
-        traffic = link.traffic(promotion=promotion)
-        traffic.pages += len(keys)
-        traffic.nbytes += nbytes
-        now = self._clock()
-        self._running[job_id] = Running(
-            link,
-            dict(zip(keys, entries, strict=True)),
-            promotion,
-            now,
-            request,
-            nbytes,
-            now + self._patience(promotion),
-            timing or Timing(now, traffic.nbytes, len(keys)),
-            probe,
-            on_end,
-        )
-        slots, ends = [e.slot for e in entries], [e.end_token for e in entries]
-        return Job(job_id, keys, slots, ends, request, self._view)
+        send = partial(link.tier.submit_reject, distrust=distrust)
+        return self.submit(link, [entry], request, promotion=False, on_end=on_end, send=send)
 
     def _close_job(self, job_id: int) -> Running:
         job = self._running.pop(job_id)
@@ -211,17 +214,18 @@ class TierJobs:
         if not self._running:
             return
         for link in (*self.links, *self._left_behind):
-            for job_id, keys in link.tier.get_arrived().items():
-                job = self._running[job_id]
+            for job_id, told in link.tier.get_arrived().items():
+                job, keys = self._running[job_id], set(told)
                 if job.on_end is not None:
                     continue  # an audit's one page: its end will say so
-                entries = [job.entries.pop(key) for key in keys]
-                nbytes = sum(self.sizes(entries))
-                job.arrived += len(entries)
+                arrived = [entry for entry in job.entries if entry.key in keys]
+                job.entries = [entry for entry in job.entries if entry.key not in keys]
+                nbytes = sum(self.sizes(arrived))
+                job.arrived += len(arrived)
                 job.nbytes -= nbytes
-                self._leave(job, len(entries), nbytes)
+                self._leave(job, len(arrived), nbytes)
                 job.traffic.progress = self._clock()
-                yield job, entries
+                yield job, arrived
         self._look_for_overdue()
 
     def any_in_time(self) -> bool:
@@ -297,22 +301,21 @@ class TierJobs:
 
     def _judge(self, job: Running, result: JobResult) -> None:
         """What the job says of the tier's health, and what it cost."""
+        nothing = len(result.failed) == len(job.entries) and not job.arrived
         if not job.promotion and job.on_end is None:
-            job.link.stores_failing = len(result.failed) == len(job.entries)
-        page_causes = job.link.tier.page_causes
-        sick = [cause for cause in result.failed.values() if cause not in page_causes]
-        if len(sick) == len(job.entries) and not job.arrived:
-            if not job.overdue:  # else counted already
-                self._blame(job)
+            job.link.stores_failing = nothing
+        if nothing:
             job.timing.sound = False
-            return
-        job.traffic.progress = self._clock()
+            if job.link.tier.page_causes.isdisjoint(result.failed.values()):
+                if not job.overdue:  # else counted already
+                    self._blame(job)
+                return
+        now = job.traffic.progress = self._clock()
         if job.probe:  # also if it only found the disk full: loads may be well
             job.link.breaker.probe_succeeded()
-        if len(result.failed) == len(job.entries) and not job.arrived:
-            job.timing.sound = False
+        if nothing:
             return  # says nothing of the medium
         if not job.overdue:
             job.link.breaker.succeeded(job.kind)
         if job.timing.sound and not job.timing.pages:
-            job.traffic.cost.add(job.timing.ahead, self._clock() - job.timing.started)
+            job.traffic.cost.add(job.timing.ahead, now - job.timing.started)

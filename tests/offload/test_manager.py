@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from kvstrata.offload.config.offload_config import OffloadConfig
-from kvstrata.offload.events import Event
+from kvstrata.offload.context import Event
 from kvstrata.offload.lookup import Answer
 from kvstrata.offload.manager import TieringManager
 from kvstrata.offload.secondary import tiers as tier_jobs
@@ -292,7 +292,7 @@ def test_max_tracker_size_forgets_the_oldest() -> None:
     one, two = world.request("one"), world.request("two")
     for item in ITEMS[:3]:
         world.manager.prepare_store([item], one)
-    assert len(world.manager._demand._reuse) == 2
+    assert len(world.manager._demand._context.reuse) == 2
     plans = [world.manager.prepare_store([item], two) for item in (ITEMS[2], ITEMS[0])]
     assert [plan and plan.keys for plan in plans] == [[KEYS[2]], []]
 

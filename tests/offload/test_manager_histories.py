@@ -508,7 +508,7 @@ class ManagerMachine(RuleBasedStateMachine):
         for held, _, _ in self.left:
             live |= {id(entry): entry.slot for entry in held}
         for job in self.manager._jobs._running.values():
-            live |= {id(entry): entry.slot for entry in job.entries.values()}
+            live |= {id(entry): entry.slot for entry in job.entries}
         live |= {id(entry): entry.slot for entry in self.manager._holds}
         for late in self.manager._loads._late.values():
             live |= {id(entry): entry.slot for entry in late.values()}

@@ -30,7 +30,7 @@ FORBIDDEN: Mapping[str, str] = {
     "offload/demand/*.py": f"{_NOT_OF_OFFLOAD} offload.manager offload.lookup offload.promotion",
     "offload/request/*.py": f"{_NOT_OF_OFFLOAD} {_DECISIONS} offload.audit offload.config",
     "offload/primary/**/*.py": (
-        f"{_NOT_OF_OFFLOAD} {_DECISIONS} {_MEDIA} offload.audit offload.config offload.events "
+        f"{_NOT_OF_OFFLOAD} {_DECISIONS} {_MEDIA} offload.audit offload.config offload.context "
         "offload.request offload.secondary"
     ),
     "offload/config/*.py": (

@@ -1,11 +1,20 @@
-"""What the manager reports: totals that only grow, and pages that came and went."""
+"""What the parts of the manager work with, and what they report."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
+from kvstrata.offload.config.offload_config import OffloadConfig
+from kvstrata.offload.primary.holds import Holds
+from kvstrata.offload.primary.slots import PrimaryTier
+from kvstrata.offload.request.waits import Waits
+from kvstrata.offload.secondary.reuse import ReuseCounter
 from kvstrata.offload.secondary.tier import TierLink
+from kvstrata.offload.secondary.tiers import TierJobs
+from kvstrata.tiers.base import PageLayout
 
 
 class Event(NamedTuple):
@@ -43,3 +52,24 @@ class Report:
         """Pages of the primary tier will not come, of which no `came` was said."""
         if keys:
             self.events.append(Event(keys, removed=True, tier=None, announced=False))
+
+
+@dataclass(slots=True, eq=False)
+class Context:
+    """What the parts of the manager have in common."""
+
+    config: OffloadConfig
+    layouts: Mapping[int, PageLayout]  # by group
+    windows: Mapping[int, int]  # groups of which the end of a hit is needed only; its tokens
+    clock: Callable[[], float]  # seconds, monotonic
+    report: Report
+    primary: PrimaryTier
+    holds: Holds
+    reuse: ReuseCounter  # for the engine's `store_threshold`
+    jobs: TierJobs
+    waits: Waits
+
+    @property
+    def several_groups(self) -> bool:
+        """Whether there are pages of several groups."""
+        return len(self.layouts) > 1
