@@ -202,5 +202,5 @@ def test_latent_attention(dtype: str, deepseek: Path, tmp_path: Path) -> None:
         assert engine.counters()["loaded_pages"] > 0
         assert engine.reset(connector=True)
         again = engine.ask(PROMPT)
-        assert again == hit
+        assert (again["tokens"], again["cached"]) == (hit["tokens"], hit["cached"])
         assert engine.counters()["promoted_pages:memory"] > 0
