@@ -34,7 +34,10 @@ def examine_config(text: str) -> Iterator[Check]:
     for key, reason in config.without_effect.items():
         yield Check(key, WARNING, "does nothing here", reason)
     yield from _check_cpu_tier(config)
-    yield from _check_tiers(config)
+    for tier in config.tiers:
+        for path in tier.directories:
+            yield Check(tier.name, OK, path)
+            yield from check_storage(path)
 
 
 def _read(text: str) -> Mapping[str, Any]:
@@ -87,10 +90,3 @@ def _check_cpu_tier(config: OffloadConfig) -> Iterator[Check]:
     else:
         yield Check("cpu_bytes_to_use", OK, size)
     yield from check_memory(SHM)
-
-
-def _check_tiers(config: OffloadConfig) -> Iterator[Check]:
-    for tier in config.tiers:
-        for path in tier.directories:
-            yield Check(tier.name, OK, path)
-            yield from check_storage(path)

@@ -29,9 +29,9 @@ def refuse_root(root: str) -> None:
 
     books = os.path.join(root, BOOKS_NAME)
     found = os.stat(books if os.path.exists(books) else root)
-    owner, group = found.st_uid, found.st_gid
+    owner = found.st_uid
     if os.geteuid() == 0 != owner:
-        user = f"setpriv --reuid={owner} --regid={group} --clear-groups"
+        user = f"setpriv --reuid={owner} --regid={found.st_gid} --clear-groups"
         remedy = f"run this as the servers do, for example with: {user}"
         typer.echo(f"kvstrata: {root!r} belongs to user {owner}; {remedy}", err=True)
         raise typer.Exit(2)

@@ -9,12 +9,13 @@ import typer
 from kvstrata.offload.cli.printing import fail, printable
 from kvstrata.offload.cli.root import Root, named_namespaces
 
-Namespace = Annotated[
-    str, typer.Argument(metavar="NAMESPACE", help="Its name as `ls` prints it, or its digest.")
-]
 
-
-def trust(root: Root, namespace: Namespace) -> None:
+def trust(
+    root: Root,
+    namespace: Annotated[
+        str, typer.Argument(metavar="NAMESPACE", help="Its name as `ls` prints it, or its digest.")
+    ],
+) -> None:
     """Let pages be loaded and stored again that audits took out of service.
 
     Before that, look at what differed: the files in the namespace's quarantine whose names begin

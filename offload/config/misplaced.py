@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from kvstrata.tiers.options import Option, options_of, use_instead
 from kvstrata.tiers.registry import BUILT_IN, TierEntry, tier_class
 
-_ENTRY = "of an entry of secondary_tiers"
-_ENGINE = "of kv_connector_extra_config, beside secondary_tiers"
 # Each place, and keys of it that are given elsewhere.
 _PLACES: Mapping[str, str] = {
     "it is a key of --kv-transfer-config itself, beside kv_connector_extra_config": (
@@ -39,10 +37,10 @@ def elsewhere(key: str, engine: Mapping[str, Option], *, in_tier: bool) -> str:
     for place, keys in _PLACES.items():
         if key in keys.split():
             return place
-    place, others = _ENGINE, engine
+    place, others = "of kv_connector_extra_config, beside secondary_tiers", engine
     if not in_tier:
         classes: list[type] = [TierEntry, *(tier_class({"type": x}).Options for x in BUILT_IN)]
-        place, others = _ENTRY, dict(ChainMap(*(options_of(each) for each in classes)))
+        place, others = "of an entry of secondary_tiers", ChainMap(*map(options_of, classes))
     if key in others:
         return f"it is a key {place}"
     instead = use_instead(key, others)
