@@ -180,27 +180,6 @@ def token_major(name: str, view: torch.Tensor) -> LayerCache:
     return _normal(name, Content.TOKEN_MAJOR, view.unsqueeze(3))
 
 
-def split_kv(name: str, key: torch.Tensor, value: torch.Tensor) -> LayerCache:
-    """A token-major cache with K and V in separate places; a page holds K then V per token.
-
-    key, value: `[B, H, N, D]`, last stride 1, views of one storage with equal strides, K first.
-    Raises GeometryError when they are something else.
-    """
-    _check_view(name, key, 4)
-    _check_view(name, value, 4)
-    if key.shape != value.shape or key.stride() != value.stride() or key.dtype != value.dtype:
-        raise GeometryError(f"layer {name}: K and V differ in shape, strides or dtype")
-    if key.untyped_storage().data_ptr() != value.untyped_storage().data_ptr():
-        raise GeometryError(f"layer {name}: K and V lie in different storages")
-    distance = value.storage_offset() - key.storage_offset()
-    if distance < 1:
-        raise GeometryError(f"layer {name}: V lies before K")
-    blocks, heads, tokens, width = key.shape
-    *outer, last = key.stride()
-    planes = key.as_strided((blocks, heads, tokens, 2, width), (*outer, distance, last))
-    return _normal(name, Content.TOKEN_MAJOR, planes)
-
-
 def head_slabs(name: str, view: torch.Tensor) -> LayerCache:
     """A cache whose bytes per block and head are one contiguous run of unknown order.
 

@@ -1,8 +1,8 @@
 """Copies between KV cache blocks and pages: the Triton kernel, its launcher and its torch oracle.
 
 All copies take the same arguments and move the same bytes. The one for CPUs is in `pack_cpu.py`,
-so triton is needed only where a GPU is. Who makes the same copy again and again prepares it once
-(`Prepare`) and is left with a launch.
+so triton is needed only where a GPU is. The one for GPUs is prepared once (`Prepare`) for each
+segment, and is left with a launch.
 
     segment: the plan; the caches are `segment.sets[...].views`.
     layout: where the worker's shard of the segment lies in a row of `pages`.
@@ -28,21 +28,6 @@ try:
     import triton.language as tl
 except ImportError:  # a CPU-only vLLM brings no triton
     triton = None
-
-
-class Copy(Protocol):
-    """What all copies are, for who calls any of them. Arguments: see the module."""
-
-    def __call__(
-        self,
-        segment: Segment,
-        layout: RowLayout,
-        pages: torch.Tensor,
-        rows: torch.Tensor,
-        block_ids: torch.Tensor,
-        *,
-        unpack: bool,
-    ) -> None: ...
 
 
 class Prepared(Protocol):
@@ -329,33 +314,11 @@ def kernel_constants(
     }
 
 
-def copy_triton(
-    segment: Segment,
-    layout: RowLayout,
-    pages: torch.Tensor,
-    rows: torch.Tensor,
-    block_ids: torch.Tensor,
-    *,
-    unpack: bool,
-) -> None:
-    """The copy as kernel launches on the current stream, one per set of layers.
-
-    Everything must lie on the segment's device. Arguments: see the module.
-    Raises ValueError for arguments that do not fit the segment.
-    """
-    check_arguments(segment, layout, pages, rows, block_ids)
-    if rows.numel() == 0:
-        return
-    if not (rows.is_contiguous() and block_ids.is_contiguous()):
-        raise ValueError("rows and block_ids must be contiguous")
-    pitch, alignment = pages.stride(0), gcd(16, pages.data_ptr())
-    prepare_triton(segment, layout, pitch, alignment, unpack=unpack)(pages, rows, block_ids)
-
-
 def prepare_triton(
     segment: Segment, layout: RowLayout, pitch: int, alignment: int, *, unpack: bool
 ) -> Prepared:
-    """The same, prepared: kernels are compiled here, for the current device.
+    """The copy as kernel launches, one per set of layers, of which all tensors lie on the current
+    device, contiguous but for the pages. Kernels are compiled here.
 
     Triton's own launcher takes some 60 us of the host's time to find the kernel for its arguments;
     the kernel itself, which its `warmup` returns, is launched in a few.
@@ -416,22 +379,3 @@ class _Interpreted:
             _copy_kernel[grid](table, flat, *others, **self._options)
 
         return launch
-
-
-def prepare_plainly(copy: Copy) -> Prepare:
-    """Preparing for a copy where there is nothing to prepare."""
-
-    def prepare(
-        segment: Segment, layout: RowLayout, pitch: int, alignment: int, *, unpack: bool
-    ) -> Prepared:
-        def prepared(
-            pages: torch.Tensor,
-            rows: torch.Tensor,
-            block_ids: torch.Tensor,
-            stream: int | None = None,
-        ) -> None:
-            copy(segment, layout, pages, rows, block_ids, unpack=unpack)
-
-        return prepared
-
-    return prepare

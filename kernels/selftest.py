@@ -6,8 +6,7 @@ import numpy as np
 import torch
 
 from kvstrata.kernels.geometry import GeometryError
-from kvstrata.kernels.pack import Copy, copy_torch, copy_triton
-from kvstrata.kernels.pack_cpu import copy_cpu
+from kvstrata.kernels.pack import copy_torch
 from kvstrata.kernels.plan import RowLayout, Segment
 
 _UNTOUCHED = 0xA5  # what scratch pages hold before the copy
@@ -18,33 +17,26 @@ def check_round_trip(segments: Sequence[Segment]) -> None:
 
     segments: the plan of one group on this worker. Two pages are tried: one of the caches' first
         blocks and one of the last block alone. All layers of the group are written before any is
-        read, by the copy that production uses and by the oracle.
+        read, by the oracle: the pipelines compare their own copies with it.
     Raises GeometryError, naming the layer, when bytes arrive elsewhere or layers share memory.
     """
     trips = [_RoundTrip(segment, seed) for seed, segment in enumerate(segments)]
     for trip in trips:
         trip.save()
     try:
-        copies = {copy for trip in trips for copy in (copy_for(trip.segment.device), copy_torch)}
-        for copy in copies:
-            for trip in trips:
-                trip.write(trip.pattern)
-            for trip in trips:
-                trip.check_pack(copy)
-            for trip in trips:
-                trip.write(~trip.pattern)
-            for trip in trips:
-                trip.unpack(copy)
-            for trip in trips:
-                trip.check_blocks()
+        for trip in trips:
+            trip.write(trip.pattern)
+        for trip in trips:
+            trip.check_pack()
+        for trip in trips:
+            trip.write(~trip.pattern)
+        for trip in trips:
+            trip.unpack()
+        for trip in trips:
+            trip.check_blocks()
     finally:
         for trip in trips:
             trip.restore()
-
-
-def copy_for(device: torch.device) -> Copy:
-    """The copy that is used in production for caches on `device`."""
-    return copy_cpu if device.type == "cpu" else copy_triton
 
 
 class _RoundTrip:
@@ -104,9 +96,9 @@ class _RoundTrip:
         strides = (pitch, layout.head_pitch, segment.slab_bytes, segment.block_bytes, 1)
         return pages, pages.as_strided(self.pattern.shape, strides, layout.offset)
 
-    def check_pack(self, copy: Copy) -> None:
+    def check_pack(self) -> None:
         pages, shard = self._scratch()
-        copy(self.segment, self.layout, pages, self.rows, self.ids, unpack=False)
+        copy_torch(self.segment, self.layout, pages, self.rows, self.ids, unpack=False)
         present = (self.ids >= 0).view(len(self.ids), 1, -1, 1)
         for layer, name in enumerate(self.segment.names):
             wanted = self.pattern[:, :, layer] * present
@@ -119,10 +111,10 @@ class _RoundTrip:
         if not bool((pages == _UNTOUCHED).all()):
             raise GeometryError(f"layer {self.segment.names[0]}: packing wrote outside its pages")
 
-    def unpack(self, copy: Copy) -> None:
+    def unpack(self) -> None:
         pages, shard = self._scratch()
         shard.copy_(self.pattern)
-        copy(self.segment, self.layout, pages, self.rows, self.ids, unpack=True)
+        copy_torch(self.segment, self.layout, pages, self.rows, self.ids, unpack=True)
 
     def check_blocks(self) -> None:
         for page, layer, index, block in self.blocks():

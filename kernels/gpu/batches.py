@@ -35,7 +35,7 @@ class Subshard:
     runs: of which the subshard consists in a page, contiguous each.
     staged_at: int64 [most_pages * runs], where these are in staged pages, in bytes.
     sizes: int64 [most_pages * runs], in bytes.
-    store, load: the transports of each direction.
+    choices: the transports, of stores (True) and of loads.
     """
 
     def __init__(
@@ -46,7 +46,8 @@ class Subshard:
         self.shard_bytes = segment.shard_bytes
         self.pitch = segment.shard_bytes + (-segment.shard_bytes) % STAGED_ALIGNMENT
         self.fragments = Fragments(segment, segment.in_page)
-        self.store = self.load = Choice(Transport.STAGED, Transport.STAGED)
+        staged = Choice(Transport.STAGED, Transport.STAGED)
+        self.choices = {True: staged, False: staged}
 
         self._prepare = prepare
         self.in_region = region[:, segment.in_page.offset :]
@@ -56,9 +57,9 @@ class Subshard:
         shard, self.runs = segment.shard, segment.shard.count
         runs = np.arange(self.runs)
         self._shard_at = region.data_ptr() + shard.offset + runs * shard.pitch
-        staged = np.arange(most_pages)[:, None] * self.pitch + runs * shard.length
-        self.staged_at = staged.ravel()
-        self.sizes = np.full(staged.size, shard.length)
+        pitches = np.arange(most_pages)[:, None] * self.pitch
+        self.staged_at = (pitches + runs * shard.length).ravel()
+        self.sizes = np.full(self.staged_at.size, shard.length)
 
     def shards(self, slots: np.ndarray) -> np.ndarray:
         """Addresses of the subshard's runs in these slots, int64 [slots * runs]."""
@@ -86,17 +87,6 @@ class Subshard:
                 for unpack in (False, True)
             )
         )
-
-    def choice(self, *, store: bool) -> Choice:
-        """The transports of a direction."""
-        return self.store if store else self.load
-
-    def choose(self, choice: Choice, *, store: bool) -> None:
-        """Move that direction so from now on."""
-        if store:
-            self.store = choice
-        else:
-            self.load = choice
 
     def pages(self, transport: Transport, slot_bytes: int, count: int) -> int:
         """How many of `count` pages one batch takes; slot_bytes: of a staging slot."""

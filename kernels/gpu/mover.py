@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -59,10 +60,26 @@ class Mover:
     ) -> None:
         """Queue the move. submitted: the model's work before the job, which a load's writes and a
         store's reads of blocks come after; the channel's kernels wait for it already."""
-        if store:
-            self._store(channel, batch, way, submitted)
+        device, kernels, dma = self._device, channel.kernels, channel.dma
+        if way is Transport.ZERO_COPY:
+            self.zero_copy(kernels, batch, unpack=not store)
+        elif way is Transport.DIRECT and store:
+            device.hold(dma, submitted)
+            device.copy(dma, self._fragments(batch, store=True), to_host=True)
+        elif way is Transport.DIRECT:
+            # beside the kernels, so that it holds no staged copy back while it waits for compute
+            device.copy(kernels, self._fragments(batch, store=False), to_host=False)
         else:
-            self._load(channel, batch, way)
+            slot = channel.next_slot()
+            pack = kernels, partial(self.pack, kernels, batch, slot, unpack=not store)
+            move = dma, partial(device.copy, dma, self._shards(batch, slot), to_host=store)
+            (first, fill), (last, empty) = (pack, move) if store else (move, pack)
+            device.hold(first, slot.free)
+            fill()
+            device.record(slot.filled, first)
+            device.hold(last, slot.filled)
+            empty()
+            device.record(slot.free, last)
 
     def _upload(
         self,
@@ -78,45 +95,11 @@ class Mover:
         every = Pages(pages, ids, there[:count], there[count:].view(ids.shape))
         nbytes = count * sum(subshard.shard_bytes for subshard in subshards)
         for subshard in subshards:
-            transport = subshard.choice(store=store).of(count, nbytes)
+            transport = subshard.choices[store].of(count, nbytes)
             step = subshard.pages(transport, channel.slot_bytes, count)
             shards = subshard.shards(pages)
             for i in range(0, count, step):
                 yield Batch(subshard, every, i, min(step, count - i), shards), transport
-
-    def _store(
-        self, channel: Channel, batch: Batch, transport: Transport, submitted: Event
-    ) -> None:
-        device = self._device
-        if transport is Transport.DIRECT:
-            device.hold(channel.dma, submitted)
-            device.copy(channel.dma, self._fragments(batch, store=True), to_host=True)
-        elif transport is Transport.ZERO_COPY:
-            self.zero_copy(channel.kernels, batch, unpack=False)
-        else:
-            slot = channel.next_slot()
-            device.hold(channel.kernels, slot.free)
-            self.pack(channel.kernels, batch, slot, unpack=False)
-            device.record(slot.filled, channel.kernels)
-            device.hold(channel.dma, slot.filled)
-            device.copy(channel.dma, self._shards(batch, slot), to_host=True)
-            device.record(slot.free, channel.dma)
-
-    def _load(self, channel: Channel, batch: Batch, transport: Transport) -> None:
-        device = self._device
-        if transport is Transport.DIRECT:
-            # beside the kernels, so that it holds no staged copy back while it waits for compute
-            device.copy(channel.kernels, self._fragments(batch, store=False), to_host=False)
-        elif transport is Transport.ZERO_COPY:
-            self.zero_copy(channel.kernels, batch, unpack=True)
-        else:
-            slot = channel.next_slot()
-            device.hold(channel.dma, slot.free)
-            device.copy(channel.dma, self._shards(batch, slot), to_host=False)
-            device.record(slot.filled, channel.dma)
-            device.hold(channel.kernels, slot.filled)
-            self.pack(channel.kernels, batch, slot, unpack=True)
-            device.record(slot.free, channel.kernels)
 
     def pack(self, stream: Stream, batch: Batch, slot: StagingSlot, *, unpack: bool) -> None:
         """Queue the kernel between the blocks and staged pages."""

@@ -246,11 +246,11 @@ class GpuPipeline:
     def _zero_copies(self) -> bool:
         """Whether zero-copy is chosen for anything."""
         return any(
-            Transport.ZERO_COPY in subshard.choice(store=store)
+            Transport.ZERO_COPY in choice
             for of in self._subshards.values()
             for some in of
             for subshard in some
-            for store in (True, False)
+            for choice in subshard.choices.values()
         )
 
     def _choices(self) -> Iterator[str]:
@@ -260,7 +260,7 @@ class GpuPipeline:
             f"{_brackets(self._times.get((some[0].segment.names[0], way), []))}"
             for of in self._subshards.values()
             for some in of
-            for way, choice in (("store", some[0].store), ("load", some[0].load))
+            for way, choice in zip(("store", "load"), some[0].choices.values(), strict=True)
         )
 
     def _batches(

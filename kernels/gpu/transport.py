@@ -128,6 +128,8 @@ class Fragments:
     """The pieces of a segment's blocks that are contiguous in the KV caches and in the pages.
 
     This is also what a plain batch copy moves, without any packing.
+
+    per_block: pieces of one block. mean_bytes, most_bytes: of a piece.
     """
 
     def __init__(self, segment: Segment, layout: RowLayout) -> None:
@@ -147,21 +149,8 @@ class Fragments:
         self._cache, self._page, self._strides = cache[starts], page[starts], strides[starts]
         self._sizes = np.add.reduceat(sizes, starts)
         self._block_bytes = segment.block_bytes
-
-    @property
-    def per_block(self) -> int:
-        """Pieces of one block."""
-        return len(self._sizes)
-
-    @property
-    def mean_bytes(self) -> float:
-        """Mean size of a piece, in bytes."""
-        return float(self._sizes.mean())
-
-    @property
-    def most_bytes(self) -> int:
-        """Size of the largest piece."""
-        return int(self._sizes.max())
+        self.per_block = len(starts)
+        self.mean_bytes, self.most_bytes = float(self._sizes.mean()), int(self._sizes.max())
 
     def pieces(self, pages: np.ndarray, block_ids: np.ndarray, zeros: int | None) -> Pieces:
         """The pieces of some pages.

@@ -243,4 +243,4 @@ class Trials:
 
 def _choose_all(subshards: Sequence[Subshard], choice: Choice, *, store: bool) -> None:
     for subshard in subshards:
-        subshard.choose(choice, store=store)
+        subshard.choices[store] = choice

@@ -36,6 +36,8 @@ from kvstrata.tiers.disk import disk_at
 from kvstrata.tiers.options import format_bytes
 
 ALIGNMENT = 4096  # of slots and of the first slot; the unit of O_DIRECT
+# Bound of the header's JSON text: names and shapes of a hundred layers take about 20 KiB.
+HEADER_TEXT_BYTES = 1 << 20
 _MAGIC = b"kvstrat1"
 _PREFIX = struct.Struct("<8sQ")
 _CACHE_LINE = 64
@@ -56,24 +58,20 @@ def round_up(value: int, unit: int) -> int:
     return -(-value // unit) * unit
 
 
-def count_slots(total_bytes: int, slot_bytes: int, workers: int, text_bytes: int) -> int:
-    """How many slots of `slot_bytes` fit, with the header, into `total_bytes`.
+_MARKS_AT = round_up(_PREFIX.size + HEADER_TEXT_BYTES, ALIGNMENT)
 
-    `text_bytes` is an upper bound of the JSON text's length.
-    """
-    fixed = _marks_offset(text_bytes) + workers * _CACHE_LINE
+
+def count_slots(total_bytes: int, slot_bytes: int, workers: int) -> int:
+    """How many slots of `slot_bytes` fit, with the header, into `total_bytes`."""
+    fixed = _MARKS_AT + workers * _CACHE_LINE
     slots = max(0, (total_bytes - fixed) // (slot_bytes + 1))  # a slot has a byte in the header
-    if slots and _header_bytes(text_bytes, workers, slots) + slots * slot_bytes > total_bytes:
+    if slots and _header_bytes(workers, slots) + slots * slot_bytes > total_bytes:
         slots -= 1  # rounding up the header costs less than a slot
     return slots
 
 
-def _marks_offset(text_bytes: int) -> int:
-    return round_up(_PREFIX.size + text_bytes, ALIGNMENT)
-
-
-def _header_bytes(text_bytes: int, workers: int, slots: int) -> int:
-    return round_up(_marks_offset(text_bytes) + workers * _CACHE_LINE + slots, ALIGNMENT)
+def _header_bytes(workers: int, slots: int) -> int:
+    return round_up(_MARKS_AT + workers * _CACHE_LINE + slots, ALIGNMENT)
 
 
 class Region:
@@ -98,16 +96,13 @@ class Region:
         self.slots = int(self.fields["slots"])
         self.slot_bytes = int(self.fields["slot_bytes"])
         workers = int(self.fields["workers"])
-        text = int(self.fields["text_bytes"])
-        start = _marks_offset(text)
         whole = np.frombuffer(self._map, np.uint8)
-        lines = whole[start : start + workers * _CACHE_LINE].view(np.int64)
-        marks = lines.reshape(workers, _CACHE_LINE // 8)
+        start = _MARKS_AT + workers * _CACHE_LINE
+        marks = whole[_MARKS_AT:start].view(np.int64).reshape(workers, _CACHE_LINE // 8)
         self._marks = marks[:, 0]
         self.progress = Progress(marks[:, 1:], self.slots, self.slot_bytes)
-        start += workers * _CACHE_LINE
         self._incomplete = memoryview(self._map)[start : start + self.slots]
-        start = self._first_slot = _header_bytes(text, workers, self.slots)
+        start = self._first_slot = _header_bytes(workers, self.slots)
         self._bytes = memoryview(self._map)[start : start + self.slots * self.slot_bytes]
         self.pages = whole[start : start + self.slots * self.slot_bytes].reshape(
             self.slots, self.slot_bytes
@@ -191,32 +186,31 @@ def region_path(engine_id: str, directory: Path = _SHM) -> Path:
     return directory / f"kvstrata_{os.getuid()}_{safe}"
 
 
-def create_region(
-    engine_id: str, fields: Mapping[str, Any], *, text_bytes: int, directory: Path = _SHM
-) -> Region:
+def create_region(engine_id: str, fields: Mapping[str, Any], *, directory: Path = _SHM) -> Region:
     """Create the engine's region (rank 0). Its slots have no memory yet.
 
     Args:
         engine_id: vLLM's engine id, distinct per engine on this host.
         fields: JSON-serialisable; must have `slots`, `slot_bytes` (bytes) and `workers`.
-        text_bytes: the bound of the JSON text's length that `count_slots` was given.
         directory: where regions live.
 
     Raises:
         RegionError: the engine id is in use, or memory is too small, and by how much.
     """
     path = region_path(engine_id, directory)
-    text = json.dumps({**fields, "text_bytes": text_bytes}).encode()
-    if len(text) > text_bytes:
-        raise RegionError(f"the region's header takes {len(text)} bytes, {text_bytes} were kept")
+    text = json.dumps(fields).encode()
+    if len(text) > HEADER_TEXT_BYTES:
+        raise RegionError(
+            f"the region's header takes {len(text)} bytes, {HEADER_TEXT_BYTES} were kept"
+        )
     workers, slots = int(fields["workers"]), int(fields["slots"])
-    size = _header_bytes(text_bytes, workers, slots) + slots * int(fields["slot_bytes"])
+    size = _header_bytes(workers, slots) + slots * int(fields["slot_bytes"])
     _remove_abandoned(directory)
     _check_memory(size, directory)
     fd = _create_locked(engine_id, path)
     try:
         # Memory that is touched before it is reserved kills the engine with SIGBUS in a shortage.
-        os.posix_fallocate(fd, 0, _header_bytes(text_bytes, workers, slots))
+        os.posix_fallocate(fd, 0, _header_bytes(workers, slots))
         os.ftruncate(fd, size)
         os.pwrite(fd, _PREFIX.pack(_MAGIC, len(text)) + text, 0)
         return Region(path, fd)

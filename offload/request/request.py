@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kvstrata.offload.primary.eviction.line import Use
+from kvstrata.offload.primary.eviction.order import Use
 from kvstrata.offload.request.parameters import NO_PARAMETERS, Parameters
 from kvstrata.offload.secondary.costs import Advance
 from kvstrata.tiers.base import RequestView

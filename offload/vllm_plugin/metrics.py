@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import (
     OffloadingConnectorStats,
@@ -87,24 +86,18 @@ class StatsReader:
         stats.set_gauge(AUDIT_ERROR, manager.audits.findings.largest_error)
         for link in manager.links:
             tier_stats = link.tier.stats()
-            self._add_all(stats, TIER_EVENTS, link.name, tier_stats.counters)
-            self._add_all(stats, TIER_FAILURES, link.name, tier_stats.failures)
-            self._add(stats, TIER_EVENTS, (link.name, "breaker_openings"), link.breaker.openings)
-            self._add(stats, TIER_EVENTS, (link.name, "declined_requests"), link.declined)
-            self._add(stats, TIER_EVENTS, (link.name, "overdue_jobs"), link.overdue_jobs)
+            ours = {
+                "breaker_openings": link.breaker.openings,
+                "declined_requests": link.declined,
+                "overdue_jobs": link.overdue_jobs,
+            }
+            for name, total in {**tier_stats.counters, **ours}.items():
+                self._add(stats, TIER_EVENTS, (link.name, name), total)
+            for cause, total in tier_stats.failures.items():
+                self._add(stats, TIER_FAILURES, (link.name, cause), total)
             for name, gauge in {**tier_stats.gauges, **_link_gauges(link)}.items():
                 stats.set_gauge(TIER_STATE, gauge, (link.name, name))
         return stats
-
-    def _add_all(
-        self,
-        stats: OffloadingConnectorStats,
-        metric: str,
-        tier: str,
-        totals: Mapping[str, int],
-    ) -> None:
-        for name, value in totals.items():
-            self._add(stats, metric, (tier, name), value)
 
     def _add(
         self, stats: OffloadingConnectorStats, metric: str, labels: tuple[str, ...], total: int

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -25,26 +25,26 @@ from kvstrata.kernels.plan import plan
 from kvstrata.kernels.selftest import check_round_trip
 from kvstrata.offload.config.offload_config import OffloadConfig
 from kvstrata.offload.primary.region import (
+    ALIGNMENT,
+    HEADER_TEXT_BYTES,
     Region,
     RegionError,
     count_slots,
     create_region,
     open_region,
+    round_up,
 )
 from kvstrata.offload.primary.reserver import Reserver
 from kvstrata.offload.vllm_plugin.caches.drafts import draft_layers
 from kvstrata.offload.vllm_plugin.caches.elements import elements_of
 from kvstrata.offload.vllm_plugin.caches.layers import collect_layers
-from kvstrata.offload.vllm_plugin.caches.page_layouts import (
-    layout_of,
-    merge_layers,
-    slot_bytes_of,
-)
+from kvstrata.offload.vllm_plugin.caches.page_layouts import layout_of, merge_layers
 from kvstrata.offload.vllm_plugin.caches.windows import windows_of
 from kvstrata.offload.vllm_plugin.engine.model_runner import overwrites_before_flush
 from kvstrata.offload.vllm_plugin.engine.other_connectors import check_other_connectors
 from kvstrata.offload.vllm_plugin.engine.shutdown_timeout import warn_of_sudden_stops
 from kvstrata.offload.vllm_plugin.namespace.namespace import check_secondary_tiers, namespace_fields
+from kvstrata.offload.vllm_plugin.weights.content import attempt
 from kvstrata.offload.vllm_plugin.weights.fingerprint import WeightNames, name_weights
 from kvstrata.offload.vllm_plugin.weights.updates import check_weights_fixed, weights_fixed
 from kvstrata.offload.vllm_plugin.worker import KVStrataWorker
@@ -53,8 +53,6 @@ from kvstrata.tiers.options import format_bytes
 
 logger = logging.getLogger("kvstrata")
 
-# Bound of the header's JSON text: names and shapes of a hundred layers take about 20 KiB.
-HEADER_TEXT_BYTES = 1 << 20
 T = TypeVar("T")
 
 
@@ -87,18 +85,12 @@ class Ranks:
         Raises:
             RegistrationError: on all ranks, if it failed on any of them.
         """
-        error: str | None = None
-        try:
-            result = action()
-        except Exception as caught:
-            error = f"{caught}" or type(caught).__name__
-        errors = self.gather(error)
-        if any(errors):
-            reasons = "; ".join(
-                f"worker {rank}: {text}" for rank, text in enumerate(errors) if text
-            )
+        done = attempt(action)
+        errors = enumerate(self.gather(done.error))
+        reasons = "; ".join(f"worker {rank}: {error}" for rank, error in errors if error)
+        if reasons:
             raise RegistrationError(f"kvstrata cannot offload this KV cache: {reasons}")
-        return result
+        return cast(T, done.value)
 
 
 def open_worker(
@@ -197,21 +189,20 @@ def _create_region(
     """
     # Ranks may differ, for example in the scales of their heads: all of them count.
     found: dict[str, set[str]] = {}
-    dtypes: dict[str, str] = {}
-    for part in parts:
-        for layers in part.values():
-            for shape, order, dtype in layers:
-                found.setdefault(shape.name, set()).add(order)
-                dtypes[shape.name] = dtype
+    layers = [layer for part in parts for group in part.values() for layer in group]
+    for shape, order, _ in layers:
+        found.setdefault(shape.name, set()).add(order)
     content_orders = {name: "|".join(sorted(each)) for name, each in found.items()}
+    dtypes = {shape.name: dtype for shape, _, dtype in layers}
+    drafts = draft_layers(list(dtypes), vllm_config)
     blocks = config.cache.blocks_per_chunk
     layouts = {
         group.group_id: layout_of(shapes[group.group_id], blocks, group.tokens_per_block * blocks)
         for group in config.groups
     }
-    slot_bytes = slot_bytes_of(layouts)
+    slot_bytes = round_up(max(layout.nbytes for layout in layouts.values()), ALIGNMENT)
     workers = config.parallel.world_size
-    slots = count_slots(settings.cpu_bytes, slot_bytes, workers, HEADER_TEXT_BYTES)
+    slots = count_slots(settings.cpu_bytes, slot_bytes, workers)
     if slots < workers:  # each tries its copies on one at start
         raise RegionError(
             f"cpu_bytes_to_use: {format_bytes(settings.cpu_bytes)} does not hold one page of "
@@ -227,9 +218,7 @@ def _create_region(
         "model": config.model.name,
         "weights_fixed": weights_fixed(settings.weights_fixed, vllm_config),
         "elements": {
-            group: elements_of(
-                shapes[group], dtypes, blocks, draft_layers(list(dtypes), vllm_config)
-            )
+            group: elements_of(shapes[group], dtypes, blocks, drafts)
             for group in shapes
         },
         "windows": windows_of(config, vllm_config),
@@ -243,4 +232,4 @@ def _create_region(
             config, vllm_config, layouts, shapes, content_orders, weights.fields
         )
         fields["weights_watch"] = weights.watch
-    return create_region(config.engine_id, fields, text_bytes=HEADER_TEXT_BYTES)
+    return create_region(config.engine_id, fields)

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -329,18 +330,15 @@ def open_scheduler(
         manager.primary.slots,
         ", ".join(link.name for link in manager.links) or "none",
     )
-    mediums = [link.medium for link in manager.links]
-
-    def info() -> Sequence[Labels]:
-        return config_info(
-            config,
-            settings,
-            zip(entries, mediums, strict=True),
-            slots=region.slots,
-            slot_bytes=region.slot_bytes,
-            weights_fixed=fixed,
-        )
-
+    info = partial(
+        config_info,
+        config,
+        settings,
+        list(zip(entries, [link.medium for link in manager.links], strict=True)),
+        slots=region.slots,
+        slot_bytes=region.slot_bytes,
+        weights_fixed=fixed,
+    )
     return KVStrataScheduler(
         manager, region, events=events, info=info, caps=has_partial_tails(config)
     )

@@ -56,7 +56,7 @@ def new_region(gib: float, workers: int) -> Region:
     """A region of this size in which nothing has memory yet."""
     slots = max(workers, int(gib * 2**30 / SLOT_BYTES))
     fields = {"slots": slots, "slot_bytes": SLOT_BYTES, "workers": workers}
-    return create_region(f"bench-start-{os.getpid()}", fields, text_bytes=1000)
+    return create_region(f"bench-start-{os.getpid()}", fields)
 
 
 def measure(gib: float, workers: int) -> tuple[float, float, float, float]:

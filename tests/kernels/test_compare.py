@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from copies import prepare_plainly
 from kernel_worlds import Model, Rank
 from simulated_device import SimStream, SimulatedDevice
 
@@ -24,7 +25,7 @@ from kvstrata.kernels.gpu.pipeline import GpuPipeline
 from kvstrata.kernels.gpu.transport import Transport
 from kvstrata.kernels.gpu.trials import TransportError
 from kvstrata.kernels.opening import open_pipeline
-from kvstrata.kernels.pack import copy_torch, prepare_plainly
+from kvstrata.kernels.pack import copy_torch
 from kvstrata.kernels.pack_cpu import copy_cpu
 from kvstrata.kernels.pipeline import GroupWork
 

@@ -20,7 +20,6 @@ from kvstrata.kernels.geometry import (
     opaque,
     segment_shapes,
     split_kernel_blocks,
-    split_kv,
     token_major,
 )
 from kvstrata.kernels.plan import LocalLayer, RowLayout, Shard, plan
@@ -108,24 +107,16 @@ def test_dtypes_and_shapes_of_caches(dtype: torch.dtype) -> None:
     slabs = split_kernel_blocks(head_slabs("x", memory), 3).shape(8)
     assert slabs == LayerShape("x", HEAD_SLABS, "U8", 8, 1, 2 * 40 * dtype.itemsize)
     assert opaque("x", memory).shape(4) == LayerShape("x", OPAQUE, "U8", 4, 1, 80 * dtype.itemsize)
-    key, value = memory[..., :5], memory[..., 5:]
-    assert split_kv("x", key, value).shape(2) == token_major("x", memory).shape(2)
 
 
 def test_views_that_are_not_what_they_claim() -> None:
     memory = torch.zeros(4, 2, 4, 16)
-    other = torch.zeros(4, 2, 4, 8)
-    key, value = memory[..., :8], memory[..., 8:]
     bad = {
         "axes": lambda: token_major("x", memory[0]),
         "empty": lambda: token_major("x", memory[:0]),
         "not supported": lambda: token_major("x", memory.to(torch.complex64)),
         "last axis": lambda: token_major("x", memory[..., ::2]),
         "overlaps": lambda: token_major("x", memory[:, :1].expand(4, 2, 4, 16)),
-        "overlaps itself": lambda: split_kv("x", memory[..., :8], memory[..., 4:12]),
-        "differ in": lambda: split_kv("x", key, memory[..., 8:15]),
-        "different storages": lambda: split_kv("x", other, other.clone()),
-        "before": lambda: split_kv("x", value, key),
         "contiguous run": lambda: head_slabs("x", memory[..., :8]),
         "strided": lambda: opaque("x", torch.zeros(4, 4, 4, 6)[:, :2, :2, :4:2]),
         "make no": lambda: split_kernel_blocks(token_major("x", memory), 3),

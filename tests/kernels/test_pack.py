@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from copies import Copy, copy_triton, split_kv
 from kernel_worlds import DEVICE, LAYOUTS, SPLIT, Model, guarded_pages, some_blocks
 from kernel_worlds import Rank as AnyRank
 
@@ -12,10 +13,9 @@ from kvstrata.kernels.geometry import (
     head_slabs,
     opaque,
     segment_shapes,
-    split_kv,
     token_major,
 )
-from kvstrata.kernels.pack import MAX_PROGRAMS, TILE_BYTES, Copy, copy_torch, copy_triton
+from kvstrata.kernels.pack import MAX_PROGRAMS, TILE_BYTES, copy_torch
 from kvstrata.kernels.pack_cpu import copy_cpu
 from kvstrata.kernels.plan import LocalLayer, RowLayout, plan
 

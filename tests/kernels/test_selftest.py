@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from copies import copy_triton
 from kernel_worlds import DEVICE, LAYOUTS, SPLIT, Model, Rank
 
 from kvstrata.kernels import selftest
 from kvstrata.kernels.geometry import GeometryError, head_slabs, opaque, token_major
-from kvstrata.kernels.pack import copy_triton
+from kvstrata.kernels.pack import copy_torch
 from kvstrata.kernels.plan import LocalLayer, Segment, plan
 from kvstrata.kernels.selftest import check_round_trip
 
@@ -23,7 +24,7 @@ def test_sound_caches_pass_and_keep_their_content(layout: str) -> None:
 
 
 def test_the_kernel_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selftest, "copy_for", lambda device: copy_triton)
+    monkeypatch.setattr(selftest, "copy_torch", copy_triton)
     check_round_trip(Rank(Model(), "LBNHC", tp=2, rank=1, device=DEVICE).segments)
 
 
@@ -60,8 +61,8 @@ def wrong_strides(segment: Segment, change: dict) -> Segment:
 
 
 @pytest.mark.parametrize("axis", range(3))
-def test_wrong_strides_of_the_production_copy(axis: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selftest, "copy_for", lambda device: copy_triton)
+def test_wrong_strides_of_a_copy(axis: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selftest, "copy_torch", copy_triton)
     (segment,) = Rank(Model(), "LBNHC", device=DEVICE).segments
     strides = list(segment.sets[0].strides)
     strides[axis] //= 2
@@ -78,18 +79,16 @@ def test_a_copy_that_swaps_heads_or_misses_the_last_block(
     def swapped(segment, layout, pages, rows, block_ids, *, unpack):
         views = tuple(view.flip(1) for view in segment.sets[0].views)
         layers = replace(segment.sets[0], views=views)
-        selftest.copy_torch(
-            replace(segment, sets=(layers,)), layout, pages, rows, block_ids, unpack=unpack
-        )
+        copy_torch(replace(segment, sets=(layers,)), layout, pages, rows, block_ids, unpack=unpack)
 
     def lazy(segment, layout, pages, rows, block_ids, *, unpack):
         ids = block_ids.clone()
         if unpack:
             ids[-1, 0] = -1
-        selftest.copy_torch(segment, layout, pages, rows, ids, unpack=unpack)
+        copy_torch(segment, layout, pages, rows, ids, unpack=unpack)
 
     for broken in (swapped, lazy):
-        monkeypatch.setattr(selftest, "copy_for", lambda device, broken=broken: broken)
+        monkeypatch.setattr(selftest, "copy_torch", broken)
         with pytest.raises(GeometryError, match=r"layer\.0"):
             check_round_trip([segment])
         assert torch.equal(segment.sets[0].views[0], before), "not restored after a failure"
@@ -97,10 +96,10 @@ def test_a_copy_that_swaps_heads_or_misses_the_last_block(
 
 def test_a_copy_that_writes_outside_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
     def stray(segment, layout, pages, rows, block_ids, *, unpack):
-        selftest.copy_torch(segment, layout, pages, rows, block_ids, unpack=unpack)
+        copy_torch(segment, layout, pages, rows, block_ids, unpack=unpack)
         if not unpack:
             pages[0, -1] = 0
 
-    monkeypatch.setattr(selftest, "copy_for", lambda device: stray)
+    monkeypatch.setattr(selftest, "copy_torch", stray)
     with pytest.raises(GeometryError, match="outside"):
         check_round_trip(Rank(Model(), "LBHNC").segments)

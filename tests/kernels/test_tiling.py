@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from copies import copy_triton
 from kernel_worlds import DEVICE, Model, Rank, some_blocks
 
 from kvstrata.kernels import pack
@@ -40,10 +41,10 @@ def test_every_word_is_copied_once_to_its_place(what: str, monkeypatch: pytest.M
     rows = torch.arange(model.chunks, device=DEVICE)
     # one word more than a page: alignment 4, and room for a stray write
     pages = torch.full((model.chunks, model.page_bytes + 4), 0xA5, dtype=torch.uint8, device=DEVICE)
-    pack.copy_triton(segment, segment.in_page, pages, rows, ids, unpack=False)
+    copy_triton(segment, segment.in_page, pages, rows, ids, unpack=False)
     assert torch.equal(pages[:, :-4], model.naive_pages(ids))
     assert (pages[:, -4:] == 0xA5).all()
 
     other = Rank(model, layout, device=DEVICE)
-    pack.copy_triton(other.segments[0], segment.in_page, pages, rows, ids, unpack=True)
+    copy_triton(other.segments[0], segment.in_page, pages, rows, ids, unpack=True)
     assert torch.equal(other.buffer, rank.buffer)

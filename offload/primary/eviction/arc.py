@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 
-from kvstrata.offload.primary.eviction.line import Line, Pages, Use
+from kvstrata.offload.primary.eviction.order import Line, Pages, Use
 from kvstrata.offload.primary.eviction.policy import Ordered
 
 

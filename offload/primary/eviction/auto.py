@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from operator import itemgetter
 
 from kvstrata.offload.primary.eviction.frequency import Frequency
-from kvstrata.offload.primary.eviction.line import Use
+from kvstrata.offload.primary.eviction.order import Use
 from kvstrata.offload.primary.eviction.window import Windowed
 from kvstrata.tiers.base import key_group
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from kvstrata.offload.primary.eviction.line import Use
+from kvstrata.offload.primary.eviction.order import Use
 
 # Six for each key that can be counted before all are halved, so that most keys have one to
 # themselves. On a published trace of conversations this decides as a counter for each key does, and

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
-from kvstrata.offload.primary.eviction.line import Line, Pages, Use
+from kvstrata.offload.primary.eviction.order import Line, Pages, Use
 from kvstrata.tiers.base import PageKey
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from kvstrata.offload.primary.eviction.frequency import ONE, Frequency
-from kvstrata.offload.primary.eviction.line import Line, Oldest, Pages, Use
+from kvstrata.offload.primary.eviction.order import Line, Oldest, Pages, Use
 from kvstrata.offload.primary.eviction.policy import Ordered
 
 

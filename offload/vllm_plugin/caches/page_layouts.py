@@ -1,11 +1,10 @@
-"""Canonical layers -> page layouts, and page layouts as JSON for the region's header."""
+"""Canonical layers -> page layouts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from kvstrata.kernels.geometry import LayerShape, segment_shapes
-from kvstrata.offload.primary.region import ALIGNMENT, round_up
 from kvstrata.tiers.base import PageLayout, TensorSpec
 
 
@@ -40,8 +39,3 @@ def layout_of(layers: Sequence[LayerShape], blocks_per_chunk: int, tokens: int) 
         ),
         tokens,
     )
-
-
-def slot_bytes_of(layouts: Mapping[int, PageLayout]) -> int:
-    """Size of a slot: the largest group's page, rounded up to 4096 bytes."""
-    return round_up(max(layout.nbytes for layout in layouts.values()), ALIGNMENT)

@@ -86,7 +86,9 @@ def name_weights(vllm_config: VllmConfig, gather: Gather = alone, rank: int = 0)
         rank: of this process in it.
     """
     draft = getattr(drafting(vllm_config), "draft_model_config", None)
-    models = {"weights": vllm_config.model_config, "draft_weights": draft}
+    models = {"weights": vllm_config.model_config}
+    if draft is not None:
+        models["draft_weights"] = draft
     loads = {
         "weights": vllm_config.load_config,
         "draft_weights": getattr(vllm_config.speculative_config, "draft_load_config", None)
@@ -95,12 +97,12 @@ def name_weights(vllm_config: VllmConfig, gather: Gather = alone, rank: int = 0)
     memory = default_memory()
     planned = Attempt(None)
     if rank == 0:
-        planned = attempt(lambda: _listed(models, loads, memory))
+        planned = attempt(
+            lambda: {name: _list(model, loads[name], memory) for name, model in models.items()}
+        )
     gathered = gather(planned)
     listed: dict[str, _Model] = gathered[0].value or {
-        name: _Model([], gathered[0].error or "rank 0 has not looked")
-        for name, model in models.items()
-        if model is not None
+        name: _Model([], gathered[0].error or "rank 0 has not looked") for name in models
     }
     found = {path: file for model in listed.values() for path, file in model.found.items()}
     ranks = len(gathered)
@@ -113,23 +115,12 @@ def name_weights(vllm_config: VllmConfig, gather: Gather = alone, rank: int = 0)
     for outcome in outcomes:
         digests |= outcome.value or {}
     errors = "; ".join(sorted({outcome.error for outcome in outcomes if outcome.error}))
-    names = dict.fromkeys(models) | {
+    names = dict.fromkeys(loads) | {
         name: _name(model, digests, errors) for name, model in listed.items()
     }
     if rank == 0:
         _warn(models, names)
     return WeightNames(names, [entry for model in listed.values() for entry in model.watch])
-
-
-def _listed(
-    models: Mapping[str, Any], loads: Mapping[str, Any], memory: DigestMemory
-) -> dict[str, _Model]:
-    """What rank 0 finds out for all ranks."""
-    return {
-        name: _list(model, loads[name], memory)
-        for name, model in models.items()
-        if model is not None
-    }
 
 
 def _list(model: Any, load: Any, memory: DigestMemory) -> _Model:

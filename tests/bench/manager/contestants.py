@@ -21,7 +21,6 @@ from tests.bench.manager.instant import InstantTier
 OURS, STOCK = "kvstrata", "stock vLLM"
 _PAGE_BYTES = 16  # nobody moves them
 _TOKENS = 256  # of a chunk
-_HEADER_BYTES = 4096
 
 
 def make(name: str, slots: int, tier: bool, policy: str | None = None, groups: int = 1) -> Any:
@@ -58,7 +57,7 @@ def _ours(slots: int, tier: bool, policy: str, groups: int) -> Any:
     engine = SimpleNamespace(
         engine_id=f"benchmark-{os.getpid()}", cache=cache, groups=[group] * groups
     )
-    region = create_region(engine.engine_id, fields, text_bytes=_HEADER_BYTES)
+    region = create_region(engine.engine_id, fields)
     reserver = Reserver(region, 0)
     reserver.reserve_first()  # all: its slots are small
     reserver.start(lambda slots: None)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import simulated_cuda
 import torch
+from copies import prepare_plainly
 from simulated_device import SimulatedDevice
 
 import kvstrata.kernels.bench.__main__ as command
@@ -29,7 +30,7 @@ from kvstrata.kernels.bench.scene import Contestant, Scene, WrongBytes, region_b
 from kvstrata.kernels.cpu import CpuPipeline
 from kvstrata.kernels.gpu import pipeline as gpu
 from kvstrata.kernels.gpu.device import Pieces
-from kvstrata.kernels.pack import copy_torch, prepare_plainly
+from kvstrata.kernels.pack import copy_torch
 
 CPU = torch.device("cpu")
 TINY = Model("tiny TP2", "", 2, (Group(3, 4, 8, block_tokens=2), Group(2, 4, 8, block_tokens=2)))

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from copies import prepare_plainly
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -33,7 +34,7 @@ from kvstrata.kernels.gpu.device import CudaDevice
 from kvstrata.kernels.gpu.pipeline import GpuPipeline
 from kvstrata.kernels.gpu.transport import Choice, Transport
 from kvstrata.kernels.gpu.trials import TransportError
-from kvstrata.kernels.pack import copy_torch, prepare_plainly
+from kvstrata.kernels.pack import copy_torch
 from kvstrata.kernels.pipeline import GroupWork
 
 PLAIN = prepare_plainly(copy_torch)

@@ -11,13 +11,14 @@ from random import Random
 
 import numpy as np
 import torch
+from copies import prepare_plainly
 from kernel_worlds import DEVICE, LAYOUTS, SPLIT, Model, Rank, some_blocks
 from simulated_device import SimulatedDevice
 
 from kvstrata.kernels.gpu.device import CudaDevice, Device
 from kvstrata.kernels.gpu.pipeline import GpuPipeline
 from kvstrata.kernels.gpu.transport import Transport
-from kvstrata.kernels.pack import Prepare, copy_torch, prepare_plainly, prepare_triton
+from kvstrata.kernels.pack import Prepare, copy_torch, prepare_triton
 from kvstrata.kernels.pipeline import Groups, GroupWork
 from kvstrata.kernels.plan import Segment
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from copies import split_kv
 
 from kvstrata.kernels.bench.models import LAYOUTS as LAYOUTS
 from kvstrata.kernels.geometry import (
@@ -16,7 +17,6 @@ from kvstrata.kernels.geometry import (
     TOKEN_MAJOR,
     LayerShape,
     split_kernel_blocks,
-    split_kv,
     token_major,
 )
 from kvstrata.kernels.plan import LocalLayer, Segment, plan

@@ -1,6 +1,6 @@
 """Pages that requests asked to keep; what they are told of is in test_manager.py."""
 
-from kvstrata.offload.primary.eviction.line import Use
+from kvstrata.offload.primary.eviction.order import Use
 from kvstrata.offload.primary.eviction.policy import LRU
 from kvstrata.offload.primary.holds import Holds
 from kvstrata.offload.primary.slots import Entry, Hold, PrimaryTier, Writer

@@ -21,7 +21,7 @@ class Workers:
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         fields = {"slots": SLOTS, "slot_bytes": SLOT_BYTES, "workers": 2}
-        created = create_region("e", fields, text_bytes=500, directory=folder)
+        created = create_region("e", fields, directory=folder)
         self.regions = [created, open_region("e", folder)]
         self.progress = open_region("e", folder).progress  # the scheduler's
         self.reservers = [Reserver(region, rank) for rank, region in enumerate(self.regions)]
@@ -168,7 +168,7 @@ def test_a_shutdown_before_the_scheduler_is_there(workers: Workers) -> None:
 
 def test_a_worker_of_a_small_tier_has_no_threads(tmp_path: Path) -> None:
     fields = {"slots": 3, "slot_bytes": SLOT_BYTES, "workers": 1}
-    region = create_region("small", fields, text_bytes=500, directory=tmp_path)
+    region = create_region("small", fields, directory=tmp_path)
     reserver = Reserver(region, 0)
     assert reserver.reserve_first() == range(3)
     reserver.start(lambda slots: None)

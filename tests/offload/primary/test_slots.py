@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvstrata.offload.primary.eviction.line import Use
+from kvstrata.offload.primary.eviction.order import Use
 from kvstrata.offload.primary.eviction.policies import policy_class
 from kvstrata.offload.primary.eviction.policy import LRU
 from kvstrata.offload.primary.slots import HOLDS, Entry, Hold, PrimaryTier, Writer

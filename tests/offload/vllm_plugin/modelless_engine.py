@@ -53,7 +53,7 @@ from kvstrata.offload.manager import TieringManager
 from kvstrata.offload.vllm_plugin import registration
 from kvstrata.offload.vllm_plugin.caches import layers, windows
 from kvstrata.offload.vllm_plugin.engine import model_runner
-from kvstrata.offload.vllm_plugin.register import register
+from kvstrata.offload.vllm_plugin.entry_point import register
 from kvstrata.tiers.base import layouts_from_json
 from tests.engine.driver import connector
 

@@ -82,7 +82,7 @@ class Tracked:
     def __init__(self, folder: Path, tier: SecondaryTier, slots: int) -> None:
         self.world = World([tier], slots)
         fields = {"slots": slots, "slot_bytes": 4096, "workers": 1}
-        region: Region = create_region("events", fields, text_bytes=500, directory=folder)
+        region: Region = create_region("events", fields, directory=folder)
         self.manager = KVStrataScheduler(self.world.manager, region, events=True)
         self.tracker = OffloadingEventsTracker(SELF_DESCRIBING)
         self.follower = Follower()

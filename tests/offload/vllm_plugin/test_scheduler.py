@@ -53,7 +53,7 @@ class Adapter:
         self.tier = MemoryTier({}, CONTEXT)
         self.world = World([self.tier], slots)
         fields = {"slots": slots, "slot_bytes": 4096, "workers": 2}
-        self.region: Region = create_region("e", fields, text_bytes=500, directory=folder)
+        self.region: Region = create_region("e", fields, directory=folder)
         self.manager = KVStrataScheduler(self.world.manager, self.region, events=events)
 
     @property
@@ -252,7 +252,7 @@ def workers_region(name: str) -> tuple[Any, Region]:
         cache=SimpleNamespace(tokens_per_hash=16, blocks_per_chunk=1),
         groups=[],
     )
-    region = create_region(engine.engine_id, fields, text_bytes=1000)
+    region = create_region(engine.engine_id, fields)
     region.progress.set_usable(0, 1)
     return engine, region
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 
 from kvstrata.offload.primary.eviction.auto import SHARES, Auto
-from kvstrata.offload.primary.eviction.line import Use
+from kvstrata.offload.primary.eviction.order import Use
 from kvstrata.offload.primary.eviction.policies import policy_class
 from kvstrata.offload.primary.eviction.policy import EvictionPolicy
 from kvstrata.offload.primary.eviction.window import Windowed

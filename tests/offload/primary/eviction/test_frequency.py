@@ -3,7 +3,7 @@
 import random
 
 from kvstrata.offload.primary.eviction.frequency import ONE, Frequency
-from kvstrata.offload.primary.eviction.line import Use
+from kvstrata.offload.primary.eviction.order import Use
 
 
 def prompt(number: int, chunks: int) -> dict[bytes, int]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvstrata.offload.primary.eviction.arc import ARC
-from kvstrata.offload.primary.eviction.line import Use
+from kvstrata.offload.primary.eviction.order import Use
 from kvstrata.offload.primary.eviction.policies import policy_class
 from kvstrata.offload.primary.eviction.policy import LRU, EvictionPolicy
 

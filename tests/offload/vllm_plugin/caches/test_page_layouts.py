@@ -11,7 +11,6 @@ from kvstrata.kernels.geometry import HEAD_SLABS, OPAQUE, TOKEN_MAJOR, LayerShap
 from kvstrata.offload.vllm_plugin.caches.page_layouts import (
     layout_of,
     merge_layers,
-    slot_bytes_of,
 )
 from kvstrata.tiers.base import (
     DTYPE_BYTES,
@@ -54,15 +53,6 @@ def test_content_of_the_backend_is_bytes() -> None:
         ("U8", (3, 1, 2, 4096)),
         ("U8", (2, 2000)),
     ]
-
-
-def test_slot_holds_the_largest_page() -> None:
-    def of(nbytes: int) -> PageLayout:
-        return PageLayout((TensorSpec("kv", "U8", (nbytes,)),), 16)
-
-    assert slot_bytes_of({0: of(1)}) == 4096
-    assert slot_bytes_of({0: of(4096), 1: of(100)}) == 4096
-    assert slot_bytes_of({0: of(100), 7: of(4097)}) == 8192
 
 
 def test_pipeline_stages_follow_each_other_and_ranks_agree() -> None:

@@ -5,7 +5,7 @@ import gc
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstrata.offload.primary.eviction.line import Line, Pages, Use
+from kvstrata.offload.primary.eviction.order import Line, Pages, Use
 
 
 class Queue(Pages):

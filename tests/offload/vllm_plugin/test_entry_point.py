@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 
 from kvstrata.offload.vllm_plugin.engine.early_check import SPEC_NAME
-from kvstrata.offload.vllm_plugin.register import SPEC_MODULE, register
+from kvstrata.offload.vllm_plugin.entry_point import SPEC_MODULE, register
 from kvstrata.offload.vllm_plugin.version import check_version
 
 FACTORY = "vllm.v1.kv_offload.factory"
@@ -103,7 +103,7 @@ def test_broken_factory(
 
 def test_importing_the_entry_point_imports_no_vllm_and_no_torch() -> None:
     code = (
-        "import sys, kvstrata.offload.vllm_plugin.register\n"
+        "import sys, kvstrata.offload.vllm_plugin.entry_point\n"
         "print(sorted({'vllm', 'torch', 'numpy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
