@@ -12,7 +12,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from kvstrata.tiers.base import (
     LOCALITIES,
@@ -35,15 +35,11 @@ _LONGEST_CAUSE = 100  # characters
 
 
 class GuardedTier(SecondaryTier):
-    """Delegates to `tier`; what it raises becomes a harmless answer."""
-
-    @classmethod
-    def check_options(cls, options: Mapping[str, Any]) -> None:
-        """A guard has no options of its own."""
+    """Delegates to the tier behind it, `inner`; what that raises becomes a harmless answer."""
 
     def __init__(self, name: str, tier: SecondaryTier) -> None:
         self._name = name
-        self._tier = tier
+        self.inner = tier
         self._mistakes: Counter[str] = Counter()
         # keys of the jobs that the tier accepted and has not ended
         self._open: dict[int, Sequence[bytes]] = {}
@@ -53,84 +49,79 @@ class GuardedTier(SecondaryTier):
         self.locality = tier.locality
         self.page_causes = tier.page_causes
 
-    @property
-    def inner(self) -> SecondaryTier:
-        """The tier behind the guard."""
-        return self._tier
-
     def lookup(self, key: bytes, request: RequestView) -> Lookup:
         try:  # for every chunk: cheaper than `_call`
-            return self._tier.lookup(key, request)
+            return self.inner.lookup(key, request)
         except Exception:
             self._raised("lookup")
             return Lookup.MISS
 
     def submit_store(self, job: Job) -> None:
-        self._submit("submit_store", self._tier.submit_store, job)
+        self._submit("submit_store", self.inner.submit_store, job)
 
     def submit_load(self, job: Job) -> None:
-        if self._submit("submit_load", self._tier.submit_load, job):
+        if self._submit("submit_load", self.inner.submit_load, job):
             self._loading.add(job.job_id)
 
     def get_finished(self) -> Sequence[JobResult]:
         refused, self._refused = self._refused, []
         nothing: list[JobResult] = []
-        done = self._call("get_finished", nothing, lambda: list(self._tier.get_finished()))
+        done = self._call("get_finished", nothing, lambda: list(self.inner.get_finished()))
         if done:
             refused += [ended for result in done if (ended := self._end(result)) is not None]
         return refused
 
     def get_arrived(self) -> Mapping[int, Collection[bytes]]:
         nothing: dict[int, list[bytes]] = {}
-        told = self._call("get_arrived", nothing, lambda: _lists(self._tier.get_arrived()))
+        told = self._call("get_arrived", nothing, lambda: _lists(self.inner.get_arrived()))
         taken = {job_id: self._take(job_id, keys) for job_id, keys in told.items()}
         return {job_id: keys for job_id, keys in taken.items() if keys}
 
     def submit_reject(self, job: Job, *, distrust: bool) -> bool:
         self._open[job.job_id] = job.keys
         taken = self._call(
-            "submit_reject", False, lambda: self._tier.submit_reject(job, distrust=distrust)
+            "submit_reject", False, lambda: self.inner.submit_reject(job, distrust=distrust)
         )
         if taken is not True:
             self._open.pop(job.job_id, None)
         return taken is True
 
     def how_to_trust(self) -> str:
-        return self._call("how_to_trust", super().how_to_trust(), self._tier.how_to_trust)
+        return self._call("how_to_trust", super().how_to_trust(), self.inner.how_to_trust)
 
     @property
     def trusted(self) -> bool:  # type: ignore[override]
         try:
-            self._trusted = bool(self._tier.trusted)
+            self._trusted = bool(self.inner.trusted)
         except Exception:
             self._raised("trusted")
         return self._trusted
 
     def touch(self, keys: Collection[bytes], request: RequestView) -> None:
-        self._call("touch", None, lambda: self._tier.touch(keys, request))
+        self._call("touch", None, lambda: self.inner.touch(keys, request))
 
     def on_new_request(self, request: RequestView) -> None:
-        self._call("on_new_request", None, lambda: self._tier.on_new_request(request))
+        self._call("on_new_request", None, lambda: self.inner.on_new_request(request))
 
     def on_request_finished(self, request: RequestView) -> None:
-        self._call("on_request_finished", None, lambda: self._tier.on_request_finished(request))
+        self._call("on_request_finished", None, lambda: self.inner.on_request_finished(request))
 
     def on_step_end(self) -> None:
-        self._call("on_step_end", None, self._tier.on_step_end)
+        self._call("on_step_end", None, self.inner.on_step_end)
 
     def take_removed(self) -> Iterable[bytes]:
         nothing: list[bytes] = []
-        return self._call("take_removed", nothing, lambda: _keys(self._tier.take_removed()))
+        return self._call("take_removed", nothing, lambda: _keys(self.inner.take_removed()))
 
     def drain(self, timeout_s: float) -> bool:
-        return self._call("drain", False, lambda: bool(self._tier.drain(timeout_s)))
+        return self._call("drain", False, lambda: bool(self.inner.drain(timeout_s)))
 
     def shutdown(self, timeout_s: float) -> bool:
-        return self._call("shutdown", False, lambda: bool(self._tier.shutdown(timeout_s)))
+        return self._call("shutdown", False, lambda: bool(self.inner.shutdown(timeout_s)))
 
     def stats(self) -> TierStats:
         total = TierStats()
-        self._call("stats", None, lambda: _add(total, self._tier.stats()))
+        self._call("stats", None, lambda: _add(total, self.inner.stats()))
         _add(total, TierStats(failures=dict(self._mistakes)))
         return total
 

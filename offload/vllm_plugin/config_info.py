@@ -63,18 +63,17 @@ def config_info(
         **{name: getattr(settings, name) for name in _SETTINGS},
         "weights_fixed": weights_fixed,
     }
-    series = [primary]
-    for entry, medium in tiers:
-        series.append(
-            {
-                "tier": entry.name,
-                "type": str(entry.entry["type"]),
-                "medium": str(medium),
-                "store_threshold": entry.store_threshold,
-                "max_tracker_size": entry.max_tracker_size,
-            }
-        )
-    return series
+    secondary: list[Labels] = [
+        {
+            "tier": entry.name,
+            "type": str(entry.entry["type"]),
+            "medium": str(medium),
+            "store_threshold": entry.store_threshold,
+            "max_tracker_size": entry.max_tracker_size,
+        }
+        for entry, medium in tiers
+    ]
+    return [primary, *secondary]
 
 
 def _tokens(config: Any, slots: int) -> int:  # fields that vLLM has since 0.33

@@ -24,7 +24,9 @@ class _Inners:
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
-    def __get__(self, wrapper: TierWrapper, owner: type) -> Any:
+    def __get__(self, wrapper: TierWrapper | None, owner: type) -> Any:
+        if wrapper is None:
+            return self
         return getattr(wrapper.inner, self._name)
 
 

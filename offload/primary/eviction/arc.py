@@ -19,16 +19,19 @@ class ARC(Ordered):
     def __init__(self, capacity: int, windows: Mapping[int, int]) -> None:
         self._capacity = capacity
         self._windows = windows
+        self.clear()
+
+    def clear(self) -> None:
         self._b1: OrderedDict[bytes, None] = OrderedDict()
         self._b2: OrderedDict[bytes, None] = OrderedDict()
         self._target = 0.0  # p of the paper: wanted size of T1, in keys
-        self._pages = Pages(windows)
+        self._pages = Pages(self._windows)
         self._t1, self._t2 = Line(self._pages), Line(self._pages)
 
     def ask(self, pages: Mapping[bytes, int], use: Use) -> None:
         # From the end, as they would have come: what is adapted to last counts most.
         for key in reversed(list(pages)):
-            if key in self._pages:
+            if key in self._pages.home:
                 if self._windows:
                     use.reused[key] = None
                 self._pages.move((key,), self._t2, use)
@@ -64,13 +67,6 @@ class ARC(Ordered):
         self._pages.add(key, end_token, self._t2 if again else self._t1, use)
         self._pages.pinned.add(key)
         self._trim_ghosts()
-
-    def clear(self) -> None:
-        self._target = 0.0
-        self._pages = Pages(self._windows)
-        self._t1, self._t2 = Line(self._pages), Line(self._pages)
-        self._b1.clear()
-        self._b2.clear()
 
     def _trim_ghosts(self) -> None:
         while self._b1 and self._t1.size + len(self._b1) > self._capacity:

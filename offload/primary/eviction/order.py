@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 import msgspec
@@ -69,22 +70,20 @@ class Use(msgspec.Struct, gc=False, eq=False):
 Oldest = tuple[bytes, int, Use]
 
 
+@dataclass(slots=True, eq=False)
 class _Part:
     """Pages of one use in a line: end token by key. `passed` were pinned when they were to leave,
     and are so still. `heap` has the others, once it is needed, and some that were among them, in
     their places when the use reached `reach`; `queued`: the line's queue has this part."""
 
-    __slots__ = ("heap", "line", "number", "passed", "queued", "reach", "use", "waiting")
-
-    def __init__(self, line: Line, use: Use, number: int) -> None:
-        self.line = line
-        self.use = use
-        self.number = number
-        self.waiting: dict[bytes, int] = {}
-        self.passed: dict[bytes, int] = {}
-        self.heap: list[tuple[int, bytes]] | None = None
-        self.reach = 0
-        self.queued = False
+    line: Line
+    use: Use
+    number: int
+    waiting: dict[bytes, int] = field(default_factory=dict)
+    passed: dict[bytes, int] = field(default_factory=dict)
+    heap: list[tuple[int, bytes]] | None = None
+    reach: int = 0
+    queued: bool = False
 
 
 class Pages:
@@ -113,9 +112,6 @@ class Pages:
 
     def __len__(self) -> int:
         return len(self.home)
-
-    def __contains__(self, key: bytes) -> bool:
-        return key in self.home
 
     def part(self, key: bytes) -> _Part:
         """The pages that a resident one is one of."""

@@ -35,11 +35,14 @@ class Windowed(Ordered):
         self.capacity = capacity
         self._windows = windows
         self._frequency = frequency
-        self._pages = Pages(windows)
-        self._window, self._main, self._passing = (Line(self._pages) for _ in range(3))
-        self._next: dict[bytes, Line] = {}  # where a page goes for which one was evicted
         self._share = share
         self._size(share)
+        Windowed.clear(self)
+
+    def clear(self) -> None:
+        self._pages = Pages(self._windows)
+        self._window, self._main, self._passing = (Line(self._pages) for _ in range(3))
+        self._next: dict[bytes, Line] = {}  # where a page goes for which one was evicted
 
     @property
     def share(self) -> float:
@@ -113,11 +116,6 @@ class Windowed(Ordered):
         if line is None:  # there was room
             line = self._main if self._main.size < self._most_in_main else self._window
         self._pages.add(key, end_token, line, use)
-
-    def clear(self) -> None:
-        self._pages = Pages(self._windows)
-        self._window, self._main, self._passing = (Line(self._pages) for _ in range(3))
-        self._next.clear()
 
     def _size(self, share: float) -> None:
         self._most_in_window = int(share * self.capacity)

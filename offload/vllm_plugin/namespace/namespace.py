@@ -21,7 +21,6 @@ from kvstrata.offload.vllm_plugin.namespace.rule import (
     is_cache_quantised,
     is_quantised,
 )
-from kvstrata.offload.vllm_plugin.weights.fingerprint import name_weights
 from kvstrata.tiers.base import PageLayout, layouts_to_json
 from kvstrata.tiers.page.identity import MAX_CONFIG_BYTES, config_text
 
@@ -34,7 +33,7 @@ def namespace_fields(
     layouts: Mapping[int, PageLayout],
     shapes: Mapping[int, Sequence[LayerShape]],
     content_orders: Mapping[str, str],
-    weights: Mapping[str, str | None] | None = None,
+    weights: Mapping[str, str | None],
 ) -> dict[str, Any]:
     """The namespace as JSON-serialisable fields.
 
@@ -44,7 +43,7 @@ def namespace_fields(
         layouts: page layout by group.
         shapes: the layers of each group over all pipeline stages, in order.
         content_orders: content-order id by layer name.
-        weights: the fields of `name_weights`; found out by this process alone if not given.
+        weights: the fields of `name_weights`.
 
     Raises:
         NamespaceError: a field that decides cannot be written down, or all are too long.
@@ -57,7 +56,7 @@ def namespace_fields(
     split = getattr(vllm_config, "parallel_config", None)
     fields: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
-        **(weights or name_weights(vllm_config).fields),
+        **weights,
         "configuration": deciding_fields(vllm_config),
         "device": device_fields(
             quantised=is_quantised(vllm_config) or is_cache_quantised(vllm_config)

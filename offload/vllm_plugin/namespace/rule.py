@@ -106,8 +106,8 @@ def _fields_of(config: Any, kind: str, path: str, walk: _Walk) -> dict[str, Any]
             if inner:
                 found[field] = inner
             continue
-        read = _VALUES.get(f"{kind}.{field}", _as_it_is)
-        found[field] = shortened(read(config, value, name))
+        read = _VALUES.get(f"{kind}.{field}")
+        found[field] = shortened(read(config, value, name) if read else plain(value, name))
     if kind == "ModelConfig":
         found.update(_beside(config, walk))
     return found
@@ -182,10 +182,6 @@ _CONDITIONS: Mapping[str, Callable[[Any, _Walk], bool]] = {
 
 
 # -- values ----------------------------------------------------------------------
-
-
-def _as_it_is(config: Any, value: Any, name: str) -> Any:
-    return plain(value, name)
 
 
 def _max_model_len(model: Any, value: Any, name: str) -> Any:

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from kvstrata.offload.vllm_plugin.weights.hub import hub_digest
 from kvstrata.offload.vllm_plugin.weights.identity import Identity, identity_of
@@ -29,16 +29,9 @@ LARGE_BYTES = 1 << 30
 T = TypeVar("T")
 
 
-class Gather(Protocol):
-    """A collective of the processes of one host that do this together, in the same order."""
-
-    def __call__(self, value: T, /) -> list[T]:
-        """The value of every process, in the order of ranks."""
-
-
-def alone(value: T, /) -> list[T]:
-    """The collective of one process."""
-    return [value]
+# A collective of the processes of one host that do this together, in the same order: the value of
+# every process, in the order of ranks.
+Gather: TypeAlias = Callable[[Any], list[Any]]
 
 
 class Found(NamedTuple):

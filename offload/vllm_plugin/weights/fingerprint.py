@@ -18,7 +18,6 @@ from kvstrata.offload.vllm_plugin.weights.content import (
     Attempt,
     Found,
     Gather,
-    alone,
     attempt,
     find_digests,
     read_digests,
@@ -71,7 +70,7 @@ class _Model:
     watch: list[dict[str, Any]] = field(default_factory=list)
 
 
-def name_weights(vllm_config: VllmConfig, gather: Gather = alone, rank: int = 0) -> WeightNames:
+def name_weights(vllm_config: VllmConfig, gather: Gather, rank: int) -> WeightNames:
     """Names of the engine's weights and of its draft model's.
 
     The names hold names inside the model, sizes and content of the weight files, and how they
@@ -97,9 +96,7 @@ def name_weights(vllm_config: VllmConfig, gather: Gather = alone, rank: int = 0)
     memory = default_memory()
     planned = Attempt(None)
     if rank == 0:
-        planned = attempt(
-            lambda: {name: _list(model, loads[name], memory) for name, model in models.items()}
-        )
+        planned = attempt(lambda: {n: _list(m, loads[n], memory) for n, m in models.items()})
     gathered = gather(planned)
     listed: dict[str, _Model] = gathered[0].value or {
         name: _Model([], gathered[0].error or "rank 0 has not looked") for name in models

@@ -18,6 +18,7 @@ from kvstrata.offload.vllm_plugin.namespace.namespace import (  # noqa: E402
     check_secondary_tiers,
     namespace_fields,
 )
+from kvstrata.offload.vllm_plugin.weights.fingerprint import name_weights  # noqa: E402
 from tests.spoiling import flip  # noqa: E402
 
 MIB = 2**20
@@ -85,6 +86,8 @@ def fields(model: Any, *, content: Any = TOKEN_MAJOR, order: str = "", **more: A
     orders = {"a": order, "b": order}
     engine = engine_of(model, **more.get("engine", {}))
     known = more.get("weights")
+    if known is None:
+        known = name_weights(engine, lambda value: [value], 0).fields  # type: ignore[arg-type]
     return namespace_fields(config, engine, layouts, shapes, orders, known)  # type: ignore[arg-type]
 
 

@@ -19,14 +19,18 @@ pytestmark = pytest.mark.vllm
 import vllm  # noqa: E402
 
 from kvstrata.offload.vllm_plugin.weights import fingerprint as fingerprint_module  # noqa: E402
-from kvstrata.offload.vllm_plugin.weights.content import alone  # noqa: E402
-from kvstrata.offload.vllm_plugin.weights.fingerprint import name_weights  # noqa: E402
+from kvstrata.offload.vllm_plugin.weights.content import Gather  # noqa: E402
+from kvstrata.offload.vllm_plugin.weights.fingerprint import WeightNames  # noqa: E402
 from kvstrata.offload.vllm_plugin.weights.memory import DigestMemory  # noqa: E402
 from kvstrata.offload.vllm_plugin.weights.watch import WeightWatch  # noqa: E402
 from kvstrata.tiers.base import unseen_reason  # noqa: E402
 from tests.spoiling import flip  # noqa: E402
 
 MIB = 2**20
+
+
+def name_weights(engine: Any, gather: Gather = lambda value: [value], rank: int = 0) -> WeightNames:
+    return fingerprint_module.name_weights(engine, gather, rank)
 
 
 @pytest.fixture(autouse=True)
@@ -382,5 +386,5 @@ def test_the_first_rank_fails_to_look(weights: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_number_outside_the_ranks(weights: Path) -> None:
     """However an executor numbers its workers, the start neither hangs nor dies."""
-    found = name_weights(engine_of(model_of(weights)), alone, 7)
+    found = name_weights(engine_of(model_of(weights)), rank=7)
     assert unseen_reason(found.fields["weights"]) == "rank 0 has not looked"
