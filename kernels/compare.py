@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from kvstrata.kernels.pack import copy_torch
-from kvstrata.kernels.plan import RowLayout, Segment
+from kvstrata.kernels.plan import Segment
 
 # Moves pages and returns when they are there: slots int64 [n], block ids int64 [n, width].
 Move = Callable[[np.ndarray, np.ndarray], None]
@@ -185,15 +185,15 @@ class Comparison:
         if torch.equal(found, wanted):
             return None
         segment = self._segment
-        one, other = (self._shard(pages, segment.in_page) for pages in (found, wanted))
+        one, other = (self._shard(pages) for pages in (found, wanted))
         for position, name in enumerate(segment.names):
             if not torch.equal(one[:, :, position], other[:, :, position]):
                 return f"leaves other bytes of layer {name} in the pages"
         return "writes outside its part of the pages"
 
-    def _shard(self, pages: torch.Tensor, layout: RowLayout) -> torch.Tensor:
+    def _shard(self, pages: torch.Tensor) -> torch.Tensor:
         """This worker's shard of the pages, [s, H, L, slab bytes]."""
-        segment = self._segment
+        segment, layout = self._segment, self._segment.in_page
         shape = (len(pages), segment.local_heads, segment.local_layers, segment.slab_bytes)
         strides = (pages.stride(0), layout.head_pitch, segment.slab_bytes, 1)
         return pages.as_strided(shape, strides, layout.offset)

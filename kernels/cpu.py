@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Collection, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,7 +14,6 @@ from kvstrata.kernels.pipeline import (
     Finished,
     Groups,
     GroupWork,
-    Pipeline,
     check_region,
     check_work,
     elected,
@@ -86,15 +86,13 @@ def check_cpu_pipeline(groups: Groups, region: torch.Tensor, slots: range) -> No
     check_region(groups, region)
     for segments in groups.values():
         for segment in segments:
-            pipeline = CpuPipeline({0: (segment,)}, region)
             comparison = Comparison(segment, region, slots)
-
-            def store(slots: np.ndarray, ids: np.ndarray, to: Pipeline = pipeline) -> None:
-                to.submit_store(0, [GroupWork(0, slots, ids)])
-
-            def load(slots: np.ndarray, ids: np.ndarray, to: Pipeline = pipeline) -> None:
-                to.submit_load(0, [GroupWork(0, slots, ids)])
-
-            for move in (store, load):
-                if found := comparison.difference(move, store=move is store):
+            for store in (True, False):
+                move = partial(_move, CpuPipeline({0: (segment,)}, region), store)
+                if found := comparison.difference(move, store=store):
                     raise GeometryError(f"the copy on the CPU {found}")
+
+
+def _move(pipeline: CpuPipeline, store: bool, slots: np.ndarray, ids: np.ndarray) -> None:
+    submit = pipeline.submit_store if store else pipeline.submit_load
+    submit(0, [GroupWork(0, slots, ids)])

@@ -11,7 +11,6 @@ segment reads as `[H, L, tokens per chunk, C]`.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 
 import torch
 
@@ -20,17 +19,10 @@ class GeometryError(ValueError):
     """A KV cache is not what its declared content requires."""
 
 
-class Content(StrEnum):
-    """What the bytes of one block are, hence how a page may be shared between topologies."""
-
-    TOKEN_MAJOR = "token-major"  # per head, tokens in order, each one run of elements
-    HEAD_SLABS = "head-slabs"  # per head, bytes in an order that the attention backend chose
-    OPAQUE = "opaque"  # bytes of one rank, in an order that the attention backend chose
-
-
-TOKEN_MAJOR = Content.TOKEN_MAJOR
-HEAD_SLABS = Content.HEAD_SLABS
-OPAQUE = Content.OPAQUE
+# What the bytes of one block are, hence how a page may be shared between topologies.
+TOKEN_MAJOR = "token-major"  # per head, tokens in order, each one run of elements
+HEAD_SLABS = "head-slabs"  # per head, bytes in an order that the attention backend chose
+OPAQUE = "opaque"  # bytes of one rank, in an order that the attention backend chose
 
 # torch dtype -> name in a safetensors header
 DTYPE_NAMES: Mapping[torch.dtype, str] = {
@@ -55,7 +47,7 @@ class LayerShape:
     """What one layer puts into a page, over all tensor-parallel ranks; plain JSON values.
 
     name: the layer's name in vLLM.
-    content: see `Content`.
+    content: TOKEN_MAJOR, HEAD_SLABS or OPAQUE.
     dtype: safetensors name of the element type; "U8" for head slabs and opaque bytes.
     heads: KV heads over all ranks; for opaque content the number of ranks.
     tokens: tokens per block for token-major content, else 1.
@@ -64,7 +56,7 @@ class LayerShape:
     """
 
     name: str
-    content: Content
+    content: str
     dtype: str
     heads: int
     tokens: int
@@ -115,7 +107,7 @@ def segment_shapes(layers: Sequence[LayerShape], blocks_per_chunk: int) -> tuple
     for kind, names in alike.items():
         count = len(names)
         shape: tuple[int, ...]
-        if kind.content == Content.OPAQUE:
+        if kind.content == OPAQUE:
             shape = (kind.heads, count * blocks_per_chunk * kind.width)
         else:
             shape = (kind.heads, count, blocks_per_chunk * kind.tokens, kind.width)
@@ -128,7 +120,7 @@ def segment_shapes(layers: Sequence[LayerShape], blocks_per_chunk: int) -> tuple
 def _check_layer(layer: LayerShape) -> None:
     if layer.dtype not in DTYPE_BYTES:
         raise GeometryError(f"layer {layer.name}: unknown dtype {layer.dtype}")
-    if layer.content != Content.TOKEN_MAJOR and (layer.dtype, layer.tokens) != ("U8", 1):
+    if layer.content != TOKEN_MAJOR and (layer.dtype, layer.tokens) != ("U8", 1):
         raise GeometryError(f"layer {layer.name}: {layer.content} content is U8 with tokens = 1")
     for field in ("heads", "tokens", "width"):
         value = getattr(layer, field)
@@ -148,7 +140,7 @@ class LayerCache:
     """
 
     name: str
-    content: Content
+    content: str
     dtype: str
     view: torch.Tensor
     kernel_blocks: int = 1
@@ -161,7 +153,7 @@ class LayerCache:
     def shape(self, heads: int) -> LayerShape:
         """What this layer puts into a page when all ranks together hold `heads` heads."""
         _, _, rows, planes, plane_bytes = self.view.shape
-        if self.content == Content.TOKEN_MAJOR:
+        if self.content == TOKEN_MAJOR:
             tokens, row_bytes = self.kernel_blocks * rows, planes * plane_bytes
             width = row_bytes // DTYPE_BYTES[self.dtype]
             return LayerShape(self.name, self.content, self.dtype, heads, tokens, width)
@@ -177,7 +169,7 @@ def token_major(name: str, view: torch.Tensor) -> LayerCache:
     Raises GeometryError when the view is something else.
     """
     _check_view(name, view, 4)
-    return _normal(name, Content.TOKEN_MAJOR, view.unsqueeze(3))
+    return _normal(name, TOKEN_MAJOR, view.unsqueeze(3))
 
 
 def head_slabs(name: str, view: torch.Tensor) -> LayerCache:
@@ -193,7 +185,7 @@ def head_slabs(name: str, view: torch.Tensor) -> LayerCache:
     blocks, heads = view.shape[:2]
     sizes = (blocks, heads, 1, 1, runs[0][0])
     slabs = view.as_strided(sizes, (*view.stride()[:2], 1, 1, 1))
-    return _normal(name, Content.HEAD_SLABS, slabs)
+    return _normal(name, HEAD_SLABS, slabs)
 
 
 def opaque(name: str, view: torch.Tensor) -> LayerCache:
@@ -211,7 +203,7 @@ def opaque(name: str, view: torch.Tensor) -> LayerCache:
     runs = [(1, 1)] * (4 - len(runs)) + runs
     sizes = (view.shape[0], *(size for size, _ in runs))
     strides = (view.stride(0) * item, *(stride for _, stride in runs))
-    return _normal(name, Content.OPAQUE, _bytes(view, sizes, strides))
+    return _normal(name, OPAQUE, _bytes(view, sizes, strides))
 
 
 def split_kernel_blocks(cache: LayerCache, num_blocks: int) -> LayerCache:
@@ -240,7 +232,7 @@ def _check_view(name: str, view: torch.Tensor, axes: int | None) -> None:
         raise GeometryError(f"layer {name}: dtype {view.dtype} is not supported")
 
 
-def _normal(name: str, content: Content, view: torch.Tensor) -> LayerCache:
+def _normal(name: str, content: str, view: torch.Tensor) -> LayerCache:
     """`view` [B, H, N, P, E] as bytes, checked for contiguous planes and overlaps."""
     dtype = DTYPE_NAMES[view.dtype]
     item = view.element_size()

@@ -233,7 +233,7 @@ def _segment(
     slab_bytes = blocks_per_chunk * kind.block_bytes
     sets = _layer_sets([local[name].cache for name in names], slab_bytes)
     view = first.cache.view
-    segment = Segment(
+    return Segment(
         names=names,
         device=view.device,
         heads=kind.heads,
@@ -251,7 +251,6 @@ def _segment(
         word_bytes=_word_bytes(sets, shape.offset),
         sets=sets,
     )
-    return segment
 
 
 def _check_layer(kind: LayerShape, layer: LocalLayer, first: LocalLayer, name: str) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from kvstrata.kernels.geometry import GeometryError
 from kvstrata.kernels.pack import copy_torch
-from kvstrata.kernels.plan import RowLayout, Segment
+from kvstrata.kernels.plan import Segment
 
 _UNTOUCHED = 0xA5  # what scratch pages hold before the copy
 
@@ -21,8 +21,7 @@ def check_round_trip(segments: Sequence[Segment]) -> None:
     Raises GeometryError, naming the layer, when bytes arrive elsewhere or layers share memory.
     """
     trips = [_RoundTrip(segment, seed) for seed, segment in enumerate(segments)]
-    for trip in trips:
-        trip.save()
+    saved = [[block.clone() for *_, block in trip.blocks()] for trip in trips]
     try:
         for trip in trips:
             trip.write(trip.pattern)
@@ -35,12 +34,13 @@ def check_round_trip(segments: Sequence[Segment]) -> None:
         for trip in trips:
             trip.check_blocks()
     finally:
-        for trip in trips:
-            trip.restore()
+        for trip, contents in zip(trips, saved, strict=True):
+            for (*_, block), content in zip(trip.blocks(), contents, strict=True):
+                block.copy_(content)
 
 
 class _RoundTrip:
-    """One segment's blocks, the bytes they must hold, and the bytes they held."""
+    """One segment's blocks, and the bytes they must hold."""
 
     def __init__(self, segment: Segment, seed: int) -> None:
         self.segment = segment
@@ -54,9 +54,7 @@ class _RoundTrip:
         sizes = (len(ids), segment.local_heads, segment.local_layers, blocks, segment.block_bytes)
         random = np.random.default_rng(seed).integers(0, 256, sizes, dtype=np.uint8)
         self.pattern = torch.from_numpy(random).to(device)
-        # A CPU worker copies straight into pages, a GPU worker into its own shard of them.
-        self.layout: RowLayout = segment.in_page if device.type == "cpu" else segment.packed(0)
-        self.saved: list[torch.Tensor] = []
+        self.layout = segment.in_page
 
     def blocks(self) -> Iterator[tuple[int, int, int, torch.Tensor]]:
         """(page, layer, index in the page, the block's kernel blocks [k, H, N, P, E])."""
@@ -67,13 +65,6 @@ class _RoundTrip:
                     for index, block in enumerate(row):
                         if block >= 0:
                             yield page, layer, index, view[block * k : block * k + k]
-
-    def save(self) -> None:
-        self.saved = [block.clone() for *_, block in self.blocks()]
-
-    def restore(self) -> None:
-        for (*_, block), saved in zip(self.blocks(), self.saved, strict=True):
-            block.copy_(saved)
 
     def write(self, pattern: torch.Tensor) -> None:
         for page, layer, index, block in self.blocks():

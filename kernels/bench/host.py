@@ -42,6 +42,10 @@ _MODELS = MODELS[:2]  # pages of four to a slot, and of 25
 _UNDISTURBED = 1.1
 
 
+def _nothing(*arguments: object) -> None:
+    pass
+
+
 class Idle(CudaDevice):
     """A device whose driver does nothing."""
 
@@ -49,25 +53,14 @@ class Idle(CudaDevice):
         super().__init__(torch.device("cpu"))
         # compares its first two arguments, the addresses of two arrays, and says 0: not equal
         self.driver = Driver("nothing", _batched(ctypes.CDLL(None).pthread_equal))
-        self._stream = SimpleNamespace(cuda_stream=HANDLE)
+        self._stream = SimpleNamespace(cuda_stream=HANDLE, wait_event=_nothing)
+        self._event = SimpleNamespace(record=_nothing, query=lambda: True, synchronize=_nothing)
 
     def stream(self, *, urgent: bool) -> Stream:
         return self._stream
 
     def event(self, *, timed: bool = False) -> Event:
-        return None
-
-    def record(self, event: Event, stream: Stream) -> None:
-        pass
-
-    def hold(self, stream: Stream, event: Event) -> None:
-        pass
-
-    def reached(self, event: Event) -> bool:
-        return True
-
-    def synchronize(self, event: Event) -> None:
-        pass
+        return self._event
 
     def allocate_pinned(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(numel, dtype=dtype)

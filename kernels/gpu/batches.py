@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from math import gcd
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -20,11 +20,8 @@ MAX_PIECES = 1 << 16
 STAGED_ALIGNMENT = 16
 
 
-class Kernels(NamedTuple):
-    """The two directions of a copy between blocks and pages."""
-
-    pack: Prepared
-    unpack: Prepared
+# A copy from blocks to pages, and one back.
+Kernels: TypeAlias = tuple[Prepared, Prepared]
 
 
 class Subshard:
@@ -81,12 +78,8 @@ class Subshard:
         return self._kernels(layout, self.in_region.stride(0), alignment)
 
     def _kernels(self, layout: RowLayout, pitch: int, alignment: int) -> Kernels:
-        return Kernels(
-            *(
-                self._prepare(self.segment, layout, pitch, alignment, unpack=unpack)
-                for unpack in (False, True)
-            )
-        )
+        prepare = partial(self._prepare, self.segment, layout, pitch, alignment)
+        return prepare(unpack=False), prepare(unpack=True)
 
     def pages(self, transport: Transport, slot_bytes: int, count: int) -> int:
         """How many of `count` pages one batch takes; slot_bytes: of a staging slot."""

@@ -36,7 +36,9 @@ class Pieces(NamedTuple):
 
 
 class Device(Protocol):
-    """Streams run what is queued on them in order; events order streams among each other."""
+    """Streams run what is queued on them in order; events order streams among each other. Both are
+    torch's, or do as those: `wait_event` of the one; `record`, `query`, `synchronize` and
+    `elapsed_time` of the other."""
 
     def current(self) -> AbstractContextManager[object]:
         """Inside, launches and copies go to this device. All calls of `launch` and `copy` are."""
@@ -50,7 +52,7 @@ class Device(Protocol):
     def event(self, *, timed: bool = False) -> Event:
         """A new event. Waiting for one that was never recorded does nothing.
 
-        timed: `seconds` will be asked.
+        timed: `elapsed_time` will be asked.
         """
 
     def launch(self, stream: Stream, kernel: Callable[..., None], *tensors: torch.Tensor) -> None:
@@ -63,23 +65,8 @@ class Device(Protocol):
         Raises RuntimeError when the driver refuses.
         """
 
-    def record(self, event: Event, stream: Stream) -> None:
-        """The event now means: all that is queued on the stream so far is done."""
-
-    def hold(self, stream: Stream, event: Event) -> None:
-        """What is queued on the stream from now on waits for what the event means now."""
-
-    def reached(self, event: Event) -> bool:
-        """Whether it has happened."""
-
-    def synchronize(self, event: Event) -> None:
-        """Return when it has happened."""
-
     def drain(self) -> None:
         """Return when all queued work has happened, on every stream."""
-
-    def seconds(self, start: Event, end: Event) -> float:
-        """Time between two timed events that have happened."""
 
     def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """Device memory [numel]."""
@@ -149,23 +136,8 @@ class CudaDevice:
         ends = (pieces.host, pieces.device) if to_host else (pieces.device, pieces.host)
         self.driver.copy(*ends, pieces.sizes, stream.cuda_stream, to_host=to_host)
 
-    def record(self, event: Event, stream: Stream) -> None:
-        event.record(stream)
-
-    def hold(self, stream: Stream, event: Event) -> None:
-        stream.wait_event(event)
-
-    def reached(self, event: Event) -> bool:
-        return bool(event.query())
-
-    def synchronize(self, event: Event) -> None:
-        event.synchronize()
-
     def drain(self) -> None:
         cuda.synchronize(self._device)
-
-    def seconds(self, start: Event, end: Event) -> float:
-        return float(start.elapsed_time(end)) / 1000
 
     def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         return persistent(torch.zeros(numel, dtype=dtype), self._device)
@@ -183,7 +155,7 @@ class CudaDevice:
                 flags = _PORTABLE_AND_MAPPED
                 error = int(cuda.cudart().cudaHostRegister(run.data_ptr(), run.nbytes, flags))
                 if error:
-                    self._unpin(before)
+                    self.unpin(before)
                     self._forget_error()
                     raise RuntimeError(
                         f"CUDA could not pin the CPU pages (error {error} for {run.nbytes} of "
@@ -199,10 +171,7 @@ class CudaDevice:
         with suppress(RuntimeError):
             torch.ones(1, device=self._device)
 
-    def unpin(self) -> None:
-        self._unpin(0)
-
-    def _unpin(self, left: int) -> None:
-        """Undo the last ones, until so many are left."""
+    def unpin(self, left: int = 0) -> None:
+        """left: keep so many, of the first."""
         while len(self._pinned) > left:
             cuda.cudart().cudaHostUnregister(self._pinned.pop())

@@ -51,9 +51,20 @@ class Mover:
         transport; their block ids are on the way. Of replicas, each stores its share."""
         mine = elected(subshards[0].segment, slots) if store else slice(None)
         slots, ids = slots[mine], ids[mine]
+        nbytes = sum(subshard.shard_bytes for subshard in subshards)
         for i in range(0, len(slots), self._most_pages):
             some = slice(i, i + self._most_pages)
-            yield from self._upload(subshards, slots[some], ids[some], channel, store=store)
+            pages, block_ids = slots[some], ids[some]
+            count = len(pages)
+            there = channel.ring.put(np.concatenate((pages, block_ids.ravel())))
+            every = Pages(pages, block_ids, there[:count], there[count:].view(block_ids.shape))
+            for subshard in subshards:
+                transport = subshard.choices[store].of(count, count * nbytes)
+                step = subshard.pages(transport, channel.slot_bytes, count)
+                shards = subshard.shards(pages)
+                for first in range(0, count, step):
+                    taken = min(step, count - first)
+                    yield Batch(subshard, every, first, taken, shards), transport
 
     def start(
         self, channel: Channel, batch: Batch, way: Transport, submitted: Event, *, store: bool
@@ -64,7 +75,7 @@ class Mover:
         if way is Transport.ZERO_COPY:
             self.zero_copy(kernels, batch, unpack=not store)
         elif way is Transport.DIRECT and store:
-            device.hold(dma, submitted)
+            dma.wait_event(submitted)
             device.copy(dma, self._fragments(batch, store=True), to_host=True)
         elif way is Transport.DIRECT:
             # beside the kernels, so that it holds no staged copy back while it waits for compute
@@ -74,32 +85,12 @@ class Mover:
             pack = kernels, partial(self.pack, kernels, batch, slot, unpack=not store)
             move = dma, partial(device.copy, dma, self._shards(batch, slot), to_host=store)
             (first, fill), (last, empty) = (pack, move) if store else (move, pack)
-            device.hold(first, slot.free)
+            first.wait_event(slot.free)
             fill()
-            device.record(slot.filled, first)
-            device.hold(last, slot.filled)
+            slot.filled.record(first)
+            last.wait_event(slot.filled)
             empty()
-            device.record(slot.free, last)
-
-    def _upload(
-        self,
-        subshards: list[Subshard],
-        pages: np.ndarray,
-        ids: np.ndarray,
-        channel: Channel,
-        *,
-        store: bool,
-    ) -> Iterator[tuple[Batch, Transport]]:
-        count = len(pages)
-        there = channel.ring.put(np.concatenate((pages, ids.ravel())))
-        every = Pages(pages, ids, there[:count], there[count:].view(ids.shape))
-        nbytes = count * sum(subshard.shard_bytes for subshard in subshards)
-        for subshard in subshards:
-            transport = subshard.choices[store].of(count, nbytes)
-            step = subshard.pages(transport, channel.slot_bytes, count)
-            shards = subshard.shards(pages)
-            for i in range(0, count, step):
-                yield Batch(subshard, every, i, min(step, count - i), shards), transport
+            slot.free.record(last)
 
     def pack(self, stream: Stream, batch: Batch, slot: StagingSlot, *, unpack: bool) -> None:
         """Queue the kernel between the blocks and staged pages."""

@@ -119,7 +119,7 @@ class GpuPipeline:
         ]
         self._pinning = True  # until the driver refuses once
         self.pin(range(len(region) if ready is None else ready))
-        self._await_buffers()
+        device.drain()  # what was written to the buffers comes before all use of them
         slots = range(len(region)) if scratch is None else scratch
         trials = Trials(segments, self._mover, device, channels, region, slots, transport)
         try:
@@ -132,46 +132,43 @@ class GpuPipeline:
         self._times = trials.times
 
     def submit_store(self, job_id: int, work: Sequence[GroupWork]) -> None:
-        """See `Pipeline`."""
-        channel, device = self._store, self._device
+        channel = self._store
         with self._open(job_id, work) as job:
-            device.hold(channel.kernels, job.submitted)
-            device.record(job.start, channel.kernels)
+            channel.kernels.wait_event(job.submitted)
+            job.start.record(channel.kernels)
             direct = False
             for batch, transport in self._batches(work, channel, store=True):
                 direct = direct or transport is Transport.DIRECT
                 self._mover.start(channel, batch, transport, job.submitted, store=True)
                 job.nbytes += batch.nbytes
             if not direct:
-                device.record(job.released, channel.kernels)
+                job.released.record(channel.kernels)
             gathered = self._event()
-            device.record(gathered, channel.kernels)
-            device.hold(channel.dma, gathered)
+            gathered.record(channel.kernels)
+            channel.dma.wait_event(gathered)
             self._reuse(gathered)
             if direct:
-                device.record(job.released, channel.dma)
-            device.record(job.end, channel.dma)
+                job.released.record(channel.dma)
+            job.end.record(channel.dma)
 
     def submit_load(self, job_id: int, work: Sequence[GroupWork], expedited: bool = False) -> None:
-        """See `Pipeline`."""
-        channel, device = self._expedited if expedited else self._load, self._device
+        channel = self._expedited if expedited else self._load
         with self._open(job_id, work) as job:
-            device.record(job.start, channel.dma)
+            job.start.record(channel.dma)
             # The model may still use the blocks' former content, but staging is nobody's.
-            device.hold(channel.kernels, job.submitted)
-            device.hold(channel.kernels, job.start)
+            channel.kernels.wait_event(job.submitted)
+            channel.kernels.wait_event(job.start)
             for batch, transport in self._batches(work, channel, store=False):
                 self._mover.start(channel, batch, transport, job.submitted, store=False)
                 job.nbytes += batch.nbytes
-            device.record(job.released, channel.kernels)
-            device.record(job.end, channel.kernels)
+            job.released.record(channel.kernels)
+            job.end.record(channel.kernels)
 
     def finished(self) -> list[Finished]:
-        """See `Pipeline`."""
         done = []
         for job_id, job in list(self._jobs.items()):
-            if self._device.reached(job.end):
-                seconds = self._device.seconds(job.start, job.end)
+            if job.end.query():
+                seconds = job.start.elapsed_time(job.end) / 1000
                 done.append(Finished(job_id, job.nbytes, seconds))
                 self._reuse(job.submitted, job.released)
                 self._reuse(job.start, job.end, timed=True)
@@ -183,16 +180,14 @@ class GpuPipeline:
         for job_id in job_ids:
             if job_id in self._jobs:
                 compute = self._device.compute_stream()
-                self._device.hold(compute, self._jobs[job_id].released)
+                compute.wait_event(self._jobs[job_id].released)
 
     def wait(self, job_ids: Collection[int]) -> None:
-        """See `Pipeline`."""
         for job_id in job_ids:
             if job_id in self._jobs:
-                self._device.synchronize(self._jobs[job_id].end)
+                self._jobs[job_id].end.synchronize()
 
     def describe(self) -> str:
-        """See `Pipeline`."""
         slots = f"staging slots of {self._store.slot_bytes / (1 << 20):g} MiB"
         return "; ".join([slots, *self._choices()])
 
@@ -216,7 +211,6 @@ class GpuPipeline:
             )
 
     def shutdown(self) -> None:
-        """See `Pipeline`."""
         self.wait(list(self._jobs))
         self._device.unpin()
 
@@ -228,7 +222,7 @@ class GpuPipeline:
         check_work(self._groups, self._region, work)
         events = [self._event(timed=timed) for timed in (False, False, True, True)]
         job = self._jobs[job_id] = _Job(*events)
-        self._device.record(job.submitted, self._device.compute_stream())
+        job.submitted.record(self._device.compute_stream())
         try:
             with self._device.current():
                 yield job
@@ -269,13 +263,6 @@ class GpuPipeline:
         for group, slots, block_ids in work:
             for subshards in self._subshards[group]:
                 yield from self._mover.batches(subshards, slots, block_ids, channel, store=store)
-
-    def _await_buffers(self) -> None:
-        """What was written to the buffers so far comes before all use of them."""
-        written = self._event()
-        self._device.record(written, self._device.compute_stream())
-        self._device.synchronize(written)
-        self._reuse(written)
 
 
 def _brackets(trials: Sequence[Trial]) -> str:

@@ -51,7 +51,9 @@ class MetadataRing:
     """
 
     def __init__(self, device: Device, stream: object, capacity: int) -> None:
-        """capacity: int64 numbers; `put` waits for the device only when more are under way."""
+        """capacity: int64 numbers, and what one `put` takes at most; it waits for the device only
+        when more are under way."""
+        self.capacity = capacity
         self._device = device
         self._stream = stream
         self._host = device.allocate_pinned(capacity, torch.int64)
@@ -62,15 +64,10 @@ class MetadataRing:
         self._spare: list[Event] = []
         self._head = 0
 
-    @property
-    def capacity(self) -> int:
-        """Numbers that one `put` takes at most."""
-        return len(self._numbers)
-
     def put(self, numbers: np.ndarray) -> torch.Tensor:
         """Queue the upload of int64 [n]; what the stream does next may read the returned tensor."""
         start, stop = self._head, self._head + len(numbers)
-        self._reclaim(lambda sent: self._device.reached(sent.event))  # few events, not a ringful
+        self._reclaim(lambda sent: sent.event.query())  # few events, not a ringful
         if stop > self.capacity:
             self._reclaim(lambda sent: sent.start >= start)  # what is left of the last round
             start, stop = 0, len(numbers)
@@ -82,14 +79,14 @@ class MetadataRing:
         upload = Pieces(there, host, np.array([numbers.nbytes]))
         self._device.copy(self._stream, upload, to_host=False)
         event = self._spare.pop() if self._spare else self._device.event()
-        self._device.record(event, self._stream)
+        event.record(self._stream)
         self._sent.append(_Sent(start, stop, event))
         return self._there[start:stop]
 
     def _reclaim(self, wanted: Callable[[_Sent], bool]) -> None:
         while self._sent and wanted(self._sent[0]):
             sent = self._sent.popleft()
-            self._device.synchronize(sent.event)
+            sent.event.synchronize()
             self._spare.append(sent.event)
 
 

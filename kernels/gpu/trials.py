@@ -232,13 +232,13 @@ class Trials:
         """Move pages as a job does, and wait until they are there."""
         device, channel = self._device, self._channels[0 if store else 1]
         _choose_all(subshards, Choice(way, way), store=store)
-        device.record(self._submitted, device.compute_stream())
-        device.hold(channel.kernels, self._submitted)
+        self._submitted.record(device.compute_stream())
+        channel.kernels.wait_event(self._submitted)
         for batch, transport in self._mover.batches(subshards, slots, ids, channel, store=store):
             self._mover.start(channel, batch, transport, self._submitted, store=store)
         for stream in (channel.kernels, channel.dma):
-            device.record(self._done, stream)
-            device.synchronize(self._done)
+            self._done.record(stream)
+            self._done.synchronize()
 
 
 def _choose_all(subshards: Sequence[Subshard], choice: Choice, *, store: bool) -> None:

@@ -13,17 +13,47 @@ from kvstrata.kernels.gpu.device import Pieces
 
 
 class SimEvent:
-    def __init__(self, timed: bool) -> None:
+    """As torch.cuda.Event, on a simulated device."""
+
+    def __init__(self, device: "SimulatedDevice", timed: bool) -> None:
+        self.device = device
         self.timed = timed
         self.recorded = 0  # how often
         self.happened: set[int] = set()  # which of these; a later one may be the first
         self.time = 0
 
+    def record(self, stream: "SimStream") -> None:
+        self.recorded += 1
+        number = self.recorded
+
+        def happen() -> None:
+            self.happened.add(number)
+            self.time = self.device.clock
+
+        stream.queue.append(happen)
+
+    def query(self) -> bool:
+        return self.recorded == 0 or self.recorded in self.happened
+
+    def synchronize(self) -> None:
+        while not self.query():
+            assert self.device.step(), "the streams wait for each other"
+
+    def elapsed_time(self, end: "SimEvent") -> float:
+        assert self.happened and end.happened, "timed before it happened"
+        assert self.timed and end.timed
+        return 1000.0 * (end.time - self.time)
+
 
 class SimStream:
+    """As torch.cuda.Stream, on a simulated device."""
+
     def __init__(self, speed: float) -> None:
         self.speed = speed  # how often it is chosen
         self.queue: deque[tuple[SimEvent, int] | Callable[[], object]] = deque()
+
+    def wait_event(self, event: SimEvent) -> None:
+        self.queue.append((event, event.recorded))
 
     def runnable(self) -> bool:
         if not self.queue:
@@ -54,7 +84,7 @@ class SimulatedDevice:
         return self.compute
 
     def event(self, *, timed: bool = False) -> SimEvent:
-        return SimEvent(timed)
+        return SimEvent(self, timed)
 
     def launch(
         self, stream: SimStream, kernel: Callable[..., None], *tensors: torch.Tensor
@@ -68,34 +98,9 @@ class SimulatedDevice:
             to, source = (host, device) if to_host else (device, host)
             stream.queue.append(partial(ctypes.memmove, to, source, nbytes))
 
-    def record(self, event: SimEvent, stream: SimStream) -> None:
-        event.recorded += 1
-        number = event.recorded
-
-        def happen() -> None:
-            event.happened.add(number)
-            event.time = self.clock
-
-        stream.queue.append(happen)
-
-    def hold(self, stream: SimStream, event: SimEvent) -> None:
-        stream.queue.append((event, event.recorded))
-
-    def reached(self, event: SimEvent) -> bool:
-        return event.recorded == 0 or event.recorded in event.happened
-
-    def synchronize(self, event: SimEvent) -> None:
-        while not self.reached(event):
-            assert self.step(), "the streams wait for each other"
-
     def drain(self) -> None:
         while self.step():
             pass
-
-    def seconds(self, start: SimEvent, end: SimEvent) -> float:
-        assert start.happened and end.happened, "timed before it happened"
-        assert start.timed and end.timed
-        return float(end.time - start.time)
 
     def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         assert not self.sealed
