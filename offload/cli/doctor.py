@@ -16,7 +16,7 @@ from importlib.metadata import (
 )
 from pathlib import Path
 
-from kvstrata.offload.vllm_plugin.register import SPEC_MODULE
+from kvstrata.offload.vllm_plugin.entry_point import SPEC_MODULE
 from kvstrata.offload.vllm_plugin.version import SUPPORTED, supported_versions
 from kvstrata.tiers.disk import disk_at
 from kvstrata.tiers.options import format_bytes

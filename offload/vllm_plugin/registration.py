@@ -217,10 +217,7 @@ def _create_region(
         "layouts": layouts_to_json(layouts),
         "model": config.model.name,
         "weights_fixed": weights_fixed(settings.weights_fixed, vllm_config),
-        "elements": {
-            group: elements_of(shapes[group], dtypes, blocks, drafts)
-            for group in shapes
-        },
+        "elements": {group: elements_of(shapes[group], dtypes, blocks, drafts) for group in shapes},
         "windows": windows_of(config, vllm_config),
         "lora": vllm_config.lora_config is not None,
         "namespace": None,
