@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kvstrata.offload.config.offload_config import OffloadConfig
@@ -13,8 +13,8 @@ from kvstrata.offload.primary.slots import PrimaryTier
 from kvstrata.offload.request.waits import Waits
 from kvstrata.offload.secondary.reuse import ReuseCounter
 from kvstrata.offload.secondary.tier import TierLink
-from kvstrata.offload.secondary.tiers import TierJobs
-from kvstrata.tiers.base import PageLayout
+from kvstrata.offload.secondary.tiers import Running, TierJobs
+from kvstrata.tiers.base import JobResult, PageLayout
 
 
 class Event(NamedTuple):
@@ -48,6 +48,13 @@ class Report:
             if tier is None:
                 self.counters["evicted_pages"] += len(keys)
 
+    def moved(self, job: Running, result: JobResult) -> None:
+        """A job of a tier ended."""
+        direction, name = "promoted" if job.promotion else "cascaded", job.link.name
+        self.counters[f"{direction}_pages:{name}"] += len(job.entries) - len(result.failed)
+        self.counters[f"{direction}_failed:{name}"] += len(result.failed)
+        self.counters[f"{direction}_bytes:{name}"] += result.nbytes
+
     def given_up(self, keys: list[bytes]) -> None:
         """Pages of the primary tier will not come, of which no `came` was said."""
         if keys:
@@ -62,12 +69,18 @@ class Context:
     layouts: Mapping[int, PageLayout]  # by group
     windows: Mapping[int, int]  # groups of which the end of a hit is needed only; its tokens
     clock: Callable[[], float]  # seconds, monotonic
-    report: Report
     primary: PrimaryTier
-    holds: Holds
-    reuse: ReuseCounter  # for the engine's `store_threshold`
     jobs: TierJobs
-    waits: Waits
+    report: Report = field(default_factory=Report)
+    holds: Holds = field(init=False)
+    waits: Waits = field(init=False)
+    reuse: ReuseCounter = field(init=False)  # for the engine's `store_threshold`
+
+    def __post_init__(self) -> None:
+        config, clock = self.config, self.clock
+        self.holds = Holds(self.primary, config.pin_fraction, clock)
+        self.waits = Waits(config.promotion_deadline_s, clock)
+        self.reuse = ReuseCounter(config.store_threshold, config.max_tracker_size)
 
     @property
     def several_groups(self) -> bool:

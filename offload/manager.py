@@ -18,21 +18,17 @@ from kvstrata.offload.audit.comparer import Comparer
 from kvstrata.offload.audit.schedule import Schedule
 from kvstrata.offload.cascade import Cascades
 from kvstrata.offload.config.offload_config import OffloadConfig
-from kvstrata.offload.context import Context, Event, Report
+from kvstrata.offload.context import Context, Event
 from kvstrata.offload.demand.demand import Demand
-from kvstrata.offload.demand.loads import Loads
 from kvstrata.offload.demand.stores import StorePlan, Stores
 from kvstrata.offload.lookup import Answer, TierLookup
 from kvstrata.offload.primary.eviction.policies import policy_class
-from kvstrata.offload.primary.holds import Holds
 from kvstrata.offload.primary.slots import Entry, Hold, PrimaryTier, Writer
 from kvstrata.offload.promotion import Promotions
 from kvstrata.offload.request.parameters import ParameterReader
 from kvstrata.offload.request.request import RequestState
-from kvstrata.offload.request.waits import Waits
 from kvstrata.offload.secondary.costs import PrefillSpeed
 from kvstrata.offload.secondary.load_or_recompute import LoadOrRecompute
-from kvstrata.offload.secondary.reuse import ReuseCounter
 from kvstrata.offload.secondary.tier import TierLink
 from kvstrata.offload.secondary.tiers import STOP_TIMEOUT_S, OpenTiers, TierJobs
 from kvstrata.tiers.base import PageLayout, RequestView, key_group
@@ -51,14 +47,12 @@ class TieringManager:
         layouts: page layout by group.
         view: (slot, bytes) -> the beginning of the slot.
         valid: slot -> whether the workers filled it completely.
+        open_tiers: makes the secondary tiers, and others when weights may have changed.
         comparer: compares pages for audits.
-        open_tiers: makes the secondary tiers; called again at a reset when
-            `weights_fixed` is false, for tiers that know nothing of earlier pages.
         weights_fixed: whether a reset keeps what the secondary tiers hold.
-        weights_changed: whether the weights have changed all the same; asked at a reset, and
-            once more before the first look-up after it, since weights may be loaded in between.
-            From then on they are not fixed.
-        ready: how many slots, from the first on, can be used by now; at least 1. All, unless given.
+        weights_changed: whether the weights have changed all the same, from then on for good; asked
+            at a reset and before the first look-up after it: they may be loaded in between.
+        ready: how many slots, from the first on, can be used by now; at least 1. Else all.
         windows: by group, how many tokens before the end of a hit its layers need, where not all
             (a sliding window, a state).
         clock: seconds, monotonic.
@@ -88,35 +82,27 @@ class TieringManager:
         self._ready = ready or (lambda: slots)
         self.windows = windows or {}
         policy = policy_class(config.eviction_policy)(slots, self.windows)
-        self.primary = primary = PrimaryTier(self._ready(), policy)
+        self.primary = PrimaryTier(self._ready(), policy)
         self._jobs = TierJobs(open_tiers, view, layouts, config.promotion_deadline_s, clock)
-        self._waits = Waits(config.promotion_deadline_s, clock)
+        context = Context(config, layouts, self.windows, clock, self.primary, self._jobs)
+        self._holds, self._waits, self._report = context.holds, context.waits, context.report
         self._cuts = self._waits.cuts  # asked for every hit
-        self._holds = Holds(primary, config.pin_fraction, clock)
-        self._report = report = Report()
-        self.counters: Counter[str] = report.counters
-        context = Context(
-            config,
-            layouts,
-            self.windows,
-            clock,
-            report,
-            primary,
-            self._holds,
-            ReuseCounter(config.store_threshold, config.max_tracker_size),
-            self._jobs,
-            self._waits,
-        )
-        self._speed = PrefillSpeed()
-        self._load_or_recompute = LoadOrRecompute(config.load_or_recompute, self._speed)
+        self.counters: Counter[str] = self._report.counters
+        self.speed = PrefillSpeed()
+        self._load_or_recompute = LoadOrRecompute(config.load_or_recompute, self.speed)
         self._promotions = Promotions(context, self._load_or_recompute)
         self._lookup = TierLookup(context, self._promotions)
         self._cascades = Cascades(context)
-        schedule = Schedule(config.audit_fraction if comparer is not None else 0.0, clock)
-        comparer = comparer or Comparer({})
-        self.audits = Audits(schedule, primary, self._jobs, comparer, layouts, view, report)
+        self.audits = Audits(
+            Schedule(config.audit_fraction if comparer is not None else 0.0, clock),
+            self.primary,
+            self._jobs,
+            comparer or Comparer({}),
+            layouts,
+            view,
+            self._report,
+        )
         self._demand = Demand(context, self._cascades)
-        self._loads = Loads(context, self._demand)
         self._stores = Stores(context, self._demand, self._cascades, self.audits, valid)
         self._parameters = ParameterReader([link.name for link in self._jobs.links], clock)
         self._requests: dict[str, RequestState] = {}
@@ -144,10 +130,6 @@ class TieringManager:
         """Slots of the primary tier that cannot be used yet."""
         return self._slots - self.primary.slots
 
-    def seconds_per_token(self) -> float | None:
-        """How long a request's prefill takes per token, as measured; None if not known."""
-        return self._speed.seconds_per_token()
-
     # -- look-up and load ---------------------------------------------------------
 
     def lookup(self, key: bytes, end_token: int, request: RequestView) -> Answer:
@@ -160,12 +142,13 @@ class TieringManager:
                 self._was_reset = False
                 self._look_at_weights()
             self._poll()
-        if not self.audits.intervenes:
+        audits = self.audits
+        if not audits.intervenes:
             return self._find(key, end_token, request)
-        if self.audits.findings.blocks(key):
+        if audits.findings.blocks(key):
             return _MISS
         natural = self._find(key, end_token, request)
-        return self.audits.answer(key, end_token, self._state(request), natural, self._lookup.step)
+        return audits.answer(key, end_token, self._state(request), natural, self._lookup.step)
 
     def _find(self, key: bytes, end_token: int, request: RequestView) -> Answer:
         entry = self.primary.get(key)
@@ -197,8 +180,7 @@ class TieringManager:
 
         `ends` has the end tokens of its pages, in prefix order.
         """
-        state = self._requests.get(request.req_id) or self._new_state(request)
-        self._loads.missed(key, end_token, ends, state, self._step)
+        self._demand.missed(key, end_token, ends, self._state(request), self._step)
 
     @property
     def answers_alike(self) -> bool:
@@ -229,13 +211,13 @@ class TieringManager:
         Raises:
             KeyError: the request was not answered HIT.
         """
-        slots = self._loads.prepare(keys, self._state(request))
+        slots = self._demand.load(keys, self._state(request))
         self.audits.served(len(slots))
         return slots
 
     def complete_load(self, keys: Collection[bytes], request: RequestView | None = None) -> None:
         """The GPU has the pages. Without `request` none of them had outlived a reset."""
-        self._loads.complete(keys, request.req_id if request is not None else None)
+        self._demand.loaded(keys, request.req_id if request is not None else None)
 
     def touch(self, keys: Collection[bytes], request: RequestView) -> None:
         """The request uses the pages, in prefix order, perhaps elsewhere (in GPU memory)."""
@@ -265,10 +247,10 @@ class TieringManager:
         state = self._state(request)
         ends = dict(keys)
         if ends:
-            state.progress = self._speed.advance(
+            state.progress = self.speed.advance(
                 state.progress, self._step, self._clock(), max(ends.values())
             )
-        self._loads.count_misses(state)
+        self._demand.count_misses(state)
         return self._stores.prepare(ends, state)
 
     def complete_store(self, keys: Collection[bytes], request: RequestView) -> None:
@@ -295,12 +277,11 @@ class TieringManager:
         """
         state = self._state(request)
         state.finished = True
-        seen = state.use.seen
-        more = self.primary.find(key for key in pages if key not in seen)
-        if self.windows:  # of those groups it used some only, and asked for them
-            more = [entry for entry in more if key_group(entry.key) not in self.windows]
-        if more:
-            self._demand.ask({entry.key: entry.end_token for entry in more}, state)
+        seen, windows = state.use.seen, self.windows
+        more = self.primary.find([key for key in pages if key not in seen])
+        # Of groups with windows it used some only, and asked for them
+        if ends := {e.key: e.end_token for e in more if key_group(e.key) not in windows}:
+            self._demand.ask(ends, state)
         self.primary.ended(state.use)
         self._holds.drop(request.req_id)
         self.audits.end(state)
@@ -349,7 +330,7 @@ class TieringManager:
         self._take_results()
         self._promotions.clear()
         self._holds.reset()
-        held = self.audits.clear() + self.primary.reset() + self._loads.reset()
+        held = self.audits.clear() + self.primary.reset() + self._demand.reset()
         self._report.events.clear()
         for state in list(self._requests.values()):
             # vLLM reports no completion for what was under way before a reset
@@ -359,11 +340,8 @@ class TieringManager:
             state.stored_until = None
             self._forget_if_over(state)
         self._polled = False
-        self._was_reset = True
-        if not self._weights_fixed:
-            self._renew_tiers()
-        else:
-            self._look_at_weights()
+        self._look_at_weights()
+        self._was_reset = self._weights_fixed
         return held
 
     def shutdown(self) -> None:
@@ -376,17 +354,14 @@ class TieringManager:
     # -- inside -------------------------------------------------------------------
 
     def _look_at_weights(self) -> None:
-        """Leave what the tiers hold if it was made with weights that are gone."""
-        if self._weights_fixed and self._weights_changed is not None and self._weights_changed():
-            self._weights_fixed = False
-            self._renew_tiers()
-
-    def _renew_tiers(self) -> None:
-        """Stop the tiers, and open others that know no earlier page."""
-        self.audits.drop()
-        self._jobs.stop()
-        self._take_results()
-        self._jobs.reopen()
+        """Unless the weights are those of before, open tiers that know no earlier page."""
+        if self._weights_changed is not None:
+            self._weights_fixed = self._weights_fixed and not self._weights_changed()
+        if not self._weights_fixed:
+            self.audits.drop()
+            self._jobs.stop()
+            self._take_results()
+            self._jobs.reopen()
 
     def _state(self, request: RequestView) -> RequestState:
         return self._requests.get(request.req_id) or self._new_state(request)
@@ -424,11 +399,7 @@ class TieringManager:
             self.primary.add_slots(self._ready() - self.primary.slots)
         self.audits.settle()
         for job, result in self._jobs.results():
-            direction = "promoted" if job.promotion else "cascaded"
-            name = job.link.name
-            self.counters[f"{direction}_pages:{name}"] += len(job.entries) - len(result.failed)
-            self.counters[f"{direction}_failed:{name}"] += len(result.failed)
-            self.counters[f"{direction}_bytes:{name}"] += result.nbytes
+            self._report.moved(job, result)
             if job.promotion:
                 state = self._requests.get(job.request.req_id)
                 self._promotions.end(job, result, state, self._newest)

@@ -86,13 +86,13 @@ class TierJobs:
         promotion_deadline_s: float,
         clock: Callable[[], float],
     ) -> None:
-        self._open_tiers = open_tiers
+        self._open_tiers = partial(open_tiers, promotion_deadline_s, clock)
         # By the last bytes of a key, which are cheaper to look up than to decode
         self._nbytes = {
             group.to_bytes(4, "big"): layout.nbytes for group, layout in layouts.items()
         }
         self._view = lambda key, slot: view(slot, self._nbytes[key[-4:]])
-        sizes = {layout.nbytes for layout in layouts.values()}
+        sizes = {*self._nbytes.values()}
         self._one_size = sizes.pop() if len(sizes) == 1 else None
         self._promotion_deadline_s = promotion_deadline_s
         self._clock = clock
@@ -102,8 +102,7 @@ class TierJobs:
         # (tier, kind, request) that failed since `results` was called last: the jobs of one
         # prefix that fail together are one failure
         self._blamed: set[tuple[TierLink, Operation, str]] = set()
-        self.links: tuple[TierLink, ...] = ()
-        self._open()
+        self.links = tuple(self._open_tiers())
 
     def __len__(self) -> int:
         return len(self._running)
@@ -118,22 +117,16 @@ class TierJobs:
         timing: Timing | None = None,
         probe: bool = False,
         on_end: Callable[[Running, JobResult], None] | None = None,
-        send: Callable[[Job], bool] | None = None,
+        send: Callable[[Job], bool | None] | None = None,
     ) -> bool:
         """Start one job; its result comes from `results`, or to `on_end`.
 
         Args:
-            link: the tier.
-            entries: the pages.
-            request: on whose behalf.
-            promotion: the pages are loaded, else stored.
             timing: of the pages it was asked for with, if there are others.
-            probe: it shows whether a tier is well again.
-            on_end: takes the result.
-            send: tells the tier, where that is neither to load nor to store; whether it took it.
+            send: how to tell the tier, where the pages are neither loaded nor stored.
 
         Returns:
-            Whether there will be a result.
+            Whether the tier took it.
         """
         job_id = self._next_job
         self._next_job += 1
@@ -149,14 +142,9 @@ class TierJobs:
         )
         keys, slots = [e.key for e in entries], [e.slot for e in entries]
         job = Job(job_id, keys, slots, [e.end_token for e in entries], request, self._view)
-        if send is not None:
-            if not send(job):
-                self._close_job(job_id)
-                return False
-        elif promotion:
-            link.tier.submit_load(job)
-        else:
-            link.tier.submit_store(job)
+        if (send or (link.tier.submit_load if promotion else link.tier.submit_store))(job) is False:
+            self._close_job(job_id)
+            return False
         return True
 
     def reject(
@@ -244,13 +232,10 @@ class TierJobs:
     def reopen(self) -> None:
         """Open the tiers anew after `stop`; if that fails, go on without them."""
         try:
-            self._open()
+            self.links = tuple(self._open_tiers())
         except Exception:  # the engine goes on, whatever a medium does
             logger.exception("secondary tiers cannot be opened again: they are off")
             self.links = ()
-
-    def _open(self) -> None:
-        self.links = tuple(self._open_tiers(self._promotion_deadline_s, self._clock))
 
     def _bounded(self, verb: str, call: Callable[[TierLink, float], bool]) -> list[TierLink]:
         """Do something to every tier, healthy ones first; those that did not end in time."""
@@ -277,7 +262,7 @@ class TierJobs:
                 job.overdue += 1  # again and again: a single job that never ends counts too
                 job.due += patience
                 self._blame(job)
-                self._note_overdue(job, now - job.started)
+                self._note_overdue(job)
 
     def _blame(self, job: Running) -> None:
         failure = job.link, job.kind, job.request.req_id
@@ -285,7 +270,7 @@ class TierJobs:
             self._blamed.add(failure)
             job.link.breaker.failed(job.kind)
 
-    def _note_overdue(self, job: Running, seconds: float) -> None:
+    def _note_overdue(self, job: Running) -> None:
         link = job.link
         if not link.overdue_jobs:
             logger.warning(
@@ -295,7 +280,7 @@ class TierJobs:
                 link.name,
                 "load" if job.promotion else "store",
                 len(job.entries),
-                seconds,
+                self._clock() - job.started,
             )
         link.overdue_jobs += job.overdue == 1
 

@@ -81,7 +81,7 @@ class StatsReader:
             ("not_ready", manager.not_ready),
         ):
             stats.set_gauge(SLOTS, slots, (state,))
-        per_token = manager.seconds_per_token()
+        per_token = manager.speed.seconds_per_token()
         stats.set_gauge(PREFILL_SPEED, 1.0 / per_token if per_token else 0.0)
         stats.set_gauge(AUDIT_ERROR, manager.audits.findings.largest_error)
         for link in manager.links:

@@ -471,7 +471,7 @@ class ManagerMachine(RuleBasedStateMachine):
     @rule(computing=st.sampled_from([0.001, 1.0, 100.0]), data=st.data())
     def measure(self, computing: float, data: st.DataObject) -> None:
         """The engine computes at some speed, and the tiers turned out to load at another."""
-        self.manager._speed._steps.extend([(1000, computing * 1000)] * 20)
+        self.manager.speed._steps.extend([(1000, computing * 1000)] * 20)
         for link in self.manager.links:
             loading = data.draw(st.sampled_from([0.001, 1.0, 100.0]))
             for nbytes in range(PAGE, 9 * PAGE, PAGE):
@@ -510,7 +510,7 @@ class ManagerMachine(RuleBasedStateMachine):
         for job in self.manager._jobs._running.values():
             live |= {id(entry): entry.slot for entry in job.entries}
         live |= {id(entry): entry.slot for entry in self.manager._holds}
-        for late in self.manager._loads._late.values():
+        for late in self.manager._demand._late.values():
             live |= {id(entry): entry.slot for entry in late.values()}
         for audit in self.audits._under_way:
             live |= {id(e): e.slot for e in (audit.computed, audit.served) if e is not None}

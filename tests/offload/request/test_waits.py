@@ -340,10 +340,10 @@ def test_what_does_not_pay_is_not_awaited_behind_what_does() -> None:
     (link,) = world.manager.links
     for pages in range(1, 9):
         link.loads.cost.add(64 * pages, 0.005 * pages)
-    world.manager._speed._steps.extend([(1000, 1000 * 0.0025 / TOKENS)] * 20)
+    world.manager.speed._steps.extend([(1000, 1000 * 0.0025 / TOKENS)] * 20)
     world.step()
     assert ask(world, [LONG], world.request("long")) == 0
-    world.manager._speed._steps.extend([(1000, 1000 * 0.0080 / TOKENS)] * 200)
+    world.manager.speed._steps.extend([(1000, 1000 * 0.0080 / TOKENS)] * 200)
     world.step()
     first = world.request("first")
     assert ask(world, [LONG], first) is None

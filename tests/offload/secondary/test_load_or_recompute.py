@@ -130,7 +130,7 @@ def filled(items: list[tuple[bytes, int]]) -> MemoryTier:
 def make(*tiers: SecondaryTier, seconds_per_token: float) -> World:
     config = OffloadConfig(cpu_bytes=1, promotion_fraction=1.0, load_or_recompute=True)
     world = World(tiers, slots=16, config=config)
-    world.manager._speed._steps.extend([(1000, 1000 * seconds_per_token / WORTH_IT)] * 20)
+    world.manager.speed._steps.extend([(1000, 1000 * seconds_per_token / WORTH_IT)] * 20)
     world.step()
     return world
 
