@@ -92,16 +92,15 @@ class Cascades:
         most = math.ceil(slots * (MOST_TO_ONE_TIER if several else MOST_CASCADING))
         due = due[: max(0, most - link.stores.pages)]
         room = math.ceil(slots * MOST_CASCADING) - self._primary.held_long
-        sizes = self._jobs.sizes(due)
-        time_left = link.stores.cost.seconds(link.stores.nbytes + sum(sizes)) <= LONGEST_QUEUE_S
+        nbytes, cost = link.stores.nbytes, link.stores.cost
+        time_left = cost.seconds(nbytes + self._jobs.nbytes(due)) <= LONGEST_QUEUE_S
         if time_left and len(due) <= room:
             return due
-        nbytes = link.stores.nbytes
         chosen: list[Entry] = []
-        for entry, size in zip(due, sizes, strict=True):
+        for entry, size in zip(due, self._jobs.sizes(due), strict=True):
             nbytes += size
             # With nothing under way one page goes in any case, to see how long it takes now.
-            if (chosen or link.stores.pages) and link.stores.cost.seconds(nbytes) > LONGEST_QUEUE_S:
+            if (chosen or link.stores.pages) and cost.seconds(nbytes) > LONGEST_QUEUE_S:
                 break
             room -= not entry.is_held(Hold.CASCADE)
             if room < 0:

@@ -280,7 +280,9 @@ class TieringManager:
         seen, windows = state.use.seen, self.windows
         more = self.primary.find([key for key in pages if key not in seen])
         # Of groups with windows it used some only, and asked for them
-        if ends := {e.key: e.end_token for e in more if key_group(e.key) not in windows}:
+        if windows:
+            more = [entry for entry in more if key_group(entry.key) not in windows]
+        if ends := {entry.key: entry.end_token for entry in more}:
             self._demand.ask(ends, state)
         self.primary.ended(state.use)
         self._holds.drop(request.req_id)

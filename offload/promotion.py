@@ -135,9 +135,7 @@ class Promotions:
     def arrive(self, job: Running, entries: Sequence[Entry]) -> None:
         """Pages of a job have arrived."""
         self._forget(job.link, entries)
-        arrived = [entry for entry in entries if entry.attached]
-        self._context.holds.arrived(arrived)  # before they become idle
-        self._primary.finish_writes(entries, good=True)
+        arrived = self._context.holds.arrived(entries)
         job.link.recent.extend(arrived[:1])
         self._report.came([entry.key for entry in arrived])
 
@@ -213,7 +211,7 @@ class Promotions:
             if not entries:
                 continue
             sizes = self._jobs.sizes(entries)
-            ahead = link.ahead(state.view.req_id, sum(sizes))
+            ahead = link.ahead(state.view.req_id, self._jobs.nbytes(entries))
             link.queue.add(
                 state, entries, sizes, Timing(self._context.clock(), ahead, len(entries))
             )

@@ -66,10 +66,13 @@ class Holds:
         else:
             self._primary.keep(entry)
 
-    def arrived(self, entries: Sequence[Entry]) -> None:
-        """Hold ready pages for this step and the next."""
-        self._primary.hold(entries, Hold.KEPT)
-        self._staying.append(entries)
+    def arrived(self, entries: Sequence[Entry]) -> list[Entry]:
+        """The tiers' pages became ready; those to which a key leads stay for this step and the
+        next, and are returned."""
+        known = [entry for entry in entries if entry.attached]
+        self._primary.finish_writes(entries, good=True, hold=Hold.KEPT)
+        self._staying.append(known)
+        return known
 
     def of(self, req_id: str) -> dict[bytes, Entry]:
         """What the request was answered HIT, by key, though the key may lead there no more."""

@@ -215,9 +215,12 @@ class PrimaryTier:
         self._policy.remove(entry.key)
         self._detach(entry)
 
-    def finish_writes(self, entries: Iterable[Entry], *, good: bool) -> None:
-        """The writers are done: the pages become ready, or are dropped if not `good`."""
-        unpin = self._policy.unpin
+    def finish_writes(self, entries: Iterable[Entry], *, good: bool, hold: int = 0) -> None:
+        """The writers are done: the pages become ready, or are dropped if not `good`.
+
+        `hold`: why those that become ready, and to which a key leads, are held from now on, if so.
+        """
+        unpin, mask, new = self._policy.unpin, _MOST * hold, 0
         for entry in entries:
             if entry.writer is _TIER:
                 self.promoting -= 1
@@ -228,8 +231,13 @@ class PrimaryTier:
             elif not good:
                 self._policy.remove(entry.key)
                 self._detach(entry)
+            elif hold:
+                new += not entry.holds & mask
+                entry.holds += hold
             elif not entry.holds:
                 unpin(entry.key)
+        if hold:
+            self.held[hold] += new
 
     def hold(self, entries: Iterable[Entry], reason: int) -> None:
         """Keep pages in their slots, also ones that are about to become ready."""

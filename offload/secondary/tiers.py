@@ -130,7 +130,7 @@ class TierJobs:
         """
         job_id = self._next_job
         self._next_job += 1
-        nbytes = sum(self.sizes(entries))
+        nbytes = self.nbytes(entries)
         traffic = link.traffic(promotion=promotion)
         traffic.pages += len(entries)
         traffic.nbytes += nbytes
@@ -173,12 +173,17 @@ class TierJobs:
             job.link.pace.moved(pages)
         job.timing.pages -= pages
 
+    def nbytes(self, entries: Sequence[Entry]) -> int:
+        """Bytes of all pages together."""
+        if self._one_size is not None:
+            return self._one_size * len(entries)
+        return sum(self.sizes(entries))
+
     def sizes(self, entries: Sequence[Entry]) -> list[int]:
         """Bytes of each page."""
         if self._one_size is not None:
             return [self._one_size] * len(entries)
-        nbytes = self._nbytes
-        return [nbytes[entry.key[-4:]] for entry in entries]
+        return [self._nbytes[entry.key[-4:]] for entry in entries]
 
     def results(self) -> Iterator[tuple[Running, JobResult]]:
         """The jobs that ended since the last call."""
@@ -208,7 +213,7 @@ class TierJobs:
                     continue  # an audit's one page: its end will say so
                 arrived = [entry for entry in job.entries if entry.key in keys]
                 job.entries = [entry for entry in job.entries if entry.key not in keys]
-                nbytes = sum(self.sizes(arrived))
+                nbytes = self.nbytes(arrived)
                 job.arrived += len(arrived)
                 job.nbytes -= nbytes
                 self._leave(job, len(arrived), nbytes)
