@@ -177,6 +177,19 @@ def settle(
     return found
 
 
+def find(tier: SecondaryTier, key: PageKey, timeout_s: float = 60.0) -> None:
+    """Look a key up, each time for another request, until it is a HIT.
+
+    A page that came without the tier's knowledge may be a MISS at first.
+    """
+    deadline, number = time.monotonic() + timeout_s, 0
+    while settle(tier, key, RequestView(f"find {number}")) is not Lookup.HIT:
+        assert time.monotonic() < deadline, "the page is not found"
+        number += 1
+        tier.on_step_end()
+        time.sleep(0.0005)
+
+
 def store(tier: SecondaryTier, data: Mapping[PageKey, bytes], job_id: int = 1) -> JobResult:
     """Store pages of one size and wait for the result."""
     slots = Slots.make(len(data), len(next(iter(data.values()))))
@@ -237,7 +250,7 @@ class TierContract:
         for group, layout in CONTEXT.layouts.items():
             key, data = make_key(8, group), make_data(8, layout.nbytes)
             medium.put(tier, CONTEXT, key, data)
-            assert settle(tier, key) is Lookup.HIT
+            find(tier, key)
             assert load(tier, [key])[1] == {key: data}
 
     def test_lookup(self, make_tier: MakeTier) -> None:

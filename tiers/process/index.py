@@ -1,14 +1,16 @@
-"""What the tier knows of keys without asking the disk. One thread only, no I/O.
+"""What the tier knows of keys without asking the medium. One thread only, no I/O.
 
-Other processes add files to the same directory, so "present" may be remembered (a load
-finds out when it is wrong), while "absent" is kept only briefly and only for the request
-that asked.
+Other processes add pages to the same medium, so "present" may be remembered (a load finds out
+when it is wrong), while "absent" is kept only briefly and only for the request that asked. Where
+the medium has told of all its pages, what is unknown is absent: the request is answered at once,
+and the medium is asked all the same, for the next one.
 """
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from kvstrata.tiers.base import Lookup
 
@@ -19,10 +21,17 @@ MAX_LOST = 2**12
 MAX_CHECKS = 2**16  # under check at once; a disk that hangs must not fill the memory
 ABSENT_FOR_S = 2.0  # how long a negative answer may be repeated to the same request
 CHECK_WITHIN_S = 5.0  # a check that takes longer is answered with MISS
+# A page that was found and not told of is rarely alone, say where files were copied there: for so
+# long look-ups wait for the medium, since a request that is told MISS asks for no page behind it.
+DOUBT_S = 60.0
 
 
 class Index:
-    """Keys known present, lost or refused, keys being checked, and recent negative answers."""
+    """Keys known present, lost or refused, keys being checked, and recent negative answers.
+
+    Attributes:
+        told: the medium has told of all its pages.
+    """
 
     def __init__(self, max_present: int = MAX_PRESENT, max_refused: int = MAX_REFUSED) -> None:
         self._max_present = max_present
@@ -30,10 +39,17 @@ class Index:
         self._present: OrderedDict[bytes, None] = OrderedDict()  # least recently used first
         self._refused: OrderedDict[bytes, None] = OrderedDict()
         self._lost: OrderedDict[bytes, None] = OrderedDict()
-        self._asked: dict[bytes, float] = {}  # under check, and since when it was asked for
-        self._waiting: dict[bytes, set[str]] = {}  # requests that asked for a key under check
+        # Under check for requests that wait: since when, and which ask for it
+        self._asked: dict[bytes, tuple[float, set[str]]] = {}
         self._unsent: dict[bytes, None] = {}  # those under check that were not yet sent off
         self._absent: dict[str, dict[bytes, float]] = {}  # until when, per request
+        self.told = False
+        self._dropped = False  # a present key, for want of room
+        self._doubted_until = -math.inf
+        # Checked, or to be, though answered at once; forgotten when nothing is under check
+        self._checked: set[bytes] = set()
+        self._checked_until = 0.0
+        self._open = 0  # keys that `take_unsent` gave and that were not answered
 
     def __len__(self) -> int:
         return len(self._present)
@@ -51,41 +67,56 @@ class Index:
             return Lookup.HIT
         if key in self._refused:
             return Lookup.MISS
+        if self.told and not self._dropped and now >= self._doubted_until:
+            self._check(key, now)
+            return Lookup.MISS
         answers = self._absent.setdefault(req_id, {})
         if now < answers.get(key, now):
             return Lookup.MISS
-        since = self._asked.get(key)
-        if since is None:
+        asked = self._asked.get(key)
+        if asked is None:
             if len(self._asked) >= MAX_CHECKS:
                 return Lookup.MISS
-            self._asked[key] = now
-            self._waiting[key] = {req_id}
+            self._asked[key] = now, {req_id}
             self._unsent[key] = None
-        elif now - since > CHECK_WITHIN_S:
+        elif now - asked[0] > CHECK_WITHIN_S:
             return Lookup.MISS
         else:
-            self._waiting[key].add(req_id)
+            asked[1].add(req_id)
         return Lookup.RETRY
 
-    def is_unsent(self, key: bytes) -> bool:
-        """Whether a check of the key waits for `take_unsent`."""
-        return key in self._unsent
+    def is_awaited(self, key: bytes) -> bool:
+        """Whether a request waits for a check of the key, which waits for `take_unsent`."""
+        return key in self._unsent and key in self._asked
 
     def take_unsent(self) -> list[bytes]:
-        """The keys to be checked on the disk; each must be answered later."""
+        """The keys to be checked on the medium; each must be answered later."""
         unsent, self._unsent = self._unsent, {}
+        self._open += len(unsent)
         return list(unsent)
 
-    def answer(self, key: bytes, present: bool, now: float) -> None:
-        """The disk was asked for a key of `take_unsent`."""
-        self._asked.pop(key, None)
-        waiting = self._waiting.pop(key, set())
-        if present:
-            self.add(key)
-        else:
-            for req_id in waiting:
-                if req_id in self._absent:  # else the request has finished
-                    self._absent[req_id][key] = now + ABSENT_FOR_S
+    def answer(self, keys: Sequence[bytes], present: Iterable[bool], now: float) -> None:
+        """The medium was asked for keys of `take_unsent`."""
+        self._open -= len(keys)
+        for key, there in zip(keys, present, strict=True):
+            asked = self._asked.pop(key, None)
+            if there:
+                if asked is None and key not in self._present:
+                    self._doubted_until = now + DOUBT_S
+                self.add(key)
+            elif asked is not None:
+                for req_id in asked[1]:
+                    if req_id in self._absent:  # else the request has finished
+                        self._absent[req_id][key] = now + ABSENT_FOR_S
+
+    def _check(self, key: bytes, now: float) -> None:
+        """Let the medium be asked, if it was not in the last moments."""
+        if now >= self._checked_until and not self._open:
+            self._checked.clear()
+            self._checked_until = now + ABSENT_FOR_S
+        if key not in self._checked and len(self._checked) < MAX_CHECKS:
+            self._checked.add(key)
+            self._unsent[key] = None
 
     def add(self, key: bytes) -> None:
         """The page is on the disk."""
@@ -96,6 +127,7 @@ class Index:
         self._present.move_to_end(key)
         if len(self._present) > self._max_present:
             self._present.popitem(last=False)
+            self._dropped = True
 
     def discard(self, key: bytes) -> bool:
         """The page is not on the disk any more; True if it was thought to be."""

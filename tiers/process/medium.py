@@ -67,6 +67,13 @@ class Host(Protocol):
     def tell(self, news: Sequence[News]) -> None:
         """Pages came or went without the engine, in this order."""
 
+    def complete(self, complete: bool) -> None:
+        """Whether what was told is all: then a look-up of any other page is a MISS at once.
+
+        Not so (False) until the medium says it. Pages that come later must be told; one that is
+        not is found by a check, for a later request.
+        """
+
     def upkeep(self, done: Mapping[str, int]) -> None:
         """What the medium did of its own accord since the last call, by counter of `TierStats`."""
 

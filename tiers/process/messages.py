@@ -116,13 +116,19 @@ class Told(_Record):
     news: Sequence[News]
 
 
+class Complete(_Record):
+    """Whether the process has told of all pages that are there; False until it says otherwise."""
+
+    complete: bool
+
+
 class Upkeep(_Record):
     """What the medium did of its own accord since the last one, by counter."""
 
     counts: dict[str, int]
 
 
-Record = Done | Failure | Upkeep | Told | Trusted | Notice | Ready
+Record = Done | Failure | Upkeep | Told | Complete | Trusted | Notice | Ready
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from kvstrata.tiers.process.messages import (
     MAX_PACKET,
     MOST_PAGES,
     WRITES,
+    Complete,
     Done,
     Failure,
     Kind,
@@ -95,6 +96,8 @@ class _Running:
     ready: bool = False  # it has started
     proven: bool = False  # it ended a task
     telling: bool = False  # it had news, and may have more
+    unheard: bool = False  # not all was taken that it said
+    complete: bool = False  # it has told of all pages
     cause: str | None = None  # why it was given up
 
     @property
@@ -187,6 +190,12 @@ class IoProcesses:
         self._step()
         ended, self._ended = self._ended, []
         return ended
+
+    @property
+    def complete(self) -> bool:
+        """Whether the news, as of the last `collect`, tell of all pages that are there."""
+        currents = [group.current for group in self._groups if group.current]
+        return any(each.complete and not each.unheard for each in currents)
 
     def take_news(self) -> list[News]:
         """Pages that came or went without us since the last call."""
@@ -310,7 +319,7 @@ class IoProcesses:
         self._awaited = [each.process for each in currents if each.sent or each.telling]
 
     def _receive(self, running: _Running) -> None:
-        running.telling, left = False, _IDLE_PACKETS
+        running.telling, running.unheard, left = False, False, _IDLE_PACKETS
         while (raw := running.process.receive()) is not None:
             try:
                 for record in unpack_records(raw):
@@ -319,6 +328,7 @@ class IoProcesses:
                 running.process.broken = True
             left -= 1
             if left <= 0 and not (running.sent or running.cause or self._closed):
+                running.unheard = True
                 break  # nothing is due
 
     def _hear(self, running: _Running, record: Record) -> None:
@@ -330,6 +340,8 @@ class IoProcesses:
             self._failures.count(record.cause, record.detail)
         elif isinstance(record, Notice):
             self._failures.say(record.text)
+        elif isinstance(record, Complete):
+            running.complete = record.complete
         elif isinstance(record, Trusted):
             self.trusted = record.trusted
         elif isinstance(record, Told):

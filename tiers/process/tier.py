@@ -145,7 +145,7 @@ class ProcessTier(SecondaryTier):
             ) from error
 
     def lookup(self, key: PageKey, request: RequestView) -> Lookup:
-        """HIT and MISS from memory; RETRY while the medium is being asked."""
+        """HIT and MISS from memory; RETRY while the medium is asked that did not tell of all."""
         self._lookups += 1
         if self._closed:
             return Lookup.MISS
@@ -155,7 +155,7 @@ class ProcessTier(SecondaryTier):
             return Lookup.HIT
         if self._nbytes(key) is None:
             return Lookup.MISS
-        if self._index.is_unsent(key):
+        if self._index.is_awaited(key):
             self._send_checks()
         return self._index.lookup(key, request.req_id, time.monotonic())
 
@@ -338,11 +338,11 @@ class ProcessTier(SecondaryTier):
         """Take what the I/O processes did since the last call."""
         now = time.monotonic()
         for ended in chain.from_iterable(each.collect() for each in self.processes):
-            pairs = list(zip(ended.task.keys, ended.outcomes, strict=True))
             if ended.task.kind is Kind.CHECK:
-                for key, outcome in pairs:
-                    self._index.answer(key, outcome.moved, now)
+                found = [outcome.moved for outcome in ended.outcomes]
+                self._index.answer(ended.task.keys, found, now)
                 continue
+            pairs = list(zip(ended.task.keys, ended.outcomes, strict=True))
             job_id = ended.task.job_id
             job = self._jobs[job_id]
             self._count(job, pairs)
@@ -361,6 +361,7 @@ class ProcessTier(SecondaryTier):
                     self._index.hear(key)
             elif self._index.discard(key):
                 self._removed.append(key)
+        self._index.told = all(each.complete for each in self.processes)
 
     def _finish_if_over(self, job_id: int, job: _OpenJob) -> None:
         if job.pending == 0:

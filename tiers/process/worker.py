@@ -38,6 +38,7 @@ from kvstrata.tiers.process.messages import (
     MAX_SETUP,
     MOST_NEWS,
     WRITES,
+    Complete,
     Done,
     Failure,
     Kind,
@@ -118,6 +119,9 @@ class Outbox:
         keys = [each for each in news if is_key(each[0])]
         for start in range(0, len(keys), MOST_NEWS):
             self.put(Told(keys[start : start + MOST_NEWS]))
+
+    def complete(self, complete: bool) -> None:
+        self.put(Complete(complete))
 
     def upkeep(self, done: Mapping[str, int]) -> None:
         self.put(Upkeep(dict(done)))

@@ -33,6 +33,7 @@ from kvstrata.tiers.fs.tier import FsTier
 _REQUEST = "bench"
 _THREADS = 16  # of the readers and of the writers, which is the default of both tiers
 _POLL_S = 0.0001
+_SETTLE_S = 1.0  # a tier that knows all pages has also finished its start
 
 
 class WrongBytes(Exception):
@@ -100,6 +101,10 @@ class Tier(Contestant, Protocol):
     lookup: Callable[[Any, Any], object]
     request: Any
     hit: object
+    miss: object
+
+    def learn(self, pages: int) -> None:
+        """Wait until it knows so many pages that are there, if it learns of them by itself."""
 
     def end_step(self) -> None:
         """What the scheduler calls at the end of a step."""
@@ -121,6 +126,7 @@ class Ours:
         self.lookup: Callable[[Any, Any], object] = self._tier.lookup
         self.request: Any = RequestView(_REQUEST)
         self.hit: object = Lookup.HIT
+        self.miss: object = Lookup.MISS
 
     def move(self, store: bool, keys: Sequence[bytes], per_job: int) -> list[float]:
         submit_job = self._tier.submit_store if store else self._tier.submit_load
@@ -137,6 +143,11 @@ class Ours:
 
     def _finished(self) -> list[bool]:
         return [not result.failed for result in self._tier.get_finished()]
+
+    def learn(self, pages: int) -> None:
+        while self._tier.stats().gauges["indexed_keys"] < pages:
+            time.sleep(_POLL_S)
+        time.sleep(_SETTLE_S)
 
     def end_step(self) -> None:
         self._tier.on_step_end()
@@ -172,6 +183,7 @@ class Stock:
         self.lookup: Callable[[Any, Any], object] = self._tier.lookup
         self.request: Any = ReqContext(_REQUEST)
         self.hit: object = LookupResult.HIT
+        self.miss: object = LookupResult.MISS
 
     def move(self, store: bool, keys: Sequence[bytes], per_job: int) -> list[float]:
         import numpy as np
@@ -186,6 +198,9 @@ class Stock:
 
     def _finished(self) -> list[bool]:
         return [result.success for result in self._tier.get_finished_jobs()]
+
+    def learn(self, pages: int) -> None:
+        """It does not."""
 
     def end_step(self) -> None:
         self._tier.on_schedule_end(None)

@@ -4,7 +4,7 @@ import pytest
 
 from kvstrata.tiers.base import Lookup
 from kvstrata.tiers.process import index as index_module
-from kvstrata.tiers.process.index import ABSENT_FOR_S, CHECK_WITHIN_S, Index
+from kvstrata.tiers.process.index import ABSENT_FOR_S, CHECK_WITHIN_S, DOUBT_S, Index
 
 A, B, C = b"a", b"b", b"c"
 
@@ -12,14 +12,14 @@ A, B, C = b"a", b"b", b"c"
 def test_unknown_keys_are_asked_once_for_all_requests() -> None:
     index = Index()
     assert index.lookup(A, "r1", 0.0) is Lookup.RETRY
-    assert index.is_unsent(A)
+    assert index.is_awaited(A)
     assert index.lookup(A, "r2", 0.0) is Lookup.RETRY
     assert index.lookup(B, "r1", 0.0) is Lookup.RETRY
-    assert index.take_unsent() == [A, B] and not index.is_unsent(A)
+    assert index.take_unsent() == [A, B] and not index.is_awaited(A)
     assert index.lookup(A, "r1", 0.1) is Lookup.RETRY
     assert index.take_unsent() == []
-    index.answer(A, False, 0.2)
-    index.answer(B, True, 0.2)
+    index.answer([A], [False], 0.2)
+    index.answer([B], [True], 0.2)
     assert index.lookup(A, "r1", 0.3) is Lookup.MISS
     assert index.lookup(A, "r2", 0.3) is Lookup.MISS
     assert index.lookup(B, "r3", 0.3) is Lookup.HIT
@@ -29,11 +29,11 @@ def test_negative_answers_are_short_lived_and_per_request() -> None:
     index = Index()
     index.lookup(A, "r1", 0.0)
     index.take_unsent()
-    index.answer(A, False, 1.0)
+    index.answer([A], [False], 1.0)
     assert index.lookup(A, "r1", 0.9 + ABSENT_FOR_S) is Lookup.MISS
     assert index.lookup(A, "r2", 1.0) is Lookup.RETRY  # another request asks the disk again
     assert index.lookup(A, "r1", 1.0 + ABSENT_FOR_S) is Lookup.RETRY
-    index.answer(A, False, 5.0)
+    index.answer([A], [False], 5.0)
     index.forget_request("r1")
     assert index.lookup(A, "r1", 5.0) is Lookup.RETRY
 
@@ -42,8 +42,8 @@ def test_a_finished_request_leaves_nothing() -> None:
     index = Index()
     index.lookup(A, "r1", 0.0)
     index.forget_request("r1")
-    index.answer(A, False, 1.0)
-    assert not index._absent and not index._asked and not index._waiting
+    index.answer([A], [False], 1.0)
+    assert not index._absent and not index._asked
 
 
 def test_a_check_without_end_is_a_miss() -> None:
@@ -52,7 +52,7 @@ def test_a_check_without_end_is_a_miss() -> None:
     index.take_unsent()
     assert index.lookup(A, "r1", CHECK_WITHIN_S) is Lookup.RETRY
     assert index.lookup(A, "r1", CHECK_WITHIN_S + 0.1) is Lookup.MISS
-    index.answer(A, True, 99.0)
+    index.answer([A], [True], 99.0)
     assert index.lookup(A, "r1", 99.0) is Lookup.HIT
 
 
@@ -79,7 +79,7 @@ def test_refused_keys_stay_refused_until_stored() -> None:
     index.add(A)
     index.refuse(A)
     assert index.lookup(A, "r", 0.0) is Lookup.MISS
-    index.answer(A, True, 0.0)  # a check that was under way
+    index.answer([A], [True], 0.0)  # a check that was under way
     assert index.lookup(A, "r", 0.0) is Lookup.MISS and index.is_refused(A)
     index.accept(A)
     assert index.lookup(A, "r", 0.0) is Lookup.HIT and not index.is_refused(A)
@@ -95,7 +95,7 @@ def test_of_a_lost_page_only_the_disk_is_believed(monkeypatch: pytest.MonkeyPatc
     assert index.lose(A) and not index.lose(A)
     index.hear(A)  # old news
     assert index.lookup(A, "r", 0.0) is Lookup.RETRY
-    index.answer(*index.take_unsent(), present=True, now=0.0)
+    index.answer(index.take_unsent(), [True], 0.0)
     assert index.lookup(A, "r", 0.0) is Lookup.HIT
     for key in (A, B, C):
         index.lose(key)
@@ -109,5 +109,78 @@ def test_a_late_negative_answer_does_not_undo_a_store() -> None:
     index.lookup(A, "r", 0.0)
     index.take_unsent()
     index.accept(A)
-    index.answer(A, False, 0.1)
+    index.answer([A], [False], 0.1)
     assert index.lookup(A, "r", 0.2) is Lookup.HIT
+
+
+def told(**bounds: int) -> Index:
+    index = Index(**bounds)
+    index.told = True
+    return index
+
+
+def test_what_an_index_that_was_told_of_all_does_not_know_is_absent() -> None:
+    index = told()
+    index.hear(A)
+    assert [index.lookup(key, "r", 0.0) for key in (A, B, C, B)] == [
+        *(Lookup.HIT, Lookup.MISS, Lookup.MISS, Lookup.MISS)
+    ]
+    assert not index.is_awaited(B)  # nobody waits, so it is sent at the end of the step
+    assert index.take_unsent() == [B, C]
+    index.answer([B, C], [False, False], 0.1)
+    assert index.lookup(B, "another", 0.2) is Lookup.MISS and index.take_unsent() == []
+    assert index.lookup(B, "r", ABSENT_FOR_S) is Lookup.MISS and index.take_unsent() == [B]
+    index.discard(A)
+    assert index.lookup(A, "r", 0.2) is Lookup.MISS
+
+
+def test_a_page_that_nobody_told_of_raises_doubts_for_a_while() -> None:
+    index = told()
+    index.lookup(A, "r1", 0.0)
+    index.answer(index.take_unsent(), [True], 1.0)
+    assert index.lookup(A, "r2", 1.0) is Lookup.HIT
+    assert index.lookup(B, "r2", 1.0) is Lookup.RETRY
+    index.answer(index.take_unsent(), [False], 1.0)
+    assert index.lookup(B, "r2", 1.5) is Lookup.MISS
+    assert index.lookup(C, "r2", 1.0 + DOUBT_S) is Lookup.MISS
+
+
+def test_a_page_that_was_told_of_meanwhile_raises_none() -> None:
+    index = told()
+    index.lookup(A, "r1", 0.0)
+    index.hear(A)
+    index.answer(index.take_unsent(), [True], 1.0)
+    assert index.lookup(B, "r2", 1.0) is Lookup.MISS
+
+
+def test_who_forgot_a_page_does_not_know_all() -> None:
+    index = told(max_present=2)
+    index.hear(A)
+    index.hear(B)
+    assert index.lookup(C, "r", 0.0) is Lookup.MISS
+    index.hear(C)
+    assert index.lookup(A, "r", 0.0) is Lookup.RETRY
+    index.discard(B)
+    assert index.lookup(A, "r", 0.0) is Lookup.RETRY  # nobody told again of A
+
+
+def test_answers_at_once_end_with_what_was_told() -> None:
+    index = told()
+    assert index.lookup(A, "r", 0.0) is Lookup.MISS
+    index.told = False
+    assert index.lookup(A, "r", 0.0) is Lookup.RETRY and index.is_awaited(A)
+    assert index.take_unsent() == [A]
+    index.told = True
+    assert index.lookup(A, "r", 0.0) is Lookup.MISS
+    index.answer([A], [True], 0.1)  # as it was asked for: no doubt
+    assert index.lookup(A, "r", 0.1) is Lookup.HIT and index.lookup(B, "r", 0.1) is Lookup.MISS
+
+
+def test_checks_for_later_requests_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "MAX_CHECKS", 2)
+    index = told()
+    for now in (0.0, 2 * ABSENT_FOR_S):  # no answer comes
+        assert {index.lookup(key, "r", now) for key in (A, B, C)} == {Lookup.MISS}
+        assert index.take_unsent() == ([] if now else [A, B])
+    index.answer([A, B], [False, False], 5.0)
+    assert index.lookup(C, "r", 5.0) is Lookup.MISS and index.take_unsent() == [C]

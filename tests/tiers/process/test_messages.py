@@ -14,6 +14,7 @@ from kvstrata.tiers.process.messages import (
     MAX_PACKET,
     MOST_NEWS,
     MOST_PAGES,
+    Complete,
     Done,
     Failure,
     Kind,
@@ -46,6 +47,7 @@ records = st.one_of(
     st.builds(Upkeep, st.dictionaries(st.text(max_size=9), st.integers(0, 2**60), max_size=3)),
     st.builds(Told, news),
     st.builds(Trusted, st.booleans()),
+    st.builds(Complete, st.booleans()),
     st.builds(Notice, st.text(max_size=9)),
     st.just(Ready()),
 )

@@ -89,6 +89,8 @@ class Member:
             if namespace
             else None
         )
+        self._known: bool | None = None  # whether the files were counted, as of the last look
+        self._complete = False  # what the listener was told
         self._entered = False
         self._shut_out = False  # and that was said
         self._said_others = False
@@ -201,13 +203,31 @@ class Member:
 
     def _hear(self) -> bool:
         """Pass on what the other members say; True if there is more."""
-        if self._tail is None or self._host.is_behind:
+        if self._tail is None:
+            return False
+        if self._host.is_behind:
+            self._tell_complete(False)
             return False  # the journals keep what was not read
         news = self._tail.news(_NEWS)
         if news:
             self._host.tell(news)
+        whole = bool(self._known) and self._tail.whole
+        if self._tail.at_end or not whole:
+            self._tell_complete(whole)
+        if news:
             self._stop.wait(SLICE_S)  # so that the engine is not flooded
         return len(news) >= _NEWS
+
+    def _tell_complete(self, complete: bool) -> None:
+        if complete != self._complete:
+            self._complete = complete
+            self._host.complete(complete)
+
+    def _look_at(self, books: Books) -> None:
+        """See whether the files are counted; what a count found is in the snapshot."""
+        if books.known and self._known is False and self._tail is not None:
+            self._tail.begin_anew()
+        self._known = books.known
 
     def _publish(self, keeper: Keeper) -> None:
         """Tell the host, and the other members, what the keeper here evicted."""
@@ -243,6 +263,7 @@ class Member:
         """See to our row in the ledger; True if we are the keeper."""
         now = time.monotonic()
         with self._ledger.locked() as books:
+            self._look_at(books)
             row = books.rows.get(self._ledger.member) or self._enter(books)
             if row is None:
                 return False

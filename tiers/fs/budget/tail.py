@@ -5,19 +5,26 @@ Read from the same journals that the keeper reads, by each member for itself.
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterator
 from operator import itemgetter
 
 from kvstrata.tiers.fs.budget import snapshot
 from kvstrata.tiers.fs.budget.journal import Op, Piece, Positions, evicted_key, journals, unread
+from kvstrata.tiers.fs.files import nofollow
 from kvstrata.tiers.process.medium import News
 
 _MOST_KNOWN = 2**19  # pages told at the start: those used last
 
 
 class Tail:
-    """The news for one member of one namespace. One thread only; blocks on the disk."""
+    """The news for one member of one namespace. One thread only; blocks on the disk.
+
+    Attributes:
+        at_end: what the books said at the last call is told.
+        whole: nothing was missing or damaged in what was read.
+    """
 
     def __init__(self, directory: str, member: bytes, namespace: str) -> None:
         self._directory = directory
@@ -26,6 +33,11 @@ class Tail:
         self._digest = evicted_key(namespace, b"")
         self._read: Positions = {}
         self._backlog: deque[bytes] | None = None  # what the snapshot holds and was not told
+        self.at_end = self.whole = False
+
+    def begin_anew(self) -> None:
+        """Tell of everything once more, beginning with the snapshot as it is now."""
+        self._backlog, self.at_end = None, False
 
     def news(self, most: int) -> list[News]:
         """About `most` pages that came or went since the last call, in their order.
@@ -35,6 +47,7 @@ class Tail:
         """
         if self._backlog is None:
             self._backlog = self._start()
+        self.at_end = not self._backlog
         if self._backlog:
             count = min(most, len(self._backlog))
             return [(self._backlog.popleft(), True) for _ in range(count)]
@@ -42,8 +55,11 @@ class Tail:
         listed = [each for each in journals(self._directory) if each[0] != self._member]
         for member, piece in unread(self._directory, listed, self._read):
             self._read[member] = piece.end
+            self.whole &= piece.namespace is not None and None not in piece.records
+            self.at_end &= piece.is_last
             found += self._news_of(piece)
             if len(found) >= most:
+                self.at_end = False
                 break
         for member in self._read.keys() - {member for member, _ in listed}:
             del self._read[member]
@@ -51,10 +67,12 @@ class Tail:
 
     def _start(self) -> deque[bytes]:
         """The keys of the snapshot, in the order of their use."""
-        catalog, names, self._read, _ = snapshot.load(self._directory)
+        there = nofollow.lexists(os.path.join(self._directory, snapshot.SNAPSHOT_NAME))
+        catalog, names, self._read, whole = snapshot.load(self._directory)
         prefix = names.prefix(self._namespace)
         ours = [(name, stamp) for name, stamp in catalog.uses() if name[:2] == prefix]
         ours.sort(key=itemgetter(1))
+        self.whole = there and whole and len(ours) <= _MOST_KNOWN
         return deque(name[2:] for name, _ in ours[-_MOST_KNOWN:])
 
     def _news_of(self, piece: Piece) -> Iterator[News]:

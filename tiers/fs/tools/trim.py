@@ -74,6 +74,9 @@ class _Accounts:
     def tell(self, news: Sequence[News]) -> None:
         """No page is ours."""
 
+    def complete(self, complete: bool) -> None:
+        """Nor does anybody look for one."""
+
     def trust(self, trusted: bool) -> None:
         """Only a medium tells."""
 

@@ -69,7 +69,7 @@ class Server:
         self.details: list[str] = []
         self.news: list[News] = []
         self.said: list[str] = []
-        self.is_behind = False
+        self.is_behind = self.is_complete = False
         self.done: Counter[str] = Counter()
         self._access = first_access() if engine is None else engine << 40
         self.paths = namespace_paths(config.root_dir, context.model, context.namespace)
@@ -89,6 +89,9 @@ class Server:
 
     def tell(self, news: Sequence[News]) -> None:
         self.news += news
+
+    def complete(self, complete: bool) -> None:
+        self.is_complete = complete
 
     def upkeep(self, done: Mapping[str, int]) -> None:
         self.done.update(done)

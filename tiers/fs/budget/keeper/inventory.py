@@ -22,6 +22,7 @@ class Inventory:
         complete: a scan has seen everything, so the base is what the catalog and the rest add
             up to. Until then the base is only lowered by what is deleted here.
         scanning: a scan is under way; what is booked meanwhile, it may not see.
+        saved: there is a whole snapshot.
         protected: by offload key until when, on the monotonic clock, a page is spared.
         read: by member the number and length of the journal that was read.
     """
@@ -29,13 +30,25 @@ class Inventory:
     def __init__(self, ledger: Ledger, protected: dict[bytes, float]) -> None:
         """Take over from the last keeper: read its snapshot."""
         self.ledger = ledger
-        self.catalog, self.names, self.read = snapshot.load(ledger.directory)[:3]
+        there = nofollow.lexists(os.path.join(ledger.directory, snapshot.SNAPSHOT_NAME))
+        self.catalog, self.names, self.read, whole = snapshot.load(ledger.directory)
+        self.saved = there and whole
         self.stamps = Stamps(self.catalog.newest())
         self.protected = protected
         self.complete = False
         self.scanning = False
         self._used_early: OrderedDict[bytes, int] = OrderedDict()
         self._gone_early: OrderedDict[bytes, None] = OrderedDict()
+
+    def save(self) -> None:
+        """Write the snapshot.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        mode = self.ledger.file_mode
+        snapshot.save(self.ledger.directory, self.catalog, self.names, self.read, mode)
+        self.saved = True
 
     def path(self, name: bytes) -> str:
         """Where the file is.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 
-from kvstrata.tiers.fs.budget import snapshot
 from kvstrata.tiers.fs.budget.keeper.eviction import Eviction
 from kvstrata.tiers.fs.budget.keeper.inventory import Inventory
 from kvstrata.tiers.fs.budget.keeper.replay import Replay
@@ -67,9 +66,7 @@ class Keeper:
         with self._ledger.locked() as books:
             rows, ours = set(books.rows), books.keeper == self._ledger.member
         if ours:
-            inventory = self.inventory
-            columns = inventory.catalog, inventory.names, inventory.read
-            snapshot.save(self._ledger.directory, *columns, self._ledger.file_mode)
+            self.inventory.save()
             self.replay.delete_covered(rows)
             self._saved_at = self.replay.length()
 

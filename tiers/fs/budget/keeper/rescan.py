@@ -90,6 +90,13 @@ class Rescan:
         with self._ledger.locked() as books:
             if books.keeper != self._ledger.member:
                 return
+            trusted = books.known and self._inventory.saved
+        if not trusted:  # whoever sees that all is counted must find it in the books
+            with suppress(OSError):  # else by checks
+                self._inventory.save()
+        with self._ledger.locked() as books:
+            if books.keeper != self._ledger.member:
+                return
             costs = spare_costs(self._ledger.spares)
             books.spare_bytes, books.spare_files = sum(costs), len(costs)
             self._books_size = books_size(self._ledger.directory, self._is_writing)
