@@ -8,16 +8,18 @@ from typing import Any
 
 import pytest
 
-from kvstrata.tiers.base import Lookup, RequestView
+from kvstrata.tiers.base import Lookup
 from kvstrata.tiers.fs.files import nofollow
 from kvstrata.tiers.fs.files.layout import NamespacePaths
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.process import index as index_module
 from kvstrata.tiers.process.messages import Kind, Task
+from kvstrata.tiers.process.supervisor import IoProcesses
 from kvstrata.tiers.testing import (
     CONTEXT,
     REQUEST,
     Slots,
+    find,
     load,
     make_data,
     make_job,
@@ -29,9 +31,17 @@ from kvstrata.tiers.testing import (
 PAGE = {make_key(1): make_data(1, CONTEXT.layouts[0].nbytes)}
 
 
+@pytest.fixture
+def ask_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As before the books have told of all pages."""
+    monkeypatch.setattr(IoProcesses, "complete", False)
+
+
+@pytest.mark.parametrize("told", [True, False])
 def test_lookup_leaves_the_disk_to_the_processes(
-    open_tier: Callable[..., FsTier], monkeypatch: pytest.MonkeyPatch
+    open_tier: Callable[..., FsTier], told: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(IoProcesses, "complete", told)
     tier = open_tier()
     store(tier, PAGE)
     sent: list[Task] = []
@@ -49,7 +59,7 @@ def test_lookup_leaves_the_disk_to_the_processes(
         assert tier.lookup(next(iter(PAGE)), REQUEST) is Lookup.HIT
         keys = [make_key(number) for number in range(2, 10)]
         for key in keys:
-            assert tier.lookup(key, REQUEST) is Lookup.RETRY
+            assert tier.lookup(key, REQUEST) is (Lookup.MISS if told else Lookup.RETRY)
         assert not sent  # a step's keys go together
         tier.on_step_end()
         assert [(t.kind, t.keys) for t in sent] == [(Kind.CHECK, keys)]
@@ -60,6 +70,7 @@ def test_lookup_leaves_the_disk_to_the_processes(
         monkeypatch.undo()
 
 
+@pytest.mark.usefixtures("ask_the_disk")
 def test_asking_again_sends_the_batch_off(open_tier: Callable[..., FsTier]) -> None:
     tier = open_tier()
     key = make_key(1)
@@ -76,7 +87,7 @@ def test_pages_of_other_processes_become_visible(open_tier: Callable[..., FsTier
     key = next(iter(PAGE))
     assert settle(ours, key) is Lookup.MISS
     store(theirs, PAGE)
-    assert settle(ours, key, RequestView("next")) is Lookup.HIT
+    find(ours, key)
     ours.on_request_finished(REQUEST)
     assert settle(ours, key) is Lookup.HIT
     assert load(ours, [key])[1] == PAGE
@@ -97,6 +108,7 @@ def test_a_page_that_vanished_leaves_the_index(
     assert Path(paths.page(key)).exists()
 
 
+@pytest.mark.usefixtures("ask_the_disk")
 def test_a_disk_that_hangs_blocks_nobody(
     open_tier: Callable[..., FsTier], faults: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,6 +75,17 @@ class Talker(Folder):
         raise RuntimeError("promises are not kept here")
 
 
+class Teller(Folder):
+    """Tells of all that is there, once; the folder's `unsure` says that this is not all."""
+
+    def __init__(self, folder: str, context: TierContext, host: Host, reader: bool) -> None:
+        super().__init__(folder, context, host, reader)
+        if not reader:
+            names = [name for name in os.listdir(folder) if name != "unsure"]
+            host.tell([(bytes.fromhex(name), True) for name in names])
+            host.complete("unsure" not in os.listdir(folder))
+
+
 class Wild(Folder):
     """Fails as the first byte of the key's hash's last one says."""
 

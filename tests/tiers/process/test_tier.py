@@ -1,5 +1,6 @@
 """Any medium as a tier: what it may do, and what its mistakes cost."""
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -52,7 +53,7 @@ class Files:
 
 
 class TestPlainMedium(TierContract):
-    @pytest.fixture(params=["Folder", "Bulk"])
+    @pytest.fixture(params=["Folder", "Bulk", "Teller"])
     def make_tier(self, request: pytest.FixtureRequest, open_tier: OpenTier) -> MakeTier:
         return lambda context: open_tier(request.param, context)
 
@@ -126,6 +127,39 @@ def test_what_a_medium_tells(open_tier: OpenTier, caplog: pytest.LogCaptureFixtu
     assert "kvstrata folder tier: used 3, writer" in caplog.text
     assert list(tier.take_removed()) == KEYS[:1]
     assert load(tier, KEYS)[1] == PAGES
+
+
+def is_told(tier: FolderTier) -> bool:
+    tier.get_finished()
+    return tier._index.told
+
+
+def test_what_a_medium_that_told_of_all_did_not_tell_of_is_absent(
+    open_tier: OpenTier, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor_module, "RESTART_S", 0.01)
+    store(open_tier(), PAGES)
+    tier, unknown = open_tier("Teller"), make_key(99, group=2)
+    wait_until(lambda: is_told(tier))
+    assert {tier.lookup(key, REQUEST) for key in KEYS} == {Lookup.HIT}
+    assert tier.lookup(unknown, REQUEST) is Lookup.MISS
+    (folder / "unsure").touch()
+    os.kill(tier.processes[0].pids()[1], 9)
+    wait_until(lambda: not is_told(tier))
+    assert tier.lookup(unknown, REQUEST) is Lookup.RETRY
+    assert settle(tier, unknown) is Lookup.MISS and not is_told(tier)
+
+
+def test_all_of_several_media_must_have_told(open_tier: OpenTier, tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("a", "b")]
+    for each in folders:
+        each.mkdir()
+    tier = open_tier("Teller", folders=folders)
+    wait_until(lambda: is_told(tier))
+    (folders[1] / "unsure").touch()
+    tier = open_tier("Teller", folders=folders)
+    wait_until(lambda: not is_told(tier) and tier.processes[0].complete)
+    assert not is_told(tier) and tier.lookup(KEYS[0], REQUEST) is Lookup.RETRY
 
 
 def test_each_of_several_media_has_its_pages(open_tier: OpenTier, tmp_path: Path) -> None:
