@@ -33,7 +33,6 @@ from kvstrata.tiers.fs.tier import FsTier
 _REQUEST = "bench"
 _THREADS = 16  # of the readers and of the writers, which is the default of both tiers
 _POLL_S = 0.0001
-_SETTLE_S = 1.0  # a tier that knows all pages has also finished its start
 
 
 class WrongBytes(Exception):
@@ -104,7 +103,7 @@ class Tier(Contestant, Protocol):
     miss: object
 
     def learn(self, pages: int) -> None:
-        """Wait until it knows so many pages that are there, if it learns of them by itself."""
+        """Wait until it knows all pages that are there, so many, if it learns by itself."""
 
     def end_step(self) -> None:
         """What the scheduler calls at the end of a step."""
@@ -145,9 +144,10 @@ class Ours:
         return [not result.failed for result in self._tier.get_finished()]
 
     def learn(self, pages: int) -> None:
-        while self._tier.stats().gauges["indexed_keys"] < pages:
+        while self._tier.stats().gauges["indexed_keys"] < pages or not all(
+            each.complete for each in self._tier.processes
+        ):
             time.sleep(_POLL_S)
-        time.sleep(_SETTLE_S)
 
     def end_step(self) -> None:
         self._tier.on_step_end()

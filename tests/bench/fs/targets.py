@@ -79,8 +79,16 @@ TARGETS = (
     Target(
         "lookup, against stock",
         Ours.name,
-        of("us/key", lambda f: f.operation.startswith("lookup")),
+        of("us/key", lambda f: f.operation == "lookup, repeated"),
         1.0,
+        (Stock.name,),
+        at_most=True,
+    ),
+    Target(
+        "first lookup, against stock",
+        Ours.name,
+        of("us/key", lambda f: f.operation in ("lookup, first", "lookup, unknown")),
+        1.5,
         (Stock.name,),
         at_most=True,
     ),

@@ -78,6 +78,7 @@ def test_lookups_and_the_index_have_their_figures(
     figures = [*lookups.measure_time(tmp_path, 1), *lookups.measure_memory()]
     assert [figure.operation for figure in figures] == [
         "lookup, first",
+        "lookup, unknown",
         "lookup, repeated",
         "index",
     ]
