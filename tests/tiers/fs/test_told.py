@@ -162,10 +162,10 @@ def test_pages_that_somebody_copied_there_are_found_together(
     """The first request asks for one key and is told MISS; the next learns of all."""
     tier = open_tier(root_dir=str(tmp_path / "elsewhere"))
     store(tier, PAGES)
-    source = Path(tier.roots[0].paths.pages)
+    source = Path(tier.paths[0].pages)
     tier = open_tier()
     wait_until(lambda: told(tier))
-    shutil.copytree(source, tier.roots[0].paths.pages, dirs_exist_ok=True)
+    shutil.copytree(source, tier.paths[0].pages, dirs_exist_ok=True)
     assert answer(tier, KEYS[0], "first") is Lookup.MISS
     tier.on_step_end()
     assert tier.drain(60.0)
