@@ -16,6 +16,8 @@ from kvstrata.tiers.base import Job, JobResult, PageLayout, RequestView
 
 logger = logging.getLogger("kvstrata.manager")
 
+_LOAD, _STORE = Operation.LOAD, Operation.STORE  # in Python 3.11 each `Operation.LOAD` is a call
+
 # All tiers together get this long to end their jobs, and as long again to stop; what hangs
 # is then left behind.
 STOP_TIMEOUT_S = 5.0
@@ -38,6 +40,7 @@ class Running:
     link: TierLink
     entries: Sequence[Entry]
     promotion: bool
+    traffic: Traffic  # where it counts
     started: float
     request: RequestView
     nbytes: int
@@ -49,14 +52,9 @@ class Running:
     overdue: int = 0  # how often its time has passed
 
     @property
-    def traffic(self) -> Traffic:
-        """Where it counts."""
-        return self.link.traffic(promotion=self.promotion)
-
-    @property
     def kind(self) -> Operation:
         """What a failure counts as."""
-        return Operation.LOAD if self.promotion else Operation.STORE
+        return _LOAD if self.promotion else _STORE
 
     def parted(self, result: JobResult) -> tuple[Sequence[Entry], Sequence[Entry]]:
         """What went well, and what failed."""
@@ -138,7 +136,7 @@ class TierJobs:
         due = now + self._patience(promotion)
         timing = timing or Timing(now, traffic.nbytes, len(entries))
         self._running[job_id] = Running(
-            link, entries, promotion, now, request, nbytes, due, timing, probe, on_end
+            link, entries, promotion, traffic, now, request, nbytes, due, timing, probe, on_end
         )
         keys, slots = [e.key for e in entries], [e.slot for e in entries]
         job = Job(job_id, keys, slots, [e.end_token for e in entries], request, self._view)
