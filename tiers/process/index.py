@@ -19,6 +19,8 @@ MAX_PRESENT = 2**19
 MAX_REFUSED = 2**14
 MAX_LOST = 2**12
 MAX_CHECKS = 2**16  # under check at once; a disk that hangs must not fill the memory
+# Checked for later requests, in a step: one that is told MISS asks for few keys, as a rule for one.
+MOST_BEHIND = 256
 ABSENT_FOR_S = 2.0  # how long a negative answer may be repeated to the same request
 CHECK_WITHIN_S = 5.0  # a check that takes longer is answered with MISS
 # A page that was found and not told of is rarely alone, say where files were copied there: for so
@@ -114,7 +116,8 @@ class Index:
         if now >= self._checked_until and not self._open:
             self._checked.clear()
             self._checked_until = now + ABSENT_FOR_S
-        if key not in self._checked and len(self._checked) < MAX_CHECKS:
+        room = len(self._unsent) < MOST_BEHIND and len(self._checked) < MAX_CHECKS
+        if room and key not in self._checked:
             self._checked.add(key)
             self._unsent[key] = None
 

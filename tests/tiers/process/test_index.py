@@ -184,3 +184,12 @@ def test_checks_for_later_requests_are_bounded(monkeypatch: pytest.MonkeyPatch) 
         assert index.take_unsent() == ([] if now else [A, B])
     index.answer([A, B], [False, False], 5.0)
     assert index.lookup(C, "r", 5.0) is Lookup.MISS and index.take_unsent() == [C]
+
+
+def test_few_keys_a_step_are_checked_for_later_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "MOST_BEHIND", 2)
+    index = told()
+    assert {index.lookup(key, "r", 0.0) for key in (A, B, C)} == {Lookup.MISS}
+    assert index.take_unsent() == [A, B]
+    assert {index.lookup(key, "r", 0.1) for key in (A, B, C)} == {Lookup.MISS}
+    assert index.take_unsent() == [C]
