@@ -1,5 +1,6 @@
 """Counts of keys: exact but for what shared counters add, and that is bounded by the prefix."""
 
+import itertools
 import random
 
 from kvstrata.offload.primary.eviction.frequency import ONE, Frequency
@@ -22,8 +23,11 @@ def test_counts_fade() -> None:
     frequency, use = Frequency(16), Use()
     frequency.count(prompt(1, 1), use)
     (key,) = prompt(1, 1)
-    for number in range(2, 2 + 160):
-        frequency.count(prompt(number, 1), Use())
+    own = hash(key) & frequency._mask
+    others = (prompt(number, 1) for number in itertools.count(2))
+    others = (pages for pages in others if all(hash(k) & frequency._mask != own for k in pages))
+    for pages in itertools.islice(others, 160):  # whose counters are others
+        frequency.count(pages, Use())
     assert frequency.of(key, use) == ONE // 2
 
 
