@@ -31,6 +31,7 @@ from kvstrata.tiers.process.medium import Host, News
 
 TICK_S = 0.05
 SLICE_S = 0.005  # of a scan; then the engine has the interpreter for as long, or four times so
+OF_AN_ENGINE = 2  # members: its readers and its writers
 REPEAT_S = 1.0  # a page that is used again within this time is not noted again
 _NEWS = 4000  # told at once; each takes the engine about 0.6 us
 _BEAT_S = 1.0
@@ -90,6 +91,7 @@ class Member:
             else None
         )
         self._known: bool | None = None  # whether the files were counted, as of the last look
+        self._alone = False  # no other engine stores below the root, as of the last look
         self._complete = False  # what the listener was told
         self._entered = False
         self._shut_out = False  # and that was said
@@ -211,7 +213,7 @@ class Member:
         news = self._tail.news(_NEWS)
         if news:
             self._host.tell(news)
-        whole = bool(self._known) and self._tail.whole
+        whole = bool(self._known) and self._alone and self._tail.whole
         if self._tail.at_end or not whole:
             self._tell_complete(whole)
         if news:
@@ -224,10 +226,14 @@ class Member:
             self._host.complete(complete)
 
     def _look_at(self, books: Books) -> None:
-        """See whether the files are counted; what a count found is in the snapshot."""
+        """See whether the files are counted, and by whom; what a count found is in the snapshot.
+
+        What another engine stored a moment ago is on the disk before it is in the books.
+        """
         if books.known and self._known is False and self._tail is not None:
             self._tail.begin_anew()
         self._known = books.known
+        self._alone = sum(not row.dead for row in books.rows.values()) <= OF_AN_ENGINE
 
     def _publish(self, keeper: Keeper) -> None:
         """Tell the host, and the other members, what the keeper here evicted."""
