@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from typing import TypeVar
 
 from kvstrata.tiers.base import (
@@ -47,7 +47,7 @@ class GuardedTier(SecondaryTier):
         self._refused: list[JobResult] = []
         self._trusted = True
         self.locality = tier.locality
-        self.page_causes = tier.page_causes
+        self.page_causes = frozenset(tier.page_causes)
 
     def lookup(self, key: bytes, request: RequestView) -> Lookup:
         try:  # for every chunk: cheaper than `_call`
@@ -78,7 +78,7 @@ class GuardedTier(SecondaryTier):
         return {job_id: keys for job_id, keys in taken.items() if keys}
 
     def submit_reject(self, job: Job, *, distrust: bool) -> bool:
-        self._open[job.job_id] = job.keys
+        self._open[job.job_id] = tuple(job.keys)
         taken = self._call(
             "submit_reject", False, lambda: self.inner.submit_reject(job, distrust=distrust)
         )
@@ -127,14 +127,13 @@ class GuardedTier(SecondaryTier):
 
     def _submit(self, method: str, submit: Callable[[Job], None], job: Job) -> bool:
         """Whether the tier accepted the job."""
+        keys = tuple(job.keys)  # a tier that took keys out would make failed pages pass for good
         try:
             submit(job)
         except Exception:
-            self._refused.append(
-                JobResult(job.job_id, dict.fromkeys(job.keys, self._raised(method)))
-            )
+            self._refused.append(JobResult(job.job_id, dict.fromkeys(keys, self._raised(method))))
             return False
-        self._open[job.job_id] = job.keys
+        self._open[job.job_id] = keys
         return True
 
     def _take(self, job_id: int, keys: Collection[bytes]) -> Collection[bytes]:
@@ -205,6 +204,12 @@ def check_words(name: str, tier: SecondaryTier) -> None:
                 f"tier {name}: its class {type(tier).__name__} has {attribute} = {value!r}; "
                 f"use {words}, or None if it is neither"
             )
+    causes = tier.page_causes
+    if not isinstance(causes, Set) or not all(isinstance(each, str) for each in causes):
+        raise TierConfigError(
+            f"tier {name}: its class {type(tier).__name__} has page_causes = {causes!r}; use a "
+            "frozenset of words"
+        )
 
 
 def _put_right(result: JobResult, keys: Collection[bytes]) -> JobResult:

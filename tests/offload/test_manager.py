@@ -517,6 +517,24 @@ def test_a_broken_tier_costs_hits_only() -> None:
     assert_nothing_is_left(world.manager)
 
 
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_tier_that_takes_the_keys_out_of_its_job(raises: bool) -> None:
+    class Consuming(Recorder):
+        def submit_load(self, job: Job) -> None:
+            failed = {}
+            while job.keys:
+                failed[job.keys.pop()] = "missing"  # type: ignore[attr-defined]
+            if raises:
+                raise OSError("gone")
+            self._finished.append(JobResult(job.job_id, failed))
+
+    world = World([GuardedTier("consuming", Consuming(*ITEMS))])
+    request = world.request()
+    assert world.lookup(ITEMS[0], request) is PENDING
+    world.step(2)
+    assert world.lookup(ITEMS[0], request) is MISS, "nothing has arrived"
+
+
 # -- pages that are counted on ----------------------------------------------------
 
 

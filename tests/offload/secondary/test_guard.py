@@ -378,6 +378,10 @@ def test_words_that_vllm_has(medium: str | None, locality: str | None) -> None:
         ("medium", "", 'use "CPU" or "STORAGE"'),
         ("medium", ["CPU"], 'use "CPU" or "STORAGE"'),
         ("locality", "local", 'use "LOCAL" or "REMOTE"'),
+        ("page_causes", ("full",), "use a frozenset of words"),
+        ("page_causes", "full", "use a frozenset of words"),
+        ("page_causes", {1}, "use a frozenset of words"),
+        ("page_causes", None, "use a frozenset of words"),
     ],
 )
 def test_other_words_are_refused(attribute: str, value: Any, remedy: str) -> None:
