@@ -171,7 +171,11 @@ class Mover:
     def run(self, task: Task) -> None:
         """Do it, and say what became of the pages."""
         start = time.monotonic()
-        self._end(task, self._outcomes(task), start)
+        try:
+            self._end(task, self._outcomes(task), start)
+        except Exception as error:  # what the medium returned is no outcome, or has wrong fields
+            self._outbox.report("internal", f"{type(error).__name__}: {error}")
+            self._end(task, [Outcome("internal")] * len(task.keys), start)
 
     def drop(self, task: Task) -> None:
         """Say that it was not done."""
@@ -183,7 +187,7 @@ class Mover:
         self._outbox.put(Done(task.task_id, outcomes, start, time.monotonic()))
 
     def _outcomes(self, task: Task) -> list[Outcome]:
-        """What became of the pages; failures are reported. Never raises."""
+        """What became of the pages; failures are reported."""
         try:
             outcomes = list(self._move(task))
             if len(outcomes) != len(task.keys):

@@ -102,6 +102,22 @@ class Wild(Folder):
         return super().load(page, view, access)
 
 
+class Careless(Folder):
+    """Returns what is no outcome, or one with wrong fields, as the key's hash's last byte says."""
+
+    def load(self, page: PageRef, view: memoryview, access: int) -> Outcome:
+        wrong: dict[int, object] = {
+            1: None,
+            2: True,
+            3: Outcome(cause=ValueError("no word")),  # type: ignore[arg-type]
+            4: Outcome("short", detail=ValueError("no text")),  # type: ignore[arg-type]
+            5: Outcome(moved=object()),  # type: ignore[arg-type]
+        }
+        if page.key[7] in wrong:
+            return wrong[page.key[7]]  # type: ignore[return-value]
+        return super().load(page, view, access)
+
+
 class Miscounting(Folder):
     """Answers for too few."""
 

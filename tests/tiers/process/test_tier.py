@@ -106,6 +106,18 @@ def test_a_medium_that_answers_for_too_few_is_not_believed(open_tier: OpenTier) 
     assert tier.stats().failures == {"internal": len(KEYS), "io-error": 1}
 
 
+def test_a_medium_that_returns_no_outcomes(
+    open_tier: OpenTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor_module, "STALL_S", 1.0)
+    tier = open_tier("Careless")
+    store(tier, PAGES)
+    for number in range(1, 6):
+        assert load(tier, [KEYS[number]])[0].failed == {KEYS[number]: "internal"}
+    assert load(tier, KEYS[:1])[1] == {KEYS[0]: PAGES[KEYS[0]]}
+    assert tier.stats().counters["restarted_processes"] == 0
+
+
 def test_a_medium_that_cannot_be_opened(
     open_tier: OpenTier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
