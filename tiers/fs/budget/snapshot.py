@@ -75,17 +75,7 @@ def load(directory: str) -> tuple[Catalog, Names, Positions, bool]:
     try:
         fd = nofollow.open(os.path.join(directory, SNAPSHOT_NAME), os.O_RDONLY)
         with os.fdopen(fd, "rb") as file:
-            start = file.read(_START.size)
-            magic, length = _START.unpack(start)
-            if magic != _MAGIC or length > _MAX_HEADER:
-                raise ValueError("it is no snapshot")
-            header = json.loads(_read(file, start, length))
-            namespaces = header["namespaces"]
-            if not all(NAMESPACE.fullmatch(name) for name in namespaces):
-                raise ValueError("a namespace is none")
-            names = Names(namespaces)
-            for member, (number, size) in header["journals"].items():
-                read[bytes.fromhex(member)] = (int(number), int(size))
+            names, read = _read_header(file)
             while piece := file.read(_PIECE.size):
                 _take_piece(file, piece, catalog)
     except FileNotFoundError:
@@ -94,6 +84,28 @@ def load(directory: str) -> tuple[Catalog, Names, Positions, bool]:
         # cut off or hostile: what was read so far is well-formed
         return catalog, names, read, False
     return catalog, names, read, True
+
+
+def covered(directory: str) -> Positions:
+    """How far the snapshot covers the journals; nothing where none is to be believed."""
+    with suppress(*_UNREADABLE):
+        fd = nofollow.open(os.path.join(directory, SNAPSHOT_NAME), os.O_RDONLY)
+        with os.fdopen(fd, "rb") as file:
+            return _read_header(file)[1]
+    return {}
+
+
+def _read_header(file: BinaryIO) -> tuple[Names, Positions]:
+    start = file.read(_START.size)
+    magic, length = _START.unpack(start)
+    if magic != _MAGIC or length > _MAX_HEADER:
+        raise ValueError("it is no snapshot")
+    header = json.loads(_read(file, start, length))
+    namespaces = header["namespaces"]
+    if not all(NAMESPACE.fullmatch(name) for name in namespaces):
+        raise ValueError("a namespace is none")
+    journals = header["journals"].items()
+    return Names(namespaces), {bytes.fromhex(m): (int(n), int(size)) for m, (n, size) in journals}
 
 
 def _take_piece(file: BinaryIO, piece: bytes, catalog: Catalog) -> None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
+from contextlib import suppress
 from operator import itemgetter
 
 from kvstrata.tiers.fs.budget import snapshot
@@ -33,11 +34,13 @@ class Tail:
         self._digest = evicted_key(namespace, b"")
         self._read: Positions = {}
         self._backlog: deque[bytes] | None = None  # what the snapshot holds and was not told
+        self._snapshot: tuple[int, int] | None = None  # inode and mtime, as last seen
+        self._covered: Positions = {}  # by it
         self.at_end = self.whole = False
 
     def begin_anew(self) -> None:
         """Tell of everything once more, beginning with the snapshot as it is now."""
-        self._backlog, self.at_end = None, False
+        self._backlog, self.at_end, self.whole = None, False, False
 
     def news(self, most: int) -> list[News]:
         """About `most` pages that came or went since the last call, in their order.
@@ -53,6 +56,9 @@ class Tail:
             return [(self._backlog.popleft(), True) for _ in range(count)]
         found: list[News] = []
         listed = [each for each in journals(self._directory) if each[0] != self._member]
+        if self._has_missed(set(listed)):
+            self.begin_anew()
+            return []
         for member, piece in unread(self._directory, listed, self._read):
             self._read[member] = piece.end
             self.whole &= piece.namespace is not None and None not in piece.records
@@ -61,7 +67,7 @@ class Tail:
             if len(found) >= most:
                 self.at_end = False
                 break
-        for member in self._read.keys() - {member for member, _ in listed}:
+        for member in self._read.keys() - self._covered.keys() - {member for member, _ in listed}:
             del self._read[member]
         return found
 
@@ -74,6 +80,22 @@ class Tail:
         ours.sort(key=itemgetter(1))
         self.whole = there and whole and len(ours) <= _MOST_KNOWN
         return deque(name[2:] for name, _ in ours[-_MOST_KNOWN:])
+
+    def _has_missed(self, listed: Set[tuple[bytes, int]]) -> bool:
+        """Whether journals were deleted before they were read to the end: the snapshot has them."""
+        if (seen := self._look_at_snapshot()) != self._snapshot:
+            self._snapshot, self._covered = seen, snapshot.covered(self._directory)
+        for member, end in self._covered.items():
+            read = self._read.get(member, (1, 0))
+            if member != self._member and end > read and (member, read[0]) not in listed:
+                return True
+        return False
+
+    def _look_at_snapshot(self) -> tuple[int, int] | None:
+        with suppress(FileNotFoundError):
+            found = nofollow.lstat(os.path.join(self._directory, snapshot.SNAPSHOT_NAME))
+            return found.st_ino, found.st_mtime_ns
+        return None
 
     def _news_of(self, piece: Piece) -> Iterator[News]:
         ours = piece.namespace == self._namespace

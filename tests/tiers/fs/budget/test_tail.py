@@ -118,6 +118,41 @@ def test_files_that_the_keeper_deletes(tmp_path: Path, tail: Tail, journal: Jour
     assert hear(tail) == there(range(30, 40))
 
 
+def save(tmp_path: Path, numbers: range, read: dict[bytes, tuple[int, int]]) -> None:
+    catalog, names = Catalog(), Names([SPACE])
+    for number in numbers:
+        catalog.add(b"\0\0" + KEYS[number], 4096, 1000 + number)
+    snapshot.save(str(tmp_path), catalog, names, read, 0o600)
+
+
+@pytest.mark.parametrize("what", ["rotated", "left", "came and left"])
+def test_a_journal_that_was_deleted_unread_is_in_the_snapshot(
+    tmp_path: Path, tail: Tail, journal: Journal, what: str
+) -> None:
+    """The engine was idle, so nobody read on, and the keeper deletes what a snapshot covers."""
+    save(tmp_path, range(0), {})
+    assert hear(tail) == [] and tail.at_end and tail.whole
+    if what != "came and left":
+        journal.append(stored(range(5)))
+        assert hear(tail) == there(range(5))
+    journal.append(stored(range(5, 15)))
+    save(tmp_path, range(15), {OTHER: journal.end})
+    number = journal.end[0]
+    journal.append(stored(range(15, 20)))
+    assert journal.end[0] > number
+    (tmp_path / journal_name(OTHER, number)).unlink()
+    if what != "rotated":
+        (tmp_path / journal_name(OTHER, journal.end[0])).unlink()
+        save(tmp_path, range(20), {OTHER: journal.end})
+    heard = hear(tail)
+    if not heard:  # it begins anew, and says so
+        assert not tail.whole
+        heard = hear(tail)
+    assert set(heard) == set(there(range(20))) and tail.at_end and tail.whole
+    for _ in range(3):
+        assert hear(tail) == [] and tail.at_end and tail.whole
+
+
 def test_hostile_journals(tmp_path: Path, tail: Tail, journal: Journal) -> None:
     names = [journal_name(bytes([n] * 16), 1) for n in range(1, 7)]
     os.symlink("/etc/passwd", tmp_path / names[0])
