@@ -45,6 +45,8 @@ _MAX_REMOVED = 2**16
 # The first look-up may come at once and has its own deadline, so the start waits so long for
 # the I/O processes, which take a third of a second, or some on a loaded machine.
 _READY_WITHIN_S = 10.0
+# An engine that was idle hears what was told meanwhile before it says that a page is not there.
+_LISTEN_EVERY_S = 0.25
 _GIVE_UP_S = 10.0  # for the processes of other media, if those of one cannot be started
 
 _Row = tuple[PageKey, int, int]  # key, slot and depth of a page of a job
@@ -112,6 +114,7 @@ class ProcessTier(SecondaryTier):
         self._counters: Counter[str] = Counter()
         self._failures = Failures(self.name)
         self._closed = False
+        self._collected = 0.0  # when; monotonic
         self._doubted = False  # until the medium says so
         # An access is a job, a touch or the lookups of a step; its pages count as used
         # together.
@@ -149,7 +152,7 @@ class ProcessTier(SecondaryTier):
         self._lookups += 1
         if self._closed:
             return Lookup.MISS
-        if self._index.is_present(key):  # so it is a key of this model
+        if self._is_known(key):  # so it is a key of this model
             self._hits += 1
             self._promised[key] = None
             return Lookup.HIT
@@ -263,6 +266,14 @@ class ProcessTier(SecondaryTier):
 
     # -- inside -------------------------------------------------------------------
 
+    def _is_known(self, key: PageKey) -> bool:
+        if self._index.is_present(key):
+            return True
+        if time.monotonic() - self._collected < _LISTEN_EVERY_S:
+            return False
+        self._collect()
+        return self._index.is_present(key)
+
     def _by_medium(
         self, items: Iterable[_T], key_of: Callable[[_T], PageKey]
     ) -> Iterable[tuple[IoProcesses, list[_T]]]:
@@ -336,7 +347,7 @@ class ProcessTier(SecondaryTier):
 
     def _collect(self) -> None:
         """Take what the I/O processes did since the last call."""
-        now = time.monotonic()
+        now = self._collected = time.monotonic()
         for ended in chain.from_iterable(each.collect() for each in self.processes):
             if ended.task.kind is Kind.CHECK:
                 found = [outcome.moved for outcome in ended.outcomes]

@@ -214,3 +214,19 @@ def test_an_engine_that_was_idle_believes_no_miss_before_it_heard_all(
     wait_until(heard_all)
     assert Lookup.RETRY in seen and Lookup.MISS not in seen
     assert answer(ours, KEYS[-1], "idle") is Lookup.HIT
+
+
+def test_an_engine_that_was_idle_hears_before_its_first_answer(
+    open_tier: OpenTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look-up is the first thing that it does: no step has ended since another engine came."""
+    monkeypatch.setattr(supervisor_module, "_CHECK_EVERY_S", 0.0)
+    ours = open_tier()
+    wait_until(lambda: told(ours))
+    theirs = open_tier()
+    store(theirs, PAGES)
+    writers = ours.processes[0]._writers.current
+    assert writers is not None
+    wait_until(lambda: writers.process.has_word)
+    time.sleep(0.5)  # longer than any pause between two steps
+    assert {answer(ours, key) for key in KEYS} <= {Lookup.HIT, Lookup.RETRY}
