@@ -48,7 +48,7 @@ class Index:
         self.told = False
         self._dropped = False  # a present key, for want of room
         self._doubted_until = -math.inf
-        # Checked, or to be, though answered at once; forgotten when nothing is under check
+        # Checked, or to be, though answered at once, in the last moments
         self._checked: set[bytes] = set()
         self._checked_until = 0.0
         self._open = 0  # keys that `take_unsent` gave and that were not answered
@@ -113,11 +113,11 @@ class Index:
 
     def _check(self, key: bytes, now: float) -> None:
         """Let the medium be asked, if it was not in the last moments."""
-        if now >= self._checked_until and not self._open:
+        if now >= self._checked_until:
             self._checked.clear()
             self._checked_until = now + ABSENT_FOR_S
-        room = len(self._unsent) < MOST_BEHIND and len(self._checked) < MAX_CHECKS
-        if room and key not in self._checked:
+        unsent = len(self._unsent)
+        if unsent < MOST_BEHIND and self._open + unsent < MAX_CHECKS and key not in self._checked:
             self._checked.add(key)
             self._unsent[key] = None
 

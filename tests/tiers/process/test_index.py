@@ -186,6 +186,20 @@ def test_checks_for_later_requests_are_bounded(monkeypatch: pytest.MonkeyPatch) 
     assert index.lookup(C, "r", 5.0) is Lookup.MISS and index.take_unsent() == [C]
 
 
+def test_a_key_is_checked_again_though_others_always_are() -> None:
+    """Answers come a step later, and each step asks for a key that is new."""
+    index = told()
+    under_check: list[bytes] = []
+    checks = 0
+    for step in range(100):
+        index.lookup(bytes([step]) * 4, "r", step * ABSENT_FOR_S)
+        index.lookup(A, "r", step * ABSENT_FOR_S)
+        keys, before = index.take_unsent(), under_check
+        under_check, checks = keys, checks + (A in keys)
+        index.answer(before, [False] * len(before), step * ABSENT_FOR_S)
+    assert checks == 100
+
+
 def test_few_keys_a_step_are_checked_for_later_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_module, "MOST_BEHIND", 2)
     index = told()
