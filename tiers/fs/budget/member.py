@@ -210,7 +210,11 @@ class Member:
         if self._host.is_behind:
             self._tell_complete(False)
             return False  # the journals keep what was not read
-        news = self._tail.news(_NEWS)
+        try:
+            news = self._tail.news(_NEWS)
+        except OSError:
+            self._tell_complete(False)
+            raise
         if news:
             self._host.tell(news)
         whole = bool(self._known) and self._alone and self._tail.whole

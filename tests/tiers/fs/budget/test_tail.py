@@ -1,5 +1,6 @@
 """News of pages: what a server hears of the others, and what reaches the engine's index."""
 
+import errno
 import os
 import time
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from kvstrata.tiers.process.medium import News
 from kvstrata.tiers.testing import make_data, make_key, store
 from tests.tiers.fs.budget.conftest import OpenServer
 from tests.tiers.fs.budget.harness import BUDGET, COST, GROUP, SIZE, rest_driven
+from tests.waiting import wait_until
 
 OURS, OTHER, THIRD = bytes(16), bytes(range(16)), bytes([255] * 16)
 SPACE, ELSEWHERE = "org_model_0123456789ab", "other_model_ba9876543210"
@@ -265,3 +267,18 @@ def test_a_keeper_that_is_behind_says_later_what_it_did(open_driven: OpenServer)
     rest_driven(server)
     assert server.done["evicted_files"] >= 30
     server.leave()
+
+
+def test_books_that_cannot_be_read_are_not_complete(
+    open_server: OpenServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = open_server(max_bytes=BUDGET)
+    wait_until(lambda: server.is_complete)
+
+    def fail(tail: Tail, most: int) -> list[News]:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Tail, "news", fail)
+    wait_until(lambda: not server.is_complete)
+    monkeypatch.undo()
+    wait_until(lambda: server.is_complete)
