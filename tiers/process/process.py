@@ -25,9 +25,10 @@ from kvstrata.tiers.process.messages import (
 # -P: a file of the working directory must not pass for a library
 COMMAND = (sys.executable, "-P", "-m", "kvstrata.tiers.process.worker")
 
-# recv(2), only ever told not to wait. It keeps the GIL: a busy thread that gets it from
-# `socket.recv` has it for 5 ms, for each packet.
-_recv = ctypes.PyDLL(None, use_errno=True).recv
+# recv(2) and send(2), only ever told not to wait. They keep the GIL: a busy thread that gets it
+# from `socket.recv` or `socket.send` has it for 5 ms, for each packet.
+_C = ctypes.PyDLL(None, use_errno=True)
+_recv, _send = _C.recv, _C.send
 _NOTHING_YET = (errno.EAGAIN, errno.EINTR)
 
 
@@ -88,14 +89,10 @@ class IoProcess:
 
     def send(self, raw: bytes) -> bool:
         """Send a packet; False if it does not take one now."""
-        try:
-            self._socket.send(raw)
-        except BlockingIOError:
-            return False
-        except OSError:
-            self.broken = True
-            return False
-        return True
+        if _send(self.fd, raw, len(raw), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) >= 0:
+            return True
+        self.broken = ctypes.get_errno() not in _NOTHING_YET or self.broken
+        return False
 
     def receive(self) -> bytes | None:
         """The next packet; None if there is none yet, and for ever after `fd` became -1."""
