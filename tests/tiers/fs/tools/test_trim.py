@@ -14,9 +14,11 @@ from kvstrata.tiers.fs.budget.limits import Limits, Usage, file_cost
 from kvstrata.tiers.fs.budget.member import Member
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.fs.tools import trim as trim_module
+from kvstrata.tiers.fs.tools.audit import audit
 from kvstrata.tiers.fs.tools.scan import check_root
 from kvstrata.tiers.fs.tools.trim import last_uses, trim
 from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key, store
+from tests.waiting import wait_until
 
 SIZE = CONTEXT.layouts[2].nbytes
 COST = file_cost(SIZE + 4096)
@@ -66,6 +68,7 @@ def test_trim_takes_the_books_from_nobody_for_granted(
 def test_trim_beside_a_server(root: Path, open_tier: Callable[..., FsTier]) -> None:
     tier = open_tier(max_bytes="1GiB")
     store(tier, PAGES)
+    wait_until(lambda: len(audit(str(root)).living) == 2)  # its I/O processes
     found = trim(str(root), Limits(max_files=30))
     assert found.within and found.evicted_files == found.before.files - found.after.files
     assert found.after.files <= 30 < 60 <= found.before.files and found.members == 2
