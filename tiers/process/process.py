@@ -12,6 +12,7 @@ import subprocess
 import sys
 from contextlib import suppress
 
+from kvstrata.tiers.process.bell import Bell
 from kvstrata.tiers.process.messages import (
     MAX_PACKET,
     MAX_SETUP,
@@ -55,11 +56,12 @@ class IoProcess:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         line, self._line = os.pipe()  # open until the engine is gone
         try:
-            with theirs, os.fdopen(line):
+            with theirs, os.fdopen(line), os.fdopen(Bell.make()) as bell:
+                self._bell = Bell(bell.fileno())
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_SETUP)
                 self._socket.setblocking(False)
                 self._socket.send(pickle.dumps(setup))
-                descriptors = theirs.fileno(), setup.region.fd, line
+                descriptors = theirs.fileno(), setup.region.fd, line, bell.fileno()
                 self._child = subprocess.Popen(
                     [*COMMAND, *map(str, descriptors)],
                     pass_fds=descriptors,
@@ -83,9 +85,8 @@ class IoProcess:
 
     @property
     def has_word(self) -> bool:
-        """Whether `receive` has something to say, or the process is gone."""
-        size = _recv(self.fd, self._packet, 1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        return size >= 0 or ctypes.get_errno() not in _NOTHING_YET
+        """Whether `receive` has something to say, as far as the process lived to ring for it."""
+        return self._bell.rung
 
     def send(self, raw: bytes) -> bool:
         """Send a packet; False if it does not take one now."""
@@ -100,6 +101,7 @@ class IoProcess:
             return None
         if self._told and self.pid != self._child.pid:
             self._child.poll()  # it has done its part
+        self._bell.hush()
         size = _recv(self.fd, self._packet, MAX_PACKET, socket.MSG_DONTWAIT)
         if size < 0 and ctypes.get_errno() in _NOTHING_YET:
             return None

@@ -1,6 +1,6 @@
 """The I/O processes of a tier: who does what, and what happens when one fails.
 
-Everything happens on the engine's thread, in `submit`, `collect` and the two that wait.
+Everything happens on the engine's thread, in `submit`, `look` and the two that wait.
 Readers and writers are a process each, so reads do not queue behind writes; each helps the
 other when it is idle and the other is not.
 
@@ -95,7 +95,6 @@ class _Running:
     unsent: list[Task] = field(default_factory=list)  # chosen for it just now
     ready: bool = False  # it has started
     proven: bool = False  # it ended a task
-    telling: bool = False  # it had news, and may have more
     unheard: bool = False  # not all was taken that it said
     complete: bool = False  # it has told of all pages
     cause: str | None = None  # why it was given up
@@ -138,7 +137,7 @@ class _Group:
     def settled(self) -> bool:
         """Whether there is nothing to do until its process says something."""
         running = self.current
-        if running is None or running.process.broken or self.given_up:
+        if running is None or running.unheard or running.process.broken or self.given_up:
             return False
         return not self.queue or running.load >= self.most_sent
 
@@ -166,7 +165,8 @@ class IoProcesses:
         self._looked = time.monotonic()
         self._check_at = 0.0
         self._closed = False
-        self._settled, self._awaited = False, list[IoProcess]()  # see `_settle`
+        self._settled, self._currents = False, list[IoProcess]()  # see `_settle`
+        self._changed = False  # since the last `look`
         self._news: list[News] = []
         self.trusted = setup.medium.trusted
         self.restarts = 0
@@ -185,15 +185,20 @@ class IoProcesses:
         self._dispatch()
         self._settled = False
 
-    def collect(self) -> list[Ended]:
-        """The tasks that ended since the last call; also looks after the processes."""
+    def look(self) -> bool:
+        """Look after the processes, and hear them; False if nothing changed since the last call."""
         self._step()
+        changed, self._changed = self._changed, False
+        return changed
+
+    def take_ended(self) -> list[Ended]:
+        """The tasks that ended since the last call, as of the last `look`."""
         ended, self._ended = self._ended, []
         return ended
 
     @property
     def complete(self) -> bool:
-        """Whether the news, as of the last `collect`, tell of all pages that are there."""
+        """Whether the news, as of the last `look`, tell of all pages that are there."""
         currents = [group.current for group in self._groups if group.current]
         return any(each.complete and not each.unheard for each in currents)
 
@@ -287,12 +292,13 @@ class IoProcesses:
         self._clock += min(now - self._looked, _TICK_S)
         self._looked = now
         due = self._clock >= self._check_at
-        # who has nothing to do has nothing to say; a look costs a system call
-        if self._settled and not due and not any(each.has_word for each in self._awaited):
+        if self._settled and not due and not any([each.has_word for each in self._currents]):
             return
+        self._changed = True
         for group in self._groups:
             for running in group.running():
-                if running.sent or running.telling or running.process.broken or due:
+                process = running.process
+                if process.has_word or running.unheard or process.broken or due:
                     self._receive(running)
             self._bury(group)
             if group.current and (group.current.process.fd < 0 or group.current.process.broken):
@@ -315,11 +321,10 @@ class IoProcesses:
     def _settle(self) -> None:
         """Most steps find nothing new: see what makes the next ones short."""
         self._settled = not self._closed and all(group.settled for group in self._groups)
-        currents = [group.current for group in self._groups if group.current]
-        self._awaited = [each.process for each in currents if each.sent or each.telling]
+        self._currents = [group.current.process for group in self._groups if group.current]
 
     def _receive(self, running: _Running) -> None:
-        running.telling, running.unheard, left = False, False, _IDLE_PACKETS
+        running.unheard, left = False, _IDLE_PACKETS
         while (raw := running.process.receive()) is not None:
             try:
                 for record in unpack_records(raw):
@@ -346,7 +351,6 @@ class IoProcesses:
             self.trusted = record.trusted
         elif isinstance(record, Told):
             self._news += record.news
-            running.telling = True
         else:
             self.upkeep.update(record.counts)
 

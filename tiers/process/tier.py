@@ -348,7 +348,9 @@ class ProcessTier(SecondaryTier):
     def _collect(self) -> None:
         """Take what the I/O processes did since the last call."""
         now = self._collected = time.monotonic()
-        for ended in chain.from_iterable(each.collect() for each in self.processes):
+        if not any([each.look() for each in self.processes]):
+            return
+        for ended in chain.from_iterable(each.take_ended() for each in self.processes):
             if ended.task.kind is Kind.CHECK:
                 found = [outcome.moved for outcome in ended.outcomes]
                 self._index.answer(ended.task.keys, found, now)

@@ -1,9 +1,9 @@
 """The I/O process: moves pages between a medium and the page region it shares with the engine.
 
-Started by `process.IoProcess` as `python -m kvstrata.tiers.process.worker SOCKET REGION LINE` with
-three descriptors. It ends when the engine says so. When the engine is gone without a word it writes
-what it was given, within seconds (see survival.py), or the kernel kills it with the engine, where
-nobody could read the pages.
+Started by `process.IoProcess` as `python -m kvstrata.tiers.process.worker SOCKET REGION LINE BELL`
+with four descriptors. It ends when the engine says so. When the engine is gone without a word it
+writes what it was given, within seconds (see survival.py), or the kernel kills it with the engine,
+where nobody could read the pages.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from queue import SimpleQueue
 from kvstrata.tiers.base import PageKey, key_group
 from kvstrata.tiers.liveness import process_state
 from kvstrata.tiers.page.identity import is_key
+from kvstrata.tiers.process.bell import Bell
 from kvstrata.tiers.process.medium import (
     Medium,
     News,
@@ -76,8 +77,9 @@ class Outbox:
     What a medium knows as its `Host`; see there.
     """
 
-    def __init__(self, control: socket.socket) -> None:
+    def __init__(self, control: socket.socket, bell: Bell) -> None:
         self._control = control
+        self._bell = bell
         self._records: SimpleQueue[bytes | None] = SimpleQueue()
         self._queued = 0  # bytes
         self._count_lock = threading.Lock()
@@ -100,6 +102,7 @@ class Outbox:
             self._control.send(packet([packed]), socket.MSG_DONTWAIT)
         except OSError:  # it would wait, or the engine is gone: that is for the other thread to see
             return False
+        self._bell.ring()
         return True
 
     @property
@@ -141,6 +144,7 @@ class Outbox:
         with suppress(ConnectionError):  # the engine is gone
             while records := self._take():
                 self._control.send(packet(records))
+                self._bell.ring()
                 with self._count_lock:
                     self._queued -= sum(map(len, records))
 
@@ -225,9 +229,9 @@ class Mover:
         return self._memory[start : start + self._sizes[key_group(key)]]
 
 
-def serve(setup: Setup, control: socket.socket, region_fd: int) -> None:
+def serve(setup: Setup, control: socket.socket, bell: Bell, region_fd: int) -> None:
     """Do the engine's tasks until it says that it is enough, or is gone."""
-    outbox = Outbox(control)
+    outbox = Outbox(control, bell)
     outbox.put(Ready())
     factory = pkgutil.resolve_name(setup.medium.factory)
     medium: Medium = factory(setup.medium.options, setup.context, outbox, setup.readers)
@@ -263,9 +267,11 @@ def serve(setup: Setup, control: socket.socket, region_fd: int) -> None:
 
 def main() -> None:
     """See the module's text."""
-    control, region_fd, line = socket.socket(fileno=int(sys.argv[1])), *map(int, sys.argv[2:])
-    for fd in (control.fileno(), region_fd, line):
+    fds = list(map(int, sys.argv[1:]))
+    for fd in fds:
         os.set_inheritable(fd, False)
+    control, (region_fd, line), bell = socket.socket(fileno=fds[0]), fds[1:3], Bell(fds[3])
+    os.close(fds[3])
     setup: Setup = pickle.loads(control.recv(MAX_SETUP))
     if not setup.outlives:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -279,7 +285,8 @@ def main() -> None:
         watch(setup.engine, started, control)
     with suppress(ConnectionError):  # the engine is gone
         control.send(str(os.getpid()).encode())
-    serve(setup, control, region_fd)
+        bell.ring()
+    serve(setup, control, bell, region_fd)
     os._exit(0)  # all is done, and the interpreter's own end takes a while
 
 

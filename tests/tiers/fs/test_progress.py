@@ -25,18 +25,20 @@ def test_pages_arrive_one_task_after_the_other(
     missing = KEYS[3]
     store(tier, {key: make_data(n, SIZE) for n, key in enumerate(KEYS) if key != missing})
     processes = tier.processes[0]
-    collect = processes.collect
+    take = processes.take_ended
+    look = processes.look
     came: list[Ended] = []
     order = iter(sorted(KEYS))
 
     def one_by_one() -> list[Ended]:
         """Once all have ended, in prefix order."""
-        came.extend(collect())
+        came.extend(take())
         if len(came) < len(KEYS) or (key := next(order, None)) is None:
             return []
         return [ended for ended in came if ended.task.keys[0] == key]
 
-    monkeypatch.setattr(processes, "collect", one_by_one)
+    monkeypatch.setattr(processes, "look", lambda: look() or True)
+    monkeypatch.setattr(processes, "take_ended", one_by_one)
     slots = Slots.make(len(KEYS), SIZE)
     tier.submit_load(make_job(7, KEYS, slots, CONTEXT))
     told: list[bytes] = []

@@ -45,6 +45,7 @@ class World:
             pid=1,
             fd=7 if self.lives else -1,
             broken=False,
+            has_word=True,
             kill=lambda: None,
             exit_status=lambda: "exit status 3",
             send=send if self.lives else lambda raw: False,
@@ -54,7 +55,8 @@ class World:
     def run(self, processes: IoProcesses, seconds: float) -> list[Outcome]:
         outcomes: list[Outcome] = []
         for _ in range(int(seconds / STEP_S)):
-            outcomes += [o for ended in processes.collect() for o in ended.outcomes]
+            processes.look()
+            outcomes += [o for ended in processes.take_ended() for o in ended.outcomes]
             self.now += STEP_S
         return outcomes
 

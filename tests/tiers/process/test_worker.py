@@ -1,10 +1,12 @@
 """What the I/O process queues for an engine that does not listen."""
 
+import os
 import socket
 from collections.abc import Iterator
 
 import pytest
 
+from kvstrata.tiers.process.bell import Bell
 from kvstrata.tiers.process.messages import MAX_PACKET, Notice, Ready, Told, unpack_records
 from kvstrata.tiers.process.worker import Outbox
 from kvstrata.tiers.testing import make_key
@@ -19,9 +21,19 @@ def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
         yield ours, theirs
 
 
-def test_an_engine_that_does_not_listen(ends: tuple[socket.socket, socket.socket]) -> None:
+@pytest.fixture
+def bell() -> Bell:
+    fd = Bell.make()
+    made = Bell(fd)
+    os.close(fd)
+    return made
+
+
+def test_an_engine_that_does_not_listen(
+    ends: tuple[socket.socket, socket.socket], bell: Bell
+) -> None:
     engine, control = ends
-    outbox = Outbox(control)
+    outbox = Outbox(control, bell)
     told = 0
     while not outbox.is_behind:
         outbox.tell(NEWS)
@@ -42,9 +54,9 @@ def test_an_engine_that_does_not_listen(ends: tuple[socket.socket, socket.socket
     assert not outbox.is_behind and outbox._queued == 0
 
 
-def test_records_keep_their_order(ends: tuple[socket.socket, socket.socket]) -> None:
+def test_records_keep_their_order(ends: tuple[socket.socket, socket.socket], bell: Bell) -> None:
     engine, control = ends
-    outbox = Outbox(control)
+    outbox = Outbox(control, bell)
     heard: list[str] = []
 
     def listen() -> None:
@@ -60,3 +72,20 @@ def test_records_keep_their_order(ends: tuple[socket.socket, socket.socket]) -> 
         listen()
     assert heard == said
     outbox.close()
+
+
+def test_the_bell_rings_once_a_record_can_be_read(
+    ends: tuple[socket.socket, socket.socket], bell: Bell
+) -> None:
+    engine, control = ends
+    outbox = Outbox(control, bell)
+    assert not bell.rung
+    outbox.say("sent at once")
+    assert bell.rung and engine.recv(MAX_PACKET, socket.MSG_DONTWAIT)
+    while not outbox._queued:
+        outbox.tell(NEWS)  # what follows is sent by the thread
+    bell.hush()
+    while outbox._queued:
+        assert engine.recv(MAX_PACKET)
+    outbox.close()
+    assert bell.rung

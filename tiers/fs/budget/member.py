@@ -30,6 +30,8 @@ from kvstrata.tiers.fs.ground import Ground
 from kvstrata.tiers.process.medium import Host, News
 
 TICK_S = 0.05
+IDLE_TICK_S = 0.25  # where nobody stores below the root, and nothing happened here for a second
+_IDLE_AFTER_S = 1.0
 SLICE_S = 0.005  # of a scan; then the engine has the interpreter for as long, or four times so
 OF_AN_ENGINE = 2  # members: its readers and its writers
 REPEAT_S = 1.0  # a page that is used again within this time is not noted again
@@ -82,6 +84,8 @@ class Member:
         self._keeper: Keeper | None = None
         self._stop = threading.Event()
         self._wake = threading.Event()
+        self._active_until = 0.0
+        self._is_idle = False
         self._lease: Lease | None = None
         self._watch = Watch(ledger.directory)
         self._tail = Tail(ledger.directory, member, namespace) if namespace and keeps else None
@@ -102,29 +106,34 @@ class Member:
         self._thread = threading.Thread(target=self._run, name="kvstrata-fs-books", daemon=True)
         self._thread.start()
 
-    # Called by any thread: one append or two each.
+    # Called by any thread: one append or two each, and a wake where all was quiet.
 
     def stored(self, key: bytes, cost: int, depth: int, access: int) -> None:
         """The page was written and renamed; `cost` is that of its grant."""
         self.admission.wrote()
-        self._events.append(Record(Op.STORED, key, -(-cost // BLOCK), access, depth))
+        self._add(Record(Op.STORED, key, -(-cost // BLOCK), access, depth))
 
     def used(self, key: bytes, depth: int, access: int) -> None:
         """The page was loaded, or used in another tier; it needs to be spared no longer."""
-        self._events.append(Record(Op.USED, key, 0, access, depth))
+        self._add(Record(Op.USED, key, 0, access, depth))
 
     def promised(self, key: bytes, access: int) -> None:
         """Somebody was told that the page is here: it counts as used and is spared for a while."""
         self._protected[key] = time.monotonic() + PROTECT_S
-        self._events.append(Record(Op.PROMISED, key, 0, access))
+        self._add(Record(Op.PROMISED, key, 0, access))
 
     def gone(self, key: bytes) -> None:
         """The page's file is not there any more."""
-        self._events.append(Record(Op.GONE, key))
+        self._add(Record(Op.GONE, key))
 
     def quarantined(self) -> None:
         """A file was moved to the quarantine, which may have lost its oldest ones."""
-        self._events.append(Record(Op.QUARANTINED, b""))
+        self._add(Record(Op.QUARANTINED, b""))
+
+    def _add(self, record: Record) -> None:
+        self._events.append(record)
+        if self._is_idle:
+            self._wake.set()
 
     def close(self, timeout_s: float) -> bool:
         """Note everything, leave the ledger and end the thread; True if that was in time."""
@@ -155,7 +164,7 @@ class Member:
         busy = True
         while not self._stop.is_set():
             if not busy:
-                self._wake.wait(TICK_S)
+                self._rest()
             self._wake.clear()
             busy = False
             try:
@@ -177,6 +186,14 @@ class Member:
             if self._lease is not None:
                 self._lease.close()
             self._ledger.close()
+
+    def _rest(self) -> None:
+        self._is_idle = time.monotonic() >= self._active_until  # from now on `_add` wakes us
+        self._wake.wait(IDLE_TICK_S if self._is_idle and not self._events else TICK_S)
+        self._is_idle = False
+
+    def _stay_awake(self) -> None:
+        self._active_until = time.monotonic() + _IDLE_AFTER_S
 
     def _tick(self) -> bool:
         """One round; True if there is more to do at once."""
@@ -216,6 +233,7 @@ class Member:
             self._tell_complete(False)
             raise
         if news:
+            self._stay_awake()
             self._host.tell(news)
         whole = bool(self._known) and self._alone and self._tail.whole
         if self._tail.at_end or not whole:
@@ -238,6 +256,8 @@ class Member:
             self._tail.begin_anew()
         self._known = books.known
         self._alone = sum(not row.dead for row in books.rows.values()) <= OF_AN_ENGINE
+        if any(row.reserved_files or row.wanted or row.pressed for row in books.rows.values()):
+            self._stay_awake()  # somebody stores
 
     def _publish(self, keeper: Keeper) -> None:
         """Tell the host, and the other members, what the keeper here evicted."""
@@ -370,6 +390,7 @@ class Member:
         if self._journal is None or not self._pending:
             self._pending.clear()
             return
+        self._stay_awake()
         self._journal.append(self._pending)
         written = [record.blocks * BLOCK for record in self._pending if record.op == Op.STORED]
         self._pending = []
