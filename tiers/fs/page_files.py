@@ -227,7 +227,16 @@ class PageFiles(Medium):
         """Write the page into a new file, or over `spare`, and give it its name."""
         header = self._form.header(key, view)
         directory, name = os.path.split(path)
-        self._in_directory(directory, lambda leaf: self._write_in(leaf, name, header, view, spare))
+        for tries_left in reversed(range(_MKDIR_TRIES)):
+            try:
+                leaf = self._enter(directory)
+                try:
+                    return self._write_in(leaf, name, header, view, spare)
+                finally:
+                    os.close(leaf)
+            except FileNotFoundError:
+                if not tries_left:
+                    raise
 
     def _write_in(
         self, leaf: int, name: str, header: bytes, view: memoryview, spare: str | None
@@ -269,35 +278,22 @@ class PageFiles(Medium):
                 os.unlink(temporary, dir_fd=place)
             raise
 
-    def _in_directory(self, directory: str, action: Callable[[int], None]) -> None:
-        """Do what needs the open directory; where it is missing, make it first.
-
-        Raises:
-            OSError: the directory cannot be made, or the action failed.
-        """
-        for _ in range(_MKDIR_TRIES):
-            try:
-                with nofollow.directory(directory) as fd:
-                    return action(fd)
-            except FileNotFoundError:
-                self._make_leaf(directory)
-        with nofollow.directory(directory) as fd:
-            action(fd)
-
-    def _make_leaf(self, directory: str) -> None:
-        mode = self._config.dir_mode
+    def _enter(self, directory: str) -> int:
+        """A descriptor of the directory; where it is missing, it is made first."""
+        fsync = self._config.durability == "fsync" and not nofollow.lexists(directory)
+        root, mode = self.paths.pages, self._config.dir_mode
         try:
-            nofollow.make_directories(directory, self.paths.pages, mode)
+            leaf = nofollow.enter(directory, root, mode)
         except FileNotFoundError:  # the namespace is gone, or eviction took the parent again
             if self._ground is not None:
                 self._ground.restore()
             make_namespace(self.paths, self._fields, self._config.file_mode, mode)
+            leaf = nofollow.enter(directory, root, mode)
+        if fsync:
             with suppress(FileNotFoundError):
-                nofollow.make_directories(directory, self.paths.pages, mode)
-        if self._config.durability == "fsync":
-            with suppress(FileNotFoundError):
-                for parent in (os.path.dirname(directory), self.paths.pages, self.paths.root):
+                for parent in (os.path.dirname(directory), root, self.paths.root):
                     _fsync_directory(parent)
+        return leaf
 
     def _open_spare(self, spare: str, place: int, size: int) -> int | None:
         """A descriptor of a file to overwrite; None, and the file gone, where it cannot serve."""

@@ -170,7 +170,9 @@ def test_what_another_user_made_is_named(
 ) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can be two users")
-    store(open_tier(), PAGE)
+    tier = open_tier()
+    store(tier, PAGE)
+    assert tier.shutdown(60.0)
     open_to_all(root)
     for path in (root, *root.rglob("*")):
         os.chown(path, 65534, 65534)

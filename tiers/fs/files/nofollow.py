@@ -142,29 +142,46 @@ def mkdir(path: str, mode: int) -> None:
     has the same group, so that the servers of several users can share it.
     """
     with parent(path) as (fd, name):
-        os.mkdir(name, mode, dir_fd=fd)
-        made = stat.S_IMODE(os.lstat(name, dir_fd=fd).st_mode)
-    wanted = mode | made & stat.S_ISGID
-    if made != wanted:
-        with directory(path) as fd:
-            os.chmod(f"/proc/self/fd/{fd}", wanted)
+        _make(name, mode, fd)
+
+
+def enter(path: str, root: str, mode: int) -> int:
+    """A descriptor (O_PATH) of the directory `path`.
+
+    What is missing of it below `root` is created, each directory as `mkdir` does.
+
+    Raises:
+        OSError: it cannot be; FileNotFoundError when `root` itself is gone, or what was there a
+            moment ago.
+    """
+    try:
+        return open(path, _DIRECTORY)
+    except FileNotFoundError:
+        above, _, name = path.rpartition("/")
+        if path == root:
+            raise
+    fd = enter(above, root, mode)
+    try:
+        with suppress(FileExistsError):
+            _make(name, mode, fd)
+        return open(name, _DIRECTORY, dir_fd=fd)
+    finally:
+        os.close(fd)
 
 
 def make_directories(path: str, root: str, mode: int) -> None:
-    """Create `path` and its parents below `root`, each as `mkdir` does.
+    """Create `path` as `mkdir` does unless something is there, and its parents as `enter` does.
 
     Raises:
-        OSError: one cannot be created; FileNotFoundError when `root` itself is gone.
+        OSError: as `enter`.
     """
-    with suppress(FileExistsError):
-        try:
-            mkdir(path, mode)
-        except FileNotFoundError:
-            above = os.path.dirname(path)
-            if above == root:
-                raise
-            make_directories(above, root, mode)
-            mkdir(path, mode)
+    above, _, name = path.rpartition("/")
+    fd = enter(above, root, mode)
+    try:
+        with suppress(FileExistsError):
+            _make(name, mode, fd)
+    finally:
+        os.close(fd)
 
 
 def listdir(path: str) -> list[str]:
@@ -185,6 +202,18 @@ def scandir(path: str) -> Iterator[Iterator[os.DirEntry[str]]]:
             yield entries
     finally:
         os.close(fd)
+
+
+def _make(name: str, mode: int, dir_fd: int) -> None:
+    os.mkdir(name, mode, dir_fd=dir_fd)
+    made = stat.S_IMODE(os.lstat(name, dir_fd=dir_fd).st_mode)
+    wanted = mode | made & stat.S_ISGID
+    if made != wanted:
+        fd = open(name, _DIRECTORY, dir_fd=dir_fd)
+        try:
+            os.chmod(f"/proc/self/fd/{fd}", wanted)
+        finally:
+            os.close(fd)
 
 
 def _at_once(path: str, flags: int, mode: int, dir_fd: int) -> int:
