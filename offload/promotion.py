@@ -150,6 +150,8 @@ class Promotions:
         """
         good, bad = job.parted(result)
         self.arrive(job, good)
+        if not bad:
+            return
         self._forget(job.link, bad)
         for entry in bad:
             job.link.lose(entry.key, newest)
@@ -206,8 +208,9 @@ class Promotions:
         for link, entry in pages[worth:]:
             state.unworthy.add((link.index, entry.key))
             self._cancel(link, entry, state)
+        del pages[worth:]
         for link in reserved.awaited:
-            entries = [entry for of, entry in pages[:worth] if of is link]
+            entries = [entry for of, entry in pages if of is link]
             if not entries:
                 continue
             sizes = self._jobs.sizes(entries)
@@ -228,8 +231,11 @@ class Promotions:
             state, entries, timing = queue.take(pace.job)
             reserved = entries[0].awaited  # they were reserved together
             assert reserved is not None
-            reserved.pages -= len(entries)
-            self._expect(entries, self._await(link, now, state))
+            if reserved.pages == len(entries) and self._oldest[-1][1] is reserved:
+                reserved.since = now  # all of the newest ones
+            else:
+                reserved.pages -= len(entries)
+                self._expect(entries, self._await(link, now, state))
             self._jobs.submit(link, entries, state.view, promotion=True, timing=timing)
         pace.limited = bool(queue)
 

@@ -220,22 +220,23 @@ class PrimaryTier:
 
         `hold`: why those that become ready, and to which a key leads, are held from now on, if so.
         """
-        unpin, mask, new = self._policy.unpin, _MOST * hold, 0
+        unpin, mask, new, promoted = self._policy.unpin, _MOST * hold, 0, 0
         for entry in entries:
-            if entry.writer is _TIER:
-                self.promoting -= 1
+            promoted += entry.writer is _TIER
             entry.writer = entry.awaited = None
             if not entry.attached:
-                if not entry.busy:
+                if not entry.holds:
                     self._release(entry)
             elif not good:
                 self._policy.remove(entry.key)
                 self._detach(entry)
             elif hold:
-                new += not entry.holds & mask
-                entry.holds += hold
+                holds = entry.holds
+                new += not holds & mask
+                entry.holds = holds + hold
             elif not entry.holds:
                 unpin(entry.key)
+        self.promoting -= promoted
         if hold:
             self.held[hold] += new
 

@@ -67,6 +67,8 @@ class CircuitBreaker:
 
     def succeeded(self, kind: Operation) -> None:
         """The tier did, perhaps late, what it was asked for."""
+        if not self.doubtful and self._cause is None:
+            return  # as a rule
         self._failures[kind] = 0
         self.doubtful = any(self._failures.values())
         if kind is self._cause:

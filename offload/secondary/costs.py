@@ -13,7 +13,7 @@ _JOBS = 32
 LEAST_JOBS = 4
 _SURPRISES = 3
 # The line is fitted anew when so great a part of the jobs, the inverse of this, is new.
-_FITTED_ANEW = 4
+_FITTED_ANEW = 2
 # Steps of prefill remembered, and how many make the speed known.
 _STEPS = 128
 LEAST_STEPS = 20
