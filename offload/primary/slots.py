@@ -222,7 +222,8 @@ class PrimaryTier:
         """
         unpin, mask, new, promoted = self._policy.unpin, _MOST * hold, 0, 0
         for entry in entries:
-            promoted += entry.writer is _TIER
+            if entry.writer is _TIER:
+                promoted += 1
             entry.writer = entry.awaited = None
             if not entry.attached:
                 if not entry.holds:
@@ -232,7 +233,8 @@ class PrimaryTier:
                 self._detach(entry)
             elif hold:
                 holds = entry.holds
-                new += not holds & mask
+                if not holds & mask:
+                    new += 1
                 entry.holds = holds + hold
             elif not entry.holds:
                 unpin(entry.key)

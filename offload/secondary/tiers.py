@@ -138,8 +138,9 @@ class TierJobs:
         self._running[job_id] = Running(
             link, entries, promotion, traffic, now, request, nbytes, due, timing, probe, on_end
         )
-        keys, slots = [e.key for e in entries], [e.slot for e in entries]
-        job = Job(job_id, keys, slots, [e.end_token for e in entries], request, self._view)
+        keys = [each.key for each in entries]
+        slots, ends = [each.slot for each in entries], [each.end_token for each in entries]
+        job = Job(job_id, keys, slots, ends, request, self._view)
         if (send or (link.tier.submit_load if promotion else link.tier.submit_store))(job) is False:
             self._close_job(job_id)
             return False
