@@ -10,7 +10,6 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 
 import msgspec
@@ -70,17 +69,19 @@ class Use(msgspec.Struct, gc=False, eq=False):
 Oldest = tuple[bytes, int, Use]
 
 
-@dataclass(slots=True, eq=False)
-class _Part:
+class _Part(msgspec.Struct, gc=False, eq=False):
     """Pages of one use in a line: end token by key. `passed` were pinned when they were to leave,
     and are so still. `heap` has the others, once it is needed, and some that were among them, in
-    their places when the use reached `reach`; `queued`: the line's queue has this part."""
+    their places when the use reached `reach`; `queued`: the line's queue has this part.
 
-    line: Line
+    Nothing to the garbage collector, as there is one for each request, so `line` is a number: a
+    reference would close a circle."""
+
+    line: int
     use: Use
     number: int
-    waiting: dict[bytes, int] = field(default_factory=dict)
-    passed: dict[bytes, int] = field(default_factory=dict)
+    waiting: dict[bytes, int] = {}
+    passed: dict[bytes, int] = {}
     heap: list[tuple[int, bytes]] | None = None
     reach: int = 0
     queued: bool = False
@@ -96,6 +97,7 @@ class Pages:
     Attributes:
         pinned: pages that must not leave. They keep their places, and are looked for only when they
             would be the next: most are not pinned for so long.
+        lines: by number.
         parts: by number, the pages of one use in a line.
         home: by resident key, the number of its part.
     """
@@ -105,6 +107,7 @@ class Pages:
         # How far a use goes on until pages have to be looked for that its windows have left behind
         self.stride = min(windows.values(), default=_BEYOND)
         self.pinned: set[bytes] = set()
+        self.lines: list[Line] = []
         self.parts: dict[int, _Part] = {}
         # Dicts of keys and numbers, here of millions, are nothing to the garbage collector.
         self.home: dict[bytes, int] = {}
@@ -116,6 +119,10 @@ class Pages:
     def part(self, key: bytes) -> _Part:
         """The pages that a resident one is one of."""
         return self.parts[self.home[key]]
+
+    def line(self, key: bytes) -> Line:
+        """That of a resident page."""
+        return self.lines[self.part(key).line]
 
     @property
     def idle(self) -> int:
@@ -141,7 +148,7 @@ class Pages:
 
     def move(self, keys: Iterable[bytes], line: Line, use: Use) -> None:
         """Pages become part of another use, perhaps in another line."""
-        home, parts, part = self.home, self.parts, None
+        home, parts, lines, part = self.home, self.parts, self.lines, None
         for key in keys:
             old = parts[home[key]]
             if old.use is not use:
@@ -149,7 +156,7 @@ class Pages:
             if part is None:
                 part = line.part(use)
             home[key] = part.number
-            old.line.size -= 1
+            lines[old.line].size -= 1
             line.size += 1
             end_token = old.waiting.pop(key, None)
             if end_token is None:
@@ -158,7 +165,7 @@ class Pages:
             if part.heap is not None or not part.queued:
                 self._wait(part, key, end_token)
             if not old.waiting:
-                old.line.clean(old)
+                lines[old.line].clean(old)
 
     def pass_over(self, part: _Part, keys: Collection[bytes]) -> None:
         """Waiting pages are pinned, and one of them would be the next to leave."""
@@ -172,9 +179,10 @@ class Pages:
         for key in use.seen:
             if key in home and (part := self.part(key)).use is not use:
                 use.reused[key] = None
+                line = self.lines[part.line]
                 if self._windows:  # it may still be in the heap, in another place
-                    part.line.part(use).heap = None
-                self.move((key,), part.line, use)
+                    line.part(use).heap = None
+                self.move((key,), line, use)
         for key in [key for key in use.counts if key not in home]:
             del use.counts[key]
 
@@ -182,11 +190,12 @@ class Pages:
         """A page goes out; its end token."""
         part = self.parts[self.home.pop(key)]
         part.use.reused.pop(key, None)
-        part.line.size -= 1
+        line = self.lines[part.line]
+        line.size -= 1
         self.pinned.discard(key)
         end_token = self._out_of(part, key)
         if not part.waiting:
-            part.line.clean(part)
+            line.clean(part)
         return end_token
 
     def _out_of(self, part: _Part, key: bytes) -> int:
@@ -203,7 +212,7 @@ class Pages:
             heapq.heappush(part.heap, (self.place(part.use, key, end_token), key))
         if not part.queued:
             part.queued = True
-            part.line.queue(part)
+            self.lines[part.line].queue(part)
 
     def needs(self, use: Use, end_token: int, oldest: Oldest) -> bool:
         """Whether a page would be of no use without the one that leaves next, of its own prefix."""
@@ -228,8 +237,11 @@ class Line:
 
     def __init__(self, pages: Pages) -> None:
         self._pages = pages
+        self._number = len(pages.lines)
+        pages.lines.append(self)
         self._parts: dict[Use, _Part] = {}
-        self._queue: list[tuple[int, _Part]] = []  # a heap; an entry's stamp may be outdated
+        # A heap of stamps, which may be outdated, and numbers of parts
+        self._queue: list[tuple[int, int]] = []
         self._sweep_at = _LEAST_PARTS
         self.size = 0
 
@@ -238,7 +250,8 @@ class Line:
         queue, pages = self._queue, self._pages
         pinned = 0
         while queue:
-            stamp, part = queue[0]
+            stamp, number = queue[0]
+            part = pages.parts[number]
             waiting, use = part.waiting, part.use
             if not waiting:
                 heapq.heappop(queue)
@@ -246,7 +259,7 @@ class Line:
                 self.clean(part)
                 continue
             if stamp != use.stamp:
-                heapq.heapreplace(queue, (use.stamp, part))
+                heapq.heapreplace(queue, (use.stamp, number))
                 continue
             heap = part.heap
             behind = use.reach - part.reach >= pages.stride
@@ -273,13 +286,13 @@ class Line:
         if part is None:
             if len(self._parts) >= self._sweep_at:
                 self._sweep()
-            part = self._parts[use] = _Part(self, use, next(_numbers))
+            part = self._parts[use] = _Part(self._number, use, next(_numbers))
             self._pages.parts[part.number] = part
         return part
 
     def queue(self, part: _Part) -> None:
         """A part has waiting pages again."""
-        heapq.heappush(self._queue, (part.use.stamp, part))
+        heapq.heappush(self._queue, (part.use.stamp, part.number))
 
     def clean(self, part: _Part) -> None:
         """A page left the part: forget it if that was its last."""
@@ -290,9 +303,14 @@ class Line:
     def _sweep(self) -> None:
         """Forget queued parts that have lost their pages: while there is room, nobody asks for the
         oldest page, and comes across them."""
-        for _, part in self._queue:
+        parts, queue = self._pages.parts, []
+        for entry in self._queue:
+            part = parts[entry[1]]
             part.queued = bool(part.waiting)
-            self.clean(part)
-        self._queue = [entry for entry in self._queue if entry[1].queued]
-        heapq.heapify(self._queue)
+            if part.queued:
+                queue.append(entry)
+            else:
+                self.clean(part)
+        heapq.heapify(queue)
+        self._queue = queue
         self._sweep_at = 2 * len(self._parts) + _LEAST_PARTS

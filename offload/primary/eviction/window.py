@@ -75,7 +75,7 @@ class Windowed(Ordered):
             self._pages.move(here, self._window, use)
             return
         for key in here:
-            line = self._pages.part(key).line
+            line = self._pages.line(key)
             if line is self._passing:
                 line = self._window
             elif line is self._window:
