@@ -178,7 +178,11 @@ def measure(resident: int, tiers: int, rounds: int) -> Iterator[Figure]:
     _play(players, resident, rounds, tiers=bool(tiers))
     for name in players:
         yield from _figures(name, players[name], tiers, resident)
-    yield from _collections(players, tiers, resident)
+    for player in players.values():
+        player.manager.shutdown()
+    players.clear()
+    for name in (OURS, STOCK):
+        yield Figure(name, tiers, resident, COLLECTION, AT_ONCE, _collection(name, tiers, resident))
     gc.unfreeze()
 
 
@@ -227,16 +231,17 @@ def _figures(name: str, player: Player, tiers: int, resident: int) -> Iterator[F
     yield Figure(name, tiers, resident, EVICTION, PER_CHUNK, difference)
 
 
-def _collections(players: dict[str, Player], tiers: int, resident: int) -> Iterator[Figure]:
-    """What each manager's pages add to a full garbage collection, which stops the engine."""
-    spent = [_collect()]
-    for player in [*players.values()]:
-        player.manager.shutdown()
-    for name in [*players]:
-        del players[name]
-        spent.append(_collect())
-        value = max(0.0, round((spent[-2] - spent[-1]) * 1e3, 1))  # less is noise
-        yield Figure(name, tiers, resident, COLLECTION, AT_ONCE, value)
+def _collection(name: str, tiers: int, resident: int) -> float:
+    """What a manager's pages add to a full garbage collection, which stops the engine, in ms."""
+    gc.collect()
+    gc.freeze()  # whatever the others have left
+    before = _collect()
+    player = Player(make(name, resident, bool(tiers)))
+    _fill({name: player}, resident, 0)
+    player.seconds.clear()  # which are objects, too
+    seconds = _collect() - before
+    player.manager.shutdown()
+    return max(0.0, round(seconds * 1e3, 1))  # less is noise
 
 
 def _collect() -> float:
