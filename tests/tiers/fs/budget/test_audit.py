@@ -18,7 +18,7 @@ from tests.sessions import kill_session
 from tests.spoiling import flip
 from tests.tiers.fs.budget.conftest import OpenServer
 from tests.tiers.fs.budget.harness import rest
-from tests.tiers.fs.budget.test_members import start
+from tests.tiers.fs.budget.test_many_members import start
 from tests.waiting import wait_until
 
 PAGES = {make_key(n): make_data(n, CONTEXT.layouts[0].nbytes) for n in range(8)}
