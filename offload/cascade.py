@@ -33,12 +33,12 @@ class Cascades:
         """Whether some tier may be given the request's pages."""
         return any(
             link.breaker.closed and not link.trust.lost and state.parameters.allow(link.name)
-            for link in self._jobs.links
+            for link in self._jobs.sinks
         )
 
     def give(self, entries: Sequence[Entry], state: RequestState) -> None:
         """Store ready pages, in prefix order, in the tiers that should have them and do not."""
-        for link in self._jobs.links:
+        for link in self._jobs.sinks:
             bit = link.bit
             due = [entry for entry in entries if not entry.offered & bit]
             if not due or link.trust.lost or not state.parameters.allow(link.name):
@@ -56,10 +56,13 @@ class Cascades:
     def probe(self) -> None:
         """Give a page it knows to each tier that was taken out and may be well again.
 
-        A page that it does not know may be one that a request wanted kept from it.
+        A page that it does not know may be one that a request wanted kept from it. One that is
+        given none is asked for the next page.
         """
         for link in self._jobs.links:
-            if link.breaker.wants_probe and not link.trust.lost:
+            if not link.may_store:
+                link.breaker.try_again()
+            elif link.breaker.wants_probe and not link.trust.lost:
                 known = (entry for entry in reversed(link.recent) if entry.attached and entry.ready)
                 if (entry := next(known, None)) is not None:
                     self._submit(link, [entry], RequestView("probe"), probe=True)
@@ -88,7 +91,7 @@ class Cascades:
     def _fitting(self, link: TierLink, due: Sequence[Entry]) -> Sequence[Entry]:
         """The first pages, as many as the tier may be given now."""
         slots = self._primary.slots
-        several = len(self._jobs.links) > 1
+        several = len(self._jobs.sinks) > 1
         most = math.ceil(slots * (MOST_TO_ONE_TIER if several else MOST_CASCADING))
         due = due[: max(0, most - link.stores.pages)]
         room = math.ceil(slots * MOST_CASCADING) - self._primary.held_long

@@ -43,7 +43,7 @@ class TierLookup:
         request = state.view
         allowed, silent, unworthy = request.tiers, state.silent, state.unworthy
         retry = False
-        for link in self._jobs.links:
+        for link in self._jobs.sources:
             index = link.index
             if (
                 not link.breaker.closed

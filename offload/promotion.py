@@ -101,8 +101,7 @@ class Promotions:
             return False
         (entry,) = entries
         self._report.left(evicted)
-        # Tiers before this one do not have the page; of those behind it nothing is known.
-        entry.offered = ~(link.bit - 1)
+        entry.offered = link.found_here
         entry.source = state.sources[key] = link.name
         awaited = reserved.awaited.get(link)
         if awaited is None:
@@ -175,7 +174,7 @@ class Promotions:
         """Whether one page more may be on its way from the tier."""
         slots, fraction = self._primary.slots, self._context.config.promotion_fraction
         of_one = most = max(1, int(slots * fraction))
-        if len(self._jobs.links) > 1:
+        if len(self._jobs.sources) > 1:
             of_one = max(1, int(most * MOST_OF_ONE_TIER))
         most_held = math.ceil(slots * max(MOST_HELD, fraction))
         has_room = link.promoting < of_one and len(self) < most

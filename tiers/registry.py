@@ -76,6 +76,18 @@ class TierEntry:
         True,
         key="enable_kv_events",
     )
+    required: bool | None = option(
+        or_none(parse_flag),
+        "false: an engine starts without a tier that cannot be used yet, and uses it from when it "
+        "can be",
+        None,
+        shown="true; false for a tier on other machines",
+    )
+    fill: bool = option(
+        parse_flag, "false: pages found here are not stored in the tiers before this one", True
+    )
+    load_only: bool = option(parse_flag, "true: no page is stored here", False)
+    store_only: bool = option(parse_flag, "true: no page is looked for here", False)
     locality: str | None = option(
         or_none(partial(parse_choice, choices=LOCALITIES)),
         "`LOCAL` or `REMOTE`, for KV events and `kv_load_tiers`",
@@ -91,6 +103,19 @@ class TierEntry:
     tier_poll_interval_s: InitVar[Any] = option(
         _check_interval, "tiers work between steps without being polled", None, idle=True
     )
+
+    def __post_init__(self, *_: object) -> None:
+        if self.load_only and self.store_only:
+            raise TierConfigError(
+                "load_only and store_only: both are true, and the tier would do nothing; remove one"
+            )
+
+    @property
+    def is_required(self) -> bool:
+        """Whether an engine does not start where the tier cannot be used."""
+        if self.required is None:
+            return (self.locality or tier_class(self.entry).locality) != "REMOTE"
+        return self.required
 
     @property
     def directories(self) -> tuple[str, ...]:

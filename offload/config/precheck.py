@@ -21,7 +21,7 @@ def check_here(config: OffloadConfig, shm: Path = SHM) -> None:
     """
     check_size(config.cpu_bytes, shm)
     for index, tier in enumerate(config.tiers):
-        for path in tier.directories:
+        for path in tier.directories if tier.is_required else ():
             if why := refusal_by_look(path):
                 raise ConfigError(f"secondary_tiers[{index}]: {path!r} {why}")
 

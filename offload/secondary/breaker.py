@@ -65,6 +65,12 @@ class CircuitBreaker:
             self._close()
             self._failures[self._cause] = FAILURES_TO_OPEN - 1
 
+    def try_again(self) -> None:
+        """Where nothing can be a probe: use the tier on trial, if the back-off has passed."""
+        if self.wants_probe:
+            self.probing()
+            self.probe_succeeded()
+
     def succeeded(self, kind: Operation) -> None:
         """The tier did, perhaps late, what it was asked for."""
         if not self.doubtful and self._cause is None:

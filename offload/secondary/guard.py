@@ -39,13 +39,23 @@ class GuardedTier(SecondaryTier):
 
     def __init__(self, name: str, tier: SecondaryTier) -> None:
         self._name = name
-        self.inner = tier
         self._mistakes: Counter[str] = Counter()
         # keys of the jobs that the tier accepted and has not ended
         self._open: dict[int, Sequence[bytes]] = {}
         self._loading: set[int] = set()  # those of them that are loads
         self._refused: list[JobResult] = []
         self._trusted = True
+        self._past = TierStats()  # of tiers that were guarded before
+        self._guard(tier)
+
+    def adopt(self, tier: SecondaryTier) -> None:
+        """From now on guard this one; no job is under way at the one before."""
+        self._past = self.stats()
+        self._mistakes.clear()
+        self._guard(tier)
+
+    def _guard(self, tier: SecondaryTier) -> None:
+        self.inner = tier
         self.locality = tier.locality
         self.page_causes = frozenset(tier.page_causes)
 
@@ -121,6 +131,7 @@ class GuardedTier(SecondaryTier):
 
     def stats(self) -> TierStats:
         total = TierStats()
+        _add(total, self._past)
         self._call("stats", None, lambda: _add(total, self.inner.stats()))
         _add(total, TierStats(failures=dict(self._mistakes)))
         return total
@@ -261,6 +272,10 @@ def _add(total: TierStats, stats: TierStats) -> None:
         for name, value in numbers.items():
             if not isinstance(name, str) or not isinstance(value, int | float):
                 raise TypeError(f"{name!r}: {value!r} is no name with a number")
-    total.counters.update(stats.counters)
-    total.failures.update(stats.failures)
+    for sums, numbers in (
+        (total.counters, stats.counters),
+        (total.failures, stats.failures),
+    ):
+        for name, value in numbers.items():
+            sums[name] = sums.get(name, 0) + value
     total.gauges.update(stats.gauges)

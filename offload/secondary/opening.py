@@ -6,11 +6,13 @@ import logging
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from kvstrata.offload.config.offload_config import OffloadConfig
 from kvstrata.offload.secondary.guard import GuardedTier, check_words
+from kvstrata.offload.secondary.late import LateTier
 from kvstrata.offload.secondary.tier import TierLink
-from kvstrata.tiers.base import EPOCH, SecondaryTier, TierContext
+from kvstrata.tiers.base import EPOCH, SecondaryTier, TierConfigError, TierContext
 from kvstrata.tiers.registry import TierEntry, tier_class, tier_options
 
 logger = logging.getLogger("kvstrata")
@@ -58,18 +60,39 @@ class TierOpener:
         return [
             TierLink(
                 entry.name,
-                GuardedTier(entry.name, tier),
+                _guarded(entry, context),
                 index,
                 deadline_s,
                 clock,
-                medium=type(tier).medium,
+                medium=tier_class(entry.entry).medium,
+                may_load=not entry.store_only,
+                may_store=not entry.load_only,
+                fills=entry.fill,
                 store_threshold=entry.store_threshold,
                 max_tracker_size=entry.max_tracker_size,
                 kv_events=entry.kv_events,
             )
             for index, entry in enumerate(self._entries)
-            for tier in [_open(entry, context)]
         ]
+
+
+def _guarded(entry: TierEntry, context: TierContext) -> GuardedTier:
+    """The tier, or what stands for it until it can be opened."""
+    opens = partial(_open, entry, context)
+    try:
+        return GuardedTier(entry.name, opens())
+    except TierConfigError as error:
+        if entry.is_required:
+            raise
+        logger.warning(
+            "tier %s cannot be used yet (%s); the engine starts without it, and looks for it again "
+            "and again",
+            entry.name,
+            error,
+        )
+    late = LateTier(entry.name, tier_class(entry.entry), opens)
+    late.guard = guard = GuardedTier(entry.name, late)
+    return guard
 
 
 def _open(entry: TierEntry, context: TierContext) -> SecondaryTier:

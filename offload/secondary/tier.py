@@ -38,6 +38,8 @@ class TierLink:
         deadline_s: `promotion_deadline_s`.
         clock: seconds, monotonic.
         medium: vLLM's word: "CPU", "STORAGE", or None for anything else.
+        may_load, may_store: whether its pages are looked for, and whether it is given any.
+        fills: whether the tiers before it are given what is found in it.
         store_threshold, max_tracker_size, kv_events: those of its entry in `secondary_tiers`.
     """
 
@@ -50,6 +52,9 @@ class TierLink:
         clock: Callable[[], float],
         *,
         medium: str | None = None,
+        may_load: bool = True,
+        may_store: bool = True,
+        fills: bool = True,
         store_threshold: int = 0,
         max_tracker_size: int = 64_000,
         kv_events: bool = True,
@@ -57,9 +62,13 @@ class TierLink:
         self.name = name
         self.tier = tier
         self.medium = medium
+        self.may_load, self.may_store = may_load, may_store
         self.kv_events = kv_events
         self.index = index
         self.bit = 1 << index  # in `Entry.offered`
+        # Of a page found here: tiers before this one do not have it; of those behind it nothing is
+        # known
+        self.found_here = ~(self.bit - 1) if fills else ~0
         self.breaker = CircuitBreaker(name, clock)
         self.trust = Trust()
         self.asked = ReuseCounter(store_threshold, max_tracker_size)

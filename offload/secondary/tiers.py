@@ -74,6 +74,10 @@ class TierJobs:
         layouts: page layout by group.
         promotion_deadline_s: a tier whose promotions make no progress for longer fails.
         clock: seconds, monotonic.
+
+    Attributes:
+        links: the tiers.
+        sources, sinks: those of them that pages are looked for in, and that are given pages.
     """
 
     def __init__(
@@ -100,7 +104,7 @@ class TierJobs:
         # (tier, kind, request) that failed since `results` was called last: the jobs of one
         # prefix that fail together are one failure
         self._blamed: set[tuple[TierLink, Operation, str]] = set()
-        self.links = tuple(self._open_tiers())
+        self._set_links(self._open_tiers())
 
     def __len__(self) -> int:
         return len(self._running)
@@ -236,10 +240,15 @@ class TierJobs:
     def reopen(self) -> None:
         """Open the tiers anew after `stop`; if that fails, go on without them."""
         try:
-            self.links = tuple(self._open_tiers())
+            self._set_links(self._open_tiers())
         except Exception:  # the engine goes on, whatever a medium does
             logger.exception("secondary tiers cannot be opened again: they are off")
-            self.links = ()
+            self._set_links(())
+
+    def _set_links(self, links: Sequence[TierLink]) -> None:
+        self.links = tuple(links)
+        self.sources = tuple(link for link in links if link.may_load)
+        self.sinks = tuple(link for link in links if link.may_store)
 
     def _bounded(self, verb: str, call: Callable[[TierLink, float], bool]) -> list[TierLink]:
         """Do something to every tier, healthy ones first; those that did not end in time."""

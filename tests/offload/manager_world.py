@@ -48,6 +48,7 @@ class World:
     weights_fixed: bool = True
     reopen: Callable[[], Sequence[SecondaryTier]] | None = None
     thresholds: Sequence[int] = ()  # of the tiers; 0 where there is none
+    ways: Mapping[int, Mapping[str, bool]] = field(default_factory=dict)  # see `TierLink`, by index
     weights_changed: Callable[[], bool] | None = None
     audited: bool = False
     ready: int | None = None  # slots that can be used by now; None: all
@@ -86,6 +87,7 @@ class World:
                 clock,
                 medium="STORAGE",
                 store_threshold=thresholds[index],
+                **self.ways.get(index, {}),
             )
             for index, tier in enumerate(tiers)
         ]

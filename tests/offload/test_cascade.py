@@ -515,3 +515,63 @@ def test_tiers_left_behind_are_forgotten_when_their_jobs_have_ended(
         tier.release()
     world.step(3)
     assert world.manager._jobs._left_behind == [] and world.manager.primary.free == 8
+
+
+# -- one way only -------------------------------------------------------------------
+
+
+def test_a_tier_that_is_only_loaded_from_is_given_nothing() -> None:
+    archive, disk = Recorder(*ITEMS[:2]), Recorder()
+    world = World([archive, disk], ways={0: {"may_store": False}})
+    request = world.request()
+    assert [world.lookup(item, request) for item in ITEMS[:2]] == [PENDING] * 2
+    world.step(2)
+    load(world, ITEMS[:2], request)
+    world.store(ITEMS[2:4], world.request("2"))
+    assert archive.given == [] and disk.given == [KEYS[2:4]]
+
+
+def test_a_tier_that_is_only_stored_to_is_not_asked() -> None:
+    archive, disk = Recorder(*ITEMS[:1]), Recorder()
+    world = World([archive, disk], ways={0: {"may_load": False}})
+    assert world.lookup(ITEMS[0], world.request()) is MISS
+    world.store(ITEMS[1:2], world.request("2"))
+    assert archive.given == disk.given == [KEYS[1:2]]
+
+
+def test_what_is_found_far_away_may_stay_there() -> None:
+    near, far = Recorder(), Recorder(*ITEMS[:1])
+    world = World([near, far], ways={1: {"fills": False}})
+    request = world.request()
+    assert world.lookup(ITEMS[0], request) is PENDING
+    world.step(2)
+    load(world, ITEMS[:1], request)
+    assert near.given == far.given == []
+
+
+def test_a_tier_that_is_only_loaded_from_is_tried_again_after_it_failed() -> None:
+    failing = True
+    archive = Recorder(*ITEMS)
+    faulty = FaultyTier(archive, lambda op, key: "io-error" if op == "load" and failing else None)
+    world = World([faulty], ways={0: {"may_store": False}})
+    (link,) = world.manager.links
+    for number in range(FAILURES_TO_OPEN):
+        assert link.breaker.closed
+        assert world.lookup(ITEMS[number], world.request(f"{number}")) is PENDING
+        world.step(2)
+    assert not link.breaker.closed
+    assert world.lookup(ITEMS[4], world.request("out")) is MISS
+    world.now += FIRST_BACKOFF_S
+    world.step(1)
+    assert link.breaker.closed, "on trial"
+    assert world.lookup(ITEMS[4], world.request("trial")) is PENDING
+    world.step(2)
+    assert not link.breaker.closed, "at once"
+    failing = False
+    world.now += 2 * FIRST_BACKOFF_S
+    world.step(1)
+    request = world.request("well")
+    assert world.lookup(ITEMS[4], request) is PENDING
+    world.step(2)
+    load(world, ITEMS[4:5], request)
+    assert link.breaker.closed and archive.given == []

@@ -63,6 +63,12 @@ def test_directories_are_named_with_their_tier(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_what_is_not_required_is_not_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    entry = {"type": "fs", "root_dir": str(tmp_path / "file"), "required": False}
+    check_here(parse_config({"cpu_bytes_to_use": 2**20, "secondary_tiers": [entry]}))
+
+
 def test_directories_that_links_make_one(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").symlink_to(tmp_path / "a")
