@@ -280,19 +280,24 @@ class PageFiles(Medium):
 
     def _enter(self, directory: str) -> int:
         """A descriptor of the directory; where it is missing, it is made first."""
-        fsync = self._config.durability == "fsync" and not nofollow.lexists(directory)
+        with suppress(FileNotFoundError):
+            return nofollow.open(directory, os.O_PATH | os.O_DIRECTORY)
         root, mode = self.paths.pages, self._config.dir_mode
         try:
-            leaf = nofollow.enter(directory, root, mode)
+            leaf = nofollow.make(directory, root, mode)
         except FileNotFoundError:  # the namespace is gone, or eviction took the parent again
             if self._ground is not None:
                 self._ground.restore()
             make_namespace(self.paths, self._fields, self._config.file_mode, mode)
-            leaf = nofollow.enter(directory, root, mode)
-        if fsync:
-            with suppress(FileNotFoundError):
-                for parent in (os.path.dirname(directory), root, self.paths.root):
-                    _fsync_directory(parent)
+            leaf = nofollow.make(directory, root, mode)
+        try:
+            if self._config.durability == "fsync":
+                with suppress(FileNotFoundError):
+                    for parent in (os.path.dirname(directory), root, self.paths.root):
+                        _fsync_directory(parent)
+        except BaseException:
+            os.close(leaf)
+            raise
         return leaf
 
     def _open_spare(self, spare: str, place: int, size: int) -> int | None:

@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from kvstrata.tiers.base import Lookup
 from kvstrata.tiers.fs import page_files as files_module
 from kvstrata.tiers.fs import startup as startup_module
 from kvstrata.tiers.fs.config import FsConfig
+from kvstrata.tiers.fs.files import nofollow
 from kvstrata.tiers.fs.files.layout import NamespacePaths
 from kvstrata.tiers.fs.ground import Ground
 from kvstrata.tiers.fs.page_files import PageFiles
@@ -224,6 +226,53 @@ def test_fsync_comes_before_the_name(
         *["000", home, "root", "page", "rename", "00_g0"],  # with the new directories
         *["page", "rename", "00_g0"],
     ]
+
+
+def test_a_directory_that_cannot_be_synced_stays_open_nowhere(
+    root: Path, paths: NamespacePaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = FsConfig(str(root), durability="fsync")
+    open_namespace(make_root(config), paths, CONTEXT.namespace)
+    files = PageFiles(config, CONTEXT, paths, False, lambda cause, detail: None)
+
+    def fail(fd: int) -> None:
+        raise OSError(errno.EIO, "broken")
+
+    def open_below_root() -> list[str]:
+        fds = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+        return [fd for fd in fds if os.path.realpath(fd).startswith(str(root))]
+
+    monkeypatch.setattr(files_module.os, "fsync", fail)
+    found = files.store(PageRef(KEY), memoryview(bytearray(PAGE[KEY])), 0)
+    assert found.cause == "io-error" and not open_below_root()
+
+
+def test_a_directory_that_eviction_took_is_synced_when_it_is_made_again(
+    root: Path, paths: NamespacePaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = FsConfig(str(root), durability="fsync")
+    open_namespace(make_root(config), paths, CONTEXT.namespace)
+    files = PageFiles(config, CONTEXT, paths, False, lambda cause, detail: None)
+    leaf = os.path.dirname(paths.page(KEY))
+    os.makedirs(leaf)
+    synced: list[str] = []
+    fsync, really_open = os.fsync, nofollow.open
+
+    def evict_before(path: str, flags: int, *more: int, **others: int) -> int:
+        if path == leaf and flags & os.O_DIRECTORY and not synced:
+            with suppress(FileNotFoundError):
+                os.rmdir(leaf)
+        return really_open(path, flags, *more, **others)
+
+    def note_fsync(fd: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+        fsync(fd)
+
+    monkeypatch.setattr(files_module.os, "fsync", note_fsync)
+    monkeypatch.setattr(nofollow, "open", evict_before)
+    view = memoryview(bytearray(PAGE[KEY]))
+    assert files.store(PageRef(KEY), view, 0) == Outcome(moved=True)
+    assert {os.path.dirname(leaf), leaf} <= set(synced)
 
 
 def test_a_view_that_cannot_be_written(root: Path, paths: NamespacePaths) -> None:

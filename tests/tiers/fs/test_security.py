@@ -228,6 +228,8 @@ def test_operations_follow_no_link(tmp_path: Path) -> None:
         lambda: nofollow.rename(f"{way}/file", f"{inside}/new"),
         lambda: nofollow.mkdir(f"{way}/new", 0o700),
         lambda: nofollow.make_directories(f"{way}/new/newer", str(inside), 0o700),
+        lambda: nofollow.enter(f"{way}/new/newer", str(inside), 0o700),
+        lambda: nofollow.make(f"{way}/new", str(inside), 0o700),
         lambda: nofollow.listdir(way),
         lambda: nofollow.scandir(way).__enter__(),
         lambda: nofollow.directory(way).__enter__(),

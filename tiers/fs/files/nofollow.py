@@ -157,16 +157,17 @@ def enter(path: str, root: str, mode: int) -> int:
     try:
         return open(path, _DIRECTORY)
     except FileNotFoundError:
-        above, _, name = path.rpartition("/")
-        if path == root:
+        if not path.startswith(f"{root}/"):
             raise
-    fd = enter(above, root, mode)
-    try:
+    return make(path, root, mode)
+
+
+def make(path: str, root: str, mode: int) -> int:
+    """`enter` for a directory that was not there a moment ago."""
+    with _above(path, root, mode) as (fd, name):
         with suppress(FileExistsError):
             _make(name, mode, fd)
         return open(name, _DIRECTORY, dir_fd=fd)
-    finally:
-        os.close(fd)
 
 
 def make_directories(path: str, root: str, mode: int) -> None:
@@ -175,13 +176,8 @@ def make_directories(path: str, root: str, mode: int) -> None:
     Raises:
         OSError: as `enter`.
     """
-    above, _, name = path.rpartition("/")
-    fd = enter(above, root, mode)
-    try:
-        with suppress(FileExistsError):
-            _make(name, mode, fd)
-    finally:
-        os.close(fd)
+    with _above(path, root, mode) as (fd, name), suppress(FileExistsError):
+        _make(name, mode, fd)
 
 
 def listdir(path: str) -> list[str]:
@@ -200,6 +196,20 @@ def scandir(path: str) -> Iterator[Iterator[os.DirEntry[str]]]:
     try:
         with os.scandir(fd) as entries:
             yield entries
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _above(path: str, root: str, mode: int) -> Iterator[tuple[int, str]]:
+    """`parent`, entered; what fails inside names the whole path."""
+    above, _, name = path.rpartition("/")
+    fd = enter(above, root, mode)
+    try:
+        yield fd, name
+    except OSError as error:
+        error.filename = path
+        raise
     finally:
         os.close(fd)
 
