@@ -20,7 +20,8 @@ BLOCK = 4096  # bytes: what ext4, XFS and tmpfs allocate in
 _MOST_BYTES = 2**40
 
 # Shares of the limit. The gap must hold what is stored while the keeper sleeps (50 ms: at
-# 2 GB/s 100 MB, 2 % of 5 GB) and what is evicted at once must stay a small part of the cache.
+# 2 GB/s 100 MB, 2 % of 5 GB) and what is evicted at once must stay a small part of the cache. The
+# first stores after a rest may have to wait for a keeper elsewhere: it looks four times a second.
 HIGH, LOW = Fraction(98, 100), Fraction(96, 100)
 _LIMIT = Fraction(1)
 
@@ -146,8 +147,8 @@ class Usage(NamedTuple):
 def spares_wanted(usage: Usage) -> int:
     """Bytes of victims to be claimed ahead of the stores that will overwrite them.
 
-    The keeper looks every 50 ms, so 64 MiB feed 1.3 GB/s, also where it cannot be woken; in a
-    small budget they are at most 5 % of what is there.
+    While somebody stores the keeper looks every 50 ms, so 64 MiB feed 1.3 GB/s, also where it
+    cannot be woken; in a small budget they are at most 5 % of what is there.
     """
     return min(_AHEAD_BYTES, usage.nbytes // 20)
 

@@ -24,7 +24,7 @@ from kvstrata.tiers.process.failures import Failures
 from kvstrata.tiers.process.medium import News
 
 _POLL_S = 0.02
-_STUCK_S = 15.0  # without any progress; another member's keeper looks every 50 ms
+_STUCK_S = 15.0  # without any progress; another member's keeper looks four times a second
 _USES = (Op.STORED, Op.USED, Op.PROMISED)
 
 
