@@ -87,6 +87,8 @@ def test_killed_writers_leave_nothing_bad(
         if attempt >= least and left_behind:
             break
         writer, pids = start_writer(root, rounds=10**6)
+        if attempt % 4 == 0:  # on a busy machine it may take long until something is written
+            wait_until(lambda: temporaries(root))
         time.sleep(random.uniform(0.0, 0.05))
         if attempt % 4 == 3:  # what sleeps cannot see the engine go
             os.kill(pids[1], signal.SIGSTOP)
@@ -103,6 +105,7 @@ def test_killed_writers_leave_nothing_bad(
             tier = open_tier()
             check_pages(*load(tier, KEYS))
             wait_until(lambda: not temporaries(root))
+            assert tier.shutdown(60.0)
     assert left_behind > 0, "no writer was killed while it wrote: the test saw nothing"
 
 
