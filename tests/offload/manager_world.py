@@ -48,12 +48,12 @@ class World:
     weights_fixed: bool = True
     reopen: Callable[[], Sequence[SecondaryTier]] | None = None
     thresholds: Sequence[int] = ()  # of the tiers; 0 where there is none
-    ways: Mapping[int, Mapping[str, bool]] = field(default_factory=dict)  # see `TierLink`, by index
     weights_changed: Callable[[], bool] | None = None
     audited: bool = False
     ready: int | None = None  # slots that can be used by now; None: all
     epoch: int = 0  # of what the GPU computes
     layouts: Mapping[int, PageLayout] = field(default_factory=lambda: LAYOUTS)
+    ways: Mapping[int, Mapping[str, bool]] = field(default_factory=dict)  # see `TierLink`, by index
 
     def __post_init__(self) -> None:
         self.memory = [bytearray(b"\xee" * PAGE) for _ in range(self.slots)]

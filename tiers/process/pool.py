@@ -10,6 +10,9 @@ from queue import SimpleQueue
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+# Of what goes first, before one of the others that wait: they come to their turn, if slowly, so
+# that one which does not end hangs, and does not only wait.
+_MOST_AHEAD = 8
 logger = logging.getLogger("kvstrata.tiers.process")
 
 
@@ -30,6 +33,7 @@ class Pool(Generic[T]):
         self._threads = threads
         self._idle = threading.Condition(self._lock)
         self._running = 0
+        self._ahead = 0  # work of the own kind that was begun while the other waited
         self._closed = False
         for index in range(threads):
             # daemon: a thread that hangs in the medium must not keep the process
@@ -74,7 +78,12 @@ class Pool(Generic[T]):
             with self._lock:
                 if self._closed and not self._writes:
                     return
-                work = own.popleft() if own else other.popleft()
+                if own and (not other or self._ahead < _MOST_AHEAD):
+                    work = own.popleft()
+                    self._ahead += bool(other)
+                else:
+                    work = other.popleft()
+                    self._ahead = 0
                 self._running += 1
             try:
                 self._run(work)

@@ -364,12 +364,12 @@ class IoProcesses:
         del running.sent[done.task_id]
         running.progress = self._clock
         running.proven = True
-        # Tasks of a queue start in order, so those sent before this one must be running.
-        write = task.kind in WRITES
+        # Tasks of a kind start in order, and those of the other not much later (see `Pool`), so
+        # those sent before this one must be running.
         for task_id, sent in running.sent.items():
             if task_id > done.task_id:
                 break
-            if sent.running_since is None and (sent.task.kind in WRITES) == write:
+            if sent.running_since is None:
                 sent.running_since = self._clock
         self._ended.append(Ended(task, outcomes, done.start, done.end))
 

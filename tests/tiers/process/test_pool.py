@@ -101,3 +101,17 @@ def test_a_task_that_raises_does_not_cost_a_thread() -> None:
     assert pool.wait_idle(60.0)
     assert log == ["good"]
     pool.close(end_writes=False)
+
+
+@pytest.mark.parametrize(("reads_first", "first", "second"), [(True, "r", "w"), (False, "w", "r")])
+def test_what_it_does_not_prefer_comes_to_its_turn(
+    reads_first: bool, first: str, second: str
+) -> None:
+    pool, gate = blocked_pool(1, reads_first)
+    log: list[str] = []
+    submit(pool, first, 20, log)
+    submit(pool, second, 2, log)
+    gate.set()
+    assert pool.wait_idle(60.0)
+    assert [log.index(f"{second}{index}") for index in range(2)] == [8, 17]
+    pool.close(end_writes=False)
