@@ -33,9 +33,16 @@ def is_worthwhile(namespace: Mapping[str, Any]) -> bool:
 
 
 def leave_family() -> None:
-    """Go on as a child of this process, which ends: it descends from the engine no more."""
+    """Go on as a child of this process, and once it has ended: nothing descends from the engine.
+
+    With its end the group has no parent, and what is stopped in it then, the kernel continues
+    (exit(3)).
+    """
+    family = os.getpid()
     if os.fork():
         os._exit(0)
+    while os.getppid() == family:
+        time.sleep(0.001)
 
 
 def end_on_the_second_signal() -> None:
