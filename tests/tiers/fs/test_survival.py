@@ -225,3 +225,22 @@ def test_files_that_nobody_could_read_are_not_written(
         killed.process.kill()  # what descends from it goes with it
         killed.process.wait()
         wait_until(killed.gone)
+
+
+def test_it_goes_on_once_its_family_is_left() -> None:
+    """However long the process in between takes to end."""
+    slow = textwrap.dedent("""
+        import os, time
+        from kvstrata.tiers.process.survival import leave_family
+        fork, family = os.fork, os.getpid()
+        def fork_slowly():
+            child = fork()
+            time.sleep(0.3 if child else 0.0)
+            return child
+        os.fork = fork_slowly
+        leave_family()
+        print(family, os.getppid())
+    """)
+    ran = subprocess.run([sys.executable, "-c", slow], capture_output=True, text=True, check=True)
+    family, parent = ran.stdout.split()
+    assert parent != family
