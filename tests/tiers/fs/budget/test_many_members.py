@@ -27,6 +27,7 @@ from tests.tiers.fs.budget.harness import disk_usage, rest
 from tests.waiting import wait_until
 
 REPOSITORY = Path(__file__).parents[4]
+PATIENT = Path(__file__).with_name("patient_worker.py")
 SIZE = CONTEXT.layouts[2].nbytes
 BUDGET = 150 * file_cost(SIZE + 4096)
 
@@ -35,8 +36,11 @@ SERVER = textwrap.dedent("""
     import json, os, random, sys
     from collections import Counter
     from kvstrata.tiers.fs.tier import FsTier
+    from kvstrata.tiers.process import process
     from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key, store
-    root, seed, steps, budget = sys.argv[1], *map(int, sys.argv[2:])
+    root, seed, steps, budget = sys.argv[1], *map(int, sys.argv[2:5])
+    if worker := sys.argv[5:]:
+        process.COMMAND = (sys.executable, "-P", *worker)
     chance, causes = random.Random(seed), Counter()
     tier = FsTier(
         {"root_dir": root, "n_read_threads": 1, "n_write_threads": 2, "max_bytes": budget,
@@ -80,8 +84,8 @@ LONER = textwrap.dedent("""
 """)
 
 
-def start(root: Path, seed: int, steps: int = 10**9) -> subprocess.Popen[bytes]:
-    return launch(SERVER, root, seed, steps, BUDGET)
+def start(root: Path, seed: int, steps: int = 10**9, *worker: Path) -> subprocess.Popen[bytes]:
+    return launch(SERVER, root, seed, steps, BUDGET, *worker)
 
 
 def launch(script: str, *arguments: object) -> subprocess.Popen[bytes]:
@@ -139,7 +143,7 @@ def test_servers_stay_within_the_budget(
     place = disk("64m")
     root = place / "kv"
     with most_used(place) as most:
-        servers = [start(root, seed, steps) for seed in range(count)]
+        servers = [start(root, seed, steps, PATIENT) for seed in range(count)]
         found = [report(server) for server in servers]
     assert BUDGET // 2 < most[0] <= BUDGET
     allowed = {"stored", "loaded", "load: missing", "load: checksum", "load: key", "store: budget"}
