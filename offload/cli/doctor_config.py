@@ -8,9 +8,10 @@ from typing import Any
 
 from kvstrata.offload.cli.doctor import OK, PROBLEM, WARNING, Check, check_memory, check_storage
 from kvstrata.offload.config.offload_config import OffloadConfig, parse_config
-from kvstrata.offload.config.precheck import SHM, check_size
+from kvstrata.offload.config.precheck import check_size
 from kvstrata.offload.vllm_plugin.engine.early_check import SPEC_NAME
 from kvstrata.offload.vllm_plugin.entry_point import SPEC_MODULE
+from kvstrata.tiers.disk import SHM
 from kvstrata.tiers.options import ConfigError, format_bytes
 
 _INNER = "kv_connector_extra_config"

@@ -32,7 +32,7 @@ import numpy as np
 
 from kvstrata.offload.primary.progress import Progress
 from kvstrata.tiers.base import PageRegion
-from kvstrata.tiers.disk import disk_at
+from kvstrata.tiers.disk import SHM, available_memory, disk_at
 from kvstrata.tiers.options import format_bytes
 
 ALIGNMENT = 4096  # of slots and of the first slot; the unit of O_DIRECT
@@ -41,7 +41,6 @@ HEADER_TEXT_BYTES = 1 << 20
 _MAGIC = b"kvstrat1"
 _PREFIX = struct.Struct("<8sQ")
 _CACHE_LINE = 64
-_SHM = Path("/dev/shm")
 _MADV_POPULATE_WRITE = 23  # since Linux 5.14, on every architecture; madvise(2)
 
 # Not mmap.madvise: that holds the interpreter's lock until all is done.
@@ -180,13 +179,13 @@ class Region:
             self._fd = -1
 
 
-def region_path(engine_id: str, directory: Path = _SHM) -> Path:
+def region_path(engine_id: str, directory: Path = SHM) -> Path:
     """The region's name for an engine of this user."""
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", engine_id)
     return directory / f"kvstrata_{os.getuid()}_{safe}"
 
 
-def create_region(engine_id: str, fields: Mapping[str, Any], *, directory: Path = _SHM) -> Region:
+def create_region(engine_id: str, fields: Mapping[str, Any], *, directory: Path = SHM) -> Region:
     """Create the engine's region (rank 0). Its slots have no memory yet.
 
     Args:
@@ -222,7 +221,7 @@ def create_region(engine_id: str, fields: Mapping[str, Any], *, directory: Path 
         raise RegionError(f"cannot create {path}: {error}") from error
 
 
-def open_region(engine_id: str, directory: Path = _SHM) -> Region:
+def open_region(engine_id: str, directory: Path = SHM) -> Region:
     """Open the region that rank 0 created.
 
     Raises:
@@ -322,26 +321,3 @@ def _too_small(what: object, size: int, space: int | None, more: str = "") -> st
         f"the CPU tier needs {more}{format_bytes(size)} of {what} but {have} free{missing}: "
         "lower cpu_bytes_to_use or make it larger (containers: --shm-size)"
     )
-
-
-def available_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes this process may still take: the least of the machine's and the cgroup's."""
-    meminfo = _numbers(proc / "meminfo")
-    bounds = [meminfo["MemAvailable:"] * 1024]
-    for folder, limit, used, prefix in (
-        (cgroup, "memory.max", "memory.current", ""),  # version 2
-        (cgroup / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),  # 1
-    ):
-        with contextlib.suppress(OSError, ValueError):  # no such file; the limit is "max"
-            free = int((folder / limit).read_text()) - int((folder / used).read_text())
-            # The kernel gives up cached files, such as weights just read, before it refuses.
-            stat = _numbers(folder / "memory.stat")
-            cached = (stat.get(f"{prefix}{name}_file", 0) for name in ("active", "inactive"))
-            bounds.append(free + sum(cached))
-    return min(bounds)
-
-
-def _numbers(path: Path) -> dict[str, int]:
-    """The lines `name number ...` of a file of the kernel's."""
-    lines = (line.split() for line in path.read_text().splitlines())
-    return {words[0]: int(words[1]) for words in lines}

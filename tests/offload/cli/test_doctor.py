@@ -18,7 +18,6 @@ from typer.testing import CliRunner
 from kvstrata.offload.cli import doctor
 from kvstrata.offload.cli.doctor import OK, PROBLEM, WARNING, Gpus
 from kvstrata.offload.cli.main import app
-from kvstrata.offload.primary import region
 from kvstrata.tiers.fs.files import direct_io
 from kvstrata.tiers.options import format_bytes
 
@@ -185,7 +184,7 @@ def test_memory(
 ) -> None:
     statvfs = SimpleNamespace(f_frsize=4096, f_bavail=free // 4096, f_blocks=16 * GIB // 4096)
     monkeypatch.setattr(os, "statvfs", lambda path: statvfs)
-    monkeypatch.setattr(region, "available_memory", lambda: memory)
+    monkeypatch.setattr(doctor, "available_memory", lambda: memory)
     checks = list(doctor.check_memory(Path("/dev/shm")))
     assert [check.status for check in checks] == statuses
     assert checks[0].found.endswith(" free of 16.0 GiB in /dev/shm")
@@ -196,7 +195,7 @@ def test_shared_memory_without_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """It reports no blocks at all, which is not that none are free."""
     statvfs = SimpleNamespace(f_frsize=4096, f_bavail=0, f_blocks=0)
     monkeypatch.setattr(os, "statvfs", lambda path: statvfs)
-    monkeypatch.setattr(region, "available_memory", lambda: 4 * GIB)
+    monkeypatch.setattr(doctor, "available_memory", lambda: 4 * GIB)
     shared, memory = doctor.check_memory(Path("/dev/shm"))
     assert (shared.status, shared.found) == (OK, "/dev/shm without a limit of its own")
     assert memory.meaning == "cpu_bytes_to_use can be at most 4.0 GiB now"
@@ -343,27 +342,6 @@ def test_files_in_memory_are_lost(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert ("file system", WARNING) in statuses_of(tmp_path)
     monkeypatch.setattr(doctor, "file_system", lambda path: "xfs")
     assert ("file system", OK) in statuses_of(tmp_path)
-
-
-def test_file_system(tmp_path: Path) -> None:
-    mounts = tmp_path / "mountinfo"
-    (tmp_path / "a b").mkdir()
-    (tmp_path / "link").symlink_to("a b")
-    here = str(tmp_path)
-    lines = [
-        "21 1 8:1 / / rw - ext4 /dev/sda rw",
-        f"22 21 8:2 / {here} rw shared:1 master:2 - tmpfs tmpfs rw",
-        f"23 21 8:2 / {here} rw - xfs /dev/sdb rw",  # mounted over the other
-        f"24 21 8:3 / {here}/a\\040b rw - nfs4 server:/x rw",
-    ]
-    mounts.write_text("\n".join(lines))
-    found = [
-        doctor.file_system(path, mounts)
-        for path in ("/", f"{here}x", here, f"{here}/a", f"{here}/a b", f"{here}/link/c")
-    ]
-    assert found == ["ext4", "ext4", "xfs", "xfs", "nfs4", "nfs4"]
-    assert doctor.file_system("/", tmp_path / "absent") == "unknown"
-    assert doctor.file_system("/proc") == "proc"
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,6 @@ from kvstrata.offload.primary.region import (
     HEADER_TEXT_BYTES,
     Region,
     RegionError,
-    available_memory,
     count_slots,
     create_region,
     open_region,
@@ -549,48 +548,3 @@ def test_more_than_the_machine_has(shm: Path) -> None:
     with pytest.raises(RegionError, match="are missing"):
         create(shm, slots=slots, slot_bytes=MIB, workers=1)
     assert names(shm) == []
-
-
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({}, 1000 * 1024),
-        ({"memory.max": "max", "memory.current": "5"}, 1000 * 1024),
-        (
-            {
-                "memory.max": "900000",
-                "memory.current": "800000",
-                "memory.stat": "anon 700000\nfile 100000\nactive_file 20000\ninactive_file 30000\n",
-            },
-            150_000,
-        ),
-        (
-            {
-                "memory/memory.limit_in_bytes": "900000",
-                "memory/memory.usage_in_bytes": "800000",
-                "memory/memory.stat": "active_file 1\ntotal_active_file 7\ntotal_inactive_file 9\n",
-            },
-            100_016,
-        ),
-        (
-            {
-                "memory/memory.limit_in_bytes": "9223372036854771712",
-                "memory/memory.usage_in_bytes": "800000",
-                "memory/memory.stat": "",
-            },
-            1000 * 1024,
-        ),
-    ],
-    ids=["no-cgroup", "v2-no-limit", "v2", "v1", "v1-no-limit"],
-)
-def test_available_memory(files: dict[str, str], expected: int, tmp_path: Path) -> None:
-    (tmp_path / "meminfo").write_text("MemTotal: 5000 kB\nMemFree: 10 kB\nMemAvailable: 1000 kB\n")
-    cgroup = tmp_path / "cgroup"
-    (cgroup / "memory").mkdir(parents=True)
-    for name, text in files.items():
-        (cgroup / name).write_text(text)
-    assert available_memory(tmp_path, cgroup) == expected
-
-
-def test_available_memory_here() -> None:
-    assert 0 < available_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
