@@ -29,6 +29,7 @@ ENTRY_POINT_GROUP = "kvstrata.tiers"
 BUILT_IN: Mapping[str, str] = {
     "fs": "kvstrata.tiers.fs.tier:FsTier",
     "memory": "kvstrata.tiers.memory:MemoryTier",
+    "pool": "kvstrata.tiers.pool.tier:PoolTier",
 }
 
 # What people call the files of a directory, in letters.
@@ -59,7 +60,10 @@ class TierEntry:
     name: str
     entry: Mapping[str, Any]
     type: InitVar[Any] = option(
-        parse_any, "`fs`, `memory`, one of an installed package, or a class", None, shown="required"
+        parse_any,
+        "`fs`, `pool`, `memory`, one of an installed package, or a class",
+        None,
+        shown="required",
     )
     module_path: InitVar[Any] = option(parse_any, "the module of the class that `type` names", None)
     store_threshold: int = option(

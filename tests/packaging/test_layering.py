@@ -17,7 +17,7 @@ FOLDERS = ("kernels", "offload", "tiers")
 # without that name before them.
 _NOT_OF_OFFLOAD = "vllm kernels offload.cli offload.vllm_plugin"
 _DECISIONS = "offload.manager offload.lookup offload.promotion offload.cascade"
-_MEDIA = "tiers.process tiers.fs tiers.page"
+_MEDIA = "tiers.process tiers.fs tiers.page tiers.pool"
 FORBIDDEN: Mapping[str, str] = {
     "kernels/**/*.py": "vllm offload tiers",
     # what moves does not depend on the form that moves it
@@ -39,15 +39,17 @@ FORBIDDEN: Mapping[str, str] = {
     # the command line knows roots and configurations, and no engine
     "offload/cli/*.py": (
         f"vllm kernels offload.vllm_plugin {_DECISIONS} offload.audit offload.request "
-        "offload.secondary tiers.process tiers.fs.tier tiers.fs.medium"
+        "offload.secondary tiers.process tiers.fs.tier tiers.fs.medium tiers.pool.tier"
     ),
-    "offload/vllm_plugin/**/*.py": "offload.cli tiers.process tiers.fs",
+    "offload/vllm_plugin/**/*.py": "offload.cli tiers.process tiers.fs tiers.pool",
     "tiers/**/*.py": "torch triton vllm kernels offload",
     # the contract and what goes with it know no medium
     "tiers/*.py": _MEDIA,
-    "tiers/page/*.py": "tiers.process tiers.fs",
+    "tiers/page/*.py": "tiers.process tiers.fs tiers.pool",
     # what runs any medium knows none
-    "tiers/process/*.py": "tiers.fs",
+    "tiers/process/*.py": "tiers.fs tiers.pool",
+    # files know no pool, which is made of them
+    "tiers/fs/**/*.py": "tiers.pool",
     "tiers/fs/files/*.py": (
         "tiers.process tiers.fs.budget tiers.fs.tools tiers.fs.tier tiers.fs.medium "
         "tiers.fs.page_files tiers.fs.startup"
@@ -56,6 +58,7 @@ FORBIDDEN: Mapping[str, str] = {
         "tiers.process tiers.fs.tools tiers.fs.tier tiers.fs.medium tiers.fs.page_files "
         "tiers.fs.startup"
     ),
+    "tiers/pool/*.py": "tiers.process tiers.fs.medium tiers.fs.page_files",
     # what the command line does to a root needs no engine and no I/O process
     "tiers/fs/tools/*.py": "tiers.process tiers.fs.tier tiers.fs.medium tiers.fs.page_files",
 }
@@ -273,6 +276,7 @@ def test_importing_a_folder_loads_no_banned_package(
     ("module", "banned"),
     [
         ("tiers.fs.tier", ("tiers.fs.budget.keeper", "tiers.fs.budget.member", "tiers.fs.tools")),
+        ("tiers.pool.tier", ("tiers.fs.budget.keeper", "tiers.fs.budget.member", "tiers.fs.tools")),
         ("tiers.fs.tools.repair", ("tiers.process.worker", "tiers.process.supervisor")),
         ("tiers.fs.tools.trim", ("tiers.process.worker", "tiers.process.supervisor")),
     ],

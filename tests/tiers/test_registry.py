@@ -8,6 +8,7 @@ from kvstrata.tiers import registry
 from kvstrata.tiers.base import TierConfigError
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.memory import MemoryTier
+from kvstrata.tiers.pool.tier import PoolTier
 from kvstrata.tiers.registry import BUILT_IN, tier_class, tier_options
 
 TIER = """
@@ -31,7 +32,8 @@ def foreign_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_built_in_types() -> None:
     assert tier_class({"type": "memory"}) is MemoryTier
     assert tier_class({"type": "fs", "root_dir": "/x"}) is FsTier
-    assert set(BUILT_IN) == {"memory", "fs"}
+    assert tier_class({"type": "pool", "name": "x"}) is PoolTier
+    assert set(BUILT_IN) == {"memory", "fs", "pool"}
 
 
 def test_class_by_module_path(foreign_module: str) -> None:
@@ -44,7 +46,7 @@ def test_class_by_entry_point(foreign_module: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(registry, "entry_points", lambda **k: EntryPoints([point]).select(**k))
     assert tier_class({"type": "mine"}).__name__ == "Mine"
     with pytest.raises(
-        TierConfigError, match=r"did you mean 'mine'.*known types: fs, memory, mine"
+        TierConfigError, match=r"did you mean 'mine'.*known types: fs, memory, mine, pool"
     ):
         tier_class({"type": "mina"})
 

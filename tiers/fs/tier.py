@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from kvstrata.tiers.base import TierConfigError, TierContext
 from kvstrata.tiers.fs.budget.stamps import first_access
@@ -28,7 +28,7 @@ class FsTier(ProcessTier):
     """Pages as files below the directories in `root_dir`; for the options see `FsConfig`."""
 
     medium = "STORAGE"
-    Options = FsConfig
+    Options: ClassVar[type[Any]] = FsConfig
     name = "fs"
     rejects = True
     page_causes = ProcessTier.page_causes | {
@@ -36,18 +36,27 @@ class FsTier(ProcessTier):
     }
 
     @classmethod
+    def configs(cls, options: Mapping[str, Any]) -> tuple[FsConfig, ...]:
+        """The options, checked, of each root directory.
+
+        Raises:
+            TierConfigError: naming the key, the value and the remedy.
+        """
+        return FsConfig.parse(options)
+
+    @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:
         """See `SecondaryTier.check_options`."""
-        FsConfig.parse(options)
+        cls.configs(options)
 
     @classmethod
     def directories(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
         """See `SecondaryTier.directories`."""
-        return tuple(config.root_dir for config in FsConfig.parse(options))
+        return tuple(config.root_dir for config in cls.configs(options))
 
     def __init__(self, options: Mapping[str, Any], context: TierContext) -> None:
         """See `SecondaryTier.__init__`."""
-        configs = FsConfig.parse(options)
+        configs = self.configs(options)
         opened: dict[str, Opened] = {}
         for config in configs:
             try:

@@ -1,0 +1,147 @@
+"""Where pools lie, and whether one can be there: a directory of this user's in shared memory."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import closing, suppress
+
+from kvstrata.tiers.base import PageRegion, TierConfigError
+from kvstrata.tiers.disk import SHM, available_memory, disk_at, file_system
+from kvstrata.tiers.fs.budget.ledger import Ledger
+from kvstrata.tiers.fs.budget.limits import default_floor
+from kvstrata.tiers.fs.files import nofollow
+from kvstrata.tiers.fs.refusals import refusal
+from kvstrata.tiers.options import WrongValue, format_bytes
+
+FILE_MODE, DIR_MODE = 0o600, 0o700
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def parse_name(key: str, value: object) -> str:
+    """A name that is a plain file name everywhere.
+
+    Raises:
+        TierConfigError: it is not.
+    """
+    if not isinstance(value, str) or not _NAME.fullmatch(value):
+        raise WrongValue(
+            key,
+            value,
+            'a plain file name, for example "node": at most 64 letters, digits, ".", "_" and "-", '
+            "of which the first is a letter or a digit",
+        )
+    return value
+
+
+def pool_path(name: str) -> str:
+    """The directory of this user's pool of that name, without links on the way."""
+    return f"{_prefix()}{name}"
+
+
+def pool_names() -> list[str]:
+    """The names of this user's pools.
+
+    Raises:
+        OSError: shared memory cannot be looked at.
+    """
+    prefix = os.path.basename(_prefix())
+    found = (entry.removeprefix(prefix) for entry in os.listdir(SHM) if entry.startswith(prefix))
+    return sorted(name for name in found if _NAME.fullmatch(name))
+
+
+def make_pool(name: str) -> str:
+    """Make the pool's directory where it is missing; its path.
+
+    Raises:
+        TierConfigError: shared memory is none, or what is there is not this user's alone.
+    """
+    if not os.path.isdir(SHM) or file_system(str(SHM)) not in ("tmpfs", "unknown"):
+        wrong = "is no tmpfs" if os.path.isdir(SHM) else "is missing"
+        raise TierConfigError(
+            f"type: 'pool' keeps its pages in {SHM}, which {wrong}: mount a tmpfs there, or use "
+            "the fs tier"
+        )
+    path = pool_path(name)
+    try:
+        with suppress(FileExistsError):
+            nofollow.mkdir(path, DIR_MODE)
+        why = wrong_owner(os.lstat(path))
+    except OSError as error:
+        raise TierConfigError(f"name: {name!r}: {path!r} {refusal(path, error)}") from error
+    if why:
+        raise TierConfigError(f"name: {name!r}: {path!r} {why}")
+    return path
+
+
+def wrong_owner(found: os.stat_result) -> str:
+    """Why what was found is no pool of this user's alone, and the remedy; else nothing."""
+    another = "remove it, or give another name"
+    if stat.S_ISLNK(found.st_mode):
+        return f"is a symbolic link, which may lead anywhere; {another}"
+    if not stat.S_ISDIR(found.st_mode):
+        return f"is not a directory; {another}"
+    if found.st_uid != os.geteuid():
+        return f"belongs to user {found.st_uid}, and not to this one ({os.geteuid()}); {another}"
+    mode = stat.S_IMODE(found.st_mode) & 0o777
+    if mode != DIR_MODE:
+        return f"has mode {mode:04o}, so others may come in; chmod {DIR_MODE:o} it, or {another}"
+    return ""
+
+
+def check_fit(path: str, max_bytes: int, region: PageRegion | None) -> None:
+    """Refuse a pool that memory could not hold beside the CPU tier.
+
+    Args:
+        path: the pool's directory, which exists; what it holds already counts as room.
+        max_bytes: its budget.
+        region: the CPU tier's pages, of which some may have no memory yet.
+
+    Raises:
+        TierConfigError: naming what is missing.
+    """
+    disk = disk_at(path)
+    rooms = [(disk.free - default_floor(disk.total), str(SHM)), (available_memory(), "memory")]
+    free, where = min(rooms)
+    held, rest = _held(path), _without_memory(region)
+    most = max(0, held + free - rest)
+    if max_bytes > most:
+        raise TierConfigError(
+            f"max_bytes: {format_bytes(max_bytes)} do not fit: the pool has {format_bytes(held)}, "
+            f"{format_bytes(max(0, free))} of {where} can be had, and {format_bytes(rest)} of that "
+            f'are for the CPU tier; give at most "{most >> 20}MiB", lower cpu_bytes_to_use, or '
+            f"give the machine more (containers: memory limit and --shm-size)"
+        )
+
+
+def _prefix() -> str:
+    return os.path.join(os.path.realpath(SHM), f"kvstrata-pool-{os.geteuid()}-")
+
+
+def _held(path: str) -> int:
+    """Bytes that the pool has, by its books, or counted where they do not know."""
+    with (
+        suppress(OSError),
+        closing(Ledger(path, FILE_MODE, DIR_MODE)) as ledger,
+        ledger.locked() as books,
+    ):
+        if books.known:
+            return books.taken(path).nbytes
+    return sum(_sizes(path))
+
+
+def _sizes(path: str) -> Iterator[int]:
+    for directory, _, names in os.walk(path):
+        for name in names:
+            with suppress(FileNotFoundError):
+                yield os.lstat(os.path.join(directory, name)).st_blocks * 512
+
+
+def _without_memory(region: PageRegion | None) -> int:
+    """Bytes of the CPU tier that are not taken yet."""
+    if region is None:
+        return 0
+    taken = os.fstat(region.fd).st_blocks * 512
+    return max(0, region.offset + region.slots * region.slot_bytes - taken)
