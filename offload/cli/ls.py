@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvstrata.offload.cli.printing import AsJson, age, byte_bar, fail, print_json, printable
-from kvstrata.offload.cli.root import Root, free_json, limits_json, no_namespaces
+from kvstrata.offload.cli.root import Root, books_json, no_namespaces
 from kvstrata.offload.cli.why import explain
 from kvstrata.tiers.options import format_bytes
 
@@ -48,7 +48,7 @@ def list_root(
         with byte_bar("listing") as advance:
             namespaces = list_namespaces(root, advance)
         misplaced = not namespaces and no_namespaces(root)
-        books = _books(root)
+        books = books_json(root)
     except OSError as error:
         fail(root, error)
     used = last_uses(root)
@@ -65,34 +65,6 @@ def list_root(
         for row in rows:
             _show_namespace(*row)
     raise typer.Exit(2 if misplaced else 0)
-
-
-def _books(root: str) -> dict[str, Any] | None:
-    """What the books of the disk budget say; None where there are none, or they are closed.
-
-    Raises:
-        OSError: the file system cannot be asked.
-    """
-    from kvstrata.tiers.fs.tools.audit import audit
-
-    try:
-        found = audit(root)
-    except PermissionError:
-        return None
-    if (books := found.books) is None:
-        return None
-    usage, limits = books.taken(root), books.limits()
-    return {
-        "counted": books.known,
-        "files": usage.files,
-        "bytes": usage.nbytes,
-        "reserved_bytes": sum(row.reserved_bytes for row in books.rows.values()),
-        "free_bytes": free_json(usage.free_bytes),
-        **limits_json(limits),
-        "servers": len(found.living),
-        "keeper": books.keeper.hex() if books.keeper in found.living else None,
-        "damage": [damage.reason for damage in found.damage if not damage.remains],
-    }
 
 
 def _show_books(root: str, books: Mapping[str, Any] | None) -> None:

@@ -18,6 +18,7 @@ from kvstrata.offload.cli.config import config
 from kvstrata.offload.cli.gc import gc
 from kvstrata.offload.cli.inspect import inspect
 from kvstrata.offload.cli.ls import list_root
+from kvstrata.offload.cli.pool import pool
 from kvstrata.offload.cli.printing import AsJson, print_json, printable
 from kvstrata.offload.cli.trust import trust
 
@@ -61,6 +62,7 @@ app.command()(check)
 app.command()(gc)
 app.command()(trust)
 app.command()(config)
+app.add_typer(pool, name="pool")
 
 
 @app.command()
@@ -85,8 +87,8 @@ def doctor(
     """
     from dataclasses import asdict
 
-    from kvstrata.offload.cli.doctor import PROBLEM, examine
-    from kvstrata.offload.cli.doctor_config import examine_config
+    from kvstrata.offload.cli.doctor.config import examine_config
+    from kvstrata.offload.cli.doctor.machine import PROBLEM, examine
 
     checks = list(examine(path) if config is None else examine_config(config))
     problems = [check.name for check in checks if check.status == PROBLEM]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -62,6 +62,34 @@ def free_json(free_bytes: int) -> int | None:
 def limits_json(limits: Limits) -> dict[str, int | None]:
     """Limits by option; None is no limit."""
     return {name: bound or None for name, bound in limits._asdict().items()}
+
+
+def books_json(root: str) -> dict[str, Any] | None:
+    """What the books of the disk budget say; None where there are none, or they are closed.
+
+    Raises:
+        OSError: the file system cannot be asked.
+    """
+    from kvstrata.tiers.fs.tools.audit import audit
+
+    try:
+        found = audit(root)
+    except PermissionError:
+        return None
+    if (books := found.books) is None:
+        return None
+    usage, limits = books.taken(root), books.limits()
+    return {
+        "counted": books.known,
+        "files": usage.files,
+        "bytes": usage.nbytes,
+        "reserved_bytes": sum(row.reserved_bytes for row in books.rows.values()),
+        "free_bytes": free_json(usage.free_bytes),
+        **limits_json(limits),
+        "servers": len(found.living),
+        "keeper": books.keeper.hex() if books.keeper in found.living else None,
+        "damage": [damage.reason for damage in found.damage if not damage.remains],
+    }
 
 
 def named_namespaces(root: str, asked: Sequence[str]) -> list[NamespacePaths]:

@@ -37,7 +37,7 @@ FORBIDDEN: Mapping[str, str] = {
         f"{_NOT_OF_OFFLOAD} {_DECISIONS} offload.audit offload.request offload.secondary"
     ),
     # the command line knows roots and configurations, and no engine
-    "offload/cli/*.py": (
+    "offload/cli/**/*.py": (
         f"vllm kernels offload.vllm_plugin {_DECISIONS} offload.audit offload.request "
         "offload.secondary tiers.process tiers.fs.tier tiers.fs.medium tiers.pool.tier"
     ),
@@ -65,13 +65,16 @@ FORBIDDEN: Mapping[str, str] = {
 # (file, what it imports all the same) -> why
 ALLOWED: Mapping[tuple[str, str], str] = {
     ("kernels/opening.py", "kernels.gpu"): "it chooses the form",
-    ("offload/cli/doctor.py", "offload.vllm_plugin.entry_point"): "the spec's module",
-    ("offload/cli/doctor.py", "offload.vllm_plugin.version"): "the versions that are supported",
+    ("offload/cli/doctor/machine.py", "offload.vllm_plugin.entry_point"): "the spec's module",
     (
-        "offload/cli/doctor_config.py",
+        "offload/cli/doctor/machine.py",
+        "offload.vllm_plugin.version",
+    ): "the versions that are supported",
+    (
+        "offload/cli/doctor/config.py",
         "offload.vllm_plugin.engine.early_check",
     ): "the spec's name",
-    ("offload/cli/doctor_config.py", "offload.vllm_plugin.entry_point"): "the spec's module",
+    ("offload/cli/doctor/config.py", "offload.vllm_plugin.entry_point"): "the spec's module",
     ("tiers/fs/budget/member.py", "tiers.process.medium"): "what the host of a medium is told",
     ("tiers/fs/budget/tail.py", "tiers.process.medium"): "what the host of a medium is told",
     ("tiers/fs/tools/trim.py", "tiers.process.failures"): "a failure is said as the tier says it",

@@ -68,16 +68,16 @@ def make_pool(name: str) -> str:
     try:
         with suppress(FileExistsError):
             nofollow.mkdir(path, DIR_MODE)
-        why = wrong_owner(os.lstat(path))
+        found = os.lstat(path)
     except OSError as error:
         raise TierConfigError(f"name: {name!r}: {path!r} {refusal(path, error)}") from error
-    if why:
+    if why := wrong_owner(found) or _wrong_mode(found):
         raise TierConfigError(f"name: {name!r}: {path!r} {why}")
     return path
 
 
 def wrong_owner(found: os.stat_result) -> str:
-    """Why what was found is no pool of this user's alone, and the remedy; else nothing."""
+    """Why what was found is no directory of this user's, and the remedy; else nothing."""
     another = "remove it, or give another name"
     if stat.S_ISLNK(found.st_mode):
         return f"is a symbolic link, which may lead anywhere; {another}"
@@ -85,10 +85,12 @@ def wrong_owner(found: os.stat_result) -> str:
         return f"is not a directory; {another}"
     if found.st_uid != os.geteuid():
         return f"belongs to user {found.st_uid}, and not to this one ({os.geteuid()}); {another}"
-    mode = stat.S_IMODE(found.st_mode) & 0o777
-    if mode != DIR_MODE:
-        return f"has mode {mode:04o}, so others may come in; chmod {DIR_MODE:o} it, or {another}"
     return ""
+
+
+def _wrong_mode(found: os.stat_result) -> str:
+    mode = stat.S_IMODE(found.st_mode) & 0o777
+    return "" if mode == DIR_MODE else f"has mode {mode:04o}, which lets others in; chmod 700 it"
 
 
 def check_fit(path: str, max_bytes: int, region: PageRegion | None) -> None:

@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from kvstrata.offload.cli import doctor
-from kvstrata.offload.cli.doctor import OK, PROBLEM, WARNING, Gpus
+from kvstrata.offload.cli.doctor import machine as doctor
+from kvstrata.offload.cli.doctor.machine import OK, PROBLEM, WARNING, Gpus
 from kvstrata.offload.cli.main import app
 from kvstrata.tiers.fs.files import direct_io
 from kvstrata.tiers.options import format_bytes
@@ -365,7 +365,7 @@ def test_plugin(allowed: str | None, status: str, monkeypatch: pytest.MonkeyPatc
 
 def test_the_module_named_as_a_remedy_is_there() -> None:
     name = doctor.SPEC_MODULE.removeprefix("kvstrata.").replace(".", "/")
-    assert (Path(doctor.__file__).parents[2] / f"{name}.py").is_file()
+    assert (Path(doctor.__file__).parents[3] / f"{name}.py").is_file()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """The pool tier keeps the contract; its files are those of the fs tier."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 from kvstrata.tiers.pool.tier import PoolTier
 from kvstrata.tiers.testing import MakeTier, TierContract
 from tests.tiers.fs.test_contract import FileMedium
+from tests.tiers.pool.pool_world import pool_dir
 
 
 class TestPoolTier(TierContract):
@@ -18,4 +18,4 @@ class TestPoolTier(TierContract):
 
     @pytest.fixture
     def medium(self, shm: Path) -> FileMedium:
-        return FileMedium(shm / f"kvstrata-pool-{os.geteuid()}-node")
+        return FileMedium(pool_dir(shm))

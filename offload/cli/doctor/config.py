@@ -6,7 +6,14 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from kvstrata.offload.cli.doctor import OK, PROBLEM, WARNING, Check, check_memory, check_storage
+from kvstrata.offload.cli.doctor.machine import (
+    OK,
+    PROBLEM,
+    WARNING,
+    Check,
+    check_memory,
+    check_storage,
+)
 from kvstrata.offload.config.offload_config import OffloadConfig, parse_config
 from kvstrata.offload.config.precheck import check_size
 from kvstrata.offload.vllm_plugin.engine.early_check import SPEC_NAME
