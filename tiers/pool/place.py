@@ -10,7 +10,7 @@ from contextlib import closing, suppress
 
 from kvstrata.tiers.base import PageRegion, TierConfigError
 from kvstrata.tiers.disk import SHM, available_memory, disk_at, file_system
-from kvstrata.tiers.fs.budget.ledger import Ledger
+from kvstrata.tiers.fs.budget.ledger import BOOKS_NAME, LEDGER_NAME, Ledger
 from kvstrata.tiers.fs.budget.limits import default_floor
 from kvstrata.tiers.fs.files import nofollow
 from kvstrata.tiers.fs.refusals import refusal
@@ -124,13 +124,14 @@ def _prefix() -> str:
 
 def _held(path: str) -> int:
     """Bytes that the pool has, by its books, or counted where they do not know."""
-    with (
-        suppress(OSError),
-        closing(Ledger(path, FILE_MODE, DIR_MODE)) as ledger,
-        ledger.locked() as books,
-    ):
-        if books.known:
-            return books.taken(path).nbytes
+    if nofollow.lexists(os.path.join(path, BOOKS_NAME, LEDGER_NAME)):
+        with (
+            suppress(OSError),
+            closing(Ledger(path, FILE_MODE, DIR_MODE)) as ledger,
+            ledger.locked() as books,
+        ):
+            if books.known:
+                return books.taken(path).nbytes
     return sum(_sizes(path))
 
 

@@ -54,7 +54,7 @@ class Replica:
         if self._process.poll() is None:
             for pid in (self._process.pid, *self._io):
                 os.kill(pid, signal.SIGKILL)
-        self._process.communicate()
+            self._process.communicate()
 
 
 @pytest.fixture
