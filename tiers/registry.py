@@ -30,10 +30,16 @@ BUILT_IN: Mapping[str, str] = {
     "fs": "kvstrata.tiers.fs.tier:FsTier",
     "memory": "kvstrata.tiers.memory:MemoryTier",
     "pool": "kvstrata.tiers.pool.tier:PoolTier",
+    "object": "kvstrata.tiers.object.tier:ObjectTier",
 }
 
 # What people call the files of a directory, in letters.
 _FILES = re.compile("(local|posix)?(file|filesystem|files|dir|directory|folder|disk|ssd|nvme|nfs)")
+# And a bucket.
+_OBJECTS = re.compile(
+    "(aws|amazon)?s3a?|(google)?gcs?|gs|azure(blob)?|azblob|az|abfss?|buckets?|blobs?|minio|ceph|r2|"
+    "(object|blob|cloud|bucket)(s|store|storage)?"
+)
 # Tiers of vLLM's own TieringOffloadingSpec that have no counterpart here.
 _STOCK = ("example", "kvcr", "obj", "p2p")
 _STOCK_BASE = ("vllm.v1.kv_offload.tiering.base", "SecondaryTierManager")
@@ -62,6 +68,7 @@ class TierEntry:
     type: InitVar[Any] = option(
         parse_any,
         "`fs`, `pool`, `memory`, one of an installed package, or a class",
+        "`fs`, `object`, `memory`, one of an installed package, or a class",
         None,
         shown="required",
     )
@@ -159,8 +166,12 @@ def tier_class(entry: Mapping[str, Any]) -> type[SecondaryTier]:
             f"type {name!r} is a tier of vLLM's own TieringOffloadingSpec, which kvstrata does not "
             f"have; known types: {', '.join(known)}; use one of them, or remove the entry"
         )
-    is_files = _FILES.fullmatch(re.sub("[^a-z]", "", name.lower()))
-    near = " (did you mean 'fs'?)" if is_files else nearest(name, known)
+    letters = re.sub("[^a-z0-9]", "", name.lower())
+    near = nearest(name, known)
+    if _FILES.fullmatch(letters):
+        near = " (did you mean 'fs'?)"
+    elif _OBJECTS.fullmatch(letters):
+        near = " (did you mean 'object'?)"
     raise TierConfigError(
         f"unknown type {name!r}{near}; known types: "
         f"{', '.join(known)}; for a class of your own give module_path as well"

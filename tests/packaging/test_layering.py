@@ -17,7 +17,7 @@ FOLDERS = ("kernels", "offload", "tiers")
 # without that name before them.
 _NOT_OF_OFFLOAD = "vllm kernels offload.cli offload.vllm_plugin"
 _DECISIONS = "offload.manager offload.lookup offload.promotion offload.cascade"
-_MEDIA = "tiers.process tiers.fs tiers.page tiers.pool"
+_MEDIA = "tiers.process tiers.fs tiers.object tiers.page tiers.pool"
 FORBIDDEN: Mapping[str, str] = {
     "kernels/**/*.py": "vllm offload tiers",
     # what moves does not depend on the form that moves it
@@ -45,11 +45,11 @@ FORBIDDEN: Mapping[str, str] = {
     "tiers/**/*.py": "torch triton vllm kernels offload",
     # the contract and what goes with it know no medium
     "tiers/*.py": _MEDIA,
-    "tiers/page/*.py": "tiers.process tiers.fs tiers.pool",
+    "tiers/page/*.py": "tiers.process tiers.fs tiers.object tiers.pool",
     # what runs any medium knows none
-    "tiers/process/*.py": "tiers.fs tiers.pool",
-    # files know no pool, which is made of them
-    "tiers/fs/**/*.py": "tiers.pool",
+    "tiers/process/*.py": "tiers.fs tiers.object tiers.pool",
+    # files know no other medium; a pool is made of them
+    "tiers/fs/**/*.py": "tiers.object tiers.pool",
     "tiers/fs/files/*.py": (
         "tiers.process tiers.fs.budget tiers.fs.tools tiers.fs.tier tiers.fs.medium "
         "tiers.fs.page_files tiers.fs.startup"
@@ -59,6 +59,11 @@ FORBIDDEN: Mapping[str, str] = {
         "tiers.fs.startup"
     ),
     "tiers/pool/*.py": "tiers.process tiers.fs.medium tiers.fs.page_files",
+    # a bucket is named and filled as a root is
+    "tiers/object/*.py": (
+        "tiers.fs.budget tiers.fs.tools tiers.fs.tier tiers.fs.medium tiers.fs.page_files "
+        "tiers.fs.startup"
+    ),
     # what the command line does to a root needs no engine and no I/O process
     "tiers/fs/tools/*.py": "tiers.process tiers.fs.tier tiers.fs.medium tiers.fs.page_files",
 }
@@ -88,6 +93,8 @@ LAZY: Mapping[str, str] = {
     "offload/vllm_plugin/entry_point.py": "any vLLM loads it, or none",
     "offload/vllm_plugin/spec.py": "a process loads its own side alone",
     "offload/vllm_plugin/version.py": "the doctor asks it where there is no vLLM",
+    "tiers/object/bucket.py": "profiles are AWS's alone",
+    "tiers/object/tier.py": "obstore is of an extra, and the options are known without it",
     "tiers/fs/budget/catalog.py": "the engine's processes do without numpy's memory",
 }
 

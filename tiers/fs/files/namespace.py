@@ -83,10 +83,19 @@ def read_config(path: str) -> dict[str, Any]:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_CONFIG_BYTES:
             raise ValueError("not a regular file of at most 1 MiB")
-        try:
-            fields = json.loads(file.read(MAX_CONFIG_BYTES))
-        except RecursionError:
-            raise ValueError("nested too deep") from None
+        return parse_config(file.read(MAX_CONFIG_BYTES))
+
+
+def parse_config(raw: bytes) -> dict[str, Any]:
+    """The fields in the bytes of a config.json, at most `MAX_CONFIG_BYTES` of anybody's work.
+
+    Raises:
+        ValueError: they are not a JSON object.
+    """
+    try:
+        fields = json.loads(raw)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
     if not isinstance(fields, dict):
         raise ValueError("not a JSON object")
     if not _is_shallow(fields, _MAX_CONFIG_DEPTH):
@@ -111,12 +120,20 @@ def validate_config(paths: NamespacePaths, fields: Mapping[str, Any]) -> None:
         raise TierConfigError(
             f"root_dir: {paths.config!r} is unreadable ({reason}); {remedy}"
         ) from error
-    if differing := differences(fields, found):
-        theirs, ours = differing[0].values(_MAX_SHOWN)
-        raise TierConfigError(
-            f"root_dir: field {differing[0].name[:_MAX_SHOWN]!r} of {paths.config!r} is {theirs}, "
-            f"but this engine has {ours}; {remedy}"
-        )
+    if difference := first_difference(fields, found, paths.config):
+        raise TierConfigError(f"root_dir: {difference}; {remedy}")
+
+
+def first_difference(fields: Mapping[str, Any], found: Mapping[str, Any], where: str) -> str:
+    """The first field in which the config.json `where` differs from this engine's; "" for none."""
+    differing = differences(fields, found)
+    if not differing:
+        return ""
+    theirs, ours = differing[0].values(_MAX_SHOWN)
+    return (
+        f"field {differing[0].name[:_MAX_SHOWN]!r} of {where!r} is {theirs}, but this engine has "
+        f"{ours}"
+    )
 
 
 def _is_shallow(value: object, depth: int) -> bool:

@@ -25,11 +25,14 @@ def identity(found: os.stat_result) -> Identity:
     return found.st_dev, found.st_ino, found.st_ctime_ns
 
 
-class Quarantine:
-    """The quarantine of one namespace: at most `MAX_FILES` files, the oldest go first.
+def quarantine_path(paths: NamespacePaths, path: str, cause: str) -> str:
+    """Where `path` would be put now for this cause: `<time in ns>-<cause>-<its name>`."""
+    name = f"{time.time_ns()}-{cause}-{os.path.basename(path)}"
+    return os.path.join(paths.quarantine, name)
 
-    A file is named `<time in ns>-<cause>-<its name>`.
-    """
+
+class Quarantine:
+    """The quarantine of one namespace: at most `MAX_FILES` files, the oldest go first."""
 
     def __init__(self, paths: NamespacePaths, dir_mode: int) -> None:
         self._paths = paths
@@ -37,9 +40,8 @@ class Quarantine:
         self._lock = threading.Lock()
 
     def path(self, path: str, cause: str) -> str:
-        """Where `path` would be put now for this cause."""
-        name = f"{time.time_ns()}-{cause}-{os.path.basename(path)}"
-        return os.path.join(self._paths.quarantine, name)
+        """See `quarantine_path`."""
+        return quarantine_path(self._paths, path, cause)
 
     def take(self, path: str, cause: str, found_bad: Identity | None) -> Taken:
         """Move `path` here.

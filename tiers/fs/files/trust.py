@@ -36,15 +36,20 @@ def distrust(paths: NamespacePaths, mode: int) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    if not is_trusted(paths):
-        return
-    content = {
-        "reason": "audits found pages that are not what the model computes",
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "host": os.uname().nodename,
-        "process": os.getpid(),
-    }
-    publish(paths.distrust, config_text(content), mode)
+    if is_trusted(paths):
+        publish(paths.distrust, distrust_text(), mode)
+
+
+def distrust_text() -> str:
+    """What the marker says, for people."""
+    return config_text(
+        {
+            "reason": "audits found pages that are not what the model computes",
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "host": os.uname().nodename,
+            "process": os.getpid(),
+        }
+    )
 
 
 def trust(paths: NamespacePaths) -> dict[str, Any] | None:

@@ -1,0 +1,154 @@
+"""A bucket, as far as pages need one, and the words for what goes wrong with it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import obstore
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+)
+from obstore.store import from_url
+
+from kvstrata.tiers.object.config import ObjectConfig
+
+SILENT = "unreachable"  # the cause of a request to which nobody answered
+_MOST_RETRIES = 3
+_FIRST_RETRY_S = 0.1
+
+
+class BucketError(Exception):
+    """The bucket did not do what it was asked for; `cause` is a short word that is counted."""
+
+    def __init__(self, cause: str, text: str) -> None:
+        super().__init__(text)
+        self.cause = cause
+
+
+def open_store(config: ObjectConfig) -> Any:
+    """obstore's store for these options, made without touching the bucket.
+
+    A server that is silent costs one `timeout_s`, and one that refuses at most two: no retry begins
+    later than one after the first try.
+
+    Raises:
+        Exception: of obstore or boto3; the options or the environment are wrong.
+    """
+    duration = timedelta(seconds=config.timeout_s)
+    place = {"s3": "endpoint", "gcs": "base_url", "azure": "endpoint"}[config.store]
+    named = {place: config.endpoint, "region": config.region}
+    settings: dict[str, Any] = {key: value for key, value in named.items() if value is not None}
+    options: dict[str, Any] = {
+        "config": settings,
+        "client_options": {
+            "timeout": duration,
+            "connect_timeout": duration,
+            "allow_http": (config.endpoint or "").startswith("http://"),
+        },
+        "retry_config": {
+            "max_retries": _MOST_RETRIES,
+            "retry_timeout": duration,
+            "backoff": {"init_backoff": timedelta(seconds=_FIRST_RETRY_S)},
+        },
+    }
+    if config.store == "s3":
+        # The page has a checksum of its own: SHA-256 would double the CPU time of a store.
+        settings["unsigned_payload"] = True
+        if _has_profile():
+            from obstore.auth.boto3 import Boto3CredentialProvider
+
+            options["credential_provider"] = Boto3CredentialProvider()
+    return from_url(config.url, **options)
+
+
+def _has_profile() -> bool:
+    """Whether the credentials are those of a profile, which obstore itself does not read."""
+    if "AWS_ACCESS_KEY_ID" in os.environ:
+        return False
+    shared = os.environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials")
+    return "AWS_PROFILE" in os.environ or os.path.exists(os.path.expanduser(shared))
+
+
+class Bucket:
+    """The objects below the url's prefix, by relative path. A method may raise `BucketError`."""
+
+    def __init__(self, config: ObjectConfig) -> None:
+        self._store = open_store(config)
+
+    def size(self, path: str) -> int | None:
+        """Bytes of the object; None if there is none."""
+        with _asking():
+            try:
+                return int(self._store.head(path)["size"])
+            except FileNotFoundError:
+                return None
+
+    def read(self, path: str, size: int, most: int) -> tuple[memoryview, int] | None:
+        """The object if it has `size` bytes, else at most its first `most`; and how many it has.
+
+        None if there is none.
+        """
+        with _asking():
+            try:
+                found = self._store.get(path)
+                length = int(found.meta["size"])
+                if length == size:
+                    return memoryview(found.bytes()), length
+                start = (
+                    self._store.get_range(path, start=0, end=min(length, most)) if length else b""
+                )
+                return memoryview(start), length
+            except FileNotFoundError:
+                return None
+
+    def write(self, path: str, whole: bytes, *, replace: bool) -> bool:
+        """Keep the object, whole or not at all; False if one is there and is not to be replaced."""
+        mode = "overwrite" if replace else "create"
+        with _asking():
+            try:
+                self._store.put(path, whole, mode=mode, use_multipart=False)
+                return True
+            except AlreadyExistsError:
+                return False
+
+    def move(self, path: str, target: str) -> bool:
+        """Give the object another name; False if there is none."""
+        with _asking():
+            try:
+                self._store.rename(path, target)
+                return True
+            except FileNotFoundError:
+                return False
+
+    def folders(self) -> list[str]:
+        """The first parts of the names of all objects that have more than one."""
+        with _asking():
+            return [
+                str(each) for each in obstore.list_with_delimiter(self._store)["common_prefixes"]
+            ]
+
+
+@contextmanager
+def _asking() -> Iterator[None]:
+    """What obstore says, as a `BucketError`."""
+    try:
+        yield
+    except (BaseError, OSError, ValueError) as error:
+        text = plain_text(error)
+        if isinstance(error, PermissionDeniedError | UnauthenticatedError):
+            raise BucketError("denied", text) from None
+        silent = "- HTTP error:" in text
+        raise BucketError(SILENT if silent else "io-error", text) from None
+
+
+def plain_text(error: Exception) -> str:
+    """What an error of obstore's says, in one line without the signature in a query."""
+    words = str(error).partition("\n\nDebug source")[0].split()
+    return " ".join(word.partition("?")[0] if "://" in word else word for word in words)

@@ -1,0 +1,113 @@
+"""The medium of the object tier: one object a page, named and filled as the fs tier's files are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from kvstrata.tiers.base import PageKey, TierContext
+from kvstrata.tiers.fs.files.quarantine import quarantine_path
+from kvstrata.tiers.fs.files.trust import distrust_text
+from kvstrata.tiers.object.bucket import SILENT, Bucket, BucketError
+from kvstrata.tiers.object.opening import Opened
+from kvstrata.tiers.page.form import MAX_HEADER_BYTES
+from kvstrata.tiers.page.page import PageForm
+from kvstrata.tiers.process.medium import Host, Medium, Outcome, PageRef, attempt
+
+AUDIT = "audit"  # the cause of a page that was found to be another than the model's
+_QUESTIONS = 16  # of one check that are asked at a time: each waits for the network
+
+
+class ObjectMedium(Medium):
+    """The objects of one namespace."""
+
+    def __init__(self, opened: Opened, context: TierContext, host: Host, reader: bool) -> None:
+        self._bucket = Bucket(opened.config)
+        self._paths = opened.paths
+        self._form = PageForm(context)
+        self._host = host
+
+    def exists(self, keys: Sequence[PageKey]) -> list[bool]:
+        """Whether objects of the right size are there; if that cannot be told, none are."""
+        try:
+            with ThreadPoolExecutor(_QUESTIONS) as pool:
+                return list(pool.map(self._is_there, keys))
+        except BucketError as error:
+            self._host.report(error.cause, str(error))
+            return [False] * len(keys)
+
+    def store(self, page: PageRef, view: memoryview, access: int) -> Outcome:
+        """Put the page; an object of the right size stays, unless it is to be rewritten."""
+        path = self._paths.page(page.key)
+        whole = self._form.header(page.key, view) + view
+        if self._bucket.write(path, whole, replace=page.rewrite):
+            return Outcome(moved=True)
+        if self._is_there(page.key):
+            return Outcome()
+        return Outcome(moved=self._bucket.write(path, whole, replace=True))
+
+    def load(self, page: PageRef, view: memoryview, access: int) -> Outcome:
+        """Get the page, and verify it."""
+        size = self._form.size(page.key)
+        found = self._bucket.read(self._paths.page(page.key), size, MAX_HEADER_BYTES)
+        if found is None:
+            return Outcome("missing", gone=True)
+        whole, length = found
+        if length != size:
+            raise self._form.blame(page.key, bytes(whole), length)
+        self._form.read(page.key, whole, view)
+        return Outcome(moved=True)
+
+    def store_many(
+        self, pages: Sequence[PageRef], views: Sequence[memoryview], access: int
+    ) -> list[Outcome]:
+        """`store` for each of them."""
+        return self._each(self.store, pages, views, access)
+
+    def load_many(
+        self, pages: Sequence[PageRef], views: Sequence[memoryview], access: int
+    ) -> list[Outcome]:
+        """`load` for each of them."""
+        return self._each(self.load, pages, views, access)
+
+    def reject(self, page: PageRef, computed: memoryview, distrust: bool) -> Outcome:
+        """Move the object to the quarantine, and put there what the model computes."""
+        return self._said(self._reject, page, computed, distrust)
+
+    def _reject(self, page: PageRef, computed: memoryview, distrust: bool) -> Outcome:
+        path = self._paths.page(page.key)
+        self._host.report(AUDIT, f"{path}: not what the model computes")
+        if distrust:
+            self._host.trust(False)
+            self._bucket.write(self._paths.distrust, distrust_text().encode(), replace=False)
+        moved = self._bucket.move(path, quarantine_path(self._paths, path, AUDIT))
+        if moved:
+            beside = quarantine_path(self._paths, path, f"{AUDIT}-computed")
+            whole = self._form.header(page.key, computed) + computed
+            self._bucket.write(beside, whole, replace=False)
+        return Outcome(moved=moved, gone=True)
+
+    def _is_there(self, key: PageKey) -> bool:
+        return self._bucket.size(self._paths.page(key)) == self._form.size(key)
+
+    def _each(
+        self,
+        move: Callable[..., Outcome],
+        pages: Sequence[PageRef],
+        views: Sequence[memoryview],
+        access: int,
+    ) -> list[Outcome]:
+        """Where nobody answers for one page, the others of the task are not waited for."""
+        outcomes: list[Outcome] = []
+        for page, view in zip(pages, views, strict=True):
+            if not (outcomes and outcomes[-1].cause == SILENT):
+                outcomes.append(attempt(self._said, move, page, view, access))
+            else:
+                outcomes.append(outcomes[-1])
+        return outcomes
+
+    def _said(self, move: Callable[..., Outcome], *arguments: object) -> Outcome:
+        try:
+            return move(*arguments)
+        except BucketError as error:
+            return Outcome(error.cause, detail=str(error))
