@@ -166,11 +166,11 @@ def tier_class(entry: Mapping[str, Any]) -> type[SecondaryTier]:
             f"type {name!r} is a tier of vLLM's own TieringOffloadingSpec, which kvstrata does not "
             f"have; known types: {', '.join(known)}; use one of them, or remove the entry"
         )
-    letters = re.sub("[^a-z0-9]", "", name.lower())
+    word = re.sub("[^a-z0-9]", "", name.lower())
     near = nearest(name, known)
-    if _FILES.fullmatch(letters):
+    if _FILES.fullmatch(re.sub("[0-9]", "", word)):
         near = " (did you mean 'fs'?)"
-    elif _OBJECTS.fullmatch(letters):
+    elif _OBJECTS.fullmatch(word):
         near = " (did you mean 'object'?)"
     raise TierConfigError(
         f"unknown type {name!r}{near}; known types: "

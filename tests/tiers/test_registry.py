@@ -33,7 +33,7 @@ def test_built_in_types() -> None:
     assert tier_class({"type": "memory"}) is MemoryTier
     assert tier_class({"type": "fs", "root_dir": "/x"}) is FsTier
     assert tier_class({"type": "pool", "name": "x"}) is PoolTier
-    assert set(BUILT_IN) == {"memory", "fs", "pool"}
+    assert set(BUILT_IN) == {"memory", "fs", "pool", "object"}
 
 
 def test_class_by_module_path(foreign_module: str) -> None:
@@ -46,7 +46,7 @@ def test_class_by_entry_point(foreign_module: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(registry, "entry_points", lambda **k: EntryPoints([point]).select(**k))
     assert tier_class({"type": "mine"}).__name__ == "Mine"
     with pytest.raises(
-        TierConfigError, match=r"did you mean 'mine'.*known types: fs, memory, mine, pool"
+        TierConfigError, match=r"did you mean 'mine'.*known types: fs, memory, mine, object, pool"
     ):
         tier_class({"type": "mina"})
 
@@ -60,7 +60,25 @@ def test_options_are_the_rest() -> None:
     ("entry", "message"),
     [
         ({"type": "memry"}, r"'memry' \(did you mean 'memory'\?\); known types: fs, memory"),
-        ({"type": "s3"}, r"^unknown type 's3'.*known types: fs, memory"),
+        *(
+            (
+                {"type": name},
+                rf"^unknown type '{name}' \(did you mean 'object'\?\); known types: fs,",
+            )
+            for name in (
+                "s3",
+                "S3",
+                "gcs",
+                "gs",
+                "azure",
+                "az",
+                "bucket",
+                "blob",
+                "minio",
+                "objects",
+            )
+        ),
+        ({"type": "nfs4"}, r"^unknown type 'nfs4' \(did you mean 'fs'\?\)"),
         ({}, r'^"type" is missing; give one of fs, memory'),
         ({"type": None}, r'^"type": None is wrong; give one of fs, memory'),
         ({"type": "FS"}, r"'FS' \(did you mean 'fs'\?\)"),

@@ -1,4 +1,4 @@
-"""The I/O process with a directory in place of the bucket: `local_worker.py DIRECTORY SOCKET ...`."""
+"""The I/O process with a directory as the bucket: run as `local_worker.py DIRECTORY SOCKET ...`."""
 
 import sys
 from pathlib import Path
