@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -149,6 +150,11 @@ def _asking() -> Iterator[None]:
 
 
 def plain_text(error: Exception) -> str:
-    """What an error of obstore's says, in one line without the signature in a query."""
-    words = str(error).partition("\n\nDebug source")[0].split()
-    return " ".join(word.partition("?")[0] if "://" in word else word for word in words)
+    """What an error of obstore's says, in one line.
+
+    Without the query of a url, which may be a signature, and of what the server said without all
+    but code and message: S3 repeats the request and who made it.
+    """
+    text, _, said = str(error).partition("\n\nDebug source")[0].partition("<?xml")
+    words = [word.partition("?")[0] if "://" in word else word for word in text.split()]
+    return " ".join((*words, *re.findall("<(?:Code|Message)>([^<]*)</", said)))
