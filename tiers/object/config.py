@@ -90,7 +90,7 @@ class ObjectConfig:
     url: str = option(
         _url,
         f"the bucket for the objects, and a prefix in it: {_URL}; several servers may share it",
-        other_names="bucket uri path root_dir container store_config",
+        other_names="bucket uri container",
     )
     endpoint: str | None = option(
         or_none(_endpoint),

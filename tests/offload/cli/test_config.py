@@ -33,7 +33,8 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_key_is_printed_with_default_and_meaning() -> None:
     found = run_json("config")
-    assert list(found) == ["kv_connector_extra_config", "secondary_tiers", "fs", "memory", "pool"]
+    media = ["fs", "memory", "object", "pool"]
+    assert list(found) == ["kv_connector_extra_config", "secondary_tiers", *media]
     rows = {name: {row["key"]: row for row in table} for name, table in found.items()}
     assert (
         rows["fs"]["io"]["default"] == '"auto"' and rows["fs"]["root_dir"]["default"] == "required"
