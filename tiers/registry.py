@@ -31,15 +31,20 @@ BUILT_IN: Mapping[str, str] = {
     "memory": "kvstrata.tiers.memory:MemoryTier",
     "pool": "kvstrata.tiers.pool.tier:PoolTier",
     "object": "kvstrata.tiers.object.tier:ObjectTier",
+    "valkey": "kvstrata.tiers.valkey.tier:ValkeyTier",
 }
 
-# What people call the files of a directory, in letters.
-_FILES = re.compile("(local|posix)?(file|filesystem|files|dir|directory|folder|disk|ssd|nvme|nfs)")
-# And a bucket.
-_OBJECTS = re.compile(
-    "(aws|amazon)?s3a?|(google)?gcs?|gs|azure(blob)?|azblob|az|abfss?|buckets?|blobs?|minio|ceph|r2|"
-    "(object|blob|cloud|bucket)(s|store|storage)?"
-)
+# What people call a type, in letters and digits.
+_CALLED: Mapping[str, re.Pattern[str]] = {
+    "fs": re.compile(
+        "(local|posix)?(file|filesystem|files|dir|directory|folder|disk|ssd|nvme|nfs)[0-9]*"
+    ),
+    "object": re.compile(
+        "(aws|amazon)?s3a?|(google)?gcs?|gs|azure(blob)?|azblob|az|abfss?|buckets?|blobs?|minio|"
+        "ceph|r2|(object|blob|cloud|bucket)(s|store|storage)?"
+    ),
+    "valkey": re.compile("(redis|valkey|keydb|elasticache|memorydb)[a-z]*"),
+}
 # Tiers of vLLM's own TieringOffloadingSpec that have no counterpart here.
 _STOCK = ("example", "kvcr", "obj", "p2p")
 _STOCK_BASE = ("vllm.v1.kv_offload.tiering.base", "SecondaryTierManager")
@@ -67,8 +72,7 @@ class TierEntry:
     entry: Mapping[str, Any]
     type: InitVar[Any] = option(
         parse_any,
-        "`fs`, `pool`, `memory`, one of an installed package, or a class",
-        "`fs`, `object`, `memory`, one of an installed package, or a class",
+        "`fs`, `pool`, `object`, `valkey`, `memory`, one of an installed package, or a class",
         None,
         shown="required",
     )
@@ -167,11 +171,8 @@ def tier_class(entry: Mapping[str, Any]) -> type[SecondaryTier]:
             f"have; known types: {', '.join(known)}; use one of them, or remove the entry"
         )
     word = re.sub("[^a-z0-9]", "", name.lower())
-    near = nearest(name, known)
-    if _FILES.fullmatch(re.sub("[0-9]", "", word)):
-        near = " (did you mean 'fs'?)"
-    elif _OBJECTS.fullmatch(word):
-        near = " (did you mean 'object'?)"
+    called = [each for each, names in _CALLED.items() if names.fullmatch(word)]
+    near = f" (did you mean {called[0]!r}?)" if called else nearest(name, known)
     raise TierConfigError(
         f"unknown type {name!r}{near}; known types: "
         f"{', '.join(known)}; for a class of your own give module_path as well"

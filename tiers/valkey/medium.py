@@ -1,0 +1,121 @@
+"""The pages of a valkey server. A page is two values, so that neither is copied on its way:
+
+    {<namespace>:<key, hex>}:header    what comes before the data in a page's file
+    {<namespace>:<key, hex>}:data      the data
+
+They are written and read together, and lie on one server of a cluster: it places them by what is
+in the braces.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Sequence
+
+from kvstrata.tiers.base import PageKey, TierContext
+from kvstrata.tiers.page.form import BadPage
+from kvstrata.tiers.page.page import PageForm
+from kvstrata.tiers.process.medium import Host, Medium, Outcome, PageRef, attempt
+from kvstrata.tiers.valkey.client import Client
+from kvstrata.tiers.valkey.config import ValkeyOptions
+
+
+class ValkeyMedium(Medium):
+    """A namespace's pages; all threads share one client."""
+
+    def __init__(
+        self, options: ValkeyOptions, context: TierContext, host: Host, reader: bool
+    ) -> None:
+        self._form = PageForm(context)
+        self._ttl_s = options.ttl_s
+        self._client = Client(options, lazy=True)
+
+    def exists(self, keys: Sequence[PageKey]) -> list[bool]:
+        """In one round trip."""
+        batch = self._client.batch()
+        for key in keys:
+            batch.exists(self._names(key))
+        return [found == 2 for found in self._client.run(batch)]
+
+    def store(self, page: PageRef, view: memoryview, access: int) -> Outcome:
+        """Both values in one command; the server may have evicted one of an earlier pair."""
+        header = self._form.header(page.key, view)
+        pair: dict[bytes, bytes | memoryview] = dict(
+            zip(self._names(page.key), (header, view), strict=True)
+        )
+        try:
+            moved, found = self._put(pair, page.rewrite)
+            if not moved and found < 2:
+                moved, _ = self._put(pair, True)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            return Outcome("no-space", detail=str(error))
+        return Outcome(moved=moved)
+
+    def load(self, page: PageRef, view: memoryview, access: int) -> Outcome:
+        """Straight into the view."""
+        header = memoryview(bytearray(self._form.header_size(page.key)))
+        try:
+            sizes = self._client.fetch(self._names(page.key), (header, view))
+        except ValueError as error:
+            raise BadPage("size", str(error)) from None
+        before, data = sizes
+        if before is None or data is None:
+            return Outcome("missing", gone=True)
+        if before != len(header) or data != len(view):
+            raise self._form.blame(page.key, bytes(header[:before]), before + data)
+        self._form.verify(page.key, bytes(header), view)
+        return Outcome(moved=True)
+
+    def store_many(
+        self, pages: Sequence[PageRef], views: Sequence[memoryview], access: int
+    ) -> list[Outcome]:
+        """See `Medium.store_many`."""
+        return _while_it_answers(self.store, pages, views, access)
+
+    def load_many(
+        self, pages: Sequence[PageRef], views: Sequence[memoryview], access: int
+    ) -> list[Outcome]:
+        """See `Medium.load_many`."""
+        return _while_it_answers(self.load, pages, views, access)
+
+    def reject(self, page: PageRef, computed: memoryview, distrust: bool) -> Outcome:
+        """Delete it."""
+        batch = self._client.batch()
+        batch.unlink(self._names(page.key))
+        self._client.run(batch)
+        return Outcome(gone=True)
+
+    def close(self) -> None:
+        """See `Medium.close`."""
+        self._client.close()
+
+    def _put(self, pair: dict[bytes, bytes | memoryview], replace: bool) -> tuple[bool, int]:
+        """Whether both were written, and how many are there now."""
+        batch = self._client.batch()
+        (batch.mset if replace else batch.msetnx)(pair)
+        batch.exists(list(pair))
+        if self._ttl_s:
+            for name in pair:
+                batch.expire(name, self._ttl_s)
+        written, found, *_ = self._client.run(batch)
+        return bool(written), found
+
+    def _names(self, key: PageKey) -> list[bytes]:
+        name = f"{{{self._form.namespace}:{key.hex()}}}"
+        return [f"{name}:header".encode(), f"{name}:data".encode()]
+
+
+def _while_it_answers(
+    move: Callable[..., Outcome],
+    pages: Sequence[PageRef],
+    views: Sequence[memoryview],
+    access: int,
+) -> list[Outcome]:
+    """`move` for each page, until the server fails one: so a task waits for one call at most."""
+    outcomes: list[Outcome] = []
+    for page, view in zip(pages, views, strict=True):
+        away = bool(outcomes) and outcomes[-1].cause == "io-error"
+        outcomes.append(outcomes[-1] if away else attempt(move, page, view, access))
+    return outcomes

@@ -1,0 +1,95 @@
+"""The valkey tier: pages in the memory of a Valkey or Redis server, or of a cluster of them."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
+
+from kvstrata.tiers.base import TierConfigError, TierContext
+from kvstrata.tiers.options import format_bytes, parse_options
+from kvstrata.tiers.process.medium import MediumSpec
+from kvstrata.tiers.process.tier import ProcessTier
+from kvstrata.tiers.valkey.config import ValkeyOptions
+
+# The server does one thing at a time: more threads would only wait longer for their turn.
+_THREADS = 4
+_PROBE = (sys.executable, "-P", "-m", "kvstrata.tiers.valkey.probe")
+_PROBE_STARTS_WITHIN_S = 30.0  # a process, on a loaded machine
+_OF_ACCESS = ("WRONGPASS", "NOAUTH", "NOPERM", "without any password configured")
+
+
+class ValkeyTier(ProcessTier):
+    """Pages as values of a server; for the options see `ValkeyOptions`."""
+
+    medium = "STORAGE"
+    locality = "REMOTE"
+    Options = ValkeyOptions
+    name = "valkey"
+    rejects = True
+
+    def __init__(self, options: Mapping[str, Any], context: TierContext) -> None:
+        """See `SecondaryTier.__init__`."""
+        parsed = parse_options(ValkeyOptions, options, "valkey tier")
+        _check(parsed, max(each.nbytes for each in context.layouts.values()))
+        medium = MediumSpec("kvstrata.tiers.valkey.medium:ValkeyMedium", parsed)
+        super().__init__(context, [medium], _THREADS, _THREADS)
+
+
+def _check(options: ValkeyOptions, page_bytes: int) -> None:
+    """Whether the server can be used for pages of this size.
+
+    Raises:
+        TierConfigError: it cannot.
+    """
+    if find_spec("glide_sync") is None:
+        raise TierConfigError(
+            "valkey tier: the package valkey-glide-sync is missing; pip install 'kvstrata[valkey]'"
+        )
+    found = _ask(options)
+    if found["is_cluster"] and not options.cluster:
+        raise TierConfigError(f"cluster: {options.url!r} is a server of a cluster; give true")
+    if page_bytes > found["most_bytes"]:
+        raise TierConfigError(
+            f"url: {options.url!r} takes values of {format_bytes(found['most_bytes'])} at most, and "
+            f"a page has {format_bytes(page_bytes)}; raise its proto-max-bulk-len, or give fewer "
+            "blocks_per_chunk"
+        )
+
+
+def _ask(options: ValkeyOptions) -> dict[str, Any]:
+    """What the probe says.
+
+    Raises:
+        TierConfigError: the server cannot be used.
+    """
+    try:
+        done = subprocess.run(
+            _PROBE,
+            input=pickle.dumps(options),
+            capture_output=True,
+            timeout=_PROBE_STARTS_WITHIN_S + 4 * options.timeout_s,
+        )
+        found: dict[str, Any] = json.loads((done.stdout.splitlines() or [b"{}"])[-1])
+        error = found.get("error", "")
+        if "is_cluster" not in found and not error:
+            raise ValueError((done.stderr.splitlines() or [b""])[-1].decode(errors="replace"))
+    except (OSError, ValueError, subprocess.TimeoutExpired) as failure:
+        raise TierConfigError(f"valkey tier: the server cannot be asked ({failure})") from failure
+    if options.password_file and options.password_file in error:
+        raise TierConfigError(f"password_file: {error}; give a file that can be read")
+    if any(each in error for each in _OF_ACCESS):
+        raise TierConfigError(
+            f"password_file: {options.password_file!r} does not open the server ({error}); give the "
+            "file with its password"
+        )
+    if error:
+        raise TierConfigError(
+            f"url: {options.url!r} cannot be used ({error}); start the server, or correct url, "
+            "cluster and tls"
+        )
+    return found
