@@ -53,10 +53,11 @@ def _check(options: ValkeyOptions, page_bytes: int) -> None:
     found = _ask(options)
     if found["is_cluster"] and not options.cluster:
         raise TierConfigError(f"cluster: {options.url!r} is a server of a cluster; give true")
-    if page_bytes > found["most_bytes"]:
+    most = found["most_bytes"]
+    if page_bytes > most:
         raise TierConfigError(
-            f"url: {options.url!r} takes values of {format_bytes(found['most_bytes'])} at most, and "
-            f"a page has {format_bytes(page_bytes)}; raise its proto-max-bulk-len, or give fewer "
+            f"url: {options.url!r} takes values of {format_bytes(most)} at most, and a page has "
+            f"{format_bytes(page_bytes)}; raise its proto-max-bulk-len, or give fewer "
             "blocks_per_chunk"
         )
 
@@ -84,8 +85,8 @@ def _ask(options: ValkeyOptions) -> dict[str, Any]:
         raise TierConfigError(f"password_file: {error}; give a file that can be read")
     if any(each in error for each in _OF_ACCESS):
         raise TierConfigError(
-            f"password_file: {options.password_file!r} does not open the server ({error}); give the "
-            "file with its password"
+            f"password_file: {options.password_file!r} does not open the server ({error}); give "
+            "the file with its password"
         )
     if error:
         raise TierConfigError(

@@ -64,16 +64,21 @@ class Server:
 
     def ask(self, *words: str | bytes | int) -> Any:
         """The answer to one command: bytes, int, list or None."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=60.0) as connection:
-            with connection.makefile("rwb") as file:
-                for each in ((("AUTH", self.password),) if self.password else ()) + (words,):
-                    parts = [w if isinstance(w, bytes) else str(w).encode() for w in each]
-                    file.write(b"*%d\r\n" % len(parts))
-                    for part in parts:
-                        file.write(b"$%d\r\n%s\r\n" % (len(part), part))
-                    file.flush()
-                    answer = _answer(file)
-                return answer
+        commands = [("AUTH", self.password), words] if self.password else [words]
+        with (
+            socket.create_connection(("127.0.0.1", self.port), timeout=60.0) as connection,
+            connection.makefile("rwb") as file,
+        ):
+            for command in commands:
+                parts = [
+                    word if isinstance(word, bytes) else str(word).encode() for word in command
+                ]
+                file.write(b"*%d\r\n" % len(parts))
+                for part in parts:
+                    file.write(b"$%d\r\n%s\r\n" % (len(part), part))
+                file.flush()
+                answer = _answer(file)
+        return answer
 
     def _answers(self) -> bool:
         assert self.process.poll() is None, "the server ended"
