@@ -17,7 +17,7 @@ FOLDERS = ("kernels", "offload", "tiers")
 # without that name before them.
 _NOT_OF_OFFLOAD = "vllm kernels offload.cli offload.vllm_plugin"
 _DECISIONS = "offload.manager offload.lookup offload.promotion offload.cascade"
-_MEDIA = "tiers.process tiers.fs tiers.object tiers.page tiers.pool"
+_MEDIA = "tiers.process tiers.fs tiers.object tiers.page tiers.pool tiers.valkey"
 FORBIDDEN: Mapping[str, str] = {
     "kernels/**/*.py": "vllm offload tiers",
     # what moves does not depend on the form that moves it
@@ -45,11 +45,15 @@ FORBIDDEN: Mapping[str, str] = {
     "tiers/**/*.py": "torch triton vllm kernels offload",
     # the contract and what goes with it know no medium
     "tiers/*.py": _MEDIA,
-    "tiers/page/*.py": "tiers.process tiers.fs tiers.object tiers.pool",
+    "tiers/page/*.py": "tiers.process tiers.fs tiers.object tiers.pool tiers.valkey",
     # what runs any medium knows none
-    "tiers/process/*.py": "tiers.fs tiers.object tiers.pool",
+    "tiers/process/*.py": "tiers.fs tiers.object tiers.pool tiers.valkey",
     # files know no other medium; a pool is made of them
-    "tiers/fs/**/*.py": "tiers.object tiers.pool",
+    "tiers/fs/**/*.py": "tiers.object tiers.pool tiers.valkey",
+    # media do not know each other
+    "tiers/valkey/*.py": "tiers.fs tiers.object tiers.pool",
+    # the engine's process loads no client
+    "tiers/valkey/tier.py": "tiers.valkey.client tiers.valkey.medium tiers.valkey.probe",
     "tiers/fs/files/*.py": (
         "tiers.process tiers.fs.budget tiers.fs.tools tiers.fs.tier tiers.fs.medium "
         "tiers.fs.page_files tiers.fs.startup"

@@ -1,0 +1,141 @@
+"""What cannot work is one error at start, and no error shows a password."""
+
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kvstrata.tiers.base import PageLayout, TensorSpec, TierConfigError
+from kvstrata.tiers.options import parse_options
+from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key, store
+from kvstrata.tiers.valkey import tier as tier_module
+from kvstrata.tiers.valkey.config import ValkeyOptions
+from tests.tiers.valkey.conftest import OpenTier, StartServer
+from tests.tiers.valkey.server import Server, free_port
+
+PAGE = {make_key(1): make_data(1, CONTEXT.layouts[0].nbytes)}
+
+
+@pytest.mark.parametrize(
+    ("url", "parsed"),
+    [
+        ("valkey://kv", "valkey://kv:6379"),
+        ("valkey://10.0.0.7:7000/", "valkey://10.0.0.7:7000"),
+        ("valkey://[::1]:7000", "valkey://[::1]:7000"),
+    ],
+)
+def test_urls(url: str, parsed: str) -> None:
+    options = parse_options(ValkeyOptions, {"url": url}, "valkey tier")
+    assert options.url == parsed
+    assert options.address == (parsed[9:].rpartition(":")[0].strip("[]"), int(parsed[-4:]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, '^url is missing: give the server, for example "valkey://host:6379"'),
+        ({"url": "kv:6379"}, r"^url: 'kv:6379' is wrong; give \"valkey://host:6379\""),
+        ({"url": "redis://kv"}, "^url: 'redis://kv' is wrong.*a Redis server is named so too"),
+        ({"url": "rediss://kv"}, "^url: 'rediss://kv' is wrong.*\"tls\": true"),
+        ({"url": "valkey://kv:65536"}, "^url: 'valkey://kv:65536' is wrong"),
+        ({"url": "valkey://kv/3"}, "^url: 'valkey://kv/3' is wrong.*nothing behind the port"),
+        ({"url": "valkey://me:hunter2@kv"}, "^url: it names a user or a password.*password_file"),
+        ({"url": "valkey://kv", "password_file": "hunter2"}, "^password_file: what is given is no"),
+        ({"url": "valkey://kv", "password": "hunter2"}, "'password': use password_file"),
+        ({"url": "valkey://kv", "timeout_s": 11}, "^timeout_s: 11 is wrong.*at most 10"),
+        ({"host": "kv"}, "'host': use url"),
+    ],
+)
+def test_wrong_options(options: dict[str, object], message: str) -> None:
+    with pytest.raises(TierConfigError, match=message) as raised:
+        tier_module.ValkeyTier.check_options(options)
+    assert "hunter2" not in str(raised.value)
+
+
+def test_without_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tier_module, "find_spec", lambda name: None)
+    with pytest.raises(TierConfigError, match=r"pip install 'kvstrata\[valkey\]'"):
+        tier_module.ValkeyTier({"url": "valkey://kv"}, CONTEXT)
+
+
+def test_without_a_server() -> None:
+    url = f"valkey://127.0.0.1:{free_port()}"
+    with pytest.raises(TierConfigError, match=f"^url: '{url}' cannot be used.*start the server"):
+        tier_module.ValkeyTier({"url": url, "timeout_s": 0.3}, CONTEXT)
+
+
+def test_passwords(open_tier: OpenTier, start_server: StartServer, tmp_path: Path) -> None:
+    server = start_server(password="swordfish")
+    file = tmp_path / "password"
+    given = {"password_file": str(file)}
+    for options, text, message in [
+        ({}, "", "^password_file: None does not open the server"),
+        (given, None, "^password_file: .*No such file"),
+        (given, "hunter2\n", "^password_file: .* does not open the server"),
+        (given, "me\nhunter2\nhunter3\n", "^password_file: .*not one line with a password, or two"),
+        (given, "me\nswordfish\n", "^password_file: .* does not open the server"),
+    ]:
+        if text is not None:
+            file.write_text(text)
+        with pytest.raises(TierConfigError, match=message) as raised:
+            open_tier(server, **options)
+        assert not any(word in str(raised.value) for word in ("hunter", "swordfish"))
+    server.ask("ACL", "SETUSER", "me", "on", ">tuna", "~*", "+@all")
+    for text in ("swordfish", "default\nswordfish\n", "me\ntuna\n"):
+        file.write_text(text)
+        assert not store(open_tier(server, **given), PAGE).failed
+
+
+def test_a_page_that_is_no_value(open_tier: OpenTier, start_server: StartServer) -> None:
+    layout = PageLayout((TensorSpec("kv", "U8", (1, 2 * 2**20)),), tokens=16)
+    context = replace(CONTEXT, layouts={**CONTEXT.layouts, 3: layout})
+    server = start_server("--proto-max-bulk-len", "1mb")
+    with pytest.raises(TierConfigError, match=r"takes values of 1.0 MiB .*a page has 2.0 MiB; "):
+        open_tier(server, context)
+    assert not store(open_tier(server), PAGE).failed
+
+
+def test_a_server_that_does_not_tell(open_tier: OpenTier, server: Server) -> None:
+    server.ask("ACL", "SETUSER", "default", "-config")
+    try:
+        assert not store(open_tier(server), PAGE).failed
+    finally:
+        server.ask("ACL", "SETUSER", "default", "+config")
+
+
+def test_a_cluster(open_tier: OpenTier, start_server: StartServer) -> None:
+    server = start_server("--cluster-enabled", "yes")
+    server.ask("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+    with pytest.raises(TierConfigError, match=r"^cluster: .* is a server of a cluster; give true"):
+        open_tier(server)
+    tier = open_tier(server, cluster=True)
+    many = {make_key(n): make_data(n, CONTEXT.layouts[0].nbytes) for n in range(20)}
+    assert not store(tier, many).failed
+    assert load(tier, list(many))[1] == many
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="no openssl to make a certificate with")
+def test_tls(
+    open_tier: OpenTier,
+    start_server: StartServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    key, certificate, port = tmp_path / "key.pem", tmp_path / "cert.pem", free_port()
+    subprocess.run(
+        f"openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=127.0.0.1 -addext "
+        f"subjectAltName=IP:127.0.0.1 -keyout {key} -out {certificate}".split(),
+        check=True,
+        capture_output=True,
+    )
+    files = ("--tls-cert-file", str(certificate), "--tls-key-file", str(key))
+    server = start_server("--tls-port", str(port), *files, "--tls-auth-clients", "no")
+    server.url = f"valkey://127.0.0.1:{port}"
+    with pytest.raises(TierConfigError, match="^url: .* cannot be used"):
+        open_tier(server, tls=True)  # nobody vouches for it
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    tier = open_tier(server, tls=True)
+    assert not store(tier, PAGE).failed
+    assert load(tier, list(PAGE))[1] == PAGE
