@@ -133,7 +133,7 @@ def test_tls(
     files = ("--tls-cert-file", str(certificate), "--tls-key-file", str(key))
     server = start_server("--tls-port", str(port), *files, "--tls-auth-clients", "no")
     server.url = f"valkey://127.0.0.1:{port}"
-    with pytest.raises(TierConfigError, match="^url: .* cannot be used"):
+    with pytest.raises(TierConfigError, match=r"^url: .* cannot be used"):
         open_tier(server, tls=True)  # nobody vouches for it
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     tier = open_tier(server, tls=True)
