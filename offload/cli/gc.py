@@ -62,9 +62,9 @@ def _limits(
         OSError: the file system cannot be asked.
     """
     from kvstrata.tiers.base import TierConfigError
-    from kvstrata.tiers.disk import disk_at
     from kvstrata.tiers.fs.config import FsConfig
     from kvstrata.tiers.fs.startup import limits_of
+    from kvstrata.tiers.machine.disk import disk_at
 
     given = {"max_bytes": max_bytes, "max_files": max_files, "min_free_bytes": min_free_bytes}
     options = {key: value for key, value in given.items() if value is not None}

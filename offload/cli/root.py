@@ -54,7 +54,7 @@ def no_namespaces(root: str) -> bool:
 
 def free_json(free_bytes: int) -> int | None:
     """Free bytes; None where the file system does not tell."""
-    from kvstrata.tiers.disk import UNBOUNDED
+    from kvstrata.tiers.machine.disk import UNBOUNDED
 
     return None if free_bytes == UNBOUNDED else free_bytes
 

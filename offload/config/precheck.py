@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 
 from kvstrata.offload.config.offload_config import OffloadConfig
-from kvstrata.tiers.disk import SHM, disk_at
 from kvstrata.tiers.fs.refusals import refusal_by_look
+from kvstrata.tiers.machine.disk import disk_at
+from kvstrata.tiers.machine.memory import SHM
 from kvstrata.tiers.options import ConfigError, format_bytes
 
 

@@ -32,7 +32,8 @@ import numpy as np
 
 from kvstrata.offload.primary.progress import Progress
 from kvstrata.tiers.base import PageRegion
-from kvstrata.tiers.disk import SHM, available_memory, disk_at
+from kvstrata.tiers.machine.disk import disk_at
+from kvstrata.tiers.machine.memory import SHM, available_memory
 from kvstrata.tiers.options import format_bytes
 
 ALIGNMENT = 4096  # of slots and of the first slot; the unit of O_DIRECT

@@ -13,7 +13,6 @@ from fractions import Fraction
 from typing import Any
 
 from kvstrata.tiers.base import EPOCH, TierConfigError, TierContext, unseen_reason
-from kvstrata.tiers.disk import disk_at
 from kvstrata.tiers.fs.budget.ledger import Ledger, LedgerBusy
 from kvstrata.tiers.fs.budget.limits import Limits, default_floor, file_cost
 from kvstrata.tiers.fs.config import FsConfig
@@ -24,6 +23,7 @@ from kvstrata.tiers.fs.files.namespace import make_namespace, namespace_paths, v
 from kvstrata.tiers.fs.files.trust import is_trusted
 from kvstrata.tiers.fs.ground import Ground
 from kvstrata.tiers.fs.refusals import is_whole_system, refusal
+from kvstrata.tiers.machine.disk import disk_at
 from kvstrata.tiers.options import format_bytes
 from kvstrata.tiers.page.form import ALIGNMENT
 

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from contextlib import closing, suppress
 
 from kvstrata.tiers.base import PageRegion, TierConfigError
-from kvstrata.tiers.disk import SHM, available_memory, disk_at, file_system
 from kvstrata.tiers.fs.budget.ledger import BOOKS_NAME, LEDGER_NAME, Ledger
 from kvstrata.tiers.fs.budget.limits import default_floor
 from kvstrata.tiers.fs.files import nofollow
 from kvstrata.tiers.fs.refusals import refusal
+from kvstrata.tiers.machine.disk import disk_at, file_system
+from kvstrata.tiers.machine.memory import SHM, available_memory
 from kvstrata.tiers.options import WrongValue, format_bytes
 
 FILE_MODE, DIR_MODE = 0o600, 0o700

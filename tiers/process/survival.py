@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 from kvstrata.tiers.base import EPOCH, unseen_reason
-from kvstrata.tiers.liveness import is_running
+from kvstrata.tiers.machine.liveness import is_running
 from kvstrata.tiers.process.messages import MAX_PACKET
 
 # From the engine's death on. Enough for some GiB; whoever starts the server anew takes longer.

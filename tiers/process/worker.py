@@ -23,7 +23,7 @@ from contextlib import suppress
 from queue import SimpleQueue
 
 from kvstrata.tiers.base import PageKey, key_group
-from kvstrata.tiers.liveness import process_state
+from kvstrata.tiers.machine.liveness import process_state
 from kvstrata.tiers.page.identity import is_key
 from kvstrata.tiers.process.bell import Bell
 from kvstrata.tiers.process.medium import (

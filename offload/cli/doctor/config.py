@@ -18,7 +18,7 @@ from kvstrata.offload.config.offload_config import OffloadConfig, parse_config
 from kvstrata.offload.config.precheck import check_size
 from kvstrata.offload.vllm_plugin.engine.early_check import SPEC_NAME
 from kvstrata.offload.vllm_plugin.entry_point import SPEC_MODULE
-from kvstrata.tiers.disk import SHM
+from kvstrata.tiers.machine.memory import SHM
 from kvstrata.tiers.options import ConfigError, format_bytes
 
 _INNER = "kv_connector_extra_config"

@@ -25,7 +25,7 @@ from kvstrata.tiers.fs.files.temporary import (
 )
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.fs.tools.scan import check_root
-from kvstrata.tiers.liveness import process_state
+from kvstrata.tiers.machine.liveness import process_state
 from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key, store
 from tests.waiting import wait_until
 

@@ -11,9 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstrata.tiers import disk as disk_module
 from kvstrata.tiers.base import TierConfigError
-from kvstrata.tiers.disk import UNBOUNDED, disk_at
 from kvstrata.tiers.fs import startup
 from kvstrata.tiers.fs.budget import limits as limits_module
 from kvstrata.tiers.fs.budget.ledger import Books
@@ -21,6 +19,8 @@ from kvstrata.tiers.fs.budget.limits import Limits, default_floor
 from kvstrata.tiers.fs.config import FsConfig
 from kvstrata.tiers.fs.startup import limits_of, say_limits
 from kvstrata.tiers.fs.tier import FsTier
+from kvstrata.tiers.machine import disk as disk_module
+from kvstrata.tiers.machine.disk import UNBOUNDED, disk_at
 from kvstrata.tiers.testing import CONTEXT, make_data, make_key, store
 
 MIB, GIB = 2**20, 2**30

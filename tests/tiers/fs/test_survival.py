@@ -19,7 +19,7 @@ from kvstrata.tiers.base import EPOCH, unseen
 from kvstrata.tiers.fs.files.layout import NamespacePaths
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.fs.tools.repair import examine
-from kvstrata.tiers.liveness import process_state
+from kvstrata.tiers.machine.liveness import process_state
 from kvstrata.tiers.process.survival import is_worthwhile, packets, watch
 from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key, store
 from tests.waiting import wait_until

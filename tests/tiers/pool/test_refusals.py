@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from kvstrata.tiers.base import PageRegion, TierConfigError
-from kvstrata.tiers.disk import Disk
 from kvstrata.tiers.fs.budget.ledger import BOOKS_NAME, LEDGER_NAME
+from kvstrata.tiers.machine.disk import Disk
 from kvstrata.tiers.pool import place
 from kvstrata.tiers.pool.tier import PoolTier
 from kvstrata.tiers.testing import CONTEXT, make_data, make_key, store

@@ -23,9 +23,9 @@ from dataclasses import dataclass, field
 
 import xxhash
 
-from kvstrata.tiers.disk import UNBOUNDED, disk_at
 from kvstrata.tiers.fs.budget.limits import Limits, Usage, smallest
 from kvstrata.tiers.fs.files import nofollow
+from kvstrata.tiers.machine.disk import UNBOUNDED, disk_at
 
 MAX_ROWS = 512
 BOOKS_NAME = ".kvstrata"  # below the root: the directory of ledger, journals, snapshot and spares

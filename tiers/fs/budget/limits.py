@@ -13,7 +13,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from kvstrata.tiers.base import TierConfigError
-from kvstrata.tiers.disk import UNBOUNDED
+from kvstrata.tiers.machine.disk import UNBOUNDED
 from kvstrata.tiers.options import format_bytes, parse_bytes
 
 BLOCK = 4096  # bytes: what ext4, XFS and tmpfs allocate in

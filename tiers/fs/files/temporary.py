@@ -21,7 +21,7 @@ import time
 from contextlib import suppress
 
 from kvstrata.tiers.fs.files import nofollow
-from kvstrata.tiers.liveness import is_running, process_state
+from kvstrata.tiers.machine.liveness import is_running, process_state
 
 # Files of other hosts (or of this one before a reboot) go when they are this old, in
 # seconds: no writer holds a single page that long.

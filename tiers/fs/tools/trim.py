@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from kvstrata.tiers.disk import UNBOUNDED, disk_at
 from kvstrata.tiers.fs.budget import snapshot
 from kvstrata.tiers.fs.budget.journal import Op, journals, unread
 from kvstrata.tiers.fs.budget.keeper.rescan import Walk, books_size
@@ -20,6 +19,7 @@ from kvstrata.tiers.fs.budget.member import Member
 from kvstrata.tiers.fs.budget.names import Names
 from kvstrata.tiers.fs.files import nofollow
 from kvstrata.tiers.fs.tools.audit import audit
+from kvstrata.tiers.machine.disk import UNBOUNDED, disk_at
 from kvstrata.tiers.process.failures import Failures
 from kvstrata.tiers.process.medium import News
 

@@ -1,15 +1,13 @@
-"""How much room there is: on a file system, and in this machine's memory."""
+"""How large a file system is, and how full, and of what kind."""
 
 from __future__ import annotations
 
 import os
 import re
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 UNBOUNDED = 2**62  # bytes; more than any medium has
-SHM = Path("/dev/shm")  # where the CPU tier lives
 _ESCAPE = re.compile(rb"\\([0-7]{3})")  # a space, tab, newline or backslash in mountinfo
 
 
@@ -56,26 +54,3 @@ def file_system(path: str, mounts: Path = Path("/proc/self/mountinfo")) -> str:
         if covers and len(point) >= len(best):  # of mounts at one point, the last is seen
             best, kind = point, back.split()[0].decode()
     return kind
-
-
-def available_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes this process may still take: the least of the machine's and the cgroup's."""
-    meminfo = _numbers(proc / "meminfo")
-    bounds = [meminfo["MemAvailable:"] * 1024]
-    for folder, limit, used, prefix in (
-        (cgroup, "memory.max", "memory.current", ""),  # version 2
-        (cgroup / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),  # 1
-    ):
-        with suppress(OSError, ValueError):  # no such file; the limit is "max"
-            free = int((folder / limit).read_text()) - int((folder / used).read_text())
-            # The kernel gives up cached files, such as weights just read, before it refuses.
-            stat = _numbers(folder / "memory.stat")
-            cached = (stat.get(f"{prefix}{name}_file", 0) for name in ("active", "inactive"))
-            bounds.append(free + sum(cached))
-    return min(bounds)
-
-
-def _numbers(path: Path) -> dict[str, int]:
-    """The lines `name number ...` of a file of the kernel's."""
-    lines = (line.split() for line in path.read_text().splitlines())
-    return {words[0]: int(words[1]) for words in lines}

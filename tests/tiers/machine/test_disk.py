@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from kvstrata.tiers.disk import available_memory, file_system
+from kvstrata.tiers.machine.disk import file_system
+from kvstrata.tiers.machine.memory import available_memory
 
 
 @pytest.mark.parametrize(
