@@ -2,7 +2,7 @@
 # The targets share one virtual environment and few cores, so -j changes nothing.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help install lint format types test-unit test-engine test-vllm test-vllms test test-gpu test-models test-faults test-soak bench-fs bench-kernels bench-eviction bench-manager bench-start bench-ttft bench-file-hits bench-rounding test-hits test-audit fuzz demo demo-shared
+.PHONY: help install lint format types test-unit test-engine test-vllm test-vllms test test-gpu test-models test-faults test-soak bench-fs bench-tiers bench-kernels bench-eviction bench-manager bench-start bench-ttft bench-file-hits bench-rounding test-hits test-audit fuzz demo demo-shared
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -161,6 +161,11 @@ against = $(if $(AGAINST),$(PYTHON) tests/bench/against.py $(AGAINST) $(1) env)
 bench-fs: install ## the filesystem tier against stock vLLM's and the device (BENCH_DIR=... on the disk)
 	$(call against,$(BENCH_DIR)/fs.csv) $(BIN)/python -m tests.bench.fs --root $(BENCH_DIR) \
 		--csv $(BENCH_DIR)/fs.csv --plot $(BENCH_DIR)/fs.png
+
+TIERS :=
+bench-tiers: install ## each tier against its client's own loop (BENCH_DIR=... on the disk, TIERS="fs pool")
+	$(call against,$(BENCH_DIR)/tiers.csv) $(BIN)/python -m tests.bench.tiers --root $(BENCH_DIR) \
+		$(TIERS:%=--tier %) --csv $(BENCH_DIR)/tiers.csv
 
 bench-kernels: ## pages between GPU (or CPU) caches and CPU memory, against the link (PYTHON, PART=1..5)
 	mkdir -p $(BENCH_DIR)

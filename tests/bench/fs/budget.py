@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvstrata.tiers.fs.budget.limits import file_cost
-from tests.bench.fs.contestants import Contestant, Memory, Ours, Stock, has_stock
+from tests.bench.fs.contestants import Contestant, Ours, Stock, has_stock
 from tests.bench.fs.figures import Figure
 from tests.bench.fs.transfers import PAGES, new_keys
+from tests.bench.jobs import Memory
 
 OPERATION = "store at the budget"
 _PAGE_BYTES = 2**21

