@@ -1,7 +1,13 @@
 """What cannot work is one error at start, and no error shows a password."""
 
 import shutil
+import socket
+import socketserver
+import ssl
 import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,6 +83,7 @@ def test_passwords(open_tier: OpenTier, start_server: StartServer, tmp_path: Pat
         (given, "me\nhunter2\nhunter3\n", "^password_file: .*not one line with a password, or two"),
         (given, "me\nswordfish\n", "^password_file: .* does not open the server"),
     ]:
+        file.unlink(missing_ok=True)
         if text is not None:
             file.write_text(text)
         with pytest.raises(TierConfigError, match=message) as raised:
@@ -116,26 +123,56 @@ def test_a_cluster(open_tier: OpenTier, start_server: StartServer) -> None:
     assert load(tier, list(many))[1] == many
 
 
+@contextmanager
+def encrypted(server: Server, certificate: Path, key: Path) -> Iterator[int]:
+    """A port that speaks TLS and hands all to the server, which may be built without it."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with (
+                suppress(OSError),
+                context.wrap_socket(self.request, server_side=True) as client,
+                socket.create_connection(("127.0.0.1", server.port)) as plain,
+            ):
+                back = threading.Thread(target=pump, args=(plain, client), daemon=True)
+                back.start()
+                pump(client, plain)
+                plain.shutdown(socket.SHUT_RDWR)
+                back.join()
+
+    def pump(source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(2**16):
+                target.sendall(data)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as listener:
+        listener.daemon_threads = True
+        listener.block_on_close = False
+        threading.Thread(target=listener.serve_forever, daemon=True).start()
+        yield listener.server_address[1]
+        listener.shutdown()
+
+
 @pytest.mark.skipif(not shutil.which("openssl"), reason="no openssl to make a certificate with")
 def test_tls(
-    open_tier: OpenTier,
-    start_server: StartServer,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    open_tier: OpenTier, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    key, certificate, port = tmp_path / "key.pem", tmp_path / "cert.pem", free_port()
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
     subprocess.run(
         f"openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=127.0.0.1 -addext "
-        f"subjectAltName=IP:127.0.0.1 -keyout {key} -out {certificate}".split(),
+        f"subjectAltName=IP:127.0.0.1 -addext "
+        f"basicConstraints=critical,CA:FALSE -keyout {key} -out {certificate}".split(),
         check=True,
         capture_output=True,
     )
-    files = ("--tls-cert-file", str(certificate), "--tls-key-file", str(key))
-    server = start_server("--tls-port", str(port), *files, "--tls-auth-clients", "no")
-    server.url = f"valkey://127.0.0.1:{port}"
-    with pytest.raises(TierConfigError, match=r"^url: .* cannot be used"):
-        open_tier(server, tls=True)  # nobody vouches for it
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-    tier = open_tier(server, tls=True)
-    assert not store(tier, PAGE).failed
-    assert load(tier, list(PAGE))[1] == PAGE
+    with encrypted(server, certificate, key) as port:
+        options = {"url": f"valkey://127.0.0.1:{port}", "tls": True}
+        with pytest.raises(TierConfigError, match=r"^url: .* cannot be used"):
+            open_tier(server, **options)  # nobody vouches for it
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        tier = open_tier(server, **options)
+        assert not store(tier, PAGE).failed
+        assert load(tier, list(PAGE))[1] == PAGE
+        assert tier.shutdown(60.0)
