@@ -75,7 +75,8 @@ def test_what_one_stores_the_others_have(open_tier: OpenTier, replica: Replica) 
 
 
 def test_one_that_starts_knows_all_at_once(open_tier: OpenTier, replica: Replica) -> None:
-    assert {settle(open_tier(), key) for key in THEIRS} == {Lookup.HIT}
+    tier = open_tier()
+    assert {settle(tier, key) for key in THEIRS} == {Lookup.HIT}
 
 
 def test_a_killed_replica_costs_the_others_nothing(
