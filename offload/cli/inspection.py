@@ -17,7 +17,6 @@ from safetensors import SafetensorError, safe_open
 from kvstrata.tiers.base import key_group
 from kvstrata.tiers.fs.files import nofollow
 from kvstrata.tiers.fs.files.layout import (
-    CONFIG_NAME,
     NAMESPACE_DIR,
     PAGE_SUFFIX,
     NamespacePaths,
@@ -26,7 +25,7 @@ from kvstrata.tiers.fs.files.namespace import read_config
 from kvstrata.tiers.fs.files.temporary import is_abandoned, is_temporary
 from kvstrata.tiers.fs.tools.scan import FileReport, check_place, inspect_file, known_layouts
 from kvstrata.tiers.page.form import FORMAT_VERSION
-from kvstrata.tiers.page.identity import namespace_digest
+from kvstrata.tiers.page.identity import CONFIG_NAME, namespace_digest
 
 # Files of whole models have headers of up to a few MiB; the library would take 100 MB.
 _MAX_FOREIGN_HEADER = 2**24

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from kvstrata.offload.cli.check import check
 from kvstrata.offload.cli.config import config
+from kvstrata.offload.cli.copy.command import copy
 from kvstrata.offload.cli.gc import gc
 from kvstrata.offload.cli.inspect import inspect
 from kvstrata.offload.cli.ls import list_root
@@ -60,6 +61,7 @@ app.command()(inspect)
 app.command("ls")(list_root)
 app.command()(check)
 app.command()(gc)
+app.command()(copy)
 app.command()(trust)
 app.command()(config)
 app.add_typer(pool, name="pool")

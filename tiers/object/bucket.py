@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -127,6 +127,18 @@ class Bucket:
                 return True
             except FileNotFoundError:
                 return False
+
+    def names(self, folder: str) -> Iterator[tuple[str, float]]:
+        """The path of each object in a folder, and when it was written, in s since the epoch."""
+        with _asking():
+            for batch in self._store.list(folder):
+                for found in batch:
+                    yield str(found["path"]), found["last_modified"].timestamp()
+
+    def remove(self, path: str) -> None:
+        """Delete the object, if there is one."""
+        with _asking(), suppress(FileNotFoundError):
+            self._store.delete(path)
 
     def folders(self) -> list[str]:
         """The first parts of the names of all objects that have more than one."""

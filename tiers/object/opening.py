@@ -8,11 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvstrata.tiers.base import EPOCH, TierConfigError, TierContext, unseen_reason
-from kvstrata.tiers.fs.files.layout import NAMESPACE_DIR, NamespacePaths, directory_name
+from kvstrata.tiers.fs.files.layout import NAMESPACE_DIR, NamespacePaths
 from kvstrata.tiers.fs.files.namespace import first_difference, parse_config
 from kvstrata.tiers.object.bucket import SILENT, Bucket, BucketError, plain_text
 from kvstrata.tiers.object.config import ObjectConfig
-from kvstrata.tiers.page.identity import MAX_CONFIG_BYTES, config_text, namespace_digest
+from kvstrata.tiers.page.identity import (
+    MAX_CONFIG_BYTES,
+    config_text,
+    directory_name,
+    namespace_digest,
+)
 
 _REMEDY = "see that the bucket exists, and that endpoint and region are its own"
 _REMEDIES = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,9 @@ from typing import Any
 # and a file's name must stay under the 255 bytes that file systems allow.
 MIN_HASH_BYTES, MAX_HASH_BYTES = 3, 64
 MAX_CONFIG_BYTES = 2**20  # of config.json
+CONFIG_NAME = "config.json"
+
+_MAX_MODEL_CHARS = 128
 
 
 def is_key(key: bytes) -> bool:
@@ -26,6 +30,12 @@ def canonical_json(value: object) -> str:
 def namespace_digest(fields: Mapping[str, Any]) -> str:
     """The first 12 hex digits of SHA-256 over the fields as canonical JSON."""
     return hashlib.sha256(canonical_json(dict(fields)).encode()).hexdigest()[:12]
+
+
+def directory_name(model: str, digest: str) -> str:
+    """`<model>_<digest>`: the model's name with every foreign character replaced by `_`."""
+    safe = re.sub(r"[^A-Za-z0-9._-]", "_", model).replace("..", "__")
+    return f"{safe[:_MAX_MODEL_CHARS]}_{digest}"
 
 
 def config_text(fields: Mapping[str, Any]) -> str:

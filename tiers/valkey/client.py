@@ -16,6 +16,7 @@ from glide_sync import (
     BackoffStrategy,
     Batch,
     ClusterBatch,
+    ClusterScanCursor,
     GlideClient,
     GlideClientConfiguration,
     GlideClusterClient,
@@ -29,6 +30,7 @@ from kvstrata.tiers.valkey.config import ValkeyOptions
 
 # Tries again after 0.1, 0.2, 0.4, 0.8 and 1.6 s, and then every 1.6 s, for ever.
 _RECONNECT = BackoffStrategy(num_of_retries=4, factor=100, exponent_base=2)
+_SCANNED = 1000  # names that the server looks at in one call
 
 
 class Client:
@@ -91,6 +93,16 @@ class Client:
         with self._errors():
             sizes = self._client.mget(list(names), buffers=list(buffers))
         return [None if each is None else int(each) for each in sizes]
+
+    def scan(self, pattern: str) -> Iterator[bytes]:
+        """The names of all values that match the glob, some perhaps twice."""
+        cursor: Any = ClusterScanCursor() if self._options.cluster else b"0"
+        while True:
+            with self._errors():
+                cursor, names = self._client.scan(cursor, match=pattern, count=_SCANNED)
+            yield from names
+            if cursor.is_finished() if self._options.cluster else cursor == b"0":
+                return
 
     def close(self) -> None:
         """No further call follows."""

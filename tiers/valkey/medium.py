@@ -4,20 +4,28 @@
     {<namespace>:<key, hex>}:data      the data
 
 They are written and read together, and lie on one server of a cluster: it places them by what is
-in the braces.
+in the braces. What the namespace is one can read there too, as in a directory:
+
+    <model>_<namespace>/config.json    its fields
 """
 
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Callable, Sequence
 
 from kvstrata.tiers.base import PageKey, TierContext
 from kvstrata.tiers.page.form import BadPage
+from kvstrata.tiers.page.identity import CONFIG_NAME, config_text, directory_name
 from kvstrata.tiers.page.page import PageForm
 from kvstrata.tiers.process.medium import Host, Medium, Outcome, PageRef, attempt
 from kvstrata.tiers.valkey.client import Client
 from kvstrata.tiers.valkey.config import ValkeyOptions
+
+# It is written with a page, and again with one so many seconds later: a server that evicts, or
+# came back empty, has it as long as pages are stored.
+_CONFIG_S = 60
 
 
 class ValkeyMedium(Medium):
@@ -29,6 +37,9 @@ class ValkeyMedium(Medium):
         self._form = PageForm(context)
         self._ttl_s = options.ttl_s
         self._client = Client(options, lazy=True)
+        self._config = config_name(context.model, self._form.namespace)
+        self._config_text = config_text(context.namespace)
+        self._config_due = 0.0  # monotonic
 
     def exists(self, keys: Sequence[PageKey]) -> list[bool]:
         """In one round trip."""
@@ -99,12 +110,27 @@ class ValkeyMedium(Medium):
         if self._ttl_s:
             for name in pair:
                 batch.expire(name, self._ttl_s)
+        if (now := time.monotonic()) >= self._config_due:
+            self._config_due = now + _CONFIG_S
+            batch.set(self._config, self._config_text)
+            if self._ttl_s:
+                batch.expire(self._config, self._ttl_s + _CONFIG_S)
         written, found, *_ = self._client.run(batch)
         return bool(written), found
 
     def _names(self, key: PageKey) -> list[bytes]:
-        name = f"{{{self._form.namespace}:{key.hex()}}}"
+        name = page_name(self._form.namespace, key)
         return [f"{name}:header".encode(), f"{name}:data".encode()]
+
+
+def page_name(namespace: str, key: PageKey) -> str:
+    """What the names of a page's two values begin with, before `:header` and `:data`."""
+    return f"{{{namespace}:{key.hex()}}}"
+
+
+def config_name(model: str, namespace: str) -> str:
+    """The name of the value that holds the namespace's fields; `namespace` is its digest."""
+    return f"{directory_name(model, namespace)}/{CONFIG_NAME}"
 
 
 def _while_it_answers(

@@ -35,21 +35,30 @@ class ValkeyTier(ProcessTier):
     def __init__(self, options: Mapping[str, Any], context: TierContext) -> None:
         """See `SecondaryTier.__init__`."""
         parsed = parse_options(ValkeyOptions, options, "valkey tier")
-        _check(parsed, max(each.nbytes for each in context.layouts.values()))
+        check_server(parsed, max(each.nbytes for each in context.layouts.values()))
         medium = MediumSpec("kvstrata.tiers.valkey.medium:ValkeyMedium", parsed)
         super().__init__(context, [medium], _THREADS, _THREADS)
 
 
-def _check(options: ValkeyOptions, page_bytes: int) -> None:
-    """Whether the server can be used for pages of this size.
+def check_client() -> None:
+    """Whether the client is there.
 
     Raises:
-        TierConfigError: it cannot.
+        TierConfigError: it is not.
     """
     if find_spec("glide_sync") is None:
         raise TierConfigError(
             "valkey tier: the package valkey-glide-sync is missing; pip install 'kvstrata[valkey]'"
         )
+
+
+def check_server(options: ValkeyOptions, page_bytes: int) -> None:
+    """Whether the server can be used for pages of this size.
+
+    Raises:
+        TierConfigError: it cannot.
+    """
+    check_client()
     found = _ask(options)
     if found["is_cluster"] and not options.cluster:
         raise TierConfigError(f"cluster: {options.url!r} is a server of a cluster; give true")

@@ -15,10 +15,16 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from kvstrata.tiers.base import DTYPE_BYTES, PageLayout, TensorSpec, TierContext
-from kvstrata.tiers.fs.files.layout import NamespacePaths, directory_name
+from kvstrata.tiers.fs.files.layout import NamespacePaths
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.page.form import MAX_HEADER_BYTES, encode_header, page_checksum, parse_header
-from kvstrata.tiers.page.identity import MAX_HASH_BYTES, canonical_json, is_key, namespace_digest
+from kvstrata.tiers.page.identity import (
+    MAX_HASH_BYTES,
+    canonical_json,
+    directory_name,
+    is_key,
+    namespace_digest,
+)
 from kvstrata.tiers.testing import CONTEXT, Slots, finish, make_data, make_job, make_key, store
 
 DOCUMENT = (Path(__file__).parents[3] / "docs/format.md").read_text()

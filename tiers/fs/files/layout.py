@@ -13,28 +13,33 @@ import re
 from dataclasses import dataclass
 
 from kvstrata.tiers.base import key_group, key_hash
+from kvstrata.tiers.page.identity import CONFIG_NAME, is_key
 
-CONFIG_NAME = "config.json"
 DISTRUST_NAME = "distrusted.json"
 PAGE_SUFFIX = ".safetensors"
 QUARANTINE_NAME = "quarantine"
 
-_MAX_MODEL_CHARS = 128
-
 NAMESPACE_DIR = re.compile(r"(?P<model>.*)_(?P<digest>[0-9a-f]{12})")
 PAGES_DIR = re.compile(r"(?P<model>.*)_(?P<digest>[0-9a-f]{12})_r0")
 
-
-def directory_name(model: str, digest: str) -> str:
-    """`<model>_<digest>`: the model's name with every foreign character replaced by `_`."""
-    safe = re.sub(r"[^A-Za-z0-9._-]", "_", model).replace("..", "__")
-    return f"{safe[:_MAX_MODEL_CHARS]}_{digest}"
+_LOCATION = re.compile(
+    r"[0-9a-f]{3}/[0-9a-f]{2}_g(?P<group>[0-9]{1,9})/(?P<hash>([0-9a-f]{2})+)\.safetensors"
+)
 
 
 def page_location(key: bytes) -> str:
     """The page's path below `<model>_<digest>_r0`; `is_key(key)` must hold."""
     name = key_hash(key).hex()
     return f"{name[:3]}/{name[3:5]}_g{key_group(key)}/{name}{PAGE_SUFFIX}"
+
+
+def located_key(location: str) -> bytes | None:
+    """The key of which `location` is the `page_location`; None if there is none."""
+    match = _LOCATION.fullmatch(location)
+    if match is None:
+        return None
+    key = bytes.fromhex(match["hash"]) + int(match["group"]).to_bytes(4, "big")
+    return key if is_key(key) and page_location(key) == location else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,14 @@ from typing import Any
 from kvstrata.tiers.base import TierConfigError
 from kvstrata.tiers.fs.files import nofollow
 from kvstrata.tiers.fs.files.differences import differences
-from kvstrata.tiers.fs.files.layout import NAMESPACE_DIR, NamespacePaths, directory_name
+from kvstrata.tiers.fs.files.layout import NAMESPACE_DIR, NamespacePaths
 from kvstrata.tiers.fs.files.temporary import temporary_name
-from kvstrata.tiers.page.identity import MAX_CONFIG_BYTES, config_text, namespace_digest
+from kvstrata.tiers.page.identity import (
+    MAX_CONFIG_BYTES,
+    config_text,
+    directory_name,
+    namespace_digest,
+)
 
 _MAX_CONFIG_DEPTH = 32  # of nested values; far above any namespace, below Python's recursion limit
 _MAX_SHOWN = 200  # characters of a name or value in an error

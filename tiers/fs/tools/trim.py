@@ -54,7 +54,7 @@ class Trimmed:
     failures: dict[str, int]
 
 
-class _Accounts:
+class Accounts:
     """Adds up what the member tells."""
 
     is_behind = False
@@ -104,7 +104,7 @@ def trim(
     before, fixed = _survey(root)
     if limits.room(fixed).is_passed:
         return Trimmed(0, 0, before, before, fixed, True, False, living, {})
-    accounts = _Accounts()
+    accounts = Accounts()
     member = Member(root, None, limits, mode & 0o666, mode & 0o777, accounts)
     last, since = (-1, -1, -1), time.monotonic()
     try:

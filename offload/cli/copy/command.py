@@ -1,0 +1,204 @@
+"""`kvstrata copy`: pages from one place to another."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvstrata.offload.cli.printing import AsJson, byte_bar, print_json, printable
+from kvstrata.offload.cli.root import refuse, refuse_root
+from kvstrata.tiers.options import format_bytes
+
+if TYPE_CHECKING:
+    from kvstrata.offload.cli.copy.pages import Copied
+    from kvstrata.offload.cli.copy.place import Place
+    from kvstrata.tiers.base import PageKey, TierContext
+
+_PLACE = 'A directory, "s3://bucket/prefix", "valkey://host:6379", or a tier as JSON.'
+_AGE = re.compile(r"([0-9]{1,9}) ?(s|min|h|d)")
+_SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
+
+
+def copy(
+    source: Annotated[str, typer.Argument(metavar="FROM", help=_PLACE)],
+    target: Annotated[str, typer.Argument(metavar="TO", help=_PLACE)],
+    prefix: Annotated[
+        list[str] | None,
+        typer.Option(help="Only namespaces whose name or digest begins so; may be given again."),
+    ] = None,
+    newer: Annotated[
+        str | None, typer.Option(metavar="AGE", help='Only pages written within, such as "1d".')
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Copy pages that are not there yet, each verified. If interrupted, run it again to go on.
+
+    Exits with 1 if something was not copied, with 2 if nothing could be.
+    """
+    from kvstrata.offload.cli.copy.opening import open_place
+    from kvstrata.offload.cli.copy.pages import Copied
+    from kvstrata.offload.cli.copy.place import PlaceError
+    from kvstrata.tiers.options import ConfigError
+
+    since = None if newer is None else time.time() - _seconds(newer)
+    done, names = Copied(), list[str]()
+    try:
+        ends = open_place("FROM", source), open_place("TO", target)
+        names = _selected(ends[0], prefix or ())
+        _check_ends(*ends)
+        _copy(*ends, names, since, done)
+    except (ConfigError, PlaceError) as error:
+        refuse(str(error))
+    except KeyboardInterrupt:
+        done.stopped = "interrupted"
+    if as_json:
+        _print_copied(done, names)
+    else:
+        _show_copied(done)
+    raise typer.Exit(1 if done.bad or done.stopped is not None else 0)
+
+
+def _seconds(age: str) -> int:
+    match = _AGE.fullmatch(age.strip())
+    if match is None:
+        raise typer.BadParameter(f'{age!r} is no age: give one such as "90min", "12h" or "7d"')
+    return int(match[1]) * _SECONDS[match[2]]
+
+
+def _selected(source: Place, prefixes: Sequence[str]) -> list[str]:
+    """The names of the namespaces that are to be copied."""
+    known = source.namespaces()
+    if not known:
+        refuse(f"no namespaces in {source.shown!r}")
+    fits = [
+        name
+        for name in known
+        if not prefixes or any(name.startswith(p) or name[-12:].startswith(p) for p in prefixes)
+    ]
+    if not fits:
+        refuse(f"no namespace in {source.shown!r} begins with {' or '.join(prefixes)}", known)
+    return fits
+
+
+def _check_ends(source: Place, target: Place) -> None:
+    from kvstrata.offload.cli.copy.directory import DirectoryPlace
+
+    if source.overlaps(target):
+        refuse(f"{target.shown!r} is, holds or lies in {source.shown!r}: give two places apart")
+    if isinstance(target, DirectoryPlace) and target.exists:
+        refuse_root(target.root)
+
+
+def _copy(
+    source: Place, target: Place, names: Sequence[str], since: float | None, done: Copied
+) -> None:
+    with byte_bar("counting") as advance:
+        found = [each for name in names if (each := _count(source, name, since, done, advance))]
+    total = sum(nbytes for *_, nbytes in found)
+    with byte_bar("copying", total) as advance:
+        for name, context, keys, _ in found:
+            if done.stopped is None:
+                _copy_namespace(source, target, name, context, keys, done, advance)
+
+
+_Counted = tuple[str, "TierContext", "list[PageKey]", int]  # and the bytes of the pages
+
+
+def _count(
+    source: Place,
+    name: str,
+    since: float | None,
+    done: Copied,
+    advance: Callable[[int], None] | None,
+) -> _Counted | None:
+    """What is to be copied of a namespace; None if it cannot be, which is noted."""
+    from kvstrata.offload.cli.copy.place import Refused, context_of
+    from kvstrata.tiers.base import EPOCH, key_group, unseen_reason
+    from kvstrata.tiers.page.page import PageForm
+
+    def wrong(where: str, reason: str) -> None:
+        done.bad.append((where, reason))
+
+    try:
+        context = context_of(f"{source.shown}: {name}", name, source.fields(name))
+    except Refused as refused:
+        wrong(refused.where, refused.reason)
+        return None
+    if EPOCH in context.namespace or any(map(unseen_reason, context.namespace.values())):
+        typer.echo(f"kvstrata: {name} is left out: only its own engine reads it", err=True)
+        return None
+    form, keys, total = PageForm(context), [], 0
+    for key in source.keys(name, since, wrong):
+        if key_group(key) not in context.layouts:
+            wrong(source.where(name, key), "shape: the namespace has no such group")
+            continue
+        keys.append(key)
+        total += form.size(key)
+        if advance is not None:
+            advance(form.size(key))
+    return name, context, keys, total
+
+
+def _copy_namespace(
+    source: Place,
+    target: Place,
+    name: str,
+    context: TierContext,
+    keys: Sequence[PageKey],
+    done: Copied,
+    advance: Callable[[int], None] | None,
+) -> None:
+    from kvstrata.offload.cli.copy.pages import Copying
+    from kvstrata.offload.cli.copy.place import Refused
+    from kvstrata.tiers.page.page import PageForm
+
+    try:
+        kept = target.target(context)
+    except Refused as refused:
+        done.bad.append((refused.where, refused.reason))
+        return
+    read = source.source(name, context)
+    try:
+        Copying(
+            read,
+            kept,
+            PageForm(context),
+            source.page_causes,
+            lambda key: source.where(name, key),
+            done,
+            advance or (lambda nbytes: None),
+        ).run(keys)
+    finally:
+        read.close()
+        kept.close()
+
+
+def _print_copied(done: Copied, names: Sequence[str]) -> None:
+    found: Mapping[str, Any] = {
+        "namespaces": [*names],
+        "pages": done.pages,
+        "bytes": done.bytes,
+        "there": done.there,
+        "gone": done.gone,
+        "bad": [{"path": where, "reason": reason} for where, reason in sorted(done.bad)],
+        "stopped": done.stopped,
+    }
+    print_json(found)
+
+
+def _show_copied(done: Copied) -> None:
+    for where, reason in sorted(done.bad):
+        typer.echo(f"not copied: {printable(where)}: {printable(reason)}")
+    parts = [f"{done.pages} pages, {format_bytes(done.bytes)} copied"]
+    parts.append(f"{done.there} were there already")
+    if done.gone:
+        parts.append(f"{done.gone} went away meanwhile")
+    if done.bad:
+        parts.append(f"{len(done.bad)} not copied")
+    typer.echo(", ".join(parts))
+    if done.stopped is not None:
+        typer.echo(f"stopped: {printable(done.stopped)}; run it again to go on")

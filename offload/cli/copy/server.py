@@ -1,0 +1,101 @@
+"""Copying from and to a Valkey or Redis server."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from kvstrata.offload.cli.copy.place import Place, PlaceError, Refused, Wrong
+from kvstrata.tiers.base import PageKey, TierConfigError, TierContext
+from kvstrata.tiers.fs.files.layout import NAMESPACE_DIR
+from kvstrata.tiers.fs.files.namespace import parse_config
+from kvstrata.tiers.fs.tools.trim import Accounts
+from kvstrata.tiers.page.identity import CONFIG_NAME, MAX_CONFIG_BYTES, is_key
+from kvstrata.tiers.process.medium import Medium
+from kvstrata.tiers.valkey.client import Client
+from kvstrata.tiers.valkey.config import ValkeyOptions
+from kvstrata.tiers.valkey.medium import ValkeyMedium, page_name
+from kvstrata.tiers.valkey.tier import check_server
+
+_PAGE = re.compile(r"\{([0-9a-f]{12}):(([0-9a-f]{2})+)\}:data")
+
+
+class ServerPlace(Place):
+    """Values of the server at `options.url`."""
+
+    def __init__(self, options: ValkeyOptions) -> None:
+        self.shown = options.url
+        self.options = options
+        self._check(0)
+        self._client = Client(options, lazy=True)
+
+    def namespaces(self) -> list[str]:
+        """See `Place.namespaces`; without those whose config.json is not there."""
+        with self._asked():
+            found = {
+                name.decode(errors="replace") for name in self._client.scan(f"*/{CONFIG_NAME}")
+            }
+        names = {name.removesuffix(f"/{CONFIG_NAME}") for name in found}
+        return sorted(filter(NAMESPACE_DIR.fullmatch, names))
+
+    def fields(self, name: str) -> Mapping[str, Any]:
+        """See `Place.fields`."""
+        where = f"{name}/{CONFIG_NAME}"
+        batch = self._client.batch()
+        batch.get(where)
+        with self._asked():
+            (raw,) = self._client.run(batch)
+        try:
+            if raw is None or len(raw) > MAX_CONFIG_BYTES:
+                raise ValueError("missing" if raw is None else f"{len(raw)} bytes")
+            return parse_config(raw)
+        except ValueError as error:
+            raise Refused(f"{self.shown} {where}", f"config: {error!s:.200}") from None
+
+    def keys(self, name: str, since: float | None, wrong: Wrong) -> Iterator[PageKey]:
+        """See `Place.keys`; nobody knows when they were written."""
+        if since is not None:
+            raise PlaceError(f"--newer: {self.shown} does not know when a page was written")
+        digest = name[-12:]
+        seen: set[PageKey] = set()
+        with self._asked():
+            for value in self._client.scan(page_name(digest, b"").replace("}", "*}:data")):
+                match = _PAGE.fullmatch(value.decode(errors="replace"))
+                key = bytes.fromhex(match[2]) if match is not None and match[1] == digest else b""
+                if not is_key(key):
+                    wrong(f"{self.shown} {value!r:.200}", "key: no page is called so")
+                elif key not in seen:
+                    seen.add(key)
+                    yield key
+
+    def where(self, name: str, key: PageKey) -> str:
+        """See `Place.where`."""
+        return f"{self.shown} {page_name(name[-12:], key)}"
+
+    def source(self, name: str, context: TierContext) -> Medium:
+        """See `Place.source`."""
+        return ValkeyMedium(self.options, context, Accounts(), True)
+
+    def target(self, context: TierContext) -> Medium:
+        """See `Place.target`."""
+        self._check(max(layout.nbytes for layout in context.layouts.values()))
+        return ValkeyMedium(self.options, context, Accounts(), False)
+
+    def overlaps(self, other: Place) -> bool:
+        """See `Place.overlaps`."""
+        return isinstance(other, ServerPlace) and self.options.address == other.options.address
+
+    def _check(self, page_bytes: int) -> None:
+        try:
+            check_server(self.options, page_bytes)
+        except TierConfigError as error:
+            raise PlaceError(str(error)) from None
+
+    @contextmanager
+    def _asked(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise PlaceError(error.strerror or str(error)) from None
