@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,7 +16,6 @@ from kvstrata.tiers.options import format_bytes
 if TYPE_CHECKING:
     from kvstrata.offload.cli.copy.pages import Copied
     from kvstrata.offload.cli.copy.place import Place
-    from kvstrata.tiers.base import PageKey, TierContext
 
 _PLACE = 'A directory, "s3://bucket/prefix", "valkey://host:6379", or a tier as JSON.'
 _AGE = re.compile(r"([0-9]{1,9}) ?(s|min|h|d)")
@@ -39,6 +38,7 @@ def copy(
 
     Exits with 1 if something was not copied, with 2 if nothing could be.
     """
+    from kvstrata.offload.cli.copy.namespaces import copy_namespaces, look
     from kvstrata.offload.cli.copy.opening import open_place
     from kvstrata.offload.cli.copy.pages import Copied
     from kvstrata.offload.cli.copy.place import PlaceError
@@ -50,7 +50,10 @@ def copy(
         ends = open_place("FROM", source), open_place("TO", target)
         names = _selected(ends[0], prefix or ())
         _check_ends(*ends)
-        _copy(*ends, names, since, done)
+        with byte_bar("counting") as advance:
+            found = look(ends[0], names, since, done, advance)
+        with byte_bar("copying", sum(each.nbytes for each in found)) as advance:
+            copy_namespaces(*ends, found, done, advance)
     except (ConfigError, PlaceError) as error:
         refuse(str(error))
     except KeyboardInterrupt:
@@ -93,90 +96,6 @@ def _check_ends(source: Place, target: Place) -> None:
         refuse_root(target.root)
 
 
-def _copy(
-    source: Place, target: Place, names: Sequence[str], since: float | None, done: Copied
-) -> None:
-    with byte_bar("counting") as advance:
-        found = [each for name in names if (each := _count(source, name, since, done, advance))]
-    total = sum(nbytes for *_, nbytes in found)
-    with byte_bar("copying", total) as advance:
-        for name, context, keys, _ in found:
-            if done.stopped is None:
-                _copy_namespace(source, target, name, context, keys, done, advance)
-
-
-_Counted = tuple[str, "TierContext", "list[PageKey]", int]  # and the bytes of the pages
-
-
-def _count(
-    source: Place,
-    name: str,
-    since: float | None,
-    done: Copied,
-    advance: Callable[[int], None] | None,
-) -> _Counted | None:
-    """What is to be copied of a namespace; None if it cannot be, which is noted."""
-    from kvstrata.offload.cli.copy.place import Refused, context_of
-    from kvstrata.tiers.base import EPOCH, key_group, unseen_reason
-    from kvstrata.tiers.page.page import PageForm
-
-    def wrong(where: str, reason: str) -> None:
-        done.bad.append((where, reason))
-
-    try:
-        context = context_of(f"{source.shown}: {name}", name, source.fields(name))
-    except Refused as refused:
-        wrong(refused.where, refused.reason)
-        return None
-    if EPOCH in context.namespace or any(map(unseen_reason, context.namespace.values())):
-        typer.echo(f"kvstrata: {name} is left out: only its own engine reads it", err=True)
-        return None
-    form, keys, total = PageForm(context), [], 0
-    for key in source.keys(name, since, wrong):
-        if key_group(key) not in context.layouts:
-            wrong(source.where(name, key), "shape: the namespace has no such group")
-            continue
-        keys.append(key)
-        total += form.size(key)
-        if advance is not None:
-            advance(form.size(key))
-    return name, context, keys, total
-
-
-def _copy_namespace(
-    source: Place,
-    target: Place,
-    name: str,
-    context: TierContext,
-    keys: Sequence[PageKey],
-    done: Copied,
-    advance: Callable[[int], None] | None,
-) -> None:
-    from kvstrata.offload.cli.copy.pages import Copying
-    from kvstrata.offload.cli.copy.place import Refused
-    from kvstrata.tiers.page.page import PageForm
-
-    try:
-        kept = target.target(context)
-    except Refused as refused:
-        done.bad.append((refused.where, refused.reason))
-        return
-    read = source.source(name, context)
-    try:
-        Copying(
-            read,
-            kept,
-            PageForm(context),
-            source.page_causes,
-            lambda key: source.where(name, key),
-            done,
-            advance or (lambda nbytes: None),
-        ).run(keys)
-    finally:
-        read.close()
-        kept.close()
-
-
 def _print_copied(done: Copied, names: Sequence[str]) -> None:
     found: Mapping[str, Any] = {
         "namespaces": [*names],
@@ -184,6 +103,7 @@ def _print_copied(done: Copied, names: Sequence[str]) -> None:
         "bytes": done.bytes,
         "there": done.there,
         "gone": done.gone,
+        "private": done.private,
         "bad": [{"path": where, "reason": reason} for where, reason in sorted(done.bad)],
         "stopped": done.stopped,
     }
@@ -193,6 +113,8 @@ def _print_copied(done: Copied, names: Sequence[str]) -> None:
 def _show_copied(done: Copied) -> None:
     for where, reason in sorted(done.bad):
         typer.echo(f"not copied: {printable(where)}: {printable(reason)}")
+    for name in done.private:
+        typer.echo(f"left out: {printable(name)}: none but its own engine reads it")
     parts = [f"{done.pages} pages, {format_bytes(done.bytes)} copied"]
     parts.append(f"{done.there} were there already")
     if done.gone:

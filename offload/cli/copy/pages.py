@@ -16,6 +16,9 @@ _THREADS = 16  # each waits for one disk or network at a time, and holds one pag
 _AT_ONCE = 32  # pages that the target is asked for
 
 
+Advance = Callable[[int], None] | None  # is told of bytes that were dealt with
+
+
 @dataclass(slots=True)
 class Copied:
     """What became of pages.
@@ -25,6 +28,7 @@ class Copied:
         there: pages that were at the target already.
         gone: that went away before they were read, as evicted ones do.
         bad: path and reason of what was not copied.
+        private: namespaces that were left out, since none but their own engine reads them.
         stopped: why the copy ended before it was through; None if it did not.
     """
 
@@ -33,6 +37,7 @@ class Copied:
     there: int = 0
     gone: int = 0
     bad: list[tuple[str, str]] = field(default_factory=list)
+    private: list[str] = field(default_factory=list)
     stopped: str | None = None
 
 
@@ -56,7 +61,7 @@ class Copying:
         page_causes: frozenset[str],
         where: Callable[[PageKey], str],
         done: Copied,
-        advance: Callable[[int], None],
+        advance: Advance,
     ) -> None:
         self._source, self._target, self._form = source, target, form
         self._page_causes, self._where = page_causes, where
@@ -88,7 +93,8 @@ class Copying:
                 self._count(there=1)
             else:
                 self._copy(key)
-            self._advance(self._form.size(key))
+            if self._advance is not None:
+                self._advance(self._form.size(key))
 
     def _copy(self, key: PageKey) -> None:
         page, view = PageRef(key), self._view(key)

@@ -174,7 +174,9 @@ def test_the_bar_is_shown_on_a_terminal(root: Path, paths: NamespacePaths) -> No
 def test_version_and_help() -> None:
     assert run("--version") == f"kvstrata {version('kvstrata')}\n"
     shown = run("--help")
-    assert all(name in shown for name in ("inspect", "ls", "check", "gc", "doctor", "config"))
+    assert all(
+        name in shown for name in ("inspect", "ls", "check", "gc", "copy", "doctor", "config")
+    )
     assert "root_dir" in run("check", "--help")
     assert "Exits with 1" in run("doctor", "--help")
     assert "nonsense" in run("nonsense", exit_code=2)

@@ -1,0 +1,107 @@
+"""`kvstrata copy` to a bucket, between buckets, and back into a directory."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from obstore.store import S3Store
+
+from kvstrata.tiers.base import Lookup
+from kvstrata.tiers.fs.files.layout import NamespacePaths
+from kvstrata.tiers.object.bucket import SILENT, Bucket, BucketError
+from kvstrata.tiers.testing import load, settle
+from tests.offload.cli.cli_world import KEYS, PAGES, fill, run, run_json
+from tests.tiers.object.conftest import OpenTier, S3Server
+
+Options = dict[str, Any]
+
+
+def place(options: Options, below: str = "") -> str:
+    return json.dumps({"type": "object", **options, "url": options["url"] + below})
+
+
+def files(root: Path) -> dict[str, bytes]:
+    """What a root holds, without its books."""
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes()
+        for path in root.rglob("*")
+        if path.is_file() and ".kvstrata" not in path.parts
+    }
+
+
+def test_there_and_back(
+    s3_options: Options, objects: S3Store, root: Path, tmp_path: Path, open_tier: OpenTier
+) -> None:
+    paths = fill(root)
+    done = run_json("copy", root, place(s3_options))
+    assert (done["pages"], done["there"], done["bad"]) == (3, 0, [])
+    assert run_json("copy", root, place(s3_options))["there"] == 3
+    assert {
+        each["path"]: bytes(objects.get(each["path"]).bytes())
+        for batch in objects.list()
+        for each in batch
+    } == files(root)
+    tier = open_tier(**s3_options)
+    for key, data in PAGES.items():
+        assert settle(tier, key) is Lookup.HIT
+        assert load(tier, [key])[1] == {key: data}
+    said = run("copy", place(s3_options), place(s3_options, "/2"), exit_code=2)
+    assert "give two places apart" in said
+    assert run_json("copy", place(s3_options), tmp_path / "back", "--prefix", "org")["pages"] == 3
+    assert files(tmp_path / "back") == files(root)
+    assert run_json("copy", place(s3_options), tmp_path / "new", "--newer", "1d")["pages"] == 3
+    assert paths.name in run_json("ls", tmp_path / "new")["namespaces"][0]["path"]
+
+
+def test_what_is_wrong_there(
+    s3_options: Options, objects: S3Store, root: Path, tmp_path: Path
+) -> None:
+    paths = fill(root)
+    run("copy", root, place(s3_options))
+    inside = NamespacePaths("", paths.name)
+    flipped = bytearray(Path(paths.page(KEYS[0])).read_bytes())
+    flipped[-1] ^= 1
+    objects.put(inside.page(KEYS[0]), bytes(flipped))
+    objects.put(f"{inside.pages}/abc/x.safetensors", b"")
+    objects.put(f"{inside.quarantine}/x.safetensors", b"")
+    done = run_json("copy", place(s3_options), tmp_path / "back", exit_code=1)
+    assert (done["pages"], done["stopped"]) == (2, None)
+    url = s3_options["url"]
+    assert {each["path"]: each["reason"].split(":")[0] for each in done["bad"]} == {
+        f"{url}/{inside.page(KEYS[0])}": "checksum",
+        f"{url}/{inside.pages}/abc/x.safetensors": "key",
+    }
+    objects.put(inside.distrust, b"{}")
+    (bad,) = run_json("copy", root, place(s3_options), exit_code=1)["bad"]
+    assert bad["path"] == f"{url}/{inside.distrust}"
+    (bad,) = run_json("copy", place(s3_options), tmp_path / "back", exit_code=1)["bad"]
+    assert bad["path"] == f"{url}/{inside.distrust}"
+
+
+def test_a_bucket_that_fails_ends_the_copy(
+    s3: S3Server,
+    s3_options: Options,
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fill(root)
+    run("copy", root, place(s3_options))
+    back = tmp_path / "back"
+    with s3.silent():
+        said = run("copy", place(s3_options), back, exit_code=2)
+        assert said.startswith(f"kvstrata: {s3_options['url']}: ")
+        said = run("copy", root, place(s3_options), exit_code=2)
+        assert said.startswith(f"kvstrata: url: '{s3_options['url']}' cannot be used")
+    read = Bucket.read
+
+    def read_config(self: Bucket, path: str, size: int, most: int) -> Any:
+        if not path.endswith("/config.json"):
+            raise BucketError(SILENT, "nobody answers")
+        return read(self, path, size, most)
+
+    monkeypatch.setattr(Bucket, "read", read_config)
+    done = run_json("copy", place(s3_options), back, exit_code=1)
+    assert (done["pages"], done["bad"]) == (0, [])
+    assert done["stopped"] == "FROM failed: unreachable: nobody answers"

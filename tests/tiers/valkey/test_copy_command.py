@@ -1,0 +1,92 @@
+"""`kvstrata copy` to a server and back into a directory."""
+
+import json
+import os
+from pathlib import Path
+
+from kvstrata.tiers.base import Lookup
+from kvstrata.tiers.page.identity import config_text
+from kvstrata.tiers.testing import CONTEXT, load, settle, store
+from tests.offload.cli.cli_world import KEYS, PAGES, fill, run, run_json
+from tests.tiers.valkey.conftest import OpenTier, StartServer
+from tests.tiers.valkey.server import Server
+from tests.tiers.valkey.values import names
+
+
+def files(root: Path) -> dict[str, bytes]:
+    """What a root holds, without its books."""
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes()
+        for path in root.rglob("*")
+        if path.is_file() and ".kvstrata" not in path.parts
+    }
+
+
+def test_there_and_back(server: Server, root: Path, tmp_path: Path, open_tier: OpenTier) -> None:
+    fill(root)
+    done = run_json("copy", root, server.url)
+    assert (done["pages"], done["there"], done["bad"]) == (3, 0, [])
+    assert run_json("copy", root, server.url)["there"] == 3
+    tier = open_tier(server)
+    for key, data in PAGES.items():
+        assert settle(tier, key) is Lookup.HIT
+        assert load(tier, [key])[1] == {key: data}
+    place = json.dumps({"type": "valkey", "url": server.url})
+    assert run_json("copy", place, tmp_path / "back")["pages"] == 3
+    assert files(tmp_path / "back") == files(root)
+
+
+def test_what_a_tier_stored_can_be_copied(
+    server: Server, open_tier: OpenTier, tmp_path: Path
+) -> None:
+    tier = open_tier(server, ttl_s=1000)
+    for key, data in PAGES.items():
+        assert not store(tier, {key: data}).failed
+    (name,) = server.ask("KEYS", "*/config.json")
+    assert server.ask("GET", name).decode() == config_text(CONTEXT.namespace)
+    assert 1000 < server.ask("TTL", name) <= 1060
+    assert run_json("copy", server.url, tmp_path / "copy")["pages"] == 3
+
+
+def test_what_is_wrong_there(server: Server, root: Path, tmp_path: Path) -> None:
+    paths = fill(root)
+    run("copy", root, server.url)
+    data = names(KEYS[0])[1]
+    server.ask("SETRANGE", data, 0, b"xx")
+    server.ask("DEL", names(KEYS[1])[0])
+    server.ask("SET", data.replace("}", "zz}"), "foreign")
+    server.ask("SET", data.replace("00000000}", "00000009}"), "foreign")
+    done = run_json("copy", server.url, tmp_path / "back", exit_code=1)
+    assert (done["pages"], done["gone"], done["stopped"]) == (1, 1, None)
+    reasons = sorted(each["reason"].split(":")[0] for each in done["bad"])
+    assert reasons == ["checksum", "key", "shape"]
+    said = run("copy", server.url, tmp_path / "new", "--newer", "1d", exit_code=2)
+    assert said == f"kvstrata: --newer: {server.url} does not know when a page was written\n"
+    server.ask("SET", f"{paths.name}/config.json", "{}")
+    (bad,) = run_json("copy", server.url, tmp_path / "back", exit_code=1)["bad"]
+    assert bad["reason"].startswith("config: ")
+    server.ask("DEL", f"{paths.name}/config.json")
+    said = run("copy", server.url, tmp_path / "back", exit_code=2)
+    assert said == f"kvstrata: no namespaces in '{server.url}'\n"
+
+
+def test_a_server_that_fails(start_server: StartServer, root: Path) -> None:
+    fill(root)
+    server = start_server("--maxmemory", "1mb", "--maxmemory-policy", "noeviction")
+    done = run_json("copy", root, server.url, exit_code=1)
+    assert done["stopped"].startswith("TO failed: no-space: ") and not done["pages"]
+    server.kill()
+    said = run("copy", root, server.url, exit_code=2)
+    assert said.startswith(f"kvstrata: url: '{server.url}' cannot be used")
+
+
+def test_passwords(start_server: StartServer, root: Path, tmp_path: Path) -> None:
+    fill(root)
+    server = start_server(password="swordfish")
+    said = run("copy", root, server.url, exit_code=2)
+    assert "password_file: None does not open the server" in said
+    password = tmp_path / "password"
+    password.write_text("swordfish\n")
+    os.chmod(password, 0o600)
+    place = json.dumps({"type": "valkey", "url": server.url, "password_file": str(password)})
+    assert run_json("copy", root, place)["pages"] == 3
