@@ -29,6 +29,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+_WORKS = "works", "does not work"
 _STYLES = {"ok": "green", "warning": "yellow", "problem": "red"}
 
 
@@ -81,18 +82,34 @@ def doctor(
             "keys, values and directories.",
         ),
     ] = None,
+    tier: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JSON",
+            help="Try this entry of secondary_tiers instead: pages of no model are stored, found, "
+            "loaded and deleted, and timed.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what would work here, what not, and why.
 
-    Exits with 1 if kvstrata could not run at all, or not with files at PATH or the configuration.
+    Exits with 1 if kvstrata could not run at all, or not with files at PATH, the configuration or
+    the tier.
     """
     from dataclasses import asdict
 
     from kvstrata.offload.cli.doctor.config import examine_config
     from kvstrata.offload.cli.doctor.machine import PROBLEM, examine
 
-    checks = list(examine(path) if config is None else examine_config(config))
+    what, words, found = "kvstrata", ("can run", "cannot run"), examine(path)
+    if config is not None:
+        what, words, found = "this configuration", _WORKS, examine_config(config)
+    elif tier is not None:
+        from kvstrata.offload.cli.doctor.tier import examine_tier
+
+        what, words, found = "this tier", _WORKS, examine_tier(tier)
+    checks = list(found)
     problems = [check.name for check in checks if check.status == PROBLEM]
     if as_json:
         print_json({"ok": not problems, "checks": [asdict(check) for check in checks]})
@@ -103,8 +120,6 @@ def doctor(
             cells = (check.name, check.found, check.meaning)
             table.add_row(status, *(Text(printable(cell)) for cell in cells))
         Console().print(table)
-        what = "kvstrata" if config is None else "this configuration"
-        can, cannot = ("can run", "cannot run") if config is None else ("works", "does not work")
         named = f": {', '.join(problems)}" if problems else ""
-        typer.echo(f"{what} {cannot if problems else can} here{named}")
+        typer.echo(f"{what} {words[bool(problems)]} here{named}")
     raise typer.Exit(1 if problems else 0)

@@ -40,8 +40,7 @@ class BucketPlace(Place):
 
     def namespaces(self) -> list[str]:
         """See `Place.namespaces`."""
-        with self._asked():
-            folders = {folder.removesuffix("_r0") for folder in self._bucket.folders()}
+        folders = {folder.removesuffix("_r0") for folder in self.folders()}
         return sorted(filter(NAMESPACE_DIR.fullmatch, folders))
 
     def fields(self, name: str) -> Mapping[str, Any]:
@@ -104,6 +103,22 @@ class BucketPlace(Place):
             return False
         one, two = f"{self.config.url}/", f"{other.config.url}/"
         return one.startswith(two) or two.startswith(one)
+
+    def folders(self) -> list[str]:
+        """Those below the url."""
+        with self._asked():
+            return self._bucket.folders()
+
+    def objects(self, folder: str) -> list[tuple[str, float]]:
+        """The path of each object in it, and when it was written, in s since the epoch."""
+        with self._asked():
+            return list(self._bucket.names(folder))
+
+    def remove(self, folder: str) -> None:
+        """Delete all objects in it."""
+        for path, _ in self.objects(folder):
+            with self._asked():
+                self._bucket.remove(path)
 
     def _untrusted(self, paths: NamespacePaths) -> Refused:
         where = f"{self.shown}/{paths.distrust}"

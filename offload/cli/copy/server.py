@@ -87,6 +87,14 @@ class ServerPlace(Place):
         """See `Place.overlaps`."""
         return isinstance(other, ServerPlace) and self.options.address == other.options.address
 
+    def remove(self, name: str) -> None:
+        """Delete all values of the namespace."""
+        batch = self._client.batch()
+        with self._asked():
+            pages = page_name(name[-12:], b"").replace("}", "*}:*")
+            batch.unlink([f"{name}/{CONFIG_NAME}".encode(), *self._client.scan(pages)])
+            self._client.run(batch)
+
     def _check(self, page_bytes: int) -> None:
         try:
             check_server(self.options, page_bytes)

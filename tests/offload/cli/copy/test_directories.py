@@ -120,7 +120,7 @@ def test_bad_pages_are_named(root: Path, paths: NamespacePaths, copy: Path) -> N
 
 
 def test_what_is_no_page_in_the_way(root: Path, paths: NamespacePaths, copy: Path) -> None:
-    """A page of the wrong size is replaced, as the tier does it, and one of the right size stays."""
+    """One of the wrong size is replaced, as the tier does it; one of the right size stays."""
     run("copy", root, copy)
     theirs = NamespacePaths(str(copy), paths.name)
     os.truncate(theirs.page(KEYS[0]), 10)

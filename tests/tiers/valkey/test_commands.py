@@ -1,4 +1,4 @@
-"""`kvstrata copy` to a server and back into a directory."""
+"""`kvstrata copy` to a server and back into a directory, and `kvstrata doctor --tier` for one."""
 
 import json
 import os
@@ -90,3 +90,27 @@ def test_passwords(start_server: StartServer, root: Path, tmp_path: Path) -> Non
     os.chmod(password, 0o600)
     place = json.dumps({"type": "valkey", "url": server.url, "password_file": str(password)})
     assert run_json("copy", root, place)["pages"] == 3
+
+
+def test_the_doctor_leaves_nothing(server: Server) -> None:
+    server.ask("SET", "another", "value")
+    found = run_json("doctor", "--tier", json.dumps({"type": "valkey", "url": server.url}))
+    checks = {check["name"]: check for check in found["checks"]}
+    assert {check["status"] for check in checks.values()} == {"ok"}
+    assert list(checks) == ["options", "connect", "store", "look up", "load", "list", "delete"]
+    assert (checks["list"]["found"], checks["delete"]["found"]) == ("17 pages", "nothing is left")
+    assert server.ask("KEYS", "*") == [b"another"]
+
+
+def test_the_doctor_says_what_is_wrong(start_server: StartServer) -> None:
+    server = start_server("--maxmemory", "4mb", "--maxmemory-policy", "noeviction")
+    place = json.dumps({"type": "valkey", "url": server.url})
+    found = run_json("doctor", "--tier", place, exit_code=1)
+    problem = found["checks"][-1]
+    assert (problem["name"], problem["status"]) == ("store", "problem")
+    assert "no-space" in problem["meaning"] and "OOM" in problem["meaning"]
+    assert not server.ask("KEYS", "*data") and not server.ask("KEYS", "*config.json")
+    server.kill()
+    found = run_json("doctor", "--tier", place, exit_code=1)
+    assert found["checks"][-1]["name"] == "connect"
+    assert "cannot be used" in found["checks"][-1]["meaning"]

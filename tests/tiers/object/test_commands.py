@@ -1,4 +1,4 @@
-"""`kvstrata copy` to a bucket, between buckets, and back into a directory."""
+"""`kvstrata copy` to a bucket and back into a directory, and `kvstrata doctor --tier` for one."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,7 @@ from obstore.store import S3Store
 
 from kvstrata.tiers.base import Lookup
 from kvstrata.tiers.fs.files.layout import NamespacePaths
+from kvstrata.tiers.fs.files.temporary import host_name
 from kvstrata.tiers.object.bucket import SILENT, Bucket, BucketError
 from kvstrata.tiers.testing import load, settle
 from tests.offload.cli.cli_world import KEYS, PAGES, fill, run, run_json
@@ -105,3 +106,24 @@ def test_a_bucket_that_fails_ends_the_copy(
     done = run_json("copy", place(s3_options), back, exit_code=1)
     assert (done["pages"], done["bad"]) == (0, [])
     assert done["stopped"] == "FROM failed: unreachable: nobody answers"
+
+
+def test_the_doctor_leaves_nothing(s3_options: Options, objects: S3Store) -> None:
+    dead = f".kvstrata-{host_name()}-1-1-{'0' * 16}.tmp"  # a probe's that was killed
+    objects.put(f"{dead}/m_{'0' * 12}/config.json", b"{}")
+    objects.put("another", b"object")
+    found = run_json("doctor", "--tier", place(s3_options))
+    checks = {check["name"]: check for check in found["checks"]}
+    assert {check["status"] for check in checks.values()} == {"ok"}
+    assert list(checks) == ["options", "connect", "store", "look up", "load", "list", "delete"]
+    assert [each["path"] for batch in objects.list() for each in batch] == ["another"]
+
+
+def test_the_doctor_says_what_is_wrong(
+    s3_options: Options, objects: S3Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    found = run_json("doctor", "--tier", place(s3_options), exit_code=1)
+    problem = found["checks"][-1]
+    assert (problem["name"], problem["status"]) == ("connect", "problem")
+    assert "SignatureDoesNotMatch" in problem["meaning"] and "wrong" not in problem["meaning"]
