@@ -17,7 +17,7 @@ from kvstrata.offload.cli.check import check
 from kvstrata.offload.cli.config import config
 from kvstrata.offload.cli.copy.command import copy
 from kvstrata.offload.cli.gc import gc
-from kvstrata.offload.cli.inspect import inspect
+from kvstrata.offload.cli.inspecting.inspect import inspect
 from kvstrata.offload.cli.ls import list_root
 from kvstrata.offload.cli.pool import pool
 from kvstrata.offload.cli.printing import AsJson, print_json, printable

@@ -10,7 +10,7 @@ from kvstrata.offload.cli.printing import AsJson, complain, print_json, printabl
 from kvstrata.tiers.options import format_bytes
 
 if TYPE_CHECKING:
-    from kvstrata.offload.cli.inspection import Inspection
+    from kvstrata.offload.cli.inspecting.inspection import Inspection
 
 _MOST_SHOWN = 100  # characters of a field's value
 
@@ -25,7 +25,7 @@ def inspect(
 
     Exits with 1 if a file is bad, with 2 if one is not there.
     """
-    from kvstrata.offload.cli.inspection import inspect as inspect_path
+    from kvstrata.offload.cli.inspecting.inspection import inspect as inspect_path
 
     worst = 0
     for number, file in enumerate(files):
