@@ -24,7 +24,8 @@ class Way:
 
 
 WAYS = (
-    Way("run", r"kvstrata (ls|check|config|gc|inspect|trust|doctor)\b.*"),
+    Way("listed", r"kvstrata copy .*s3://.*", "needs a bucket: see tests/tiers/object"),
+    Way("run", r"kvstrata (ls|check|config|copy|gc|inspect|trust|doctor)\b.*"),
     Way("run", r"sudo install -d .*"),
     Way("run", r"mkdir /tmp/sparse"),
     Way("run", r"for i in \$\(seq 20\); do truncate .*"),

@@ -129,12 +129,15 @@ class Medium(Protocol):
 
     def used(self, keys: Sequence[PageKey], access: int) -> None:
         """The pages were used, perhaps in another tier. Only the process of the writes hears it."""
+        return None  # a body, without which type checkers take it for abstract
 
     def promised(self, keys: Sequence[PageKey], access: int) -> None:
         """Somebody was told that the pages are here. Only the process of the writes hears it."""
+        return None
 
     def close(self) -> None:
         """No further call follows; what must not be lost is made safe."""
+        return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,9 @@ Never in the engine's process: it starts threads, and connects anew in every for
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from glide_sync import (
     AdvancedGlideClientConfiguration,
@@ -96,10 +96,11 @@ class Client:
 
     def scan(self, pattern: str) -> Iterator[bytes]:
         """The names of all values that match the glob, some perhaps twice."""
-        cursor: Any = ClusterScanCursor() if self._options.cluster else b"0"
+        start: Callable[[], Any] = ClusterScanCursor if self._options.cluster else lambda: b"0"
+        cursor, client = start(), cast(Any, self._client)  # one's cursors are not the other's
         while True:
             with self._errors():
-                cursor, names = self._client.scan(cursor, match=pattern, count=_SCANNED)
+                cursor, names = client.scan(cursor, match=pattern, count=_SCANNED)
             yield from names
             if cursor.is_finished() if self._options.cluster else cursor == b"0":
                 return
@@ -129,4 +130,4 @@ def _credentials(options: ValkeyOptions) -> ServerCredentials | None:
     if not 1 <= len(lines) <= 2 or not all(lines):
         raise OSError(errno.EINVAL, "not one line with a password, or two", options.password_file)
     *user, password = lines
-    return ServerCredentials(password, *user)
+    return ServerCredentials(password, user[0] if user else None)

@@ -35,7 +35,7 @@ class ValkeyTier(ProcessTier):
     def __init__(self, options: Mapping[str, Any], context: TierContext) -> None:
         """See `SecondaryTier.__init__`."""
         parsed = parse_options(ValkeyOptions, options, "valkey tier")
-        check_server(parsed, max(each.nbytes for each in context.layouts.values()))
+        check_page(parsed, ask_server(parsed), context)
         medium = MediumSpec("kvstrata.tiers.valkey.medium:ValkeyMedium", parsed)
         super().__init__(context, [medium], _THREADS, _THREADS)
 
@@ -52,17 +52,26 @@ def check_client() -> None:
         )
 
 
-def check_server(options: ValkeyOptions, page_bytes: int) -> None:
-    """Whether the server can be used for pages of this size.
+def ask_server(options: ValkeyOptions) -> int:
+    """The largest value that the server takes, in bytes.
 
     Raises:
-        TierConfigError: it cannot.
+        TierConfigError: it cannot be used.
     """
     check_client()
     found = _ask(options)
     if found["is_cluster"] and not options.cluster:
         raise TierConfigError(f"cluster: {options.url!r} is a server of a cluster; give true")
-    most = found["most_bytes"]
+    return int(found["most_bytes"])
+
+
+def check_page(options: ValkeyOptions, most: int, context: TierContext) -> None:
+    """Whether pages fit into values of at most `most` bytes.
+
+    Raises:
+        TierConfigError: they do not.
+    """
+    page_bytes = max(each.nbytes for each in context.layouts.values())
     if page_bytes > most:
         raise TierConfigError(
             f"url: {options.url!r} takes values of {format_bytes(most)} at most, and a page has "

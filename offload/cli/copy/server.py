@@ -17,7 +17,7 @@ from kvstrata.tiers.process.medium import Medium
 from kvstrata.tiers.valkey.client import Client
 from kvstrata.tiers.valkey.config import ValkeyOptions
 from kvstrata.tiers.valkey.medium import ValkeyMedium, page_name
-from kvstrata.tiers.valkey.tier import check_server
+from kvstrata.tiers.valkey.tier import ask_server, check_page
 
 _PAGE = re.compile(r"\{([0-9a-f]{12}):(([0-9a-f]{2})+)\}:data")
 
@@ -28,7 +28,10 @@ class ServerPlace(Place):
     def __init__(self, options: ValkeyOptions) -> None:
         self.shown = options.url
         self.options = options
-        self._check(0)
+        try:
+            self._most_bytes = ask_server(options)
+        except TierConfigError as error:
+            raise PlaceError(str(error)) from None
         self._client = Client(options, lazy=True)
 
     def namespaces(self) -> list[str]:
@@ -80,7 +83,10 @@ class ServerPlace(Place):
 
     def target(self, context: TierContext) -> Medium:
         """See `Place.target`."""
-        self._check(max(layout.nbytes for layout in context.layouts.values()))
+        try:
+            check_page(self.options, self._most_bytes, context)
+        except TierConfigError as error:
+            raise PlaceError(str(error)) from None
         return ValkeyMedium(self.options, context, Accounts(), False)
 
     def overlaps(self, other: Place) -> bool:
@@ -94,12 +100,6 @@ class ServerPlace(Place):
             pages = page_name(name[-12:], b"").replace("}", "*}:*")
             batch.unlink([f"{name}/{CONFIG_NAME}".encode(), *self._client.scan(pages)])
             self._client.run(batch)
-
-    def _check(self, page_bytes: int) -> None:
-        try:
-            check_server(self.options, page_bytes)
-        except TierConfigError as error:
-            raise PlaceError(str(error)) from None
 
     @contextmanager
     def _asked(self) -> Iterator[None]:
