@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 from kvstrata.tiers.base import PageKey, TierContext
 from kvstrata.tiers.fs.files.quarantine import quarantine_path
-from kvstrata.tiers.fs.files.trust import distrust_text
 from kvstrata.tiers.object.bucket import SILENT, Bucket, BucketError
 from kvstrata.tiers.object.opening import Opened
 from kvstrata.tiers.page.form import MAX_HEADER_BYTES
+from kvstrata.tiers.page.identity import distrust_text
 from kvstrata.tiers.page.page import PageForm
 from kvstrata.tiers.process.medium import Host, Medium, Outcome, PageRef, attempt
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +15,7 @@ from typing import Any
 MIN_HASH_BYTES, MAX_HASH_BYTES = 3, 64
 MAX_CONFIG_BYTES = 2**20  # of config.json
 CONFIG_NAME = "config.json"
+DISTRUST_NAME = "distrusted.json"  # beside it, where pages were found that are not the model's
 
 _MAX_MODEL_CHARS = 128
 
@@ -41,3 +44,15 @@ def directory_name(model: str, digest: str) -> str:
 def config_text(fields: Mapping[str, Any]) -> str:
     """What config.json says, for people: ASCII, indented, in the order of names."""
     return json.dumps(dict(fields), indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+
+def distrust_text() -> str:
+    """What distrusted.json says, for people."""
+    return config_text(
+        {
+            "reason": "audits found pages that are not what the model computes",
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "host": os.uname().nodename,
+            "process": os.getpid(),
+        }
+    )

@@ -6,7 +6,8 @@
 They are written and read together, and lie on one server of a cluster: it places them by what is
 in the braces. What the namespace is one can read there too, as in a directory:
 
-    <model>_<namespace>/config.json    its fields
+    <model>_<namespace>/config.json        its fields
+    <model>_<namespace>/distrusted.json    only where audits found pages that are not the model's
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ from collections.abc import Callable, Sequence
 
 from kvstrata.tiers.base import PageKey, TierContext
 from kvstrata.tiers.page.form import BadPage
-from kvstrata.tiers.page.identity import CONFIG_NAME, config_text, directory_name
+from kvstrata.tiers.page.identity import (
+    CONFIG_NAME,
+    DISTRUST_NAME,
+    config_text,
+    directory_name,
+    distrust_text,
+)
 from kvstrata.tiers.page.page import PageForm
 from kvstrata.tiers.process.medium import Host, Medium, Outcome, PageRef, attempt
 from kvstrata.tiers.valkey.client import Client
@@ -37,7 +44,9 @@ class ValkeyMedium(Medium):
         self._form = PageForm(context)
         self._ttl_s = options.ttl_s
         self._client = Client(options, lazy=True)
-        self._config = config_name(context.model, self._form.namespace)
+        self._host = host
+        name = directory_name(context.model, self._form.namespace)
+        self._config, self._mark = f"{name}/{CONFIG_NAME}", f"{name}/{DISTRUST_NAME}"
         self._config_text = config_text(context.namespace)
         self._config_due = 0.0  # monotonic
 
@@ -94,6 +103,9 @@ class ValkeyMedium(Medium):
     def reject(self, page: PageRef, computed: memoryview, distrust: bool) -> Outcome:
         """Delete it."""
         batch = self._client.batch()
+        if distrust:
+            self._host.trust(False)
+            batch.msetnx({self._mark: distrust_text()})
         batch.unlink(self._names(page.key))
         self._client.run(batch)
         return Outcome(gone=True)
@@ -126,11 +138,6 @@ class ValkeyMedium(Medium):
 def page_name(namespace: str, key: PageKey) -> str:
     """What the names of a page's two values begin with, before `:header` and `:data`."""
     return f"{{{namespace}:{key.hex()}}}"
-
-
-def config_name(model: str, namespace: str) -> str:
-    """The name of the value that holds the namespace's fields; `namespace` is its digest."""
-    return f"{directory_name(model, namespace)}/{CONFIG_NAME}"
 
 
 def _while_it_answers(

@@ -1,7 +1,8 @@
 """Asks a server what it is: `python -m kvstrata.tiers.valkey.probe`, for the tier's start.
 
-A process of its own, for the engine's is to load no client. It reads pickled `ValkeyOptions`, and
-its last line is the answer as JSON: `{"is_cluster": ..., "most_bytes": ...}` or `{"error": ...}`.
+A process of its own, for the engine's is to load no client. It reads pickled `ValkeyOptions` and
+the name of a value. Its last line is the answer as JSON: `{"error": ...}`, or `{"is_cluster": ...,
+"most_bytes": ..., "found": ...}`, the last of which is whether the value is there.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from kvstrata.tiers.valkey.config import ValkeyOptions
 _MOST_BYTES = 512 * 2**20  # of a value, by default; not every server says
 
 
-def ask(options: ValkeyOptions) -> dict[str, object]:
+def ask(options: ValkeyOptions, name: str) -> dict[str, object]:
     """See the module's text.
 
     Raises:
@@ -32,14 +33,18 @@ def ask(options: ValkeyOptions) -> dict[str, object]:
         most = int(limits[b"proto-max-bulk-len"])
     except (OSError, KeyError):
         pass  # hosted servers do not let everybody ask
-    return {"is_cluster": b"cluster_enabled:1" in about, "most_bytes": most}
+    is_cluster = b"cluster_enabled:1" in about
+    found = 0
+    if is_cluster == options.cluster:  # else the question would fail, and not say why
+        (found,) = client.run(client.batch().exists([name]))
+    return {"is_cluster": is_cluster, "most_bytes": most, "found": bool(found)}
 
 
 def main() -> None:
     """See the module's text."""
-    options: ValkeyOptions = pickle.load(sys.stdin.buffer)
+    options, name = pickle.load(sys.stdin.buffer)
     try:
-        answer = ask(options)
+        answer = ask(options, name)
     except OSError as error:
         answer = {"error": str(error)}
     print(json.dumps(answer))

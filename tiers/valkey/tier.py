@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import subprocess
 import sys
 from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvstrata.tiers.base import TierConfigError, TierContext
 from kvstrata.tiers.options import format_bytes, parse_options
+from kvstrata.tiers.page.identity import DISTRUST_NAME, directory_name, namespace_digest
 from kvstrata.tiers.process.medium import MediumSpec
 from kvstrata.tiers.process.tier import ProcessTier
 from kvstrata.tiers.valkey.config import ValkeyOptions
@@ -21,6 +23,8 @@ _THREADS = 4
 _PROBE = (sys.executable, "-P", "-m", "kvstrata.tiers.valkey.probe")
 _PROBE_STARTS_WITHIN_S = 30.0  # a process, on a loaded machine
 _OF_ACCESS = ("WRONGPASS", "NOAUTH", "NOPERM", "without any password configured")
+
+logger = logging.getLogger("kvstrata.tiers.valkey")
 
 
 class ValkeyTier(ProcessTier):
@@ -35,9 +39,39 @@ class ValkeyTier(ProcessTier):
     def __init__(self, options: Mapping[str, Any], context: TierContext) -> None:
         """See `SecondaryTier.__init__`."""
         parsed = parse_options(ValkeyOptions, options, "valkey tier")
-        check_page(parsed, ask_server(parsed), context)
-        medium = MediumSpec("kvstrata.tiers.valkey.medium:ValkeyMedium", parsed)
+        name = directory_name(context.model, namespace_digest(context.namespace))
+        self._mark = f"{name}/{DISTRUST_NAME}"
+        server = ask_server(parsed, self._mark)
+        check_page(parsed, server.most_bytes, context)
+        if server.found:
+            logger.error(
+                "kvstrata valkey tier: audits found pages of %s at %s that are not what the model "
+                "computes: nothing is loaded from there or stored there until you delete the value "
+                "%s and restart",
+                *(context.model, parsed.url, self._mark),
+            )
+        factory = "kvstrata.tiers.valkey.medium:ValkeyMedium"
+        medium = MediumSpec(factory, parsed, trusted=not server.found)
         super().__init__(context, [medium], _THREADS, _THREADS)
+
+    def how_to_trust(self) -> str:
+        """See `SecondaryTier.how_to_trust`."""
+        return (
+            "Pages that differed were deleted from the server. See why they did, then delete the "
+            f"value {self._mark} there, and restart."
+        )
+
+
+class Server(NamedTuple):
+    """What a server is.
+
+    Attributes:
+        most_bytes: of a value.
+        found: whether it has the value that was asked for.
+    """
+
+    most_bytes: int
+    found: bool
 
 
 def check_client() -> None:
@@ -52,17 +86,17 @@ def check_client() -> None:
         )
 
 
-def ask_server(options: ValkeyOptions) -> int:
-    """The largest value that the server takes, in bytes.
+def ask_server(options: ValkeyOptions, name: str) -> Server:
+    """What the server is, and whether it has a value of that name.
 
     Raises:
         TierConfigError: it cannot be used.
     """
     check_client()
-    found = _ask(options)
+    found = _ask(options, name)
     if found["is_cluster"] and not options.cluster:
         raise TierConfigError(f"cluster: {options.url!r} is a server of a cluster; give true")
-    return int(found["most_bytes"])
+    return Server(int(found["most_bytes"]), bool(found["found"]))
 
 
 def check_page(options: ValkeyOptions, most: int, context: TierContext) -> None:
@@ -80,7 +114,7 @@ def check_page(options: ValkeyOptions, most: int, context: TierContext) -> None:
         )
 
 
-def _ask(options: ValkeyOptions) -> dict[str, Any]:
+def _ask(options: ValkeyOptions, name: str) -> dict[str, Any]:
     """What the probe says.
 
     Raises:
@@ -89,7 +123,7 @@ def _ask(options: ValkeyOptions) -> dict[str, Any]:
     try:
         done = subprocess.run(
             _PROBE,
-            input=pickle.dumps(options),
+            input=pickle.dumps((options, name)),
             capture_output=True,
             timeout=_PROBE_STARTS_WITHIN_S + 4 * options.timeout_s,
         )

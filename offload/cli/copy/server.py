@@ -12,7 +12,14 @@ from kvstrata.tiers.base import PageKey, TierConfigError, TierContext
 from kvstrata.tiers.fs.files.layout import NAMESPACE_DIR
 from kvstrata.tiers.fs.files.namespace import parse_config
 from kvstrata.tiers.fs.tools.trim import Accounts
-from kvstrata.tiers.page.identity import CONFIG_NAME, MAX_CONFIG_BYTES, is_key
+from kvstrata.tiers.page.identity import (
+    CONFIG_NAME,
+    DISTRUST_NAME,
+    MAX_CONFIG_BYTES,
+    directory_name,
+    is_key,
+    namespace_digest,
+)
 from kvstrata.tiers.process.medium import Medium
 from kvstrata.tiers.valkey.client import Client
 from kvstrata.tiers.valkey.config import ValkeyOptions
@@ -29,7 +36,7 @@ class ServerPlace(Place):
         self.shown = options.url
         self.options = options
         try:
-            self._most_bytes = ask_server(options)
+            self._most_bytes = ask_server(options, CONFIG_NAME).most_bytes
         except TierConfigError as error:
             raise PlaceError(str(error)) from None
         self._client = Client(options, lazy=True)
@@ -48,8 +55,11 @@ class ServerPlace(Place):
         where = f"{name}/{CONFIG_NAME}"
         batch = self._client.batch()
         batch.get(where)
+        batch.exists([f"{name}/{DISTRUST_NAME}"])
         with self._asked():
-            (raw,) = self._client.run(batch)
+            raw, distrusted = self._client.run(batch)
+        if distrusted:
+            raise self._refused(name)
         try:
             if raw is None or len(raw) > MAX_CONFIG_BYTES:
                 raise ValueError("missing" if raw is None else f"{len(raw)} bytes")
@@ -83,7 +93,10 @@ class ServerPlace(Place):
 
     def target(self, context: TierContext) -> Medium:
         """See `Place.target`."""
+        name = directory_name(context.model, namespace_digest(context.namespace))
         try:
+            if ask_server(self.options, f"{name}/{DISTRUST_NAME}").found:
+                raise self._refused(name)
             check_page(self.options, self._most_bytes, context)
         except TierConfigError as error:
             raise PlaceError(str(error)) from None
@@ -100,6 +113,10 @@ class ServerPlace(Place):
             pages = page_name(name[-12:], b"").replace("}", "*}:*")
             batch.unlink([f"{name}/{CONFIG_NAME}".encode(), *self._client.scan(pages)])
             self._client.run(batch)
+
+    def _refused(self, name: str) -> Refused:
+        where = f"{self.shown} {name}/{DISTRUST_NAME}"
+        return Refused(where, "audits found pages there that are not the model's")
 
     @contextmanager
     def _asked(self) -> Iterator[None]:

@@ -65,6 +65,10 @@ def test_what_is_wrong_there(server: Server, root: Path, tmp_path: Path) -> None
     server.ask("SET", f"{paths.name}/config.json", "{}")
     (bad,) = run_json("copy", server.url, tmp_path / "back", exit_code=1)["bad"]
     assert bad["reason"].startswith("config: ")
+    server.ask("SET", f"{paths.name}/distrusted.json", "{}")
+    for ends in ((server.url, tmp_path / "back"), (root, server.url)):
+        (bad,) = run_json("copy", *ends, exit_code=1)["bad"]
+        assert bad["reason"].startswith("audits found pages")
     server.ask("DEL", f"{paths.name}/config.json")
     said = run("copy", server.url, tmp_path / "back", exit_code=2)
     assert said == f"kvstrata: no namespaces in '{server.url}'\n"

@@ -245,3 +245,21 @@ def test_a_password_that_is_changed(
     server.start()
     assert load(tier, [KEY])[0].failed == {KEY: "io-error"}
     assert "secret" not in caplog.text
+
+
+def test_pages_that_are_not_the_models_take_the_namespace_out(
+    open_tier: OpenTier, server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    """For all servers that start, until somebody deletes the mark."""
+    tier = open_tier(server)
+    store(tier, MANY)
+    slots = Slots.make(1, SIZE)
+    assert tier.submit_reject(make_job(5, [KEY], slots, CONTEXT), distrust=True)
+    finish(tier)
+    assert not tier.trusted and server.ask("EXISTS", *names(KEY)) == 0
+    (mark,) = server.ask("KEYS", "*/distrusted.json")
+    assert b"audits found pages" in server.ask("GET", mark)
+    assert mark.decode() in tier.how_to_trust()
+    assert not open_tier(server).trusted and mark.decode() in caplog.text
+    server.ask("DEL", mark)
+    assert open_tier(server).trusted

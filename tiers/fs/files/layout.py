@@ -13,9 +13,8 @@ import re
 from dataclasses import dataclass
 
 from kvstrata.tiers.base import key_group, key_hash
-from kvstrata.tiers.page.identity import CONFIG_NAME, is_key
+from kvstrata.tiers.page.identity import CONFIG_NAME, DISTRUST_NAME, is_key
 
-DISTRUST_NAME = "distrusted.json"
 PAGE_SUFFIX = ".safetensors"
 QUARANTINE_NAME = "quarantine"
 

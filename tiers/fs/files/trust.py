@@ -6,15 +6,13 @@ takes it away, with `kvstrata trust`.
 
 from __future__ import annotations
 
-import os
-import time
 from contextlib import suppress
 from typing import Any
 
 from kvstrata.tiers.fs.files import nofollow
 from kvstrata.tiers.fs.files.layout import NamespacePaths
 from kvstrata.tiers.fs.files.namespace import publish, read_config
-from kvstrata.tiers.page.identity import config_text
+from kvstrata.tiers.page.identity import distrust_text
 
 
 def is_trusted(paths: NamespacePaths) -> bool:
@@ -38,18 +36,6 @@ def distrust(paths: NamespacePaths, mode: int) -> None:
     """
     if is_trusted(paths):
         publish(paths.distrust, distrust_text(), mode)
-
-
-def distrust_text() -> str:
-    """What the marker says, for people."""
-    return config_text(
-        {
-            "reason": "audits found pages that are not what the model computes",
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "host": os.uname().nodename,
-            "process": os.getpid(),
-        }
-    )
 
 
 def trust(paths: NamespacePaths) -> dict[str, Any] | None:
