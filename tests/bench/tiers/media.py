@@ -15,7 +15,8 @@ import pytest
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.pool.place import pool_path
 from kvstrata.tiers.process.tier import ProcessTier
-from tests.tiers.object.conftest import BUCKET, KEY, SECRET, S3Server, weed_binary
+from tests.tiers.object.conftest import weed_binary
+from tests.tiers.object.server import BUCKET, S3Server, credentials
 from tests.tiers.valkey.server import Server
 
 
@@ -74,14 +75,14 @@ def _pool(folder: Path) -> Iterator[Medium]:
 @contextmanager
 def _object(folder: Path) -> Iterator[Medium]:
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("AWS_ACCESS_KEY_ID", KEY)
-        environment.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+        for name, value in credentials(folder).items():
+            environment.setenv(name, value)
         server = S3Server(weed_binary(), folder)
         options = {"url": f"s3://{BUCKET}/kv", "endpoint": server.endpoint, "timeout_s": 10.0}
         try:
             yield Medium({"type": "object", **options}, "objects", options, 16)
         finally:
-            server.kill()
+            server.close()
 
 
 @contextmanager

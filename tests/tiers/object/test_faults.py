@@ -18,7 +18,8 @@ from kvstrata.tiers.testing import (
     settle,
     store,
 )
-from tests.tiers.object.conftest import KEY, SECRET, OpenTier, S3Server
+from tests.tiers.object.conftest import OpenTier
+from tests.tiers.object.server import KEY, SECRET, S3Server
 from tests.tiers.object.test_contract import Objects
 
 SIZE = CONTEXT.layouts[2].nbytes

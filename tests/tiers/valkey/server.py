@@ -48,9 +48,15 @@ class Server:
         access = ("--requirepass", self.password) if self.password else ()
         place = ("--port", str(self.port), "--dir", str(self.home))
         self.process = subprocess.Popen(
-            [binary, *place, *SETTINGS, *access, *self.settings], stdout=subprocess.DEVNULL
+            [binary, *place, *SETTINGS, *access, *self.settings],
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
         )
-        wait_until(self._answers)
+        try:
+            wait_until(self._answers)
+        except BaseException:
+            self.kill()
+            raise
 
     def kill(self) -> None:
         self.process.kill()
