@@ -2,7 +2,7 @@
 # The targets share one virtual environment and few cores, so -j changes nothing.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help install lint format types test-unit test-engine test-vllm test-vllms test test-gpu test-models test-faults test-soak bench-fs bench-tiers bench-kernels bench-eviction bench-manager bench-start bench-ttft bench-file-hits bench-rounding test-hits test-audit fuzz demo demo-shared
+.PHONY: help install lint format types test-unit test-engine test-vllm test-vllms test test-gpu test-models test-faults test-soak bench-fs bench-tiers bench-kernels bench-eviction bench-manager bench-start bench-ttft bench-file-hits bench-rounding test-hits test-audit fuzz demo demo-shared demo-object demo-valkey demo-pool
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -96,7 +96,7 @@ SHORT_ENGINE_TEST := tests/engine/test_requests_and_resets.py::test_max_load_tok
 test-vllm: .venv-vllm-$(VERSION)/.done ## the plugin and engine tests with another vLLM (VERSION=...)
 	cat .venv-vllm-$(VERSION)/missing.txt
 	VLLM_TARGET_DEVICE=cpu .venv-vllm-$(VERSION)/bin/python -m pytest \
-		tests/offload/vllm_plugin $(addprefix tests/engine/test_, replicas.py requests_and_resets.py serve.py)
+		tests/offload/vllm_plugin $(addprefix tests/engine/test_, prefill_decode.py replicas.py requests_and_resets.py serve.py)
 
 test-vllms: $(OTHER_VLLMS:%=.venv-vllm-%/.done) ## what depends on vLLM, with each other version
 	for version in $(OTHER_VLLMS); do \
@@ -212,3 +212,13 @@ demo: install ## serve real prompts with a real small model and show the tiers a
 MINUTES := 10
 demo-shared: install ## two servers on one directory with room for half of it (MINUTES=...)
 	$(BIN)/python docs/demo/shared.py --minutes $(MINUTES)
+
+# Each starts two servers, and the server between them, and ends them all.
+demo-object: install ## two nodes and a bucket (SeaweedFS): the second loads what the first computed
+	$(BIN)/python docs/demo/nodes.py object
+
+demo-valkey: install ## two nodes and a Valkey server
+	$(BIN)/python docs/demo/nodes.py valkey
+
+demo-pool: install ## two servers on one node, and shared memory that outlives them
+	$(BIN)/python docs/demo/nodes.py pool

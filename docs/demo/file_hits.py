@@ -119,7 +119,9 @@ def main(
     smollm2(MODEL)
     log = CACHE / "file-hits.log"
     arguments = serve_args(max_model_len=2560)
-    server = Server(MODEL, kv_transfer_config("1GiB", KV_DIR), arguments, log)
+    server = Server(
+        MODEL, kv_transfer_config("1GiB", type="fs", root_dir=str(KV_DIR)), arguments, log
+    )
     try:
         server.wait_until_ready()
         figure = measure(server, hits)

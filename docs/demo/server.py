@@ -12,11 +12,14 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from openai import OpenAI
+from show import step
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 BLOCK_SIZE = 32  # tokens; the smallest that vLLM's CPU attention takes
@@ -45,15 +48,15 @@ def serve_args(max_model_len: int) -> list[str]:
     ]
 
 
-def kv_transfer_config(cpu_bytes: str, root_dir: Path, **options: object) -> dict[str, Any]:
-    """kvstrata with one filesystem tier, which has these further options."""
+def kv_transfer_config(cpu_bytes: str, **tier: object) -> dict[str, Any]:
+    """kvstrata with one secondary tier, of this `type` and with these options."""
     return {
         "kv_connector": "OffloadingConnector",
         "kv_role": "kv_both",
         "kv_connector_extra_config": {
             "spec_name": "KVStrataSpec",
             "cpu_bytes_to_use": cpu_bytes,
-            "secondary_tiers": [{"type": "fs", "root_dir": str(root_dir), **options}],
+            "secondary_tiers": [tier],
         },
     }
 
@@ -176,8 +179,33 @@ class Server:
 
     def offloaded_hits(self) -> int:
         """Prompt tokens that the engine has taken from kvstrata, not from its own cache, so far."""
+        return self._total(r"vllm:external_prefix_cache_hits_total\S*")
+
+    def tier_pages(self, event: str) -> int:
+        """Pages of which a secondary tier counts this event, so far: docs/manager.md has them."""
+        return self._total(rf'kvstrata_tier_events_total{{[^}}]*event="{event}"[^}}]*}}')
+
+    def _total(self, series: str) -> int:
+        """The sum of the counters whose names and labels match."""
         url = f"http://127.0.0.1:{self.port}/metrics"
         with urllib.request.urlopen(url, timeout=30) as response:
             metrics = response.read().decode()
-        counts = re.findall(r"^vllm:external_prefix_cache_hits_total\S* (\S+)", metrics, re.M)
-        return sum(int(float(count)) for count in counts)
+        return sum(int(float(n)) for n in re.findall(rf"^{series} (\S+)", metrics, re.M))
+
+
+@contextmanager
+def serving(
+    model: Path, kv_transfer_config: dict[str, Any], args: list[str], log: Path
+) -> Iterator[Server]:
+    """A running server whose GPU cache and CPU tier are empty."""
+    server = Server(model, kv_transfer_config, args, log)
+    try:
+        with step(f"starting vLLM with kvstrata (log: {os.path.relpath(log)})"):
+            server.wait_until_ready()
+            # The first request pays for more than its prompt; this one has no block in common with
+            # any other.
+            server.ask("Hello!", max_tokens=4)
+        yield server
+    finally:
+        with step("stopping vLLM, and with it the GPU cache and the CPU tier"):
+            server.stop()

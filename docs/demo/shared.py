@@ -45,7 +45,7 @@ PAGES_EACH = 12  # full blocks of a prompt, about
 BUDGET = DOCUMENTS * PAGES_EACH * FILE_BYTES // 2
 SERVE_ARGS = serve_args(max_model_len=768)  # so that the tiers are asked for the next prompt
 # the CPU tier holds some prompts, so that most must come from files
-KV_TRANSFER_CONFIG = kv_transfer_config("96MiB", KV_DIR, max_bytes=BUDGET)
+KV_TRANSFER_CONFIG = kv_transfer_config("96MiB", type="fs", root_dir=str(KV_DIR), max_bytes=BUDGET)
 SLACK = 2**24  # of `max_bytes`: docs/budget.md, "What is promised"
 # What two servers that evict each other's files may see, and recompute.
 EXPECTED_FAILURES = {"missing", "checksum", "key"}
