@@ -35,6 +35,7 @@ WAYS = (
     Way("served", r"curl -s localhost:8000/.*"),
     Way("make", r"make \S.*", "they take minutes, and most install first"),
     Way("options", r"python -m tests\.bench\.fs .*", "it takes minutes"),
+    Way("options", r"python docs/examples/prefill_decode/.*", "see test_prefill_decode.py"),
     Way("listed", r"\. \.venv/bin/activate", "Python's; the tests run in what make installed"),
     Way("listed", r"\.venv/bin/pytest .*", "they run the tests, this one too"),
     Way("listed", r"pip (un)?install .*", "gigabytes; test_wheel.py installs a wheel"),

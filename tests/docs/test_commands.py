@@ -145,10 +145,11 @@ def test_make_knows_the_target_and_the_variables(command: Command) -> None:
 
 
 @pytest.mark.parametrize("command", of("options"), ids=where)
-def test_a_benchmark_knows_its_options(command: Command) -> None:
-    _, _, module, *options = command.words
+def test_a_program_knows_its_options(command: Command) -> None:
+    given = 3 if command.words[1] == "-m" else 2
+    program, options = command.words[1:given], command.words[given:]
     done = subprocess.run(
-        [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, *program, "--help"], cwd=ROOT, capture_output=True, text=True
     )
     for option in options:
         assert not option.startswith("--") or option in done.stdout

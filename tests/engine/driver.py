@@ -263,6 +263,27 @@ class Engine:
         raise RuntimeError(f"the engine ended:\n{_tail(Path(self._log.name))}")
 
 
+def ask(port: int, text: str, max_tokens: int = 12, replica: int = 0) -> dict[str, Any]:
+    """Greedy text and cached prompt tokens of one completion, of whatever serves at the port."""
+    from openai import OpenAI
+
+    client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+    answer = client.completions.create(
+        model="model",
+        prompt=text,
+        max_tokens=max_tokens,
+        temperature=0,
+        timeout=120,
+        extra_headers={"X-data-parallel-rank": str(replica)},
+    )
+    assert answer.usage is not None
+    details = answer.usage.prompt_tokens_details
+    return {
+        "text": answer.choices[0].text,
+        "cached": (details.cached_tokens or 0) if details is not None else 0,
+    }
+
+
 class Server:
     """`vllm serve`, started as a user would, with `replicas` of the engine."""
 
@@ -273,12 +294,13 @@ class Server:
         *,
         kv_transfer_config: dict[str, Any],
         replicas: int = 1,
+        tp: int = 1,
         halting: bool = False,
         arguments: Sequence[str] = (),
     ) -> None:
-        """halting: with `halting/sitecustomize.py`."""
+        """tp: tensor-parallel size. halting: with `halting/sitecustomize.py`."""
         self.log = log
-        env = engine_environment()
+        env = engine_environment(tp)
         if replicas > 1 and vllm_wants_numa_nodes():
             env.update(VLLM_CPU_SIM_MULTI_NUMA="1", VLLM_CPU_OMP_THREADS_BIND="auto")
         if halting:
@@ -304,6 +326,7 @@ class Server:
                     f"--block-size={BLOCK}",
                     "--num-gpu-blocks-override=24",
                     f"--data-parallel-size={replicas}",
+                    f"--tensor-parallel-size={tp}",
                     "--enable-prompt-tokens-details",
                     f"--kv-transfer-config={json.dumps(kv_transfer_config)}",
                     *arguments,
@@ -334,24 +357,8 @@ class Server:
         raise RuntimeError(f"the server did not become ready:\n{_tail(self.log)}")
 
     def ask(self, text: str, max_tokens: int = 12, replica: int = 0) -> dict[str, Any]:
-        """Greedy text and cached prompt tokens of one completion."""
-        from openai import OpenAI
-
-        client = OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none")
-        answer = client.completions.create(
-            model="model",
-            prompt=text,
-            max_tokens=max_tokens,
-            temperature=0,
-            timeout=120,
-            extra_headers={"X-data-parallel-rank": str(replica)},
-        )
-        assert answer.usage is not None
-        details = answer.usage.prompt_tokens_details
-        return {
-            "text": answer.choices[0].text,
-            "cached": (details.cached_tokens or 0) if details is not None else 0,
-        }
+        """See `ask`."""
+        return ask(self.port, text, max_tokens, replica)
 
     def metrics(self) -> str:
         """The Prometheus page."""
