@@ -102,6 +102,8 @@ def doctor(
     from kvstrata.offload.cli.doctor.config import examine_config
     from kvstrata.offload.cli.doctor.machine import PROBLEM, examine
 
+    if sum(given is not None for given in (path, config, tier)) > 1:
+        raise typer.BadParameter("give one of PATH, --config and --tier")
     what, words, found = "kvstrata", ("can run", "cannot run"), examine(path)
     if config is not None:
         what, words, found = "this configuration", _WORKS, examine_config(config)

@@ -1,13 +1,6 @@
-"""The pages of a valkey server. A page is two values, so that neither is copied on its way:
+"""The pages of a valkey server. A page is two values, so that neither is copied on its way.
 
-    {<namespace>:<key, hex>}:header    what comes before the data in a page's file
-    {<namespace>:<key, hex>}:data      the data
-
-They are written and read together, and lie on one server of a cluster: it places them by what is
-in the braces. What the namespace is one can read there too, as in a directory:
-
-    <model>_<namespace>/config.json        its fields
-    <model>_<namespace>/distrusted.json    only where audits found pages that are not the model's
+They are written and read together. See names.py.
 """
 
 from __future__ import annotations
@@ -18,17 +11,12 @@ from collections.abc import Callable, Sequence
 
 from kvstrata.tiers.base import PageKey, TierContext
 from kvstrata.tiers.page.form import BadPage
-from kvstrata.tiers.page.identity import (
-    CONFIG_NAME,
-    DISTRUST_NAME,
-    config_text,
-    directory_name,
-    distrust_text,
-)
+from kvstrata.tiers.page.identity import config_text, directory_name, distrust_text
 from kvstrata.tiers.page.page import PageForm
 from kvstrata.tiers.process.medium import Host, Medium, Outcome, PageRef, attempt
 from kvstrata.tiers.valkey.client import Client
 from kvstrata.tiers.valkey.config import ValkeyOptions
+from kvstrata.tiers.valkey.names import config_name, distrust_name, page_name
 
 # It is written with a page, and again with one so many seconds later: a server that evicts, or
 # came back empty, has it as long as pages are stored.
@@ -46,7 +34,7 @@ class ValkeyMedium(Medium):
         self._client = Client(options, lazy=True)
         self._host = host
         name = directory_name(context.model, self._form.namespace)
-        self._config, self._mark = f"{name}/{CONFIG_NAME}", f"{name}/{DISTRUST_NAME}"
+        self._config, self._mark = config_name(name), distrust_name(name)
         self._config_text = config_text(context.namespace)
         self._config_due = 0.0  # monotonic
 
@@ -133,11 +121,6 @@ class ValkeyMedium(Medium):
     def _names(self, key: PageKey) -> list[bytes]:
         name = page_name(self._form.namespace, key)
         return [f"{name}:header".encode(), f"{name}:data".encode()]
-
-
-def page_name(namespace: str, key: PageKey) -> str:
-    """What the names of a page's two values begin with, before `:header` and `:data`."""
-    return f"{{{namespace}:{key.hex()}}}"
 
 
 def _while_it_answers(

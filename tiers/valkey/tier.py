@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 from kvstrata.tiers.base import TierConfigError, TierContext
 from kvstrata.tiers.options import format_bytes, parse_options
-from kvstrata.tiers.page.identity import DISTRUST_NAME, directory_name, namespace_digest
+from kvstrata.tiers.page.identity import directory_name, namespace_digest
 from kvstrata.tiers.process.medium import MediumSpec
 from kvstrata.tiers.process.tier import ProcessTier
 from kvstrata.tiers.valkey.config import ValkeyOptions
+from kvstrata.tiers.valkey.names import distrust_name
 
 # The server does one thing at a time: more threads would only wait longer for their turn.
 _THREADS = 4
@@ -40,7 +41,7 @@ class ValkeyTier(ProcessTier):
         """See `SecondaryTier.__init__`."""
         parsed = parse_options(ValkeyOptions, options, "valkey tier")
         name = directory_name(context.model, namespace_digest(context.namespace))
-        self._mark = f"{name}/{DISTRUST_NAME}"
+        self._mark = distrust_name(name)
         server = ask_server(parsed, self._mark)
         check_page(parsed, server.most_bytes, context)
         if server.found:

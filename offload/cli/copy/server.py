@@ -13,8 +13,6 @@ from kvstrata.tiers.fs.files.layout import NAMESPACE_DIR
 from kvstrata.tiers.fs.files.namespace import parse_config
 from kvstrata.tiers.fs.tools.trim import Accounts
 from kvstrata.tiers.page.identity import (
-    CONFIG_NAME,
-    DISTRUST_NAME,
     MAX_CONFIG_BYTES,
     directory_name,
     is_key,
@@ -23,7 +21,8 @@ from kvstrata.tiers.page.identity import (
 from kvstrata.tiers.process.medium import Medium
 from kvstrata.tiers.valkey.client import Client
 from kvstrata.tiers.valkey.config import ValkeyOptions
-from kvstrata.tiers.valkey.medium import ValkeyMedium, page_name
+from kvstrata.tiers.valkey.medium import ValkeyMedium
+from kvstrata.tiers.valkey.names import config_name, distrust_name, page_name
 from kvstrata.tiers.valkey.tier import ask_server, check_page
 
 _PAGE = re.compile(r"\{([0-9a-f]{12}):(([0-9a-f]{2})+)\}:data")
@@ -36,26 +35,24 @@ class ServerPlace(Place):
         self.shown = options.url
         self.options = options
         try:
-            self._most_bytes = ask_server(options, CONFIG_NAME).most_bytes
+            self._most_bytes = ask_server(options, config_name("")).most_bytes
         except TierConfigError as error:
             raise PlaceError(str(error)) from None
         self._client = Client(options, lazy=True)
 
     def namespaces(self) -> list[str]:
-        """See `Place.namespaces`; without those whose config.json is not there."""
+        """See `Place.namespaces`; without those whose fields are not there."""
         with self._asked():
-            found = {
-                name.decode(errors="replace") for name in self._client.scan(f"*/{CONFIG_NAME}")
-            }
-        names = {name.removesuffix(f"/{CONFIG_NAME}") for name in found}
+            found = {name.decode(errors="replace") for name in self._client.scan(config_name("*"))}
+        names = {name.removeprefix("{").removesuffix("}:config") for name in found}
         return sorted(filter(NAMESPACE_DIR.fullmatch, names))
 
     def fields(self, name: str) -> Mapping[str, Any]:
         """See `Place.fields`."""
-        where = f"{name}/{CONFIG_NAME}"
+        where = config_name(name)
         batch = self._client.batch()
         batch.get(where)
-        batch.exists([f"{name}/{DISTRUST_NAME}"])
+        batch.exists([distrust_name(name)])
         with self._asked():
             raw, distrusted = self._client.run(batch)
         if distrusted:
@@ -95,7 +92,7 @@ class ServerPlace(Place):
         """See `Place.target`."""
         name = directory_name(context.model, namespace_digest(context.namespace))
         try:
-            if ask_server(self.options, f"{name}/{DISTRUST_NAME}").found:
+            if ask_server(self.options, distrust_name(name)).found:
                 raise self._refused(name)
             check_page(self.options, self._most_bytes, context)
         except TierConfigError as error:
@@ -111,11 +108,11 @@ class ServerPlace(Place):
         batch = self._client.batch()
         with self._asked():
             pages = page_name(name[-12:], b"").replace("}", "*}:*")
-            batch.unlink([f"{name}/{CONFIG_NAME}".encode(), *self._client.scan(pages)])
+            batch.unlink([config_name(name).encode(), *self._client.scan(pages)])
             self._client.run(batch)
 
     def _refused(self, name: str) -> Refused:
-        where = f"{self.shown} {name}/{DISTRUST_NAME}"
+        where = f"{self.shown} {distrust_name(name)}"
         return Refused(where, "audits found pages there that are not the model's")
 
     @contextmanager

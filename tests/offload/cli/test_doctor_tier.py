@@ -133,6 +133,11 @@ def test_what_is_wrong(text: str, name: str, words: str) -> None:
     assert words in problem["meaning"]
 
 
+def test_one_thing_at_a_time(root: Path) -> None:
+    said = run("doctor", root, "--tier", '{"type": "memory"}', exit_code=2)
+    assert "give one of PATH, --config and --tier" in said
+
+
 # ---- interrupted ----
 
 _HANGS = """

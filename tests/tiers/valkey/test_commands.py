@@ -42,7 +42,7 @@ def test_what_a_tier_stored_can_be_copied(
     tier = open_tier(server, ttl_s=1000)
     for key, data in PAGES.items():
         assert not store(tier, {key: data}).failed
-    (name,) = server.ask("KEYS", "*/config.json")
+    (name,) = server.ask("KEYS", "*}:config")
     assert server.ask("GET", name).decode() == config_text(CONTEXT.namespace)
     assert 1000 < server.ask("TTL", name) <= 1060
     assert run_json("copy", server.url, tmp_path / "copy")["pages"] == 3
@@ -62,14 +62,14 @@ def test_what_is_wrong_there(server: Server, root: Path, tmp_path: Path) -> None
     assert reasons == ["checksum", "key", "shape"]
     said = run("copy", server.url, tmp_path / "new", "--newer", "1d", exit_code=2)
     assert said == f"kvstrata: --newer: {server.url} does not know when a page was written\n"
-    server.ask("SET", f"{paths.name}/config.json", "{}")
+    server.ask("SET", f"{{{paths.name}}}:config", "{}")
     (bad,) = run_json("copy", server.url, tmp_path / "back", exit_code=1)["bad"]
     assert bad["reason"].startswith("config: ")
-    server.ask("SET", f"{paths.name}/distrusted.json", "{}")
+    server.ask("SET", f"{{{paths.name}}}:distrusted", "{}")
     for ends in ((server.url, tmp_path / "back"), (root, server.url)):
         (bad,) = run_json("copy", *ends, exit_code=1)["bad"]
         assert bad["reason"].startswith("audits found pages")
-    server.ask("DEL", f"{paths.name}/config.json")
+    server.ask("DEL", f"{{{paths.name}}}:config")
     said = run("copy", server.url, tmp_path / "back", exit_code=2)
     assert said == f"kvstrata: no namespaces in '{server.url}'\n"
 
@@ -113,7 +113,7 @@ def test_the_doctor_says_what_is_wrong(start_server: StartServer) -> None:
     problem = found["checks"][-1]
     assert (problem["name"], problem["status"]) == ("store", "problem")
     assert "no-space" in problem["meaning"] and "OOM" in problem["meaning"]
-    assert not server.ask("KEYS", "*data") and not server.ask("KEYS", "*config.json")
+    assert not server.ask("KEYS", "*data") and not server.ask("KEYS", "*config")
     server.kill()
     found = run_json("doctor", "--tier", place, exit_code=1)
     assert found["checks"][-1]["name"] == "connect"

@@ -257,7 +257,7 @@ def test_pages_that_are_not_the_models_take_the_namespace_out(
     assert tier.submit_reject(make_job(5, [KEY], slots, CONTEXT), distrust=True)
     finish(tier)
     assert not tier.trusted and server.ask("EXISTS", *names(KEY)) == 0
-    (mark,) = server.ask("KEYS", "*/distrusted.json")
+    (mark,) = server.ask("KEYS", "*}:distrusted")
     assert b"audits found pages" in server.ask("GET", mark)
     assert mark.decode() in tier.how_to_trust()
     assert not open_tier(server).trusted and mark.decode() in caplog.text
