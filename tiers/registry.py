@@ -32,6 +32,7 @@ BUILT_IN: Mapping[str, str] = {
     "pool": "kvstrata.tiers.pool.tier:PoolTier",
     "object": "kvstrata.tiers.object.tier:ObjectTier",
     "valkey": "kvstrata.tiers.valkey.tier:ValkeyTier",
+    "mooncake": "kvstrata.tiers.mooncake.tier:MooncakeTier",
 }
 
 # What people call a type, in letters and digits.
@@ -44,6 +45,7 @@ _CALLED: Mapping[str, re.Pattern[str]] = {
         "ceph|r2|(object|blob|cloud|bucket)(s|store|storage)?"
     ),
     "valkey": re.compile("(redis|valkey|keydb|elasticache|memorydb)[a-z]*"),
+    "mooncake": re.compile("(kv)?mooncake[a-z]*|mc(store)?"),
 }
 # Tiers of vLLM's own TieringOffloadingSpec that have no counterpart here.
 _STOCK = ("example", "kvcr", "obj", "p2p")
@@ -72,7 +74,8 @@ class TierEntry:
     entry: Mapping[str, Any]
     type: InitVar[Any] = option(
         parse_any,
-        "`fs`, `pool`, `object`, `valkey`, `memory`, one of an installed package, or a class",
+        "`fs`, `pool`, `object`, `valkey`, `mooncake`, `memory`, one of an installed package, or a "
+        "class",
         None,
         shown="required",
     )

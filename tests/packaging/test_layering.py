@@ -17,7 +17,7 @@ FOLDERS = ("kernels", "offload", "tiers")
 # without that name before them.
 _NOT_OF_OFFLOAD = "vllm kernels offload.cli offload.vllm_plugin"
 _DECISIONS = "offload.manager offload.lookup offload.promotion offload.cascade"
-_MEDIA = "tiers.process tiers.fs tiers.object tiers.page tiers.pool tiers.valkey"
+_MEDIA = "tiers.process tiers.fs tiers.mooncake tiers.object tiers.page tiers.pool tiers.valkey"
 FORBIDDEN: Mapping[str, str] = {
     "kernels/**/*.py": "vllm offload tiers",
     # what moves does not depend on the form that moves it
@@ -45,15 +45,17 @@ FORBIDDEN: Mapping[str, str] = {
     "tiers/**/*.py": "torch triton vllm kernels offload",
     # the contract and what goes with it know no medium
     "tiers/*.py": _MEDIA,
-    "tiers/page/*.py": "tiers.process tiers.fs tiers.object tiers.pool tiers.valkey",
+    "tiers/page/*.py": "tiers.process tiers.fs tiers.mooncake tiers.object tiers.pool tiers.valkey",
     # what runs any medium knows none
-    "tiers/process/*.py": "tiers.fs tiers.object tiers.pool tiers.valkey",
+    "tiers/process/*.py": "tiers.fs tiers.mooncake tiers.object tiers.pool tiers.valkey",
     # files know no other medium; a pool is made of them
-    "tiers/fs/**/*.py": "tiers.object tiers.pool tiers.valkey",
+    "tiers/fs/**/*.py": "tiers.mooncake tiers.object tiers.pool tiers.valkey",
     # media do not know each other
-    "tiers/valkey/*.py": "tiers.fs tiers.object tiers.pool",
+    "tiers/valkey/*.py": "tiers.fs tiers.mooncake tiers.object tiers.pool",
+    "tiers/mooncake/*.py": "tiers.fs tiers.object tiers.pool tiers.valkey",
     # the engine's process loads no client
     "tiers/valkey/tier.py": "tiers.valkey.client tiers.valkey.medium tiers.valkey.probe",
+    "tiers/mooncake/tier.py": "tiers.mooncake.client tiers.mooncake.medium tiers.mooncake.probe",
     "tiers/fs/files/*.py": (
         "tiers.process tiers.fs.budget tiers.fs.tools tiers.fs.tier tiers.fs.medium "
         "tiers.fs.page_files tiers.fs.startup"
@@ -102,6 +104,7 @@ LAZY: Mapping[str, str] = {
     "offload/vllm_plugin/entry_point.py": "any vLLM loads it, or none",
     "offload/vllm_plugin/spec.py": "a process loads its own side alone",
     "offload/vllm_plugin/version.py": "the doctor asks it where there is no vLLM",
+    "tiers/mooncake/client.py": "the library reads the environment, which is made for it",
     "tiers/object/bucket.py": "profiles are AWS's alone",
     "tiers/object/tier.py": "obstore is of an extra, and the options are known without it",
     "tiers/fs/budget/catalog.py": "the engine's processes do without numpy's memory",

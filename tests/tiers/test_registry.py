@@ -33,7 +33,7 @@ def test_built_in_types() -> None:
     assert tier_class({"type": "memory"}) is MemoryTier
     assert tier_class({"type": "fs", "root_dir": "/x"}) is FsTier
     assert tier_class({"type": "pool", "name": "x"}) is PoolTier
-    assert set(BUILT_IN) == {"memory", "fs", "pool", "object", "valkey"}
+    assert set(BUILT_IN) == {"memory", "fs", "pool", "object", "valkey", "mooncake"}
 
 
 def test_class_by_module_path(foreign_module: str) -> None:
@@ -47,7 +47,7 @@ def test_class_by_entry_point(foreign_module: str, monkeypatch: pytest.MonkeyPat
     assert tier_class({"type": "mine"}).__name__ == "Mine"
     with pytest.raises(
         TierConfigError,
-        match=r"did you mean 'mine'.*known types: fs, memory, mine, object, pool, valkey",
+        match=r"did you mean 'mine'.*known types: fs, memory, mine, mooncake, object, pool, valkey",
     ):
         tier_class({"type": "mina"})
 
@@ -83,6 +83,7 @@ def test_options_are_the_rest() -> None:
         ({}, r'^"type" is missing; give one of fs, memory'),
         ({"type": None}, r'^"type": None is wrong; give one of fs, memory'),
         ({"type": "redis"}, r"'redis' \(did you mean 'valkey'\?\)"),
+        ({"type": "MooncakeStore"}, r"\(did you mean 'mooncake'\?\)"),
         ({"type": "FS"}, r"'FS' \(did you mean 'fs'\?\)"),
         ({"type": "obj"}, "'obj' is a tier of vLLM's own TieringOffloadingSpec.*use one of them"),
         ({"type": "Stock", "module_path": "foreign_tier"}, "is a tier for vLLM's own"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,6 +24,11 @@ def available_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cg
             cached = (stat.get(f"{prefix}{name}_file", 0) for name in ("active", "inactive"))
             bounds.append(free + sum(cached))
     return min(bounds)
+
+
+def untaken_memory(fd: int, nbytes: int) -> int:
+    """Of the first `nbytes` bytes of a file in shared memory, those that take no memory yet."""
+    return max(0, nbytes - os.fstat(fd).st_blocks * 512)
 
 
 def _numbers(path: Path) -> dict[str, int]:

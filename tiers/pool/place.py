@@ -14,7 +14,7 @@ from kvstrata.tiers.fs.budget.limits import default_floor
 from kvstrata.tiers.fs.files import nofollow
 from kvstrata.tiers.fs.refusals import refusal
 from kvstrata.tiers.machine.disk import disk_at, file_system
-from kvstrata.tiers.machine.memory import SHM, available_memory
+from kvstrata.tiers.machine.memory import SHM, available_memory, untaken_memory
 from kvstrata.tiers.options import WrongValue, format_bytes
 
 FILE_MODE, DIR_MODE = 0o600, 0o700
@@ -147,5 +147,4 @@ def _without_memory(region: PageRegion | None) -> int:
     """Bytes of the CPU tier that are not taken yet."""
     if region is None:
         return 0
-    taken = os.fstat(region.fd).st_blocks * 512
-    return max(0, region.offset + region.slots * region.slot_bytes - taken)
+    return untaken_memory(region.fd, region.offset + region.slots * region.slot_bytes)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import pickle
-import subprocess
-import sys
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -15,14 +11,13 @@ from kvstrata.tiers.base import TierConfigError, TierContext
 from kvstrata.tiers.options import format_bytes, parse_options
 from kvstrata.tiers.page.identity import directory_name, namespace_digest
 from kvstrata.tiers.process.medium import MediumSpec
+from kvstrata.tiers.process.probe import ask
 from kvstrata.tiers.process.tier import ProcessTier
 from kvstrata.tiers.valkey.config import ValkeyOptions
 from kvstrata.tiers.valkey.names import distrust_name
 
 # The server does one thing at a time: more threads would only wait longer for their turn.
 _THREADS = 4
-_PROBE = (sys.executable, "-P", "-m", "kvstrata.tiers.valkey.probe")
-_PROBE_STARTS_WITHIN_S = 30.0  # a process, on a loaded machine
 _OF_ACCESS = ("WRONGPASS", "NOAUTH", "NOPERM", "without any password configured")
 
 logger = logging.getLogger("kvstrata.tiers.valkey")
@@ -122,18 +117,10 @@ def _ask(options: ValkeyOptions, name: str) -> dict[str, Any]:
         TierConfigError: the server cannot be used.
     """
     try:
-        done = subprocess.run(
-            _PROBE,
-            input=pickle.dumps((options, name)),
-            capture_output=True,
-            timeout=_PROBE_STARTS_WITHIN_S + 4 * options.timeout_s,
-        )
-        found: dict[str, Any] = json.loads((done.stdout.splitlines() or [b"{}"])[-1])
-        error = found.get("error", "")
-        if "is_cluster" not in found and not error:
-            raise ValueError((done.stderr.splitlines() or [b""])[-1].decode(errors="replace"))
-    except (OSError, ValueError, subprocess.TimeoutExpired) as failure:
+        found = ask("kvstrata.tiers.valkey.probe", (options, name), 4 * options.timeout_s)
+    except OSError as failure:
         raise TierConfigError(f"valkey tier: the server cannot be asked ({failure})") from failure
+    error = found.get("error", "")
     if options.password_file and options.password_file in error:
         raise TierConfigError(f"password_file: {error}; give a file that can be read")
     if any(each in error for each in _OF_ACCESS):

@@ -33,7 +33,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_key_is_printed_with_default_and_meaning() -> None:
     found = run_json("config")
-    media = ["fs", "memory", "object", "pool", "valkey"]
+    media = ["fs", "memory", "mooncake", "object", "pool", "valkey"]
     assert list(found) == ["kv_connector_extra_config", "secondary_tiers", *media]
     rows = {name: {row["key"]: row for row in table} for name, table in found.items()}
     assert (

@@ -1,0 +1,46 @@
+"""A process that lends memory to a pool, and writes and reads values as it is told.
+
+It shares nothing with the tier's client but the library: `python peer.py HOST:PORT SEGMENT`, a line
+of JSON for each question and each answer.
+"""
+
+import base64
+import json
+import os
+import sys
+from typing import Any
+
+os.environ |= {"MC_STORE_CLIENT_SETUP_RETRIES": "1", "MC_STORE_MEMCPY": "0"}
+
+from mooncake.store import MooncakeDistributedStore, ReplicateConfig
+
+
+def answer(client: Any, question: str, *given: Any) -> object:
+    if question == "clear":
+        client.remove_all(True)
+        return None
+    name, *rest = given
+    if question == "put":  # whatever was there
+        client.remove(name, True)
+        pinned = ReplicateConfig()
+        pinned.with_hard_pin = len(rest) > 1  # never evicted
+        return client.put(name, base64.b64decode(rest[0]), pinned)
+    if question == "get":
+        size = client.get_size(name)
+        return base64.b64encode(client.get(name)).decode() if size >= 0 else None
+    if question == "drop":  # unless somebody was promised that it stays for a while
+        return client.remove(name)
+    raise ValueError(question)
+
+
+def main() -> None:
+    master, segment = sys.argv[1], int(sys.argv[2])
+    client = MooncakeDistributedStore()
+    code = client.setup("127.0.0.1", "P2PHANDSHAKE", segment, 2**25, "tcp", "", master)
+    print(json.dumps(code), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(answer(client, *json.loads(line))), flush=True)
+    client.close()
+
+
+main()

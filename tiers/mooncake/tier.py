@@ -1,0 +1,80 @@
+"""The mooncake tier: pages in memory that machines lend each other, kept by a `mooncake_master`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
+
+from kvstrata.tiers.base import PageRegion, TierConfigError, TierContext
+from kvstrata.tiers.machine.memory import available_memory, untaken_memory
+from kvstrata.tiers.mooncake.config import MooncakeOptions
+from kvstrata.tiers.options import format_bytes, parse_options
+from kvstrata.tiers.process.medium import MediumSpec
+from kvstrata.tiers.process.probe import ask
+from kvstrata.tiers.process.tier import ProcessTier
+
+_THREADS = 4  # the client moves all bytes in one thread of its own: more would only wait
+
+
+class MooncakeTier(ProcessTier):
+    """Pages as values of a pool; for the options see `MooncakeOptions`."""
+
+    medium = "STORAGE"
+    locality = "REMOTE"
+    Options = MooncakeOptions
+    name = "mooncake"
+    rejects = True
+
+    def __init__(self, options: Mapping[str, Any], context: TierContext) -> None:
+        """See `SecondaryTier.__init__`."""
+        parsed = parse_options(MooncakeOptions, options, "mooncake tier")
+        _check_memory(parsed.segment, context.region)
+        _check_pool(parsed)
+        medium = MediumSpec("kvstrata.tiers.mooncake.medium:MooncakeMedium", parsed)
+        super().__init__(context, [medium], _THREADS, _THREADS)
+
+
+def _check_memory(segment: int, region: PageRegion | None) -> None:
+    """Whether there is memory for what is to be lent beside the CPU tier.
+
+    Raises:
+        TierConfigError: there is not.
+    """
+    rest = 0
+    if region is not None:
+        rest = untaken_memory(region.fd, region.offset + region.slots * region.slot_bytes)
+    free = max(0, available_memory() - rest)
+    if segment > free:
+        raise TierConfigError(
+            f"segment: {format_bytes(segment)} do not fit into memory, of which "
+            f'{format_bytes(free)} can be had beside the CPU tier; give at most "{free >> 20}MiB", '
+            "lower cpu_bytes_to_use, or give the machine more"
+        )
+
+
+def _check_pool(options: MooncakeOptions) -> None:
+    """Whether the pool can be used.
+
+    Raises:
+        TierConfigError: it cannot.
+    """
+    if find_spec("mooncake") is None:
+        raise TierConfigError(
+            "mooncake tier: the package mooncake-transfer-engine-non-cuda is missing; pip install "
+            "'kvstrata[mooncake]'"
+        )
+    try:
+        error = ask("kvstrata.tiers.mooncake.probe", options, 6 * options.timeout_s).get("error")
+    except OSError as failure:
+        raise TierConfigError(f"mooncake tier: the pool cannot be asked ({failure})") from failure
+    if error and "cannot open shared object file" in error:
+        raise TierConfigError(
+            f"mooncake tier: its client cannot be loaded ({error}); install that library, for "
+            "example with `apt-get install libibverbs1`, which it needs also over TCP"
+        )
+    if error:
+        raise TierConfigError(
+            f"master: {options.master!r} cannot be used ({error}); start mooncake_master, or "
+            "correct master, protocol and timeout_s"
+        )
