@@ -6,7 +6,6 @@ Never in the engine's process: it starts threads, listens on two ports, and writ
 from __future__ import annotations
 
 import ctypes
-import errno
 import math
 import os
 import socket
@@ -53,7 +52,7 @@ class Client:
         self._lock = threading.Lock()  # for the following
         self._connected: Any = None
         self._memory: dict[int, object] = {}  # registered: what views are of, by identity
-        self._failure = OSError(errno.ENOTCONN, "not connected yet")  # the last one of the master's
+        self._failure = ""  # the last one of the master's
         self._pause_until = 0.0  # monotonic
 
     def connect(self) -> Any:
@@ -64,12 +63,12 @@ class Client:
         """
         with self._lock:
             if time.monotonic() < self._pause_until:
-                raise self._failure
+                raise OSError(self._failure)
             if self._connected is None:
                 try:
                     self._connected = _connect(self._options, self._segment)
                 except OSError as error:
-                    self._fail(error)
+                    self._fail(str(error))
                     raise
             return self._connected
 
@@ -78,7 +77,7 @@ class Client:
         codes = self._ask(lambda client: client.batch_is_exist(list(names)))
         for code in codes:
             if code < _OK:
-                raise OSError(errno.EIO, self.describe(code))
+                raise OSError(self.describe(code))
         return [code == 1 for code in codes]
 
     def put(self, names: Sequence[str], values: Sequence[Parts]) -> list[int]:
@@ -116,7 +115,7 @@ class Client:
         """Drop the values, also those that the master spares."""
         for code in self._ask(lambda client: client.batch_remove(list(names), True)):
             if code not in (_OK, ABSENT):
-                raise OSError(errno.EIO, self.describe(code))
+                raise OSError(self.describe(code))
 
     def close(self) -> None:
         """No further call follows; what was lent is taken back, with the pages in it.
@@ -140,14 +139,13 @@ class Client:
         codes = ask(self.connect())
         for code in codes:
             if code in (_MASTER_FAILED, _MASTER_SILENT):
-                error = OSError(errno.EIO, self.describe(code))
                 with self._lock:
-                    self._fail(error)
-                raise error
+                    self._fail(self.describe(code))
+                raise OSError(self.describe(code))
         return codes
 
-    def _fail(self, error: OSError) -> None:
-        self._failure, self._pause_until = error, time.monotonic() + _PAUSE_S
+    def _fail(self, why: str) -> None:
+        self._failure, self._pause_until = why, time.monotonic() + _PAUSE_S
 
     def _register(self, views: Sequence[memoryview]) -> None:
         """Tell the library of the memory that the views are of: of each once, and as a whole."""
@@ -160,7 +158,7 @@ class Client:
                 with memoryview(memory) as whole:
                     code = client.register_buffer(_address(whole), whole.nbytes)
                 if code != _OK:
-                    raise OSError(errno.EIO, f"memory cannot be registered ({code})")
+                    raise OSError(f"memory cannot be registered ({code})")
                 self._memory[id(memory)] = memory
 
 
@@ -174,7 +172,7 @@ def _connect(options: MooncakeOptions, segment: int) -> Any:
         with socket.create_connection(options.address, options.timeout_s) as way:
             ours = way.getsockname()[0]  # by which the others reach this machine
     except OSError as error:
-        raise OSError(errno.EIO, f"{options.master}: {error}") from None
+        raise OSError(f"{options.master}: {error.strerror or error}") from None
     _quieten()
     milliseconds = str(max(1, int(options.timeout_s * 1000)))
     seconds = str(math.ceil(options.timeout_s))
@@ -194,7 +192,7 @@ def _connect(options: MooncakeOptions, segment: int) -> Any:
     place = ours, "P2PHANDSHAKE", segment, 0, options.protocol, "", options.master
     code = client.setup(*place)
     if code != _OK:
-        raise OSError(errno.EIO, f"{options.master}: it cannot be set up ({code})")
+        raise OSError(f"{options.master}: it cannot be set up ({code})")
     return client
 
 
