@@ -148,7 +148,13 @@ class Client:
         self._failure, self._pause_until = why, time.monotonic() + _PAUSE_S
 
     def _register(self, views: Sequence[memoryview]) -> None:
-        """Tell the library of the memory that the views are of: of each once, and as a whole."""
+        """Tell the library of the memory that the views are of: of each once, and as a whole.
+
+        Not over TCP, which needs no such thing, and where whoever reaches the process's port may
+        read and write what is registered: the engine's pages, after they were verified.
+        """
+        if self._options.protocol == "tcp":
+            return
         client = self.connect()
         for view in views:
             memory = view.obj

@@ -5,6 +5,7 @@ of JSON for each question and each answer.
 """
 
 import base64
+import ctypes
 import json
 import os
 import sys
@@ -12,10 +13,13 @@ from typing import Any
 
 os.environ |= {"MC_STORE_CLIENT_SETUP_RETRIES": "1", "MC_STORE_MEMCPY": "0"}
 
+from mooncake.engine import TransferEngine
 from mooncake.store import MooncakeDistributedStore, ReplicateConfig
 
 
 def answer(client: Any, question: str, *given: Any) -> object:
+    if question == "peek":
+        return peek(*given)
     if question == "clear":
         client.remove_all(True)
         return None
@@ -31,6 +35,24 @@ def answer(client: Any, question: str, *given: Any) -> object:
     if question == "drop":  # unless somebody was promised that it stays for a while
         return client.remove(name)
     raise ValueError(question)
+
+
+def peek(port: int, address: int | None) -> list[int]:
+    """What the library says when memory of the process behind the port is read, and written.
+
+    That at the address; or by default what the process offers first.
+    """
+    engine = TransferEngine()
+    engine.initialize("127.0.0.1", "P2PHANDSHAKE", "tcp", "")
+    room = ctypes.create_string_buffer(64)
+    mine, theirs = ctypes.addressof(room), f"127.0.0.1:{port}"
+    engine.register_memory(mine, len(room))
+    if address is None:
+        address = engine.get_first_buffer_address(theirs)
+    return [
+        engine.transfer_sync_read(theirs, mine, address, len(room)),
+        engine.transfer_sync_write(theirs, mine, address, len(room)),
+    ]
 
 
 def main() -> None:

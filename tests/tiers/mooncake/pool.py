@@ -107,6 +107,12 @@ class Peer(_Process):
         assert isinstance(code, int)
         return code
 
+    def peek(self, port: int, address: int | None = None) -> list[int]:
+        """See peer.py; 0 where it was done."""
+        codes = self._ask("peek", port, address)
+        assert isinstance(codes, list)
+        return codes
+
     def clear(self) -> None:
         self._ask("clear")
 
