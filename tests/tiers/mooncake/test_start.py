@@ -15,7 +15,7 @@ from kvstrata.tiers.options import parse_options
 from kvstrata.tiers.registry import TierEntry
 from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key, store
 from tests.tiers.mooncake.conftest import OpenTier, StartMaster, StartPeer
-from tests.tiers.mooncake.pool import Master, Peer
+from tests.tiers.mooncake.pool import Lender, Master, Peer
 from tests.tiers.valkey.server import free_port
 from tests.waiting import wait_until
 
@@ -121,3 +121,15 @@ def test_two_engines_share(open_tier: OpenTier, master: Master, peer: Peer) -> N
     assert not store(first, PAGE).failed
     assert first.shutdown(60.0)
     assert load(open_tier(master), list(PAGE))[1] == PAGE
+
+
+def test_a_lender_of_mooncakes_own(open_tier: OpenTier, start_master: StartMaster) -> None:
+    master = start_master()
+    tier = open_tier(master)
+    assert set(store(tier, PAGE).failed.values()) == {"no-space"}
+    lender = Lender(master)
+    try:
+        wait_until(lambda: not store(tier, PAGE).failed)
+        assert load(tier, list(PAGE))[1] == PAGE
+    finally:
+        lender.kill()
