@@ -86,3 +86,19 @@ def values(options: Mapping[str, Any], page_bytes: int) -> Move:
             assert client.get(name, buffer=view) == str(page_bytes).encode()
 
     return move
+
+
+def lent_memory(options: Mapping[str, Any], page_bytes: int) -> Move:
+    """Mooncake's put from the page, and get into it."""
+    os.environ |= {"MC_STORE_MEMCPY": "0", "MC_LOG_LEVEL": "ERROR"}
+    from mooncake.store import MooncakeDistributedStore
+
+    client = MooncakeDistributedStore()
+    assert client.setup("127.0.0.1", "P2PHANDSHAKE", 0, 0, "tcp", "", options["master"]) == 0
+
+    def move(name: str, view: memoryview, store: bool) -> None:
+        place = ctypes.addressof(ctypes.c_char.from_buffer(view))
+        call, answer = (client.put_from, 0) if store else (client.get_into, page_bytes)
+        assert call(name, place, page_bytes) == answer
+
+    return move

@@ -15,6 +15,7 @@ import pytest
 from kvstrata.tiers.fs.tier import FsTier
 from kvstrata.tiers.pool.place import pool_path
 from kvstrata.tiers.process.tier import ProcessTier
+from tests.tiers.mooncake.pool import Master, Peer
 from tests.tiers.object.conftest import weed_binary
 from tests.tiers.object.server import BUCKET, S3Server, credentials
 from tests.tiers.valkey.server import Server
@@ -101,9 +102,22 @@ def _valkey(folder: Path) -> Iterator[Medium]:
         server.kill()
 
 
+@contextmanager
+def _mooncake(folder: Path) -> Iterator[Medium]:
+    master = Master()
+    peer = Peer(master, 2**31)
+    options = {"master": master.address, "timeout_s": 5.0}
+    try:
+        yield Medium({"type": "mooncake", **options}, "lent_memory", options, 4, clear=peer.clear)
+    finally:
+        peer.kill()
+        master.kill()
+
+
 MEDIA: Mapping[str, Callable[[Path], AbstractContextManager[Medium]]] = {
     "fs": _fs,
     "pool": _pool,
     "object": _object,
     "valkey": _valkey,
+    "mooncake": _mooncake,
 }

@@ -16,6 +16,7 @@ from tests.bench.tiers.contestants import Ours, Raw
 from tests.bench.tiers.measure import ALONE, AT_ONCE, measure
 from tests.bench.tiers.media import MEDIA
 from tests.bench.tiers.targets import TARGETS
+from tests.tiers.mooncake.pool import why_not
 from tests.tiers.valkey.server import server_binary
 
 PAGE = 4096
@@ -25,6 +26,8 @@ PAGE = 4096
 def test_each_case_has_its_figures(name: str, tmp_path: Path) -> None:
     if name == "valkey" and server_binary() is None:
         pytest.skip("there is no valkey server")
+    if name == "mooncake" and (why := why_not()):
+        pytest.skip(why)
     with MEDIA[name](tmp_path) as medium:
         figures = list(measure(name, medium, PAGE, 1))
     assert len(figures) == len({figure[:-1] for figure in figures}) == 2 * 2 * 4
