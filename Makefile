@@ -58,7 +58,7 @@ ifeq ($(EXTRA),cpu)
 	# pip brought their CUDA builds, which break `import transformers` beside a CPU torch
 	$(BIN)/pip uninstall --yes torchvision torchaudio torchcodec
 endif
-	@ldconfig -p | grep -q '$(VERBS)' || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	@$(BIN)/python -c 'import ctypes; ctypes.CDLL("$(VERBS)")' 2>/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
 		{ apt-get install -qq -y $(VERBS_PACKAGE) || \
 			{ apt-get update -qq && apt-get install -qq -y $(VERBS_PACKAGE); }; } >/dev/null 2>&1; } || \
 		echo "no $(VERBS) (apt-get install $(VERBS_PACKAGE)): the mooncake tier's tests are skipped"
