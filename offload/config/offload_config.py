@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import InitVar, dataclass, field
 from functools import partial
@@ -73,15 +73,7 @@ def _parse_tiers(key: str, value: Any) -> tuple[TierEntry, ...]:
         raise WrongValue(key, value, 'a list such as [{"type": "fs", "root_dir": "/mnt/kv"}]')
     tiers: list[TierEntry] = []
     for index, entry in enumerate(value):
-        where = f"{key}[{index}]"
-        if not isinstance(entry, Mapping):
-            raise WrongValue(where, entry, 'an object such as {"type": "fs", ...}')
-        try:
-            tiers.append(_parse_tier(entry, tiers))
-        except UnknownKeyError as error:
-            raise ConfigError(f"{where}: {_placed(error, in_tier=True)}") from None
-        except ConfigError as error:
-            raise ConfigError(f"{where}: {error}") from None
+        tiers.append(parse_tier(f"{key}[{index}]", entry, tiers))
     return tuple(tiers)
 
 
@@ -252,7 +244,28 @@ def _placed(error: UnknownKeyError, *, in_tier: bool) -> str:
     return str(UnknownKeyError(error.where, error.key, known, place))
 
 
-def _parse_tier(entry: Mapping[str, Any], before: list[TierEntry]) -> TierEntry:
+def parse_tier(where: str, entry: Any, before: Sequence[TierEntry] = ()) -> TierEntry:
+    """Check an entry of `secondary_tiers`.
+
+    Args:
+        where: it stands, for errors.
+        entry: as the user wrote it.
+        before: those that stand before it.
+
+    Raises:
+        ConfigError: for the first thing that is wrong.
+    """
+    if not isinstance(entry, Mapping):
+        raise WrongValue(where, entry, 'an object such as {"type": "fs", ...}')
+    try:
+        return _parse_tier(entry, before)
+    except UnknownKeyError as error:
+        raise ConfigError(f"{where}: {_placed(error, in_tier=True)}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _parse_tier(entry: Mapping[str, Any], before: Sequence[TierEntry]) -> TierEntry:
     cls = tier_class(entry)
     cls.check_options(tier_options(entry))
     common = options_of(TierEntry)
@@ -265,7 +278,7 @@ def _parse_tier(entry: Mapping[str, Any], before: list[TierEntry]) -> TierEntry:
     return tier
 
 
-def _check_apart(tier: TierEntry, before: list[TierEntry]) -> None:
+def _check_apart(tier: TierEntry, before: Sequence[TierEntry]) -> None:
     """Refuse a tier that would keep pages where it, or one before it, keeps others."""
     if any(_options(tier) == _options(other) for other in before):
         raise ConfigError(

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 
 from kvstrata.offload.config.offload_config import OffloadConfig
+from kvstrata.offload.config.stock_entry import StockEntry
 from kvstrata.offload.secondary.guard import GuardedTier, check_words
 from kvstrata.offload.secondary.late import LateTier
 from kvstrata.offload.secondary.tier import TierLink
@@ -18,7 +19,7 @@ from kvstrata.tiers.registry import TierEntry, tier_class, tier_options
 logger = logging.getLogger("kvstrata")
 
 
-def usable_entries(settings: OffloadConfig, *, lora: bool) -> tuple[TierEntry, ...]:
+def usable_entries(settings: OffloadConfig | StockEntry, *, lora: bool) -> tuple[TierEntry, ...]:
     """The configured tiers; none where a key does not say which LoRA adapter a page is of."""
     if settings.tiers and lora and not settings.lora_paths_immutable:
         logger.warning(

@@ -48,6 +48,7 @@ class Running:
     timing: Timing
     probe: bool = False
     on_end: Callable[[Running, JobResult], None] | None = None  # who takes the result
+    tag: object = None  # the caller's own
     arrived: int = 0  # pages, before its end
     overdue: int = 0  # how often its time has passed
 
@@ -120,11 +121,13 @@ class TierJobs:
         probe: bool = False,
         on_end: Callable[[Running, JobResult], None] | None = None,
         send: Callable[[Job], bool | None] | None = None,
+        tag: object = None,
     ) -> bool:
         """Start one job; its result comes from `results`, or to `on_end`.
 
         Args:
             timing: of the pages it was asked for with, if there are others.
+            tag: what comes back with the result.
             send: how to tell the tier, where the pages are neither loaded nor stored.
 
         Returns:
@@ -140,7 +143,8 @@ class TierJobs:
         due = now + self._patience(promotion)
         timing = timing or Timing(now, traffic.nbytes, len(entries))
         self._running[job_id] = Running(
-            link, entries, promotion, traffic, now, request, nbytes, due, timing, probe, on_end
+            *(link, entries, promotion, traffic, now, request, nbytes, due, timing, probe, on_end),
+            tag,
         )
         keys = [each.key for each in entries]
         slots, ends = [each.slot for each in entries], [each.end_token for each in entries]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import (
     OffloadingConnectorStats,
@@ -28,6 +29,7 @@ PREFILL_SPEED = "kvstrata_prefill_tokens_per_second"
 def metric_definitions() -> dict[str, OffloadingMetricMetadata]:
     """The metrics by name. Prometheus appends `_total` to counters."""
     return {
+        **tier_metric_definitions(),
         EVENTS: OffloadingCounterMetadata(
             "What the manager did, in pages or occurrences, by event.", ("event",)
         ),
@@ -42,6 +44,12 @@ def metric_definitions() -> dict[str, OffloadingMetricMetadata]:
         AUDIT_ERROR: OffloadingGaugeMetadata(
             "The largest relative error of a row that an audit found (docs/audit.md)."
         ),
+    }
+
+
+def tier_metric_definitions() -> dict[str, OffloadingMetricMetadata]:
+    """Those of them that are the tiers'."""
+    return {
         TIER_EVENTS: OffloadingCounterMetadata(
             "What a secondary tier did, in pages, bytes or occurrences, by event.",
             ("tier", "event"),
@@ -85,19 +93,25 @@ class StatsReader:
         stats.set_gauge(PREFILL_SPEED, 1.0 / per_token if per_token else 0.0)
         stats.set_gauge(AUDIT_ERROR, manager.audits.findings.largest_error)
         for link in manager.links:
-            tier_stats = link.tier.stats()
-            ours = {
-                "breaker_openings": link.breaker.openings,
-                "declined_requests": link.declined,
-                "overdue_jobs": link.overdue_jobs,
-            }
-            for name, total in {**tier_stats.counters, **ours}.items():
-                self._add(stats, TIER_EVENTS, (link.name, name), total)
-            for cause, total in tier_stats.failures.items():
-                self._add(stats, TIER_FAILURES, (link.name, cause), total)
-            for name, gauge in {**tier_stats.gauges, **_link_gauges(link)}.items():
-                stats.set_gauge(TIER_STATE, gauge, (link.name, name))
+            self.add_tier(stats, link)
         return stats
+
+    def add_tier(
+        self, stats: OffloadingConnectorStats, link: TierLink, more: Mapping[str, int] = {}
+    ) -> None:
+        """What one tier did since the last call, and its present state; `more`: other totals."""
+        tier_stats = link.tier.stats()
+        ours = {
+            "breaker_openings": link.breaker.openings,
+            "declined_requests": link.declined,
+            "overdue_jobs": link.overdue_jobs,
+        }
+        for name, total in {**tier_stats.counters, **ours, **more}.items():
+            self._add(stats, TIER_EVENTS, (link.name, name), total)
+        for cause, total in tier_stats.failures.items():
+            self._add(stats, TIER_FAILURES, (link.name, cause), total)
+        for name, gauge in {**tier_stats.gauges, **_link_gauges(link)}.items():
+            stats.set_gauge(TIER_STATE, gauge, (link.name, name))
 
     def _add(
         self, stats: OffloadingConnectorStats, metric: str, labels: tuple[str, ...], total: int

@@ -15,7 +15,7 @@ import yaml
 
 from kvstrata.offload.config.offload_config import parse_config
 from kvstrata.offload.primary import region
-from kvstrata.offload.vllm_plugin.version import SUPPORTED
+from kvstrata.offload.vllm_plugin.engine.version import SUPPORTED
 from kvstrata.tiers.options import parse_bytes
 from tests.docs.blocks import ROOT, shell_commands
 

@@ -79,7 +79,7 @@ ALLOWED: Mapping[tuple[str, str], str] = {
     ("offload/cli/doctor/machine.py", "offload.vllm_plugin.entry_point"): "the spec's module",
     (
         "offload/cli/doctor/machine.py",
-        "offload.vllm_plugin.version",
+        "offload.vllm_plugin.engine.version",
     ): "the versions that are supported",
     (
         "offload/cli/doctor/config.py",
@@ -103,7 +103,7 @@ LAZY: Mapping[str, str] = {
     "offload/vllm_plugin/engine/early_check.py": "engines without our spec load it too",
     "offload/vllm_plugin/entry_point.py": "any vLLM loads it, or none",
     "offload/vllm_plugin/spec.py": "a process loads its own side alone",
-    "offload/vllm_plugin/version.py": "the doctor asks it where there is no vLLM",
+    "offload/vllm_plugin/engine/version.py": "the doctor asks it where there is no vLLM",
     "tiers/mooncake/client.py": "the library reads the environment, which is made for it",
     "tiers/object/bucket.py": "profiles are AWS's alone",
     "tiers/object/tier.py": "obstore is of an extra, and the options are known without it",

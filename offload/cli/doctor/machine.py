@@ -16,8 +16,8 @@ from importlib.metadata import (
 )
 from pathlib import Path
 
+from kvstrata.offload.vllm_plugin.engine.version import SUPPORTED, supported_versions
 from kvstrata.offload.vllm_plugin.entry_point import SPEC_MODULE
-from kvstrata.offload.vllm_plugin.version import SUPPORTED, supported_versions
 from kvstrata.tiers.machine.disk import disk_at, file_system
 from kvstrata.tiers.machine.memory import SHM, available_memory
 from kvstrata.tiers.options import format_bytes

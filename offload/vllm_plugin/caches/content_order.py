@@ -14,7 +14,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from kvstrata.offload.vllm_plugin.version import content_version
+from kvstrata.offload.vllm_plugin.engine.version import content_version
 
 
 def opaque_order(modules: Sequence[Any], tokens: int, blocks: int) -> str:

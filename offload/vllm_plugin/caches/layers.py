@@ -44,7 +44,7 @@ from kvstrata.offload.vllm_plugin.caches.backends import (
     backend_path,
 )
 from kvstrata.offload.vllm_plugin.caches.content_order import cpu_isa, opaque_order, scales_id
-from kvstrata.offload.vllm_plugin.version import content_version
+from kvstrata.offload.vllm_plugin.engine.version import content_version
 
 # Names of configuration fields that give a number of KV heads, or of query heads for each:
 # of the whole model, of some layers (swa_num_key_value_heads, num_global_key_value_heads,

@@ -41,7 +41,8 @@ def check_early() -> None:
 
 
 def check(vllm_config: Any) -> None:
-    """Check the configurations of our spec in vLLM's, as far as this process can.
+    """Check the configurations of our spec in vLLM's, and of our tiers in those of vLLM's own spec,
+    as far as this process can.
 
     Memory and directories are those of this machine, so they are left out where no engine runs on
     it.
@@ -55,8 +56,14 @@ def check(vllm_config: Any) -> None:
         or getattr(parallel, "distributed_executor_backend", None) == "ray"
     )
     global _checked
-    for extra in _of_our_spec(vllm_config.kv_transfer_config):
+    for extra in _extra_configs(vllm_config.kv_transfer_config):
         # engines without our spec load this module too
+        if extra.get("spec_name") != SPEC_NAME:
+            if extra.get("secondary_tiers"):
+                from kvstrata.offload.config.stock_entry import check_stock
+
+                check_stock(extra)
+            continue
         from kvstrata.offload.config.offload_config import parse_config
         from kvstrata.offload.config.precheck import check_here
 
@@ -71,12 +78,11 @@ def has_checked() -> bool:
     return _checked
 
 
-def _of_our_spec(transfer: Any) -> Iterator[Mapping[str, Any]]:
-    """The `kv_connector_extra_config` of each connector that names our spec."""
+def _extra_configs(transfer: Any) -> Iterator[Mapping[str, Any]]:
+    """The `kv_connector_extra_config` of each connector."""
     if transfer is None:
         return
     extra = transfer.kv_connector_extra_config
     children = extra.get("connectors", ()) if transfer.kv_connector == "MultiConnector" else ()
-    for each in (extra, *(child.get("kv_connector_extra_config") or {} for child in children)):
-        if each.get("spec_name") == SPEC_NAME:
-            yield each
+    yield extra
+    yield from (child.get("kv_connector_extra_config") or {} for child in children)

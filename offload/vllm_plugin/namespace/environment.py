@@ -60,6 +60,8 @@ _ROCM = {
 }
 DECIDING = {**_ALWAYS, **_MULTIMODAL, **_QUANTISED, **_ROCM}
 
+# What may choose another attention backend, whose caches may have another form.
+_KERNELS = "which kernel computes, and when: rounding alone"
 # Why the others do not count, and their names.
 _LEFT_OUT = {
     "building and installing vLLM": """
@@ -165,7 +167,7 @@ _LEFT_OUT = {
         VLLM_USE_LAYERNAME VLLM_USE_MEGA_AOT_ARTIFACT VLLM_USE_STANDALONE_COMPILE
         VLLM_XLA_USE_SPMD
     """,
-    "which kernel computes, and when: rounding alone": """
+    _KERNELS: """
         VLLM_ADAPTIVE_VERIFICATION_PROFILE_CONTEXT_LEN VLLM_BATCH_INVARIANT
         VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER VLLM_COHERE2_ATTN_MOE_DUAL_STREAM_TOKEN_THRESHOLD
         VLLM_CPU_ATTN_SPLIT_KV VLLM_DBO_COMM_SMS VLLM_DISABLE_DSV4_MEGAMOE_SHARED_EXPERT_FUSION
@@ -223,3 +225,9 @@ def environment(*, multimodal: bool, quantised: bool) -> dict[str, Any]:
         elif name not in DECIDING and name not in LEFT_OUT and name in os.environ:
             found[name] = digest_of(os.environ[name].encode())
     return found
+
+
+def kernel_choice() -> dict[str, str]:
+    """The variables that choose kernels, as far as they are set: for content of unknown form."""
+    chosen = (name for name, reason in LEFT_OUT.items() if reason == _KERNELS)
+    return {name: os.environ[name] for name in sorted(chosen) if name in os.environ}

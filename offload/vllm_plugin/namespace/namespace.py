@@ -48,25 +48,13 @@ def namespace_fields(
     Raises:
         NamespaceError: a field that decides cannot be written down, or all are too long.
     """
-    cache = vllm_config.cache_config
-    model = vllm_config.model_config
     opaque = any(shape.content == OPAQUE for group in shapes.values() for shape in group)
     blocked = any(content_orders.values())
-    parallel = config.parallel
-    split = getattr(vllm_config, "parallel_config", None)
     fields: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        **weights,
-        "configuration": deciding_fields(vllm_config),
+        **computed_fields(config, vllm_config, weights),
         "device": device_fields(
             quantised=is_quantised(vllm_config) or is_cache_quantised(vllm_config)
         ),
-        "environment": environment(
-            multimodal=getattr(model, "multimodal_config", None) is not None,
-            quantised=is_quantised(vllm_config),
-        ),
-        "kv_dtype": config.model.dtype,
-        "tokens_per_hash": config.cache.tokens_per_hash,
         "pages": layouts_to_json(layouts),
         "tokens_per_block": (
             [group.tokens_per_block for group in config.groups] if blocked else None
@@ -78,25 +66,60 @@ def namespace_fields(
             }
             for group in layouts
         },
-        "topology": (
-            {
-                "tp": parallel.tp_size,
-                "pp": parallel.pp_size,
-                "pcp": parallel.pcp_size,
-                "dcp": parallel.dcp_size,
-                "interleave": [
-                    getattr(split, name, None)
-                    for name in ("cp_kv_cache_interleave_size", "dcp_kv_cache_interleave_size")
-                ],
-                "layout": str(config.kv_cache_layout),
-            }
-            if opaque
-            else None
+        "topology": topology_fields(config, vllm_config) if opaque else None,
+    }
+    check_length(fields)
+    return fields
+
+
+def computed_fields(
+    config: OffloadingConfig, vllm_config: VllmConfig, weights: Mapping[str, str | None]
+) -> dict[str, Any]:
+    """Those that say what is computed, and how chunks are named, whatever the form of pages.
+
+    Raises:
+        NamespaceError: a field that decides cannot be written down.
+    """
+    model = vllm_config.model_config
+    return {
+        "format_version": FORMAT_VERSION,
+        **weights,
+        "configuration": deciding_fields(vllm_config),
+        "environment": environment(
+            multimodal=getattr(model, "multimodal_config", None) is not None,
+            quantised=is_quantised(vllm_config),
         ),
+        "kv_dtype": config.model.dtype,
+        "tokens_per_hash": config.cache.tokens_per_hash,
         "codec": "raw",
-        "hash_algorithm": cache.prefix_caching_hash_algo,
+        "hash_algorithm": vllm_config.cache_config.prefix_caching_hash_algo,
         "hash_seed": os.environ.get("PYTHONHASHSEED", "vllm-default"),
     }
+
+
+def topology_fields(config: OffloadingConfig, vllm_config: VllmConfig) -> dict[str, Any]:
+    """Who holds which part of a page, and the order of axes in the caches."""
+    parallel = config.parallel
+    split = getattr(vllm_config, "parallel_config", None)
+    return {
+        "tp": parallel.tp_size,
+        "pp": parallel.pp_size,
+        "pcp": parallel.pcp_size,
+        "dcp": parallel.dcp_size,
+        "interleave": [
+            getattr(split, name, None)
+            for name in ("cp_kv_cache_interleave_size", "dcp_kv_cache_interleave_size")
+        ],
+        "layout": str(config.kv_cache_layout),
+    }
+
+
+def check_length(fields: Mapping[str, Any]) -> None:
+    """Refuse a namespace that its file cannot hold.
+
+    Raises:
+        NamespaceError: naming the longest field.
+    """
     size = len(config_text(fields))
     if size > MAX_CONFIG_BYTES:
         longest = max(fields, key=lambda name: len(config_text({name: fields[name]})))
@@ -105,7 +128,6 @@ def namespace_fields(
             f"{longest!r}, and config.json takes {MAX_CONFIG_BYTES}: secondary_tiers cannot be "
             "used with it"
         )
-    return fields
 
 
 def check_secondary_tiers(vllm_config: VllmConfig) -> None:

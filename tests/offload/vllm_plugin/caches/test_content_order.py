@@ -12,7 +12,7 @@ pytestmark = pytest.mark.vllm
 from vllm.v1.kv_cache_interface import FullAttentionSpec  # noqa: E402
 
 from kvstrata.offload.vllm_plugin.caches.content_order import cpu_isa, opaque_order  # noqa: E402
-from kvstrata.offload.vllm_plugin.version import content_version  # noqa: E402
+from kvstrata.offload.vllm_plugin.engine.version import content_version  # noqa: E402
 
 BLOCKS = 4
 

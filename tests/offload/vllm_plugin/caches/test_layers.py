@@ -37,7 +37,7 @@ from kvstrata.offload.vllm_plugin.caches.layers import (  # noqa: E402
     _Rank,
     _states,
 )
-from kvstrata.offload.vllm_plugin.version import content_version  # noqa: E402
+from kvstrata.offload.vllm_plugin.engine.version import content_version  # noqa: E402
 from tests.offload.vllm_plugin.modelless_engine import backend_class  # noqa: E402
 
 
