@@ -137,10 +137,10 @@ class Copies:
     reported one step later.
     """
 
-    def __init__(self, blocks: Rows, slots: int) -> None:
+    def __init__(self, blocks: Rows, slots: Rows) -> None:
         self.loads: list[Any] = []  # of each load how many blocks each group has
         self._blocks = blocks
-        self._slots = np.zeros((slots, BLOCK), np.int64)
+        self._slots = slots
         self._waiting: list[tuple[int, bool, GPULoadStoreSpec, Any]] = []
         self._done: list[int] = []
 
@@ -193,13 +193,16 @@ class BlockEngine:
         model: what it computes with.
         manager: decides what is stored, and where.
         slots: the manager's.
+        memory: where their rows lie, if anybody else moves them; int64 [slots, BLOCK].
 
     Attributes:
         found: blocks of full attention that requests did not compute: of the GPU or loaded.
         preempted: how often requests were.
     """
 
-    def __init__(self, model: Model, manager: OffloadingManager, slots: int) -> None:
+    def __init__(
+        self, model: Model, manager: OffloadingManager, slots: int, memory: Rows | None = None
+    ) -> None:
         kv = copy.deepcopy(model.kv)
         block, unit = resolve_kv_cache_block_sizes(kv, model.config)
         structured = StructuredOutputManager(model.config)
@@ -208,7 +211,9 @@ class BlockEngine:
         self._half = connector.connector_scheduler
         self._half.manager = manager
         self._rows: Rows = np.zeros((kv.num_blocks, BLOCK), np.int64)
-        self._copies = Copies(self._rows, slots)
+        self._copies = Copies(
+            self._rows, np.zeros((slots, BLOCK), np.int64) if memory is None else memory
+        )
         self._worker = type(connector)(model.config, KVConnectorRole.WORKER, kv)
         self._worker.connector_worker.worker = self._copies
         self._specs = model.specs

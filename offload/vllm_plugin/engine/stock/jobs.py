@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from kvstrata.tiers.base import PageKey, PageLayout, RequestView
 # that takes longer gets no more.
 MOST_STORING, LONGEST_QUEUE_S = 0.75, 10.0
 _PAUSE_S = 0.01
-_RESULT = {each.name for each in dataclasses.fields(JobResult)}  # more from version to version
 
 # Called with the tier, whether it was a load, what went well, and what failed.
 OnEnd = Callable[[TierLink, bool, list[PageKey], list[PageKey]], None]
@@ -175,8 +173,7 @@ class StockJobs:
         if load and failed:
             lost = set(failed)
             says["successful_keys"] = tuple(key for key in job.keys if key not in lost)
-        known = {name: value for name, value in says.items() if name in _RESULT}
-        self._ended.append(JobResult(job.number, job.whole and not failed, **known))
+        self._ended.append(JobResult(job.number, job.whole and not failed, **says))
 
     def _view(self, slot: int, nbytes: int) -> memoryview:
         start = slot * self._row_bytes

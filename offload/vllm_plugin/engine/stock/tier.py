@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +22,7 @@ from vllm.v1.kv_offload.base import (
     RequestOffloadingContext,
     ScheduleEndContext,
 )
+from vllm.v1.kv_offload.tiering.backpressure import BackpressureDetector
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
 from kvstrata.offload.config.stock_entry import parse_stock_entry
@@ -36,7 +36,7 @@ from kvstrata.tiers.base import Lookup, PageKey, RequestView
 logger = logging.getLogger("kvstrata")
 
 STATS_EVERY_S = 0.1  # vLLM asks in every step
-_EXPECTS = "removal_expected" in {each.name for each in dataclasses.fields(OffloadingEvent)}
+_LABELS = ("type", "medium")
 # Members bound once: in Python 3.11 each `LookupResult.HIT` is a call.
 _HIT, _MISS, _RETRY = LookupResult.HIT, LookupResult.MISS, LookupResult.RETRY
 
@@ -63,6 +63,7 @@ class StockTier(SecondaryTierManager):
         offloading_spec: OffloadingSpec,
         primary_kv_view: memoryview,
         tier_type: str,
+        backpressure_detector: BackpressureDetector | None = None,
         **given: Any,
     ) -> None:
         """Open it.
@@ -71,15 +72,14 @@ class StockTier(SecondaryTierManager):
             offloading_spec: vLLM's `TieringOffloadingSpec`.
             primary_kv_view: int8 [chunks, bytes of a row], vLLM's CPU tier.
             tier_type: the name in the configuration.
+            backpressure_detector: vLLM's own, if one is configured; it comes before ours.
             given: the other keys of the entry.
 
         Raises:
             ConfigError, NamespaceError, RuntimeError: the entry is wrong, or the engine cannot
                 have tiers of ours.
         """
-        detector = given.pop("backpressure_detector", None)  # from vLLM 0.32 on
-        more = {} if detector is None else {"backpressure_detector": detector}
-        super().__init__(offloading_spec, primary_kv_view, tier_type, **more)
+        super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
         entry = parse_stock_entry(tier_type, given)
         self._lookup_deadline_s = entry.lookup_deadline_s
         self._engine = SeenEngine(offloading_spec.config, primary_kv_view, entry)
@@ -205,6 +205,16 @@ class StockTier(SecondaryTierManager):
         self._stats.add_tier(stats, link, more)
         return stats
 
+    @classmethod
+    def config_info_keys(cls, tier_config: dict[str, Any]) -> tuple[str, ...]:
+        """vLLM 0.33: the labels of the tier in `vllm:kv_offload_config_info`."""
+        return _LABELS
+
+    def config_info(self) -> Mapping[str, str]:
+        """vLLM 0.33: their values; no options, which may be passwords."""
+        medium = self.medium.value if self.medium else ""
+        return dict(zip(_LABELS, (self.tier_type, medium), strict=True))
+
     # -- inside --------------------------------------------------------------------
 
     def _request(self, req_context: ReqContext) -> _Asking:
@@ -243,7 +253,6 @@ class StockTier(SecondaryTierManager):
     def _tell(self, link: TierLink, keys: list[PageKey], *, removed: bool = False) -> None:
         if not (self._publishes and link.kv_events and self.medium and keys):
             return
-        more: dict[str, Any] = {"removal_expected": True} if _EXPECTS and not removed else {}
         self._events.append(
             OffloadingEvent(
                 keys=[OffloadKey(key) for key in keys],
@@ -251,6 +260,6 @@ class StockTier(SecondaryTierManager):
                 removed=removed,
                 locality=self.locality,
                 ownership=self.tier_type,
-                **more,
+                removal_expected=not removed,
             )
         )
