@@ -9,8 +9,8 @@ from types import ModuleType
 import pytest
 
 from kvstrata.offload.vllm_plugin.engine.early_check import SPEC_NAME
-from kvstrata.offload.vllm_plugin.entry_point import SPEC_MODULE, register
 from kvstrata.offload.vllm_plugin.engine.version import check_version
+from kvstrata.offload.vllm_plugin.entry_point import SPEC_MODULE, register
 
 FACTORY = "vllm.v1.kv_offload.factory"
 

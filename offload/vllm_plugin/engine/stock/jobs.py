@@ -87,13 +87,13 @@ class StockJobs:
         """Store what is wanted, if the tier keeps up; else the job fails."""
         link, keys = self.link, list(given.keys)
         entries = _entries(given)
-        if link is not None and not link.may_store:
+        if link is None or not link.may_store:
             entries = []
-        elif link is not None and link.asked.counts:
+        elif link.asked.counts:
             link.asked.count(keys)
             wanted = set(link.asked.wanted(keys))
             entries = [entry for entry in entries if entry.key in wanted]
-        taken = entries if self._keeps_up(entries) else []
+        taken = entries if entries and self._keeps_up(entries) else []
         self.skipped += len(entries) - len(taken)
         self._submit(_Job(given.job_id, keys, len(taken) == len(entries)), taken, given, request)
 

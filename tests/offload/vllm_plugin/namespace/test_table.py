@@ -13,9 +13,9 @@ pytestmark = pytest.mark.vllm
 import vllm  # noqa: E402
 from vllm.config import CacheConfig  # noqa: E402
 
+from kvstrata.offload.vllm_plugin.engine.version import SUPPORTED  # noqa: E402
 from kvstrata.offload.vllm_plugin.namespace import environment, length, rule  # noqa: E402
 from kvstrata.offload.vllm_plugin.namespace.table import TABLE  # noqa: E402
-from kvstrata.offload.vllm_plugin.engine.version import SUPPORTED  # noqa: E402
 from tests.offload.vllm_plugin.namespace.length_readers import HARMLESS, LAYERS  # noqa: E402
 from tests.offload.vllm_plugin.namespace.vllm_names import RECORD, names  # noqa: E402
 
