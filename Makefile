@@ -93,7 +93,7 @@ OTHER_VLLMS := 0.31.0 0.33.0
 VERSION := 0.33.0
 PLUGIN_TESTS := $(addprefix tests/offload/vllm_plugin/, $(addsuffix .py, \
 	$(addprefix caches/test_, backends layers) $(addprefix engine/test_, model_runner other_connectors) \
-	namespace/test_table $(addprefix test_, against_stock cache_salt config_info events other_kinds_of_cache entry_point \
+	$(addprefix engine/stock/test_, refusals serving stock_tier) namespace/test_rows namespace/test_table $(addprefix test_, against_stock cache_salt config_info events other_kinds_of_cache entry_point \
 	registration scheduler)))
 # a real engine that starts, stores, and hits in memory and in files, with the tokens of before
 SHORT_ENGINE_TEST := tests/engine/test_requests_and_resets.py::test_max_load_tokens_and_load_tiers

@@ -42,6 +42,11 @@ FORBIDDEN: Mapping[str, str] = {
         "offload.secondary tiers.process tiers.fs.tier tiers.fs.medium tiers.pool.tier"
     ),
     "offload/vllm_plugin/**/*.py": "offload.cli tiers.process tiers.fs tiers.pool",
+    # behind vLLM's own manager nothing of ours decides
+    "offload/vllm_plugin/engine/stock/*.py": (
+        f"{_DECISIONS} offload.demand offload.request offload.primary.region "
+        "offload.vllm_plugin.scheduler offload.vllm_plugin.registration"
+    ),
     "tiers/**/*.py": "torch triton vllm kernels offload",
     # the contract and what goes with it know no medium
     "tiers/*.py": _MEDIA,
