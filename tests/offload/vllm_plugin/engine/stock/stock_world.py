@@ -199,6 +199,11 @@ class StockWorld:
         self.manager.primary_tier.reset_cache()
         self._rows()[:] = -1
 
+    def reset(self) -> None:
+        """vLLM resets its caches, and (0.33) says when the workers are past it."""
+        self.manager.reset_cache()
+        getattr(self.manager, "on_reset_flushed", lambda: None)()
+
     def look(self, number: int, request: ReqContext) -> LookupResult:
         """One look-up, and the end of its step."""
         found = self.manager.lookup(key_of(number), request)

@@ -146,7 +146,7 @@ def test_a_reset_waits_until_no_row_is_touched(
     slow = it.wrap(SlowTier)
     slow.hang()
     it.begin_store({1: 1})
-    reset = threading.Thread(target=it.manager.reset_cache)
+    reset = threading.Thread(target=it.reset)
     reset.start()
     wait_until(lambda: slow is not vars(it.link.tier)["inner"])  # another took its place
     assert reset.is_alive(), "the old one may still read its row"
@@ -167,7 +167,7 @@ def test_weights_that_may_change_make_pages_private(world: World, tmp_path: Path
     it.store({1: 11})
     it.forget()
     assert it.find(1) == 11
-    it.manager.reset_cache()
+    it.reset()
     assert it.find(1) is None
     it.close()
     assert world(tier).find(1) is None
@@ -177,7 +177,7 @@ def test_fixed_weights_outlive_a_reset(world: World, tmp_path: Path) -> None:
     tier = entry("KVStrataFs", root_dir=str(tmp_path))
     it = world(tier)
     it.store({1: 11})
-    it.manager.reset_cache()
+    it.reset()
     assert it.find(1) == 11
     it.close()
     assert world(tier).find(1) == 11
@@ -192,7 +192,7 @@ def test_weight_files_that_changed_are_seen_at_a_reset(
     it = world(tier, config=changed(model.config, model=str(checkpoint)))
     it.store({1: 11})
     flip(next(checkpoint.glob("*.safetensors")))
-    it.manager.reset_cache()
+    it.reset()
     assert it.find(1) is None
 
 
@@ -203,7 +203,7 @@ def test_lora_adapters_turn_it_off(world: World, model: Model, tmp_path: Path) -
     it.store({1: 11})
     it.forget()
     assert it.find(1) is None and not files_of(tmp_path)
-    it.manager.reset_cache()
+    it.reset()
     it.close()
     word = entry("KVStrataFs", root_dir=str(tmp_path), lora_paths_immutable=True)
     it = world(word, config=config)
