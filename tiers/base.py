@@ -166,12 +166,15 @@ class TierContext:
         layouts: page layout by KV cache group index.
         region: where the pages lie; None if in memory that cannot be shared, which a tier
             may refuse.
+        engine: vLLM's configuration of the offloading, for tiers that were made for vLLM; None
+            where there is no engine.
     """
 
     model: str
     namespace: Mapping[str, Any]
     layouts: Mapping[int, PageLayout]
     region: PageRegion | None = None
+    engine: object = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,12 +182,14 @@ class RequestView:
     """The request on whose behalf a call is made.
 
     `params` is the request's `kv_transfer_params`. `tiers` names the tiers that may
-    serve it; None allows all.
+    serve it; None allows all. `engine` is what vLLM itself says of the request, for tiers that
+    were made for vLLM; None where there is no engine.
     """
 
     req_id: str
     params: Mapping[str, Any] = field(default_factory=dict)
     tiers: frozenset[str] | None = None
+    engine: object = field(default=None, repr=False, compare=False)
 
 
 class Page(NamedTuple):
@@ -280,6 +285,8 @@ class SecondaryTier(ABC):
             *("checksum", "no-space", "budget", "too-large", "read-only", "shutdown"),
         )
     )
+    # The last bytes of each slot, behind the page, are its own: so many, at most 4096.
+    tail_bytes: ClassVar[int] = 0
     # Whether its pages may be loaded. False once audits found too many that the model does not
     # compute, until the operator confirms that they may be.
     trusted: bool = True

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass
 from functools import partial
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, cast
 
 from kvstrata.tiers.base import LOCALITIES, SecondaryTier, TierConfigError
 from kvstrata.tiers.options import (
@@ -47,9 +47,11 @@ _CALLED: Mapping[str, re.Pattern[str]] = {
     "valkey": re.compile("(redis|valkey|keydb|elasticache|memorydb)[a-z]*"),
     "mooncake": re.compile("(kv)?mooncake[a-z]*|mc(store)?"),
 }
-# Tiers of vLLM's own TieringOffloadingSpec that have no counterpart here.
-_STOCK = ("example", "kvcr", "obj", "p2p")
+# Tiers of vLLM's own TieringOffloadingSpec, and what makes a tier for it one for us. This folder
+# does not know vLLM: it is imported when asked for.
+STOCK = ("example", "kvcr", "obj", "p2p")
 _STOCK_BASE = ("vllm.v1.kv_offload.tiering.base", "SecondaryTierManager")
+_STOCK_TIERS = "kvstrata.offload.vllm_plugin.foreign_tiers.classes"
 
 
 def _check_backpressure(key: str, value: object) -> None:
@@ -74,8 +76,8 @@ class TierEntry:
     entry: Mapping[str, Any]
     type: InitVar[Any] = option(
         parse_any,
-        "`fs`, `pool`, `object`, `valkey`, `mooncake`, `memory`, one of an installed package, or a "
-        "class",
+        "`fs`, `pool`, `object`, `valkey`, `mooncake`, `memory`, one of an installed package, a class, "
+        "or one of vLLM's own ([tiers.md](tiers.md#vllms-own-tiers)): `p2p`, `obj`, `kvcr`, `example`",
         None,
         shown="required",
     )
@@ -145,7 +147,8 @@ def tier_class(entry: Mapping[str, Any]) -> type[SecondaryTier]:
     """The class that an entry of `secondary_tiers` asks for.
 
     `type` is the class name where `module_path` is given; otherwise it is a built-in short
-    name or the name of an entry point in the group `kvstrata.tiers`.
+    name, the name of an entry point in the group `kvstrata.tiers`, or that of one of vLLM's own
+    tiers. Of a class for vLLM's own manager, a `SecondaryTierManager`, comes one that works here.
 
     Raises:
         TierConfigError: no such tier (the known ones are listed), it cannot be imported, or
@@ -167,12 +170,11 @@ def tier_class(entry: Mapping[str, Any]) -> type[SecondaryTier]:
         return _import(BUILT_IN[name], name)
     for point in entry_points(group=ENTRY_POINT_GROUP, name=name):
         return _import(point.value, name)
+    if name in STOCK:
+        wrong = f"type {name!r}, a tier of vLLM's own, cannot be used: it"
+        named = cast(Callable[[str], object], import_named(wrong, _STOCK_TIERS, "named"))
+        return _tier(named(name), name, name)
     known = tier_types()
-    if name in _STOCK:
-        raise TierConfigError(
-            f"type {name!r} is a tier of vLLM's own TieringOffloadingSpec, which kvstrata does not "
-            f"have; known types: {', '.join(known)}; use one of them, or remove the entry"
-        )
     word = re.sub("[^a-z0-9]", "", name.lower())
     called = [each for each, names in _CALLED.items() if names.fullmatch(word)]
     near = f" (did you mean {called[0]!r}?)" if called else nearest(name, known)
@@ -216,12 +218,17 @@ def derives_from(found: object, base: tuple[str, str]) -> bool:
 
 def _import(target: str, name: str) -> type[SecondaryTier]:
     module, _, attribute = target.partition(":")
-    found = import_named(f"type {name!r}", module, attribute)
+    return _tier(import_named(f"type {name!r}", module, attribute), target, name)
+
+
+def _tier(found: object, target: str, name: str) -> type[SecondaryTier]:
+    """The class that was found, or what makes it a tier of ours."""
     if derives_from(found, _STOCK_BASE):
-        raise TierConfigError(
-            f"{target!r} is a tier for vLLM's own TieringOffloadingSpec; kvstrata needs a subclass "
-            "of kvstrata.tiers.base.SecondaryTier"
-        )
+        adapt = import_named(f"type {name!r}", _STOCK_TIERS, "adapted")
+        found = cast(Callable[[object, str], object], adapt)(found, name)
     if not isinstance(found, type) or not issubclass(found, SecondaryTier):
-        raise TierConfigError(f"{target!r} is not a subclass of kvstrata.tiers.base.SecondaryTier")
+        raise TierConfigError(
+            f"{target!r} is not a subclass of kvstrata.tiers.base.SecondaryTier, nor of vLLM's "
+            "SecondaryTierManager"
+        )
     return found

@@ -50,6 +50,7 @@ from kvstrata.offload.vllm_plugin.weights.updates import check_weights_fixed, we
 from kvstrata.offload.vllm_plugin.worker import KVStrataWorker
 from kvstrata.tiers.base import layouts_to_json
 from kvstrata.tiers.options import format_bytes
+from kvstrata.tiers.registry import tier_class
 
 logger = logging.getLogger("kvstrata")
 
@@ -200,7 +201,8 @@ def _create_region(
         group.group_id: layout_of(shapes[group.group_id], blocks, group.tokens_per_block * blocks)
         for group in config.groups
     }
-    slot_bytes = round_up(max(layout.nbytes for layout in layouts.values()), ALIGNMENT)
+    tail = max([tier_class(tier.entry).tail_bytes for tier in settings.tiers], default=0)
+    slot_bytes = round_up(max(layout.nbytes for layout in layouts.values()) + tail, ALIGNMENT)
     workers = config.parallel.world_size
     slots = count_slots(settings.cpu_bytes, slot_bytes, workers)
     if slots < workers:  # each tries its copies on one at start

@@ -255,6 +255,7 @@ class KVStrataScheduler(OffloadingManager):
                 req_context.req_id,
                 req_context.kv_transfer_params or {},
                 self._allowed(req_context.load_tier_filter),
+                req_context,
             )
             req_context.set_state(view)
         return view
@@ -301,7 +302,9 @@ def open_scheduler(
     layouts = layouts_from_json(fields["layouts"])
     fixed = bool(fields["weights_fixed"])
     entries = usable_entries(settings, lora=fields["lora"])
-    context = TierContext(fields["model"], fields["namespace"] or {}, layouts, region.page_region())
+    context = TierContext(
+        fields["model"], fields["namespace"] or {}, layouts, region.page_region(), config
+    )
     watch = fields.get("weights_watch")
     manager = TieringManager(
         settings,
