@@ -85,8 +85,6 @@ def test_options_are_the_rest() -> None:
         ({"type": "redis"}, r"'redis' \(did you mean 'valkey'\?\)"),
         ({"type": "MooncakeStore"}, r"\(did you mean 'mooncake'\?\)"),
         ({"type": "FS"}, r"'FS' \(did you mean 'fs'\?\)"),
-        ({"type": "obj"}, "'obj' is a tier of vLLM's own TieringOffloadingSpec.*use one of them"),
-        ({"type": "Stock", "module_path": "foreign_tier"}, "is a tier for vLLM's own"),
         ({"type": 3}, r'"type": 3 is wrong'),
         ({"type": "Mine", "module_path": 1}, "module_path: 1 is wrong"),
         ({"type": "Mine", "module_path": "no_such_module"}, "'no_such_module': ModuleNotFound"),

@@ -135,8 +135,6 @@ REFUSED: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         for name in ("filesystem", "file", "File_System", "disk", "local-disk", "directory")
     ),
     (tiers({"type": "redis"}), (*TYPES, "'redis'", "module_path")),
-    (tiers({"type": "obj"}), (*TYPES, "'obj'", "vLLM's own")),
-    (tiers({"type": "p2p"}), (*TYPES, "'p2p'", "vLLM's own")),
     (tiers({"type": "os", "module_path": "sys"}), (FIRST, "'os'", "'sys'", "no attribute")),
     (tiers({"type": "X", "module_path": "nope"}), (FIRST, "'X'", "No module named 'nope'")),
     (tiers({"type": "Path", "module_path": "pathlib"}), (FIRST, "'pathlib:Path'", "SecondaryTier")),

@@ -99,19 +99,6 @@ def test_each_documented_configuration_is_taken(extra: dict[str, Any]) -> None:
     assert len(config.tiers) == len(extra.get("secondary_tiers", []))
 
 
-@pytest.mark.parametrize(
-    ("entry", "words"),
-    [
-        ({"type": "p2p", "unbound_store_timeout_s": 180}, "'p2p' is a tier of vLLM's own"),
-        ({"type": "obj", "store_config": {"bucket": "b"}}, "'obj' is a tier of vLLM's own"),
-        ({"type": "example", "custom_param": 67}, "'example' is a tier of vLLM's own"),
-    ],
-)
-def test_tiers_that_are_not_here_are_said(entry: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=rf"secondary_tiers\[0\]: type {words}.* remove the"):
-        parse(secondary_tiers=[entry])
-
-
 def test_what_does_nothing_is_told_with_the_reason() -> None:
     config = parse(**DOCUMENTED[-1], canonical_layout=True, tier_poll_interval_s=1e-3)
     assert config.without_effect == {
