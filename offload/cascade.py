@@ -40,10 +40,14 @@ class Cascades:
         """Store ready pages, in prefix order, in the tiers that should have them and do not."""
         for link in self._jobs.sinks:
             bit = link.bit
-            due = [entry for entry in entries if not entry.offered & bit]
+            given = state.given.get(bit)
+            if given is None:
+                due = [entry for entry in entries if not entry.offered & bit]
+            else:
+                due = [entry for entry in entries if entry.key not in given]
             if not due or link.trust.lost or not state.parameters.allow(link.name):
                 continue
-            if link.asked.counts:
+            if link.asked.counts and given is None:
                 wanted = set(link.asked.wanted([entry.key for entry in due]))
                 due = [entry for entry in due if entry.key in wanted]
             probe = link.breaker.wants_probe
@@ -51,6 +55,8 @@ class Cascades:
             if len(chosen) < len(due):
                 self._report.counters[f"cascade_skipped:{link.name}"] += len(due) - len(chosen)
             if chosen:
+                if given is not None:
+                    given.update([entry.key for entry in chosen])
                 self._submit(link, chosen, state.view, probe=probe)
 
     def probe(self) -> None:

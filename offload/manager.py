@@ -21,6 +21,7 @@ from kvstrata.offload.config.offload_config import OffloadConfig
 from kvstrata.offload.context import Context, Event
 from kvstrata.offload.demand.demand import Demand
 from kvstrata.offload.demand.stores import StorePlan, Stores
+from kvstrata.offload.lending import Lender
 from kvstrata.offload.lookup import Answer, TierLookup
 from kvstrata.offload.primary.eviction.policies import policy_class
 from kvstrata.offload.primary.slots import Entry, Hold, PrimaryTier, Writer
@@ -261,11 +262,22 @@ class TieringManager:
 
     # -- requests and steps -------------------------------------------------------
 
-    def on_new_request(self, request: RequestView) -> None:
-        """A request arrived."""
-        self._new_state(request)
+    def on_new_request(self, request: RequestView) -> bool:
+        """A request arrived.
+
+        Returns:
+            Whether some tier wants all its pages, so that those must be offered too of which it is
+            known that they were stored.
+        """
+        state = self._new_state(request)
         for link in self._jobs.links:
-            link.tier.on_new_request(request)
+            if link.tier.on_new_request(request):
+                state.given[link.bit] = set()
+        return bool(state.given)
+
+    def knows(self, req_id: str) -> bool:
+        """Whether there is such a request, which has not ended."""
+        return req_id in self._requests
 
     def on_request_finished(
         self, request: RequestView, pages: Mapping[bytes, int] = MappingProxyType({})
@@ -292,6 +304,8 @@ class TieringManager:
     def on_step_end(self) -> None:
         """A scheduler step ended: send off the promotions of the step as batches."""
         self._poll()
+        for link in self._jobs.links:
+            link.tier.serve(Lender(link, self, self.primary, self._jobs))
         self._polled = False
         self._step += 1
         self._load_or_recompute.end_step()
@@ -306,7 +320,12 @@ class TieringManager:
 
     def has_pending_work(self) -> bool:
         """Whether steps are needed although no request runs. Hung jobs do not count."""
-        return self._promotions.waiting or self.audits.comparing or self._jobs.any_in_time()
+        return (
+            self._promotions.waiting
+            or self.audits.comparing
+            or self._jobs.any_in_time()
+            or any([link.tier.wants_steps() for link in self._jobs.links])
+        )
 
     def take_events(self) -> Iterable[Event]:
         """What came and went since the last call."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -226,8 +227,9 @@ class Promotions:
         if self._waits.cuts:
             self._drop(link, queue.drop_pages(_is_cut))
         pace.look(now, link.loads.pages)
-        while queue and link.loads.pages < pace.ahead:
-            state, entries, timing = queue.take(pace.job)
+        whole = link.tier.whole_loads
+        while queue and (whole or link.loads.pages < pace.ahead):
+            state, entries, timing = queue.take(sys.maxsize if whole else pace.job)
             reserved = entries[0].awaited  # they were reserved together
             assert reserved is not None
             if reserved.pages == len(entries) and self._oldest[-1][1] is reserved:

@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 from kvstrata.tiers.options import TierConfigError as TierConfigError
 from kvstrata.tiers.options import parse_options
@@ -270,6 +270,28 @@ def key_hash(key: PageKey) -> ChunkHash:
     return key[:-4]
 
 
+class PrimaryPages(Protocol):
+    """The pages of the primary tier, for a tier that serves others, while `serve` runs.
+
+    What others ask is asked on behalf of requests that the tier makes up, with ids of its own.
+    """
+
+    def lookup(self, key: PageKey, request: RequestView) -> Lookup:
+        """HIT: the page is here. RETRY: it is on its way, from the GPU or from another tier."""
+
+    def lend(self, keys: Sequence[PageKey], request: RequestView) -> Job:
+        """Keep pages, HITs of this `serve`, where they are, for the tier to read.
+
+        The job is the tier's from now on, and ends with a result as its stores do.
+
+        Raises:
+            KeyError: a page is not here.
+        """
+
+    def over(self, request: RequestView) -> None:
+        """Nothing more will be asked for the request; jobs may still be under way."""
+
+
 class SecondaryTier(ABC):
     """Pages by key on some medium. See the module's text for the rules of all methods."""
 
@@ -285,6 +307,8 @@ class SecondaryTier(ABC):
             *("checksum", "no-space", "budget", "too-large", "read-only", "shutdown"),
         )
     )
+    # The pages that a request is found to need in one step must be asked for in one job.
+    whole_loads: bool = False
     # The last bytes of each slot, behind the page, are its own: so many, at most 4096.
     tail_bytes: ClassVar[int] = 0
     # Whether its pages may be loaded. False once audits found too many that the model does not
@@ -386,14 +410,27 @@ class SecondaryTier(ABC):
         Without its beginning the end of a prefix is worth nothing: it is to be evicted first.
         """
 
-    def on_new_request(self, request: RequestView) -> None:
-        """A request arrived."""
+    def on_new_request(self, request: RequestView) -> bool:
+        """A request arrived.
+
+        Returns:
+            Whether the tier is to be given all pages of the request, those that it was given for
+            others too.
+        """
+        return False
 
     def on_request_finished(self, request: RequestView) -> None:
         """No further call will be made for this request; jobs may still be under way."""
 
     def on_step_end(self) -> None:
         """A scheduler step ended; the place to send off work batched during the step."""
+
+    def serve(self, pages: PrimaryPages) -> None:
+        """A scheduler step ends: answer what others, on other machines say, asked of the tier."""
+
+    def wants_steps(self) -> bool:
+        """Whether steps are needed although no request runs and no job is under way."""
+        return False
 
     def take_removed(self) -> Iterable[PageKey]:
         """Keys the tier dropped of its own accord since the last call."""

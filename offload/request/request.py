@@ -46,6 +46,8 @@ class RequestState:
     coming: set[bytes] = field(default_factory=set)  # pages promoted for it and not loaded yet
     # End token of its first page that found no slot: those behind it are not stored either
     stored_until: int | None = None
+    # By a tier's `TierLink.bit`: of one that wants all pages of the request, those it was given
+    given: dict[int, set[bytes]] = field(default_factory=dict)
     put_off: int = 0  # how often its stores were, in a row
     finished: bool = False
 

@@ -20,6 +20,7 @@ from kvstrata.tiers.base import (
     Job,
     JobResult,
     Lookup,
+    PrimaryPages,
     RequestView,
     SecondaryTier,
     TierConfigError,
@@ -58,6 +59,7 @@ class GuardedTier(SecondaryTier):
         self.inner = tier
         self.locality = tier.locality
         self.page_causes = frozenset(tier.page_causes)
+        self.whole_loads = tier.whole_loads
 
     def lookup(self, key: bytes, request: RequestView) -> Lookup:
         try:  # for every chunk: cheaper than `_call`
@@ -110,14 +112,22 @@ class GuardedTier(SecondaryTier):
     def touch(self, keys: Collection[bytes], request: RequestView) -> None:
         self._call("touch", None, lambda: self.inner.touch(keys, request))
 
-    def on_new_request(self, request: RequestView) -> None:
-        self._call("on_new_request", None, lambda: self.inner.on_new_request(request))
+    def on_new_request(self, request: RequestView) -> bool:
+        return self._call(
+            "on_new_request", False, lambda: bool(self.inner.on_new_request(request))
+        )
 
     def on_request_finished(self, request: RequestView) -> None:
         self._call("on_request_finished", None, lambda: self.inner.on_request_finished(request))
 
     def on_step_end(self) -> None:
         self._call("on_step_end", None, self.inner.on_step_end)
+
+    def serve(self, pages: PrimaryPages) -> None:
+        self._call("serve", None, lambda: self.inner.serve(_Lent(pages, self._open)))
+
+    def wants_steps(self) -> bool:
+        return self._call("wants_steps", False, lambda: bool(self.inner.wants_steps()))
 
     def take_removed(self) -> Iterable[bytes]:
         nothing: list[bytes] = []
@@ -197,6 +207,19 @@ class GuardedTier(SecondaryTier):
             logger.exception("tier %s raised in %s", self._name, method)
         self._mistakes[cause] += 1
         return cause
+
+
+class _Lent:
+    """Passes on what the tier asks of the primary tier; what it is lent is an open job of it."""
+
+    def __init__(self, pages: PrimaryPages, jobs: dict[int, Sequence[bytes]]) -> None:
+        self._pages, self._jobs = pages, jobs
+        self.lookup, self.over = pages.lookup, pages.over
+
+    def lend(self, keys: Sequence[bytes], request: RequestView) -> Job:
+        job = self._pages.lend(keys, request)
+        self._jobs[job.job_id] = tuple(job.keys)
+        return job
 
 
 def check_words(name: str, tier: SecondaryTier) -> None:

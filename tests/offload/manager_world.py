@@ -93,9 +93,13 @@ class World:
         ]
 
     def request(
-        self, req_id: str = "r", tiers: frozenset[str] | None = None, wishes: object = None
+        self,
+        req_id: str = "r",
+        tiers: frozenset[str] | None = None,
+        wishes: object = None,
+        **params: object,
     ) -> RequestView:
-        view = RequestView(req_id, {"kvstrata": wishes}, tiers)
+        view = RequestView(req_id, {"kvstrata": wishes, **params}, tiers)
         self.manager.on_new_request(view)
         return view
 

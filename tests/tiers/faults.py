@@ -36,11 +36,12 @@ class TierWrapper(SecondaryTier):
     Wrappers are made in code and have no options.
     """
 
-    locality, page_causes, trusted = _Inners(), _Inners(), _Inners()
+    locality, page_causes, trusted, whole_loads = _Inners(), _Inners(), _Inners(), _Inners()
     lookup, touch, take_removed, how_to_trust = _Inners(), _Inners(), _Inners(), _Inners()
     submit_store, submit_load, submit_reject = _Inners(), _Inners(), _Inners()
     get_finished, get_arrived = _Inners(), _Inners()
     on_new_request, on_request_finished, on_step_end = _Inners(), _Inners(), _Inners()
+    serve, wants_steps = _Inners(), _Inners()
     drain, shutdown, stats = _Inners(), _Inners(), _Inners()
 
     def __init__(self, inner: SecondaryTier) -> None:

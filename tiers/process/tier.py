@@ -198,9 +198,10 @@ class ProcessTier(SecondaryTier):
         if known := self._index.touch(keys):
             self._note(Kind.USE, known)
 
-    def on_new_request(self, request: RequestView) -> None:
+    def on_new_request(self, request: RequestView) -> bool:
         """Its loads and stores will be one access."""
         self._accesses[request.req_id] = 0
+        return False
 
     def on_request_finished(self, request: RequestView) -> None:
         """Forget the negative answers given to the request, and its access."""

@@ -39,7 +39,8 @@ def adapted(foreign: type[SecondaryTierManager], name: str) -> type[ForeignTier]
             "__doc__": f"`{foreign.__module__}.{foreign.__name__}` in our manager.",
             "foreign": foreign,
             "type_name": name,
-            "others_write": serves,
+            "serves": serves,
+            "whole_loads": serves,
             "medium": medium.value if medium is not None else None,
         },
     )

@@ -40,6 +40,7 @@ class _Move:
     started: float = field(default_factory=time.monotonic)
     failed: dict[PageKey, str] = field(default_factory=dict)
     nbytes: int = 0  # moved
+    lent: bool = False  # the tier asked for the pages, for others
     maybe_written: bool = False  # the tier may still write to slots of pages that failed
 
 
@@ -90,6 +91,10 @@ class Jobs:
         """Jobs whose pages the tier, or a thread, may still touch."""
         return len(self._sealing) + len(self._at_tier) + len(self._verifying)
 
+    def nbytes(self, key: PageKey) -> int | None:
+        """The size of the key's page; None if there cannot be one."""
+        return self._seals.nbytes(key)
+
     def store(self, job: Job, context: ReqContext) -> None:
         """Begin to seal the pages; `poll` gives them to the tier."""
         part = self._possible(_Move(job, context, loading=False))
@@ -103,6 +108,11 @@ class Jobs:
         if part.keys:
             self._seals.clear(part.slots)
             self._send(part)
+
+    def lend(self, job: Job, context: ReqContext) -> TransferJob:
+        """What the tier is to know of pages that it was lent, which are sealed here and now."""
+        self._seals.put(job.keys, job.slots)
+        return self._begin(_Part(_Move(job, context, False, lent=True), job.keys, job.slots))
 
     def refuse(self, job: Job) -> None:
         """End a job at once: the tier is closed."""
@@ -154,17 +164,22 @@ class Jobs:
             self._end(move, wrong, "key")
         return part
 
-    def _send(self, part: _Part) -> None:
-        move, job_id = part.move, self._next
+    def _begin(self, part: _Part) -> TransferJob:
+        """A job of the tier's, under way from now on."""
+        job_id, move = self._next, part.move
         self._next += 1
         self._at_tier[job_id] = part
         keys = [OffloadKey(key) for key in part.keys]
-        slots = np.array(part.slots, np.int32)
-        job = TransferJob(job_id, keys, slots, move.loading, move.context)
+        return TransferJob(
+            job_id, keys, np.array(part.slots, np.int32), move.loading, move.context
+        )
+
+    def _send(self, part: _Part) -> None:
+        move, job = part.move, self._begin(part)
         try:
             (self._tier.submit_load if move.loading else self._tier.submit_store)(job)
         except Exception:
-            self._at_tier.pop(job_id, None)
+            self._at_tier.pop(job.job_id, None)
             if not self.failures["raised"]:
                 logger.exception("tier %s raised when it was given a job", self._name)
             move.maybe_written = move.loading
@@ -182,8 +197,8 @@ class Jobs:
             came = part.chosen(said.__contains__)
             check = self._threads.submit(self._seals.check, came.keys, came.slots)
             self._verifying.append((part, came, check))
-        elif result.success:
-            self._count("stored", part.move, part.keys)
+        elif result.success or part.move.lent:
+            self._count("lent" if part.move.lent else "stored", part.move, part.keys)
             self._end(part.move)
         else:
             self._end(part.move, part.keys, "store-failed")

@@ -14,11 +14,18 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
-from vllm.v1.kv_offload.base import LookupResult, OffloadKey, ReqContext, ScheduleEndContext
+from vllm.v1.kv_offload.base import (
+    LookupResult,
+    OffloadKey,
+    OffloadPolicy,
+    ReqContext,
+    ScheduleEndContext,
+)
 from vllm.v1.kv_offload.tiering.base import SecondaryTierManager
 
 from kvstrata.offload.vllm_plugin.foreign_tiers.host import HostSpec
 from kvstrata.offload.vllm_plugin.foreign_tiers.jobs import Jobs
+from kvstrata.offload.vllm_plugin.foreign_tiers.parent import Parent
 from kvstrata.offload.vllm_plugin.foreign_tiers.rows import Rows
 from kvstrata.offload.vllm_plugin.foreign_tiers.seal import SEAL_BYTES, Seals
 from kvstrata.tiers.base import (
@@ -26,6 +33,7 @@ from kvstrata.tiers.base import (
     JobResult,
     Lookup,
     PageKey,
+    PrimaryPages,
     RequestView,
     SecondaryTier,
     TierConfigError,
@@ -47,7 +55,7 @@ class ForeignTier(SecondaryTier):
 
     foreign: ClassVar[type[SecondaryTierManager]]
     type_name: ClassVar[str]
-    others_write: ClassVar[bool]  # peers may write to the slots of its loads
+    serves: ClassVar[bool]  # peers, which may also write to the slots of its loads
     tail_bytes = SEAL_BYTES
 
     @classmethod
@@ -97,7 +105,7 @@ class ForeignTier(SecondaryTier):
             ) from error
         locality = self._tier.locality
         self.locality = locality.value if locality is not None else None
-        self._jobs = Jobs(self.type_name, self._tier, self._seals, others_write=self.others_write)
+        self._jobs = Jobs(self.type_name, self._tier, self._seals, others_write=self.serves)
         self._requests: dict[str, ReqContext] = {}
         self._new: list[str] = []  # requests since the last step's end
         self._over: list[ReqContext] = []  # requests that ended with stores yet to be sent
@@ -140,10 +148,11 @@ class ForeignTier(SecondaryTier):
         if self._stopping is None:
             self._tier.touch([OffloadKey(key) for key in keys], self._context(request))
 
-    def on_new_request(self, request: RequestView) -> None:
-        """Pass it on."""
-        if self._stopping is None:
-            self._context(request)
+    def on_new_request(self, request: RequestView) -> bool:
+        """Pass it on, and what it answers."""
+        if self._stopping is not None:
+            return False
+        return self._policy(self._begin(request)) is OffloadPolicy.REQUEST_LEVEL
 
     def on_request_finished(self, request: RequestView) -> None:
         """Pass it on, once the tier was given all stores of the request."""
@@ -158,6 +167,15 @@ class ForeignTier(SecondaryTier):
             self._poll()
             new, self._new = self._new, []
             self._tier.on_schedule_end(ScheduleEndContext(new, ()))
+
+    def serve(self, pages: PrimaryPages) -> None:
+        """Pass it on, where peers ask."""
+        if self.serves and self._stopping is None:
+            self._tier.serve_external_requests(Parent(pages, self._jobs))
+
+    def wants_steps(self) -> bool:
+        """What the tier says."""
+        return self._stopping is None and self._tier.has_pending_work()
 
     def drain(self, timeout_s: float) -> bool:
         """Wait for the jobs; the tier's own way of waiting has no limit."""
@@ -212,11 +230,18 @@ class ForeignTier(SecondaryTier):
     def _context(self, request: RequestView) -> ReqContext:
         """vLLM's own object for the request, of which the tier was told."""
         context = self._requests.get(request.req_id)
-        if context is None:
-            given = request.engine
-            if not isinstance(given, ReqContext):
-                given = ReqContext(request.req_id, dict(request.params))
-            context = self._requests[request.req_id] = given
-            self._new.append(request.req_id)
-            self._tier.on_new_request(context)
+        if context is None:  # nobody told of it: the manager's own
+            context = self._begin(request)
+            self._policy(context)
         return context
+
+    def _begin(self, request: RequestView) -> ReqContext:
+        context = request.engine
+        if not isinstance(context, ReqContext):
+            context = ReqContext(request.req_id, dict(request.params))
+        self._requests[request.req_id] = context
+        self._new.append(request.req_id)
+        return context
+
+    def _policy(self, context: ReqContext) -> OffloadPolicy:
+        return self._tier.on_new_request(context).policy
