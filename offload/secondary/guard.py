@@ -113,9 +113,7 @@ class GuardedTier(SecondaryTier):
         self._call("touch", None, lambda: self.inner.touch(keys, request))
 
     def on_new_request(self, request: RequestView) -> bool:
-        return self._call(
-            "on_new_request", False, lambda: bool(self.inner.on_new_request(request))
-        )
+        return self._call("on_new_request", False, lambda: bool(self.inner.on_new_request(request)))
 
     def on_request_finished(self, request: RequestView) -> None:
         self._call("on_request_finished", None, lambda: self.inner.on_request_finished(request))

@@ -41,8 +41,9 @@ class Recorder(MemoryTier):
     def touch(self, keys: Sequence[bytes], request: RequestView) -> None:  # type: ignore[override]
         self.hooks.append(("touch", list(keys)))
 
-    def on_new_request(self, request: RequestView) -> None:
+    def on_new_request(self, request: RequestView) -> bool:
         self.hooks.append(("new", request.req_id))
+        return False
 
     def on_request_finished(self, request: RequestView) -> None:
         self.hooks.append(("finished", request.req_id))

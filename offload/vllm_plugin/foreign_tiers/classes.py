@@ -21,8 +21,8 @@ def named(name: str) -> type[ForeignTier]:
         found = SecondaryTierFactory.get_tier_class({"type": name})
     except Exception as error:  # a package that is not installed, as a rule
         raise TierConfigError(
-            f"type {name!r}, a tier of vLLM's own, cannot be used: {type(error).__name__}: {error}; "
-            "install what it needs, or remove the entry"
+            f"type {name!r}, a tier of vLLM's own, cannot be used: {type(error).__name__}: {error}"
+            "; install what it needs, or remove the entry"
         ) from error
     return adapted(found, name)
 

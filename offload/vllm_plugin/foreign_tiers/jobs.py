@@ -170,9 +170,7 @@ class Jobs:
         self._next += 1
         self._at_tier[job_id] = part
         keys = [OffloadKey(key) for key in part.keys]
-        return TransferJob(
-            job_id, keys, np.array(part.slots, np.int32), move.loading, move.context
-        )
+        return TransferJob(job_id, keys, np.array(part.slots, np.int32), move.loading, move.context)
 
     def _send(self, part: _Part) -> None:
         move, job = part.move, self._begin(part)

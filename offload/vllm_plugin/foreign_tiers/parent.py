@@ -1,4 +1,4 @@
-"""Parent: our primary tier, as tiers for vLLM's own manager ask for its pages on behalf of peers."""
+"""Parent: our primary tier, as tiers for vLLM's own manager ask for its pages for peers."""
 
 from __future__ import annotations
 

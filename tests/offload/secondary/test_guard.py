@@ -13,6 +13,7 @@ from kvstrata.tiers.base import (
     JobResult,
     Lookup,
     PageLayout,
+    PrimaryPages,
     RequestView,
     SecondaryTier,
     TensorSpec,
@@ -24,6 +25,22 @@ from kvstrata.tiers.memory import MemoryTier
 
 REQUEST = RequestView("request")
 KEY, OTHER = b"hash\0\0\0\0", b"hush\0\0\0\0"
+
+
+class NoPages:
+    """A primary tier that has none."""
+
+    def lookup(self, key: bytes, request: RequestView) -> Lookup:
+        return Lookup.MISS
+
+    def lend(self, keys: Sequence[bytes], request: RequestView) -> Job:
+        return job(9, *keys)
+
+    def over(self, request: RequestView) -> None:
+        pass
+
+
+PAGES = NoPages()
 
 
 class Broken(SecondaryTier):
@@ -62,14 +79,20 @@ class Broken(SecondaryTier):
     def touch(self, keys: Collection[bytes], request: RequestView) -> None:
         self.act()
 
-    def on_new_request(self, request: RequestView) -> None:
-        self.act()
+    def on_new_request(self, request: RequestView) -> bool:
+        return self.act()
 
     def on_request_finished(self, request: RequestView) -> None:
         self.act()
 
     def on_step_end(self) -> None:
         self.act()
+
+    def serve(self, pages: PrimaryPages) -> None:
+        self.act()
+
+    def wants_steps(self) -> bool:
+        return self.act()
 
     def take_removed(self) -> Iterable[bytes]:
         return self.act()
@@ -109,6 +132,8 @@ def call_all(tier: SecondaryTier) -> list[Any]:
             tier.on_new_request(REQUEST),
             tier.on_request_finished(REQUEST),
             tier.on_step_end(),
+            tier.serve(PAGES),
+            tier.wants_steps(),
             list(tier.take_removed()),
             tier.drain(0.1),
             tier.shutdown(0.1),
@@ -133,9 +158,10 @@ def test_a_tier_that_raises_in_every_method(caplog: pytest.LogCaptureFixture) ->
         JobResult(2, {KEY: "raised-in-submit_load"}),
     ]
     trust = "Restart the engine to use it again."
-    first = [Lookup.MISS, None, None, False, trust, refused, {}, *[None] * 4, [], False, False]
-    assert answers[:14] == first
-    assert answers[15:29] == first
+    first = [Lookup.MISS, None, None, False, trust, refused, {}, None]
+    first += [False, None, None, None, False, [], False, False]
+    assert answers[:16] == first
+    assert answers[17:33] == first
     assert guard.stats().failures == {f"raised-in-{name}": 2 for name in METHODS} | {
         "raised-in-stats": 3
     }
@@ -154,8 +180,8 @@ def test_a_tier_that_answers_nonsense(garbage: Any) -> None:
     assert answers[0] is not Lookup.HIT and answers[0] is not Lookup.RETRY
     assert answers[3] is False
     assert answers[5] == [] and answers[6] == {}
-    assert isinstance(answers[12], bool) and isinstance(answers[13], bool)
-    assert isinstance(answers[14], TierStats)
+    assert isinstance(answers[14], bool) and isinstance(answers[15], bool)
+    assert isinstance(answers[16], TierStats)
 
 
 def test_a_generator_that_raises_late() -> None:

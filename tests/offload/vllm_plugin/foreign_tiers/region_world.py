@@ -44,7 +44,9 @@ class RegionWorld(World):
         opened = [tier_class(each)(tier_options(each), self.context) for each in entries]
         os.close(region.fd)
         self.foreign: list[Any] = [tier._tier for tier in opened]  # type: ignore[attr-defined]
-        guarded = [GuardedTier(str(each["type"]), t) for each, t in zip(entries, opened, strict=True)]
+        guarded = [
+            GuardedTier(str(each["type"]), t) for each, t in zip(entries, opened, strict=True)
+        ]
         super().__init__(guarded, slots, **more)
         self.memory = [self.rows.page(slot, PAGE) for slot in range(slots)]  # type: ignore[misc]
 

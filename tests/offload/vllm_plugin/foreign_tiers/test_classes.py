@@ -83,7 +83,7 @@ def test_one_listed_twice_is_refused() -> None:
 def test_a_constructor_that_raises_is_one_error() -> None:
     with pytest.raises(
         TierConfigError,
-        match="^type 'RefusingTier': RefusingTier cannot be made: ValueError: nobody is at there; "
+        match=r"^type 'RefusingTier': RefusingTier cannot be made: ValueError: nobody is at there; "
         "correct its options or remove the entry$",
     ):
         RegionWorld(made("RefusingTier", host="there"))

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -21,10 +21,8 @@ from kvstrata.tiers.testing import (  # noqa: E402
     settle,
     store,
 )
+from tests.offload.vllm_plugin.foreign_tiers.region_world import FS, made  # noqa: E402
 from tests.offload.vllm_plugin.foreign_tiers.rows_of_pages import row_of  # noqa: E402
-
-HERE = "tests.offload.vllm_plugin.foreign_tiers.made_for_vllm"
-FS = {"type": "FileSystemTierManager", "module_path": "vllm.v1.kv_offload.tiering.fs.manager"}
 
 
 def foreign(tier: SecondaryTier) -> Any:
@@ -32,7 +30,7 @@ def foreign(tier: SecondaryTier) -> Any:
 
 
 class Tiers(TierContract):
-    entry: dict[str, Any]
+    entry: ClassVar[dict[str, Any]]
 
     @pytest.fixture
     def make_tier(self, tmp_path: Path) -> Iterator[MakeTier]:
@@ -52,7 +50,7 @@ class Tiers(TierContract):
 class TestDictTier(Tiers):
     """A class of a third party."""
 
-    entry = {"type": "DictTier", "module_path": HERE}
+    entry = made("DictTier")
 
     @pytest.fixture
     def medium(self) -> "Dicts":
