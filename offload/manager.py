@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 
 from kvstrata.offload.audit.audits import Audits
@@ -20,8 +21,8 @@ from kvstrata.offload.cascade import Cascades
 from kvstrata.offload.config.offload_config import OffloadConfig
 from kvstrata.offload.context import Context, Event
 from kvstrata.offload.demand.demand import Demand
+from kvstrata.offload.demand.lending import Lender
 from kvstrata.offload.demand.stores import StorePlan, Stores
-from kvstrata.offload.lending import Lender
 from kvstrata.offload.lookup import Answer, TierLookup
 from kvstrata.offload.primary.eviction.policies import policy_class
 from kvstrata.offload.primary.slots import Entry, Hold, PrimaryTier, Writer
@@ -32,7 +33,7 @@ from kvstrata.offload.secondary.costs import PrefillSpeed
 from kvstrata.offload.secondary.load_or_recompute import LoadOrRecompute
 from kvstrata.offload.secondary.tier import TierLink
 from kvstrata.offload.secondary.tiers import STOP_TIMEOUT_S, OpenTiers, TierJobs
-from kvstrata.tiers.base import PageLayout, RequestView, key_group
+from kvstrata.tiers.base import Lookup, PageLayout, RequestView, key_group
 
 # Members bound once: in Python 3.11 each `Answer.HIT` is a call.
 _HIT, _MISS, _PENDING = Answer.HIT, Answer.MISS, Answer.PENDING
@@ -85,7 +86,8 @@ class TieringManager:
         policy = policy_class(config.eviction_policy)(slots, self.windows)
         self.primary = PrimaryTier(self._ready(), policy)
         self._jobs = TierJobs(open_tiers, view, layouts, config.promotion_deadline_s, clock)
-        context = Context(config, layouts, self.windows, clock, self.primary, self._jobs)
+        self._context = Context(config, layouts, self.windows, clock, self.primary, self._jobs)
+        context = self._context
         self._holds, self._waits, self._report = context.holds, context.waits, context.report
         self._cuts = self._waits.cuts  # asked for every hit
         self.counters: Counter[str] = self._report.counters
@@ -275,10 +277,6 @@ class TieringManager:
                 state.given[link.bit] = set()
         return bool(state.given)
 
-    def knows(self, req_id: str) -> bool:
-        """Whether there is such a request, which has not ended."""
-        return req_id in self._requests
-
     def on_request_finished(
         self, request: RequestView, pages: Mapping[bytes, int] = MappingProxyType({})
     ) -> None:
@@ -305,7 +303,7 @@ class TieringManager:
         """A scheduler step ended: send off the promotions of the step as batches."""
         self._poll()
         for link in self._jobs.links:
-            link.tier.serve(Lender(link, self, self.primary, self._jobs))
+            link.tier.serve(Lender(self._context, link, self._find_for, self._over_for))
         self._polled = False
         self._step += 1
         self._load_or_recompute.end_step()
@@ -383,6 +381,20 @@ class TieringManager:
             self._jobs.stop()
             self._take_results()
             self._jobs.reopen()
+
+    def _find_for(self, link: TierLink, key: bytes, request: RequestView) -> Lookup:
+        """A tier serves others: what is here, or comes from the other tiers."""
+        if request.req_id not in self._requests:
+            others = frozenset(each.name for each in self.links if each is not link)
+            self.on_new_request(replace(request, tiers=others))
+        answer = self.lookup(key, 0, request)
+        if answer is _HIT:
+            return Lookup.HIT
+        return Lookup.MISS if answer is _MISS else Lookup.RETRY
+
+    def _over_for(self, request: RequestView) -> None:
+        if request.req_id in self._requests:
+            self.on_request_finished(request)
 
     def _state(self, request: RequestView) -> RequestState:
         return self._requests.get(request.req_id) or self._new_state(request)

@@ -75,8 +75,8 @@ def test_lent_pages_stay_until_the_job_ends() -> None:
     server.does = lambda pages: None
     (job,) = lent
     assert [bytes(page.view) for page in job.pages] == [content(key) for key in KEYS]
-    assert not world.manager.knows("peer")
     world.manager.on_request_finished(RequestView("r"))
+    assert not world.manager.serving
     assert world.manager.primary.held[Hold.CASCADE] == 3
     assert world.manager.prepare_store([chunk(1, 0)], world.request("next")) is None
     server.ended = [JobResult(job.job_id)]
