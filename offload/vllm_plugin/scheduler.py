@@ -42,6 +42,7 @@ from kvstrata.offload.secondary.opening import TierOpener, usable_entries
 from kvstrata.offload.secondary.tier import TierLink
 from kvstrata.offload.vllm_plugin.config_info import Labels, config_info
 from kvstrata.offload.vllm_plugin.engine.offload_cap import below_cap, has_partial_tails, take_cap
+from kvstrata.offload.vllm_plugin.foreign_tiers import told
 from kvstrata.offload.vllm_plugin.metrics import StatsReader
 from kvstrata.offload.vllm_plugin.transfer import PageSlots
 from kvstrata.offload.vllm_plugin.weights.watch import WeightWatch
@@ -191,8 +192,8 @@ class KVStrataScheduler(OffloadingManager):
             medium = "CPU" if link is None else link.medium
             if not (self._events and keys and medium):  # it may have no word for the medium
                 continue
-            if link is not None and not link.kv_events:
-                continue  # nobody wants to know
+            if link is not None and (not link.kv_events or told.tells_events(link)):
+                continue  # nobody wants to know, or it is told below
             more: dict[str, bool] = {}
             if not removed and _EXPECTS and (link is None or _tells_removals(link.tier)):
                 more["removal_expected"] = True
@@ -208,6 +209,8 @@ class KVStrataScheduler(OffloadingManager):
                 ownership=None if link is None else link.name,
                 **more,
             )
+        if self._events:
+            yield from told.events(self._manager.links)
 
     def reset_cache(self) -> None:
         self._waiting = None
@@ -227,11 +230,14 @@ class KVStrataScheduler(OffloadingManager):
         if now < self._next_stats and self._manager.serving:
             return None  # vLLM asks in every step
         self._next_stats = now + STATS_EVERY_S
-        return self._stats.read(self._manager)
+        stats = self._stats.read(self._manager)
+        told.add_stats(self._manager.links, stats)
+        return stats
 
     def config_info(self) -> Sequence[Labels]:
         """vLLM 0.33: the labels of `vllm:kv_offload_config_info`, asked for once."""
-        return self._info()
+        by_name = {link.name: told.config_info(link) for link in self._manager.links}
+        return [{**by_name.get(str(each.get("tier")), {}), **each} for each in self._info()]
 
     def shutdown(self) -> None:
         self._manager.shutdown()

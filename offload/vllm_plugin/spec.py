@@ -19,6 +19,7 @@ from kvstrata.offload.config.precheck import check_here
 from kvstrata.offload.vllm_plugin.config_info import CONFIG_INFO_KEYS
 from kvstrata.offload.vllm_plugin.engine.early_check import has_checked
 from kvstrata.offload.vllm_plugin.engine.version import check_version
+from kvstrata.offload.vllm_plugin.foreign_tiers import told
 from kvstrata.offload.vllm_plugin.metrics import metric_definitions
 
 
@@ -38,12 +39,12 @@ class KVStrataSpec(OffloadingSpec):
         settings = parse_config(extra_config)
         if not has_checked():
             check_here(settings)
-        return metric_definitions()
+        return metric_definitions() | told.metric_definitions(settings.tiers)
 
     @classmethod
     def config_info_keys(cls, extra_config: dict[str, Any]) -> tuple[str, ...]:
         """vLLM 0.33: the label names of `config_info`; called in the API server's process."""
-        return CONFIG_INFO_KEYS
+        return (*CONFIG_INFO_KEYS, *told.config_info_keys(parse_config(extra_config).tiers))
 
     def __init__(self, config: OffloadingConfig) -> None:
         """Check the version and the configuration.

@@ -40,6 +40,7 @@ def adapted(foreign: type[SecondaryTierManager], name: str) -> type[ForeignTier]
             "foreign": foreign,
             "type_name": name,
             "serves": serves,
+            "tells_events": foreign.take_events is not SecondaryTierManager.take_events,
             "whole_loads": serves,
             "medium": medium.value if medium is not None else None,
         },

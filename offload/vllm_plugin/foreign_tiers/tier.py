@@ -11,11 +11,15 @@ import inspect
 import logging
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
 
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import (
+    OffloadingConnectorStats,
+)
 from vllm.v1.kv_offload.base import (
     LookupResult,
+    OffloadingEvent,
     OffloadKey,
     OffloadPolicy,
     ReqContext,
@@ -43,8 +47,10 @@ from kvstrata.tiers.base import (
 from kvstrata.tiers.options import UnknownKeyError
 
 logger = logging.getLogger("kvstrata.tiers")
+T = TypeVar("T")
 
-# What vLLM's manager gives a tier, beside what the user says.
+# What is given to a tier beside what the user says.
+_EVENTS = "enable_kv_events"
 _GIVEN = ("self", "offloading_spec", "primary_kv_view", "tier_type", "backpressure_detector")
 _HIT, _MISS = LookupResult.HIT, LookupResult.MISS  # in Python 3.11 each is a call
 _PAUSE_S = 0.001  # while a drain waits
@@ -56,6 +62,7 @@ class ForeignTier(SecondaryTier):
     foreign: ClassVar[type[SecondaryTierManager]]
     type_name: ClassVar[str]
     serves: ClassVar[bool]  # peers, which may also write to the slots of its loads
+    tells_events: ClassVar[bool]  # itself, of what it stores and drops
     tail_bytes = SEAL_BYTES
 
     @classmethod
@@ -64,7 +71,7 @@ class ForeignTier(SecondaryTier):
         parameters = inspect.signature(cls.foreign.__init__).parameters.values()
         kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         known = {each.name: each for each in parameters if each.kind in kinds}
-        for given in _GIVEN:
+        for given in (*_GIVEN, _EVENTS, "locality"):  # those of any tier
             known.pop(given, None)
         where = f"{cls.foreign.__name__} of {cls.foreign.__module__}"
         takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters)
@@ -90,9 +97,12 @@ class ForeignTier(SecondaryTier):
             )
         rows = Rows(region)
         self._seals = Seals(context, rows)
+        spec = HostSpec(context)
+        if _EVENTS in inspect.signature(self.foreign.__init__).parameters:
+            options = {**options, _EVENTS: spec.kv_events_config.enable_kv_cache_events}
         try:
             self._tier = self.foreign(
-                offloading_spec=HostSpec(context),
+                offloading_spec=spec,
                 primary_kv_view=rows.view,
                 tier_type=self.type_name,
                 backpressure_detector=None,
@@ -203,6 +213,33 @@ class ForeignTier(SecondaryTier):
     def stats(self) -> TierStats:
         """Counted here: foreign tiers have metrics of their own, if any."""
         return TierStats(dict(self._jobs.counters), dict(self._jobs.failures))
+
+    def take_events(self) -> Sequence[OffloadingEvent]:
+        """The tier's own, since the last call."""
+        if not self.tells_events or self._stopping is not None:
+            return ()
+        return self._told("take_events", lambda: list(self._tier.take_events()), [])
+
+    def take_stats(self) -> OffloadingConnectorStats | None:
+        """What the tier counted for its own metrics since the last call."""
+        if self._stopping is not None:
+            return None
+        return self._told("get_stats", self._tier.get_stats, None)
+
+    def config_info(self) -> Mapping[str, Any]:
+        """vLLM 0.33: the tier's settings as labels."""
+        read = getattr(self._tier, "config_info", dict)
+        return self._told("config_info", lambda: dict(read()), {})
+
+    def _told(self, what: str, ask: Callable[[], T], otherwise: T) -> T:
+        """What the tier answers where no guard stands between."""
+        try:
+            return ask()
+        except Exception:
+            if not self._jobs.failures[f"raised-in-{what}"]:
+                logger.exception("tier %s raised in %s", self.type_name, what)
+            self._jobs.failures[f"raised-in-{what}"] += 1
+            return otherwise
 
     def _poll(self) -> None:
         if self._stopping is None:

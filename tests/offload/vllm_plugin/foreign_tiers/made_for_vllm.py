@@ -4,9 +4,14 @@ import threading
 from collections.abc import Iterable
 from typing import Any
 
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import (
+    OffloadingConnectorStats,
+)
 from vllm.v1.kv_offload.base import (
     LookupResult,
     Medium,
+    OffloadingCounterMetadata,
+    OffloadingEvent,
     OffloadKey,
     ReqContext,
     RequestOffloadingContext,
@@ -70,6 +75,28 @@ class DictTier(SecondaryTierManager):
     def _row(self, row: int) -> memoryview:
         view = self._primary_kv_view.cast("B")
         return view[row * self.block_size_bytes : (row + 1) * self.block_size_bytes]
+
+
+class TellingTier(DictTier):
+    """Tells what it does, and asks for steps."""
+
+    @classmethod
+    def build_metric_definitions(cls, extra_config: dict[str, Any]) -> dict[str, Any]:
+        return {"telling_rows": OffloadingCounterMetadata("Rows.", ("kind",))}
+
+    def take_events(self) -> Iterable[OffloadingEvent]:
+        gone = [OffloadKey(key) for key in self.rows]
+        self.rows.clear()
+        if gone:
+            yield OffloadingEvent(gone, Medium.STORAGE, True)
+
+    def get_stats(self) -> OffloadingConnectorStats:
+        stats = OffloadingConnectorStats()
+        stats.increase_counter("telling_rows", len(self.rows), ("all",))
+        return stats
+
+    def has_pending_work(self) -> bool:
+        return True
 
 
 class RefusingTier(DictTier):
