@@ -119,8 +119,9 @@ class KVStrataScheduler(OffloadingManager):
         name = self._manager.source(key, self._view(req_context))
         if name is None:
             return CacheHitSource.HOST
-        medium = next(link.medium for link in self._manager.links if link.name == name)
-        return _SOURCES.get(medium or "", CacheHitSource.EXTERNAL_UNSPECIFIED)
+        link = next(link for link in self._manager.links if link.name == name)
+        own: CacheHitSource | None = told.hit_source(link)
+        return own or _SOURCES.get(link.medium or "", CacheHitSource.EXTERNAL_UNSPECIFIED)
 
     def prepare_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> LoadStoreSpec:
         ordered = list(keys)

@@ -43,6 +43,12 @@ def config_info(link: TierLink) -> Mapping[str, Any]:
     return tier.config_info() if tier is not None else {}
 
 
+def hit_source(link: TierLink) -> Any:
+    """vLLM's word for a hit of the tier, a `CacheHitSource`; None if it has none of its own."""
+    tier = _foreign(link)  # in vLLM 0.31 none has
+    return getattr(tier.foreign, "cache_hit_source", None) if tier is not None else None
+
+
 def tells_events(link: TierLink) -> bool:
     """Whether the tier tells itself what it stores and drops."""
     tier = _foreign(link)

@@ -16,6 +16,7 @@ from kvstrata.offload.vllm_plugin.metrics import TIER_EVENTS  # noqa: E402
 from kvstrata.offload.vllm_plugin.scheduler import KVStrataScheduler  # noqa: E402
 from kvstrata.offload.vllm_plugin.spec import KVStrataSpec  # noqa: E402
 from tests.offload.manager_world import chunk  # noqa: E402
+from tests.offload.vllm_plugin.foreign_tiers.made_for_vllm import DictTier  # noqa: E402
 from tests.offload.vllm_plugin.foreign_tiers.region_world import (  # noqa: E402
     EXAMPLE,
     RegionWorld,
@@ -70,6 +71,14 @@ def test_its_metrics_are_among_ours(tmp_path: Path) -> None:
     assert TIER_EVENTS in counted
     defined = KVStrataSpec.build_metric_definitions(extra(made("TellingTier"), EXAMPLE))
     assert defined.keys() >= {"telling_rows", TIER_EVENTS}
+
+
+def test_its_hits_have_its_own_word() -> None:
+    """vLLM 0.31 has none."""
+    (link,) = RegionWorld(made("DictTier")).manager.links
+    word = told.hit_source(link)
+    assert word is getattr(DictTier, "cache_hit_source", None)
+    assert word is None or word.name == "DISK"
 
 
 def test_one_that_asks_for_steps_gets_them() -> None:
