@@ -76,8 +76,9 @@ class TierEntry:
     entry: Mapping[str, Any]
     type: InitVar[Any] = option(
         parse_any,
-        "`fs`, `pool`, `object`, `valkey`, `mooncake`, `memory`, one of an installed package, a class, "
-        "or one of vLLM's own ([tiers.md](tiers.md#vllms-own-tiers)): `p2p`, `obj`, `kvcr`, `example`",
+        "`fs`, `pool`, `object`, `valkey`, `mooncake`, `memory`, one of an installed package, "
+        "a class, or one of vLLM's own ([tiers.md](tiers.md#vllms-own-tiers)): `p2p`, `obj`, "
+        "`kvcr`, `example`",
         None,
         shown="required",
     )
