@@ -277,6 +277,28 @@ page_files.os.rename = count
 from kvstrata.offload.cli.main import main
 main()
 """
+_STOPPED = """
+import os, signal, threading
+from kvstrata.offload.cli.copy import pages
+from kvstrata.tiers.fs import page_files
+left, rename, noted = 50, os.rename, threading.Event()
+class Pool(pages.ThreadPoolExecutor):
+    def __exit__(self, *error):
+        noted.set()
+        return super().__exit__(*error)
+pages.ThreadPoolExecutor = Pool
+def count(*arguments, **more):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGINT)
+    if left <= 0:
+        noted.wait(60)
+    rename(*arguments, **more)
+page_files.os.rename = count
+from kvstrata.offload.cli.main import main
+main()
+"""
 _WHOLE = "from kvstrata.offload.cli.main import main; main()"
 
 
@@ -297,6 +319,16 @@ def test_killed_and_run_again(root: Path, fill_root: FillRoot, copy: Path) -> No
     assert (found["files"], found["left"]) == (len(MANY), 0)
     assert sound(copy) == len(MANY)
     assert not list(copy.rglob("*.tmp"))
+
+
+def test_stopped_and_run_again(root: Path, fill_root: FillRoot, copy: Path) -> None:
+    fill_root(root, MANY)
+    process = start(_STOPPED, "copy", root, copy, "--json")
+    said, _ = process.communicate()
+    pages, _, bad, stopped = counts(json.loads(said))
+    assert (process.returncode, bad, stopped) == (1, [], "interrupted")
+    assert 0 < pages < len(MANY) and sound(copy) == pages
+    assert counts(run_json("copy", root, copy)) == (len(MANY) - pages, pages, [], None)
 
 
 def test_two_at_once(root: Path, fill_root: FillRoot, copy: Path) -> None:
