@@ -40,10 +40,10 @@ from kvstrata.offload.primary.slots import Entry
 from kvstrata.offload.secondary.guard import GuardedTier
 from kvstrata.offload.secondary.opening import TierOpener, usable_entries
 from kvstrata.offload.secondary.tier import TierLink
-from kvstrata.offload.vllm_plugin.config_info import Labels, config_info
 from kvstrata.offload.vllm_plugin.engine.offload_cap import below_cap, has_partial_tails, take_cap
 from kvstrata.offload.vllm_plugin.foreign_tiers import told
-from kvstrata.offload.vllm_plugin.metrics import StatsReader
+from kvstrata.offload.vllm_plugin.metrics.config_info import Labels, config_info
+from kvstrata.offload.vllm_plugin.metrics.totals import StatsReader
 from kvstrata.offload.vllm_plugin.transfer import PageSlots
 from kvstrata.offload.vllm_plugin.weights.watch import WeightWatch
 from kvstrata.tiers.base import PageKey, RequestView, SecondaryTier, TierContext, layouts_from_json

@@ -16,11 +16,11 @@ from vllm.v1.kv_offload.config import OffloadingConfig
 
 from kvstrata.offload.config.offload_config import parse_config
 from kvstrata.offload.config.precheck import check_here
-from kvstrata.offload.vllm_plugin.config_info import CONFIG_INFO_KEYS
 from kvstrata.offload.vllm_plugin.engine.early_check import has_checked
 from kvstrata.offload.vllm_plugin.engine.version import check_version
 from kvstrata.offload.vllm_plugin.foreign_tiers import told
-from kvstrata.offload.vllm_plugin.metrics import metric_definitions
+from kvstrata.offload.vllm_plugin.metrics.config_info import CONFIG_INFO_KEYS
+from kvstrata.offload.vllm_plugin.metrics.totals import metric_definitions
 
 
 class KVStrataSpec(OffloadingSpec):

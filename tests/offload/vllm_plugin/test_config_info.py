@@ -11,7 +11,7 @@ pytestmark = pytest.mark.vllm
 
 from vllm.v1.kv_offload.base import OffloadingSpec  # noqa: E402
 
-from kvstrata.offload.vllm_plugin.config_info import CONFIG_INFO_KEYS  # noqa: E402
+from kvstrata.offload.vllm_plugin.metrics.config_info import CONFIG_INFO_KEYS  # noqa: E402
 from tests.offload.vllm_plugin.test_other_kinds_of_cache import full, window  # noqa: E402
 
 if not hasattr(OffloadingSpec, "config_info_keys"):

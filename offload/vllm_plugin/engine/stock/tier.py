@@ -30,7 +30,7 @@ from kvstrata.offload.secondary.breaker import Operation
 from kvstrata.offload.secondary.tier import TierLink
 from kvstrata.offload.vllm_plugin.engine.stock.jobs import StockJobs
 from kvstrata.offload.vllm_plugin.engine.stock.seen import SeenEngine
-from kvstrata.offload.vllm_plugin.metrics import StatsReader, tier_metric_definitions
+from kvstrata.offload.vllm_plugin.metrics.totals import StatsReader, tier_metric_definitions
 from kvstrata.tiers.base import Lookup, PageKey, RequestView
 
 logger = logging.getLogger("kvstrata")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import FrameType
 
 from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -22,7 +23,7 @@ def whole_config(engine_id: str) -> tuple[VllmConfig, KVCacheConfig]:
     Raises:
         RuntimeError: no caller has them.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         config, caches = (frame.f_locals.get(name) for name in ("vllm_config", "kv_cache_config"))
         if isinstance(config, VllmConfig) and isinstance(caches, KVCacheConfig):
