@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import mmap
 import os
 import socket
 import sys
@@ -100,16 +101,24 @@ class Client:
         """Bytes of the value, or what the library says against it, which is negative."""
         return int(self._ask(lambda client: [client.get_size(name)])[0])
 
-    def get_start(self, name: str, view: memoryview) -> int:
-        """Fill the view with the beginning of a value that has more bytes; as `get`."""
-        self._register([view])
-        place = _address(view)
+    def start(self, name: str, nbytes: int) -> bytes:
+        """The first bytes of a value that has as many, for a look at what it is."""
+        room = mmap.mmap(-1, nbytes)
+        with memoryview(room) as view:
+            place = _address(view)
 
         def get(client: Any) -> list[int]:
-            whole = [place], [[name]], [[[0]]], [[[0]]], [[[len(view)]]]
-            return list(client.get_into_ranges(*whole)[0][0])
+            client.register_buffer(place, nbytes)  # this call of the library's insists on it
+            try:
+                whole = [place], [[name]], [[[0]]], [[[0]]], [[[nbytes]]]
+                return list(client.get_into_ranges(*whole)[0][0])
+            finally:
+                client.unregister_buffer(place)
 
-        return self._ask(get)[0]
+        (code,) = self._ask(get)
+        if code != nbytes:
+            raise OSError(self.describe(code))
+        return bytes(room)
 
     def remove(self, names: Sequence[str]) -> None:
         """Drop the values, also those that the master spares."""

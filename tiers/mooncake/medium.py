@@ -111,9 +111,8 @@ class MooncakeMedium(Medium):
         if size == ABSENT:
             return _MISSING
         if size >= 0 and size != self._form.size(key):  # that is why
-            start = header[: min(size, len(header))]
-            self._client.get_start(name, start)
-            raise self._form.blame(key, bytes(start), size)
+            start = self._client.start(name, min(size, len(header)))
+            raise self._form.blame(key, start, size)
         return Outcome("io-error", detail=self._client.describe(code))
 
     def _names(self, keys: Sequence[PageKey]) -> list[str]:
