@@ -92,6 +92,9 @@ class Client:
     def get(self, names: Sequence[str], values: Sequence[Parts]) -> list[int]:
         """Fill the parts with the values, which must have as many bytes as they.
 
+        A part that was not filled is not touched any more: the library closes the connection
+        before it gives up. It would not after a minute, but the process is replaced before that.
+
         Returns:
             of each its bytes, or what the library says against it, which is negative.
         """
