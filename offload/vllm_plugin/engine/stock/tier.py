@@ -141,7 +141,7 @@ class StockTier(SecondaryTierManager):
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
         """The pages were used."""
         if link := self._jobs.link:
-            link.tier.touch(keys, self._request(req_context).view)
+            link.tier.touch(keys, self._view(req_context))
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
         """Send off what the step asked for; try a tier again that was taken out."""
@@ -154,11 +154,11 @@ class StockTier(SecondaryTierManager):
 
     def submit_store(self, job_metadata: TransferJob) -> None:
         """See `SecondaryTierManager.submit_store`; nothing is evicted here."""
-        self._jobs.store(job_metadata, self._request(job_metadata.req_context).view)
+        self._jobs.store(job_metadata, self._view(job_metadata.req_context))
 
     def submit_load(self, job_metadata: TransferJob) -> None:
         """See `SecondaryTierManager.submit_load`; pages are verified."""
-        self._jobs.load(job_metadata, self._request(job_metadata.req_context).view)
+        self._jobs.load(job_metadata, self._view(job_metadata.req_context))
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
         """See `SecondaryTierManager.get_finished_jobs`."""
@@ -221,9 +221,16 @@ class StockTier(SecondaryTierManager):
         request = self._requests.get(req_context.req_id)
         if request is None:
             self._newest += 1
-            view = RequestView(req_context.req_id, req_context.kv_transfer_params or {})
+            view = self._view(req_context)
             request = self._requests[req_context.req_id] = _Asking(view, self._newest)
         return request
+
+    def _view(self, req_context: ReqContext) -> RequestView:
+        """Not remembered: vLLM submits loads of requests that were aborted in the same step."""
+        known = self._requests.get(req_context.req_id)
+        if known is not None:
+            return known.view
+        return RequestView(req_context.req_id, req_context.kv_transfer_params or {})
 
     def _may_wait(self, link: TierLink, key: PageKey, request: _Asking) -> bool:
         now = time.monotonic()

@@ -158,6 +158,19 @@ def test_a_reset_waits_until_no_row_is_touched(
     assert it.find(1) == 5
 
 
+def test_nothing_is_remembered_of_requests_that_ended(world: World) -> None:
+    it = world(entry("KVStrataMemory"))
+    first, aborted = it.request(), it.request()
+    it.store({1: 11}, first)
+    it.forget()
+    assert it.manager.lookup(key_of(1), aborted) is LookupResult.HIT_PENDING
+    for request in (first, aborted):
+        it.manager.on_request_finished(request)
+    it.settle()  # with the load of the one that was aborted
+    assert not it.tier._requests
+    assert it.find(1) == 11
+
+
 # -- weights ---------------------------------------------------------------------------
 
 
