@@ -2,7 +2,7 @@
 # The targets share one virtual environment and few cores, so -j changes nothing.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help install lint format types test-unit test-engine test-vllm test-vllms test test-gpu test-models test-faults test-soak bench-fs bench-tiers bench-kernels bench-eviction bench-manager bench-start bench-ttft bench-file-hits bench-rounding test-hits test-audit fuzz demo demo-shared demo-object demo-valkey demo-pool
+.PHONY: help install lint format types test-unit test-engine test-vllm test-vllms test test-gpu test-models test-faults test-soak bench-fs bench-tiers bench-kernels bench-eviction bench-manager bench-start bench-ttft bench-file-hits bench-rounding test-hits test-audit fuzz demo demo-shared demo-object demo-valkey demo-mooncake demo-pool
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -231,6 +231,9 @@ demo-object: install ## two nodes and a bucket (SeaweedFS): the second loads wha
 
 demo-valkey: install ## two nodes and a Valkey server
 	$(BIN)/python docs/demo/nodes.py valkey
+
+demo-mooncake: install ## two nodes, and memory that a third process lends (Mooncake)
+	$(BIN)/python docs/demo/nodes.py mooncake
 
 demo-pool: install ## two servers on one node, and shared memory that outlives them
 	$(BIN)/python docs/demo/nodes.py pool

@@ -1,8 +1,8 @@
 """Two servers on two "nodes", and a tier that both reach: what one computed, the other loads.
 
-Run it with `make demo-object`, `make demo-valkey` or `make demo-pool`. The nodes are two processes
-with a CPU tier each; what is between them is a real server of objects or values, started here, or
-shared memory. It prints a table, exits 0 only if the second node loaded what the first had stored
+Run it with `make demo-object`, `demo-valkey`, `demo-mooncake` or `demo-pool`. The nodes are two
+processes with a CPU tier each; what is between them is a real server, started here, or shared
+memory. It prints a table, exits 0 only if the second node loaded what the first had stored
 and its answers are the same, and stops and removes all that it started.
 """
 
@@ -29,6 +29,7 @@ from smollm2 import smollm2
 from kvstrata.tiers.pool.tools import PoolKept, remove_pool
 
 sys.path.append(str(ROOT))  # for the servers of the tests
+from tests.tiers.mooncake.pool import Master, Peer, why_not
 from tests.tiers.object.server import BUCKET, S3Server, credentials
 from tests.tiers.object.server import server_binary as s3_binary
 from tests.tiers.valkey.server import Server as ValkeyServer
@@ -83,10 +84,23 @@ def _remove_pool() -> None:
         raise RuntimeError(str(error)) from error
 
 
+@contextmanager
+def lent_memory(folder: Path) -> Iterator[dict[str, Any]]:
+    """A Mooncake master, and a process that lends memory."""
+    if why := why_not():
+        raise RuntimeError(why)
+    with ExitStack() as started:
+        master = Master()
+        started.callback(master.kill)
+        started.callback(Peer(master, 2**29).kill)
+        yield {"master": master.address}
+
+
 # By the tier's type, what starts all that it needs and says the tier's options.
 TIERS: dict[str, Callable[[Path], AbstractContextManager[dict[str, Any]]]] = {
     "object": bucket,
     "valkey": values,
+    "mooncake": lent_memory,
     "pool": pool,
 }
 
