@@ -19,8 +19,8 @@ from kvstrata.tiers.base import PageKey, PageLayout, RequestView
 MOST_STORING, LONGEST_QUEUE_S = 0.75, 10.0
 _PAUSE_S = 0.01
 
-# Called with the tier, whether it was a load, what went well, and what failed.
-OnEnd = Callable[[TierLink, bool, list[PageKey], list[PageKey]], None]
+# Called with the tier, for a load the request's id, what went well, and what failed.
+OnEnd = Callable[[TierLink, str | None, list[PageKey], list[PageKey]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +163,8 @@ class StockJobs:
             # of a load's pages those are left that had not arrived before
             keys = job.keys if running.promotion else [entry.key for entry in running.entries]
             good = [key for key in keys if key not in result.failed]
-            self._on_end(link, running.promotion, good, failed)
+            loader = running.request.req_id if running.promotion else None
+            self._on_end(link, loader, good, failed)
             moved = {"transfer_time": result.seconds, "transfer_bytes": result.nbytes}
             self._end(job, failed, load=running.promotion, **moved)
         for _ in self._jobs.arrivals():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +37,9 @@ from kvstrata.tiers.base import Lookup, PageKey, RequestView
 logger = logging.getLogger("kvstrata")
 
 STATS_EVERY_S = 0.1  # vLLM asks in every step
+# So often a page is loaded for one request. vLLM's manager may evict what it promoted before the
+# request has all that it waits for: two that do not fit together would do so for ever.
+MOST_LOADS = 2
 _LABELS = ("type", "medium")
 # Members bound once: in Python 3.11 each `LookupResult.HIT` is a call.
 _HIT, _MISS, _RETRY = LookupResult.HIT, LookupResult.MISS, LookupResult.RETRY
@@ -48,7 +52,8 @@ class _Asking:
     view: RequestView
     number: int
     since: dict[PageKey, float] = field(default_factory=dict)  # look-ups that wait for an answer
-    silent: bool = False  # the tier did not answer one in time
+    loaded: Counter[PageKey] = field(default_factory=Counter)  # how often, for this request
+    silent: bool = False  # it asks no more
 
 
 class StockTier(SecondaryTierManager):
@@ -98,7 +103,7 @@ class StockTier(SecondaryTierManager):
         self.locality = Locality(link.tier.locality) if link and link.tier.locality else None
         self._requests: dict[str, _Asking] = {}
         self._newest = 0
-        self._timeouts = 0
+        self._timeouts = self._crowded = 0
         self._publishes = offloading_spec.kv_events_config.enable_kv_cache_events
         self._events: list[OffloadingEvent] = []
         self._stats = StatsReader()
@@ -119,7 +124,13 @@ class StockTier(SecondaryTierManager):
         request.since.pop(key, None)
         if link.breaker.doubtful:
             link.breaker.succeeded(Operation.LOOKUP)
-        return _HIT if found is Lookup.HIT else _MISS
+        if found is not Lookup.HIT:
+            return _MISS
+        if request.loaded and request.loaded[key] >= MOST_LOADS:
+            request.silent = True
+            self._crowded += 1
+            return _MISS
+        return _HIT
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
         """Its chunks are stored as they are computed, which is vLLM's default."""
@@ -201,7 +212,11 @@ class StockTier(SecondaryTierManager):
             return None
         self._next_stats = now + STATS_EVERY_S
         stats = OffloadingConnectorStats()
-        more = {"cascade_skipped": self._jobs.skipped, "lookup_timeouts": self._timeouts}
+        more = {
+            "cascade_skipped": self._jobs.skipped,
+            "crowded_out": self._crowded,
+            "lookup_timeouts": self._timeouts,
+        }
         self._stats.add_tier(stats, link, more)
         return stats
 
@@ -249,11 +264,13 @@ class StockTier(SecondaryTierManager):
         return False
 
     def _ended(
-        self, link: TierLink, load: bool, good: list[PageKey], failed: list[PageKey]
+        self, link: TierLink, loader: str | None, good: list[PageKey], failed: list[PageKey]
     ) -> None:
-        if not load:
+        if loader is None:
             self._tell(link, good)
             return
+        if request := self._requests.get(loader):
+            request.loaded.update(good)
         for key in failed:
             link.lose(key, self._newest)
 

@@ -117,6 +117,22 @@ def test_of_a_job_what_arrived_is_used(world: World) -> None:
     ]
 
 
+def test_requests_that_push_each_other_out_end(world: World) -> None:
+    """Their pages do not fit together; each asks for all of its own until it has them at once."""
+    it = world(entry("KVStrataMemory"), slots=4)
+    for number in range(8):
+        it.store({number: number})
+    it.forget()
+    requests = [(it.request(), range(4)), (it.request(), range(4, 8))]
+    for _ in range(4):
+        answers = []
+        for request, numbers in requests:
+            answers.append([it.manager.lookup(key_of(number), request) for number in numbers])
+            it.settle()
+    assert answers == [[MISS] * 4, [LookupResult.HIT] * 4]
+    assert it.find(0) == 0, "others find it"
+
+
 def test_a_sick_tier_is_given_nothing(world: World) -> None:
     it = world(entry("KVStrataMemory"))
     it.wrap(lambda tier: FaultyTier(tier, lambda what, key: "broken"))
