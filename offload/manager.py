@@ -303,7 +303,8 @@ class TieringManager:
         """A scheduler step ended: send off the promotions of the step as batches."""
         self._poll()
         for link in self._jobs.links:
-            link.tier.serve(Lender(self._context, link, self._find_for, self._over_for))
+            if link.tier.serves:
+                link.tier.serve(Lender(self._context, link, self._find_for, self._over_for))
         self._polled = False
         self._step += 1
         self._load_or_recompute.end_step()

@@ -309,6 +309,8 @@ class SecondaryTier(ABC):
     )
     # The pages that a request is found to need in one step must be asked for in one job.
     whole_loads: bool = False
+    # Others ask it for pages: `serve` is called.
+    serves: bool = False
     # The last bytes of each slot, behind the page, are its own: so many, at most 4096.
     tail_bytes: ClassVar[int] = 0
     # Whether its pages may be loaded. False once audits found too many that the model does not
@@ -426,7 +428,10 @@ class SecondaryTier(ABC):
         """A scheduler step ended; the place to send off work batched during the step."""
 
     def serve(self, pages: PrimaryPages) -> None:
-        """A scheduler step ends: answer what others, on other machines say, asked of the tier."""
+        """A scheduler step ends: answer what others, on other machines say, asked of the tier.
+
+        Only where it says that it `serves`.
+        """
 
     def wants_steps(self) -> bool:
         """Whether steps are needed although no request runs and no job is under way."""

@@ -59,7 +59,7 @@ class GuardedTier(SecondaryTier):
         self.inner = tier
         self.locality = tier.locality
         self.page_causes = frozenset(tier.page_causes)
-        self.whole_loads = tier.whole_loads
+        self.whole_loads, self.serves = tier.whole_loads, tier.serves
 
     def lookup(self, key: bytes, request: RequestView) -> Lookup:
         try:  # for every chunk: cheaper than `_call`

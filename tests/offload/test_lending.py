@@ -21,6 +21,8 @@ class Server(MemoryTier):
 
     whole_loads = True
 
+    serves = True
+
     def __init__(self) -> None:
         super().__init__({}, CONTEXT)
         self.does: Callable[[PrimaryPages], object] = lambda pages: None

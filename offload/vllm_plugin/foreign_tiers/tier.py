@@ -61,7 +61,6 @@ class ForeignTier(SecondaryTier):
 
     foreign: ClassVar[type[SecondaryTierManager]]
     type_name: ClassVar[str]
-    serves: ClassVar[bool]  # peers, which may also write to the slots of its loads
     tells_events: ClassVar[bool]  # itself, of what it stores and drops
     tail_bytes = SEAL_BYTES
 
@@ -179,8 +178,8 @@ class ForeignTier(SecondaryTier):
             self._tier.on_schedule_end(ScheduleEndContext(new, ()))
 
     def serve(self, pages: PrimaryPages) -> None:
-        """Pass it on, where peers ask."""
-        if self.serves and self._stopping is None:
+        """Pass it on: peers ask, which may also write to the slots of the tier's loads."""
+        if self._stopping is None:
             self._tier.serve_external_requests(Parent(pages, self._jobs))
 
     def wants_steps(self) -> bool:
