@@ -141,7 +141,8 @@ def test_one_thing_at_a_time(root: Path) -> None:
 # ---- interrupted ----
 
 _HANGS = """
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background, too
 from kvstrata.offload.cli.doctor import probe
 def hang(self, tier):
     print("stored", flush=True)

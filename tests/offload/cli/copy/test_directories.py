@@ -279,6 +279,7 @@ main()
 """
 _STOPPED = """
 import os, signal, threading
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background, too
 from kvstrata.offload.cli.copy import pages
 from kvstrata.tiers.fs import page_files
 left, rename, noted = 50, os.rename, threading.Event()
