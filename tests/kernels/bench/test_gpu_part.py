@@ -55,7 +55,8 @@ class Device(SimulatedDevice):
 @pytest.fixture(autouse=True)
 def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
     """In place of CUDA, small, and as where vLLM is not installed."""
-    monkeypatch.setitem(sys.modules, "vllm", None)
+    for name in ("vllm", "vllm.v1.kv_offload.cpu"):  # other tests may have imported it
+        monkeypatch.setitem(sys.modules, name, None)
     for module in (contestants, neighbours):
         monkeypatch.setattr(module, "cuda", simulated_cuda)
     monkeypatch.setattr(gpu, "STAGING_SIZES", (4096, 8192))

@@ -20,6 +20,7 @@ from kvstrata.tiers.valkey import tier as tier_module
 from kvstrata.tiers.valkey.config import ValkeyOptions
 from tests.tiers.valkey.conftest import OpenTier, StartServer
 from tests.tiers.valkey.server import Server, free_port
+from tests.waiting import wait_until
 
 PAGE = {make_key(1): make_data(1, CONTEXT.layouts[0].nbytes)}
 
@@ -115,6 +116,7 @@ def test_a_server_that_does_not_tell(open_tier: OpenTier, server: Server) -> Non
 def test_a_cluster(open_tier: OpenTier, start_server: StartServer) -> None:
     server = start_server("--cluster-enabled", "yes")
     server.ask("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+    wait_until(lambda: b"cluster_state:ok" in server.ask("CLUSTER", "INFO"))
     with pytest.raises(TierConfigError, match=r"^cluster: .* is a server of a cluster; give true"):
         open_tier(server)
     tier = open_tier(server, cluster=True)
