@@ -177,7 +177,7 @@ bench-fs: install ## the filesystem tier against stock vLLM's and the device (BE
 TIERS :=
 bench-tiers: install ## each tier against its client's own loop (BENCH_DIR=... on the disk, TIERS="fs pool")
 	$(call against,$(BENCH_DIR)/tiers.csv) $(BIN)/python -m tests.bench.tiers --root $(BENCH_DIR) \
-		$(TIERS:%=--tier %) --csv $(BENCH_DIR)/tiers.csv
+		$(foreach tier,$(TIERS),--tier $(tier)) --csv $(BENCH_DIR)/tiers.csv
 
 bench-kernels: ## pages between GPU (or CPU) caches and CPU memory, against the link (PYTHON, PART=1..5)
 	mkdir -p $(BENCH_DIR)

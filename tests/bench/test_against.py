@@ -80,7 +80,7 @@ def test_a_wrong_file_is_told_before_anything_is_measured(text: str | None, tmp_
     assert not (tmp_path / "measured").exists()
 
 
-@pytest.mark.parametrize("name", ["fs", "kernels", "manager", "eviction", "ttft"])
+@pytest.mark.parametrize("name", ["fs", "tiers", "kernels", "manager", "eviction", "ttft"])
 @pytest.mark.parametrize("python", [[], ["PYTHON=python3"]])
 def test_make_passes_it_on(name: str, python: list[str]) -> None:
     target = [f"bench-{name}", f"AGAINST=docs/bench/{name}.csv"]
