@@ -11,14 +11,15 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from kvstrata.tiers.base import TierConfigError
+from kvstrata.tiers.fs.config import FsConfig
 from kvstrata.tiers.options import (
     WrongValue,
     option,
     or_none,
-    parse_count,
     parse_number,
     parse_options,
     parse_text,
+    same_option,
 )
 
 # What the schemes of a url mean.
@@ -114,18 +115,8 @@ class ObjectConfig:
         5.0,
         other_names="timeout request_timeout connect_timeout deadline_s",
     )
-    n_read_threads: int = option(
-        partial(parse_count, most=1024),
-        "threads of the I/O process that reads; it helps the one that writes",
-        16,
-        other_names="threads n_threads num_threads io_threads workers",
-    )
-    n_write_threads: int = option(
-        partial(parse_count, most=1024),
-        "threads of the I/O process that writes; it helps the one that reads",
-        16,
-        other_names="threads n_threads num_threads io_threads workers",
-    )
+    n_read_threads: int = same_option(FsConfig, "n_read_threads")
+    n_write_threads: int = same_option(FsConfig, "n_write_threads")
 
     @property
     def store(self) -> str:

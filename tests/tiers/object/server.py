@@ -124,9 +124,13 @@ class S3Server:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports of which the one for gRPC is free too."""
+    """Ports of which the one for gRPC is free too.
+
+    A range of its own for each process, lest two that start at once take the same, and below those
+    that the kernel gives to connections (ip_local_port_range).
+    """
     found: list[int] = []
-    for port in range(20000 + os.getpid() % 20000, 50000):
+    for port in range(10000 + os.getpid() * 16 % 10000, 22000):
         with socket.socket() as one, socket.socket() as other, suppress(OSError):
             one.bind(("127.0.0.1", port))
             other.bind(("127.0.0.1", port + GRPC))
