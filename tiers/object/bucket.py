@@ -19,18 +19,15 @@ from obstore.exceptions import (
 from obstore.store import from_url
 
 from kvstrata.tiers.object.config import ObjectConfig
+from kvstrata.tiers.process.medium import MoveError
 
 SILENT = "unreachable"  # the cause of a request to which nobody answered
 _MOST_RETRIES = 3
 _FIRST_RETRY_S = 0.1
 
 
-class BucketError(Exception):
-    """The bucket did not do what it was asked for; `cause` is a short word that is counted."""
-
-    def __init__(self, cause: str, text: str) -> None:
-        super().__init__(text)
-        self.cause = cause
+class BucketError(MoveError):
+    """The bucket did not do what it was asked for."""
 
 
 def open_store(config: ObjectConfig) -> Any:
@@ -157,7 +154,7 @@ def _asking() -> Iterator[None]:
         text = plain_text(error)
         if isinstance(error, PermissionDeniedError | UnauthenticatedError):
             raise BucketError("denied", text) from None
-        silent = "- HTTP error:" in text
+        silent = "HTTP error:" in text  # and no status: nobody answered, or not to the end
         raise BucketError(SILENT if silent else "io-error", text) from None
 
 

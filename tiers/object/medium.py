@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from kvstrata.tiers.base import PageKey, TierContext
@@ -12,7 +12,7 @@ from kvstrata.tiers.object.opening import Opened
 from kvstrata.tiers.page.form import MAX_HEADER_BYTES
 from kvstrata.tiers.page.identity import distrust_text
 from kvstrata.tiers.page.page import PageForm
-from kvstrata.tiers.process.medium import Host, Medium, Outcome, PageRef, attempt
+from kvstrata.tiers.process.medium import Host, Medium, Outcome, PageRef, while_it_answers
 
 AUDIT = "audit"  # the cause of a page that was found to be another than the model's
 _QUESTIONS = 16  # of one check that are asked at a time: each waits for the network
@@ -62,19 +62,16 @@ class ObjectMedium(Medium):
         self, pages: Sequence[PageRef], views: Sequence[memoryview], access: int
     ) -> list[Outcome]:
         """`store` for each of them."""
-        return self._each(self.store, pages, views, access)
+        return while_it_answers(self.store, pages, views, access, SILENT)
 
     def load_many(
         self, pages: Sequence[PageRef], views: Sequence[memoryview], access: int
     ) -> list[Outcome]:
         """`load` for each of them."""
-        return self._each(self.load, pages, views, access)
+        return while_it_answers(self.load, pages, views, access, SILENT)
 
     def reject(self, page: PageRef, computed: memoryview, distrust: bool) -> Outcome:
         """Move the object to the quarantine, and put there what the model computes."""
-        return self._said(self._reject, page, computed, distrust)
-
-    def _reject(self, page: PageRef, computed: memoryview, distrust: bool) -> Outcome:
         path = self._paths.page(page.key)
         self._host.report(AUDIT, f"{path}: not what the model computes")
         if distrust:
@@ -89,25 +86,3 @@ class ObjectMedium(Medium):
 
     def _is_there(self, key: PageKey) -> bool:
         return self._bucket.size(self._paths.page(key)) == self._form.size(key)
-
-    def _each(
-        self,
-        move: Callable[..., Outcome],
-        pages: Sequence[PageRef],
-        views: Sequence[memoryview],
-        access: int,
-    ) -> list[Outcome]:
-        """Where nobody answers for one page, the others of the task are not waited for."""
-        outcomes: list[Outcome] = []
-        for page, view in zip(pages, views, strict=True):
-            if not (outcomes and outcomes[-1].cause == SILENT):
-                outcomes.append(attempt(self._said, move, page, view, access))
-            else:
-                outcomes.append(outcomes[-1])
-        return outcomes
-
-    def _said(self, move: Callable[..., Outcome], *arguments: object) -> Outcome:
-        try:
-            return move(*arguments)
-        except BucketError as error:
-            return Outcome(error.cause, detail=str(error))

@@ -8,6 +8,7 @@ prefers writes, each with a medium of its own and several threads that call it.
 
 from __future__ import annotations
 
+import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,10 @@ import msgspec
 
 from kvstrata.tiers.base import PageKey
 from kvstrata.tiers.page.form import BadPage
+
+# A task that lasts longer gives up the rest of its pages: one of them may take as long as a request
+# (10 s at most), and a process that ends no task for STALL_S (supervisor.py) is replaced.
+_MOST_TASK_S = 15.0
 
 News = tuple[PageKey, bool]  # a key, and whether its page is there now
 
@@ -54,6 +59,14 @@ class Outcome(msgspec.Struct, frozen=True, array_like=True, gc=False):
     detail: str = ""
 
 
+class MoveError(Exception):
+    """A page was not moved; `cause` is a short word that is counted. For media to raise."""
+
+    def __init__(self, cause: str, text: str) -> None:
+        super().__init__(text)
+        self.cause = cause
+
+
 class Host(Protocol):
     """What a medium may tell the engine, on any thread and at any time."""
 
@@ -87,9 +100,10 @@ class Host(Protocol):
 class Medium(Protocol):
     """Pages by key. Methods may block and may raise; any thread calls them.
 
-    A `BadPage` that is raised says that what is there is not the page; an `OSError` counts as
-    "io-error", anything else as "internal". A medium that is best asked for many pages at once
-    replaces `store_many` and `load_many`; then the forms for one page are not called.
+    A `BadPage` that is raised says that what is there is not the page; a `MoveError` counts as its
+    cause, an `OSError` as "io-error", anything else as "internal". A medium that is best asked for
+    many pages at once replaces `store_many` and `load_many`; then the forms for one page are not
+    called.
     """
 
     @abstractmethod
@@ -166,10 +180,37 @@ def attempt(move: Callable[..., Outcome], *arguments: object) -> Outcome:
         return failed(error)
 
 
+def while_it_answers(
+    move: Callable[..., Outcome],
+    pages: Sequence[PageRef],
+    views: Sequence[memoryview],
+    access: int,
+    silent: str,
+) -> list[Outcome]:
+    """`move` for each page, until one fails with the cause `silent`: nobody answered, or too late.
+
+    Then the others fail at once, as they do when a slow server took too long for those before: so
+    a task waits for one silent request at most, and never without an end.
+    """
+    outcomes: list[Outcome] = []
+    end = time.monotonic() + _MOST_TASK_S
+    for page, view in zip(pages, views, strict=True):
+        if outcomes and outcomes[-1].cause == silent:
+            outcomes.append(outcomes[-1])
+        elif time.monotonic() > end:
+            slow = f"the pages before took more than {_MOST_TASK_S:.0f} s"
+            outcomes.append(Outcome(silent, detail=slow))
+        else:
+            outcomes.append(attempt(move, page, view, access))
+    return outcomes
+
+
 def failed(error: Exception) -> Outcome:
     """What it means for a page that a medium raised this."""
     if isinstance(error, BadPage):
         return Outcome(error.cause, gone=True, stuck=True, detail=error.detail)
+    if isinstance(error, MoveError):
+        return Outcome(error.cause, detail=str(error))
     if isinstance(error, OSError):
         return Outcome("io-error", detail=str(error))
     return Outcome("internal", detail=f"{type(error).__name__}: {error}")

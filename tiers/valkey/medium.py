@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from kvstrata.tiers.base import PageKey, TierContext
 from kvstrata.tiers.page.form import BadPage
 from kvstrata.tiers.page.identity import config_text, directory_name, distrust_text
 from kvstrata.tiers.page.page import PageForm
-from kvstrata.tiers.process.medium import Host, Medium, Outcome, PageRef, attempt
+from kvstrata.tiers.process.medium import Host, Medium, Outcome, PageRef, while_it_answers
 from kvstrata.tiers.valkey.client import Client
 from kvstrata.tiers.valkey.config import ValkeyOptions
 from kvstrata.tiers.valkey.names import config_name, distrust_name, page_name
@@ -80,13 +80,13 @@ class ValkeyMedium(Medium):
         self, pages: Sequence[PageRef], views: Sequence[memoryview], access: int
     ) -> list[Outcome]:
         """See `Medium.store_many`."""
-        return _while_it_answers(self.store, pages, views, access)
+        return while_it_answers(self.store, pages, views, access, "io-error")
 
     def load_many(
         self, pages: Sequence[PageRef], views: Sequence[memoryview], access: int
     ) -> list[Outcome]:
         """See `Medium.load_many`."""
-        return _while_it_answers(self.load, pages, views, access)
+        return while_it_answers(self.load, pages, views, access, "io-error")
 
     def reject(self, page: PageRef, computed: memoryview, distrust: bool) -> Outcome:
         """Delete it."""
@@ -121,17 +121,3 @@ class ValkeyMedium(Medium):
     def _names(self, key: PageKey) -> list[bytes]:
         name = page_name(self._form.namespace, key)
         return [f"{name}:header".encode(), f"{name}:data".encode()]
-
-
-def _while_it_answers(
-    move: Callable[..., Outcome],
-    pages: Sequence[PageRef],
-    views: Sequence[memoryview],
-    access: int,
-) -> list[Outcome]:
-    """`move` for each page, until the server fails one: so a task waits for one call at most."""
-    outcomes: list[Outcome] = []
-    for page, view in zip(pages, views, strict=True):
-        away = bool(outcomes) and outcomes[-1].cause == "io-error"
-        outcomes.append(outcomes[-1] if away else attempt(move, page, view, access))
-    return outcomes

@@ -79,7 +79,7 @@ def start_peer(start_master: StartMaster) -> Iterator[StartPeer]:
 def open_tier(pool_is_possible: None) -> Iterator[OpenTier]:
     made: list[MooncakeTier] = []
 
-    def make(master: Master, context: TierContext = CONTEXT, **options: object) -> MooncakeTier:
+    def make(master: Master, /, context: TierContext = CONTEXT, **options: object) -> MooncakeTier:
         context = replace(context, region=CONTEXT.region)
         made.append(MooncakeTier({"master": master.address, **options}, context))
         return made[-1]

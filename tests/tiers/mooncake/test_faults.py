@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from kvstrata.tiers.base import Lookup, SecondaryTier
+from kvstrata.tiers.mooncake.tier import MooncakeTier
 from kvstrata.tiers.process import supervisor
 from kvstrata.tiers.testing import (
     CONTEXT,
@@ -24,6 +25,7 @@ from kvstrata.tiers.testing import (
     settle,
     store,
 )
+from tests.tiers.link import SlowLinkContract
 from tests.tiers.mooncake.conftest import OpenTier, StartMaster, StartPeer
 from tests.tiers.mooncake.pool import LEAST_SEGMENT, Master, Peer
 from tests.tiers.mooncake.values import Values, name_of, whole
@@ -103,6 +105,20 @@ def test_nobody_waits_for_a_master_that_hangs(
     assert tier.stats().counters["restarted_processes"] == 0
     master.resume()
     wait_until(lambda: load(tier, list(MANY))[1] == MANY)
+
+
+class TestSlowLink(SlowLinkContract):
+    """To the master; the pages take no way that could be made slow."""
+
+    IN_TIME, TOO_SLOW = 16 * 1024, 20
+
+    @pytest.fixture
+    def server_port(self, master: Master) -> int:
+        return master.port
+
+    @pytest.fixture
+    def open_tier_on(self, open_tier: OpenTier, master: Master) -> Callable[[int], MooncakeTier]:
+        return lambda port: open_tier(master, master=f"127.0.0.1:{port}", timeout_s=1)
 
 
 def test_nobody_waits_for_memory_that_hangs(

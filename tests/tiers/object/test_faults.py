@@ -1,11 +1,13 @@
 """Faults of a real server: right answers, counted by cause, and no wait without an end."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from obstore.store import S3Store
 
 from kvstrata.tiers.base import Lookup, TierConfigError
+from kvstrata.tiers.object.tier import ObjectTier
 from kvstrata.tiers.testing import (
     CONTEXT,
     RequestView,
@@ -18,6 +20,7 @@ from kvstrata.tiers.testing import (
     settle,
     store,
 )
+from tests.tiers.link import SlowLinkContract
 from tests.tiers.object.conftest import OpenTier
 from tests.tiers.object.server import KEY, SECRET, S3Server
 from tests.tiers.object.test_contract import Objects
@@ -102,6 +105,20 @@ def test_a_silent_server_is_a_miss_and_nothing_hangs(
     assert load(tier, list(others))[1] == others
     assert set(tier.stats().failures) == {"unreachable"}
     assert tier.stats().counters["restarted_processes"] == 0
+
+
+class TestSlowLink(SlowLinkContract):
+    @pytest.fixture
+    def server_port(self, s3: S3Server) -> int:
+        return s3.port
+
+    @pytest.fixture
+    def open_tier_on(
+        self, open_tier: OpenTier, s3_options: dict[str, Any]
+    ) -> Callable[[int], ObjectTier]:
+        return lambda port: open_tier(
+            **s3_options | {"endpoint": f"http://127.0.0.1:{port}", "timeout_s": 1}
+        )
 
 
 def test_a_server_that_is_killed_and_comes_back(

@@ -21,6 +21,8 @@ from kvstrata.tiers.testing import (
     settle,
     store,
 )
+from kvstrata.tiers.valkey.tier import ValkeyTier
+from tests.tiers.link import SlowLinkContract
 from tests.tiers.valkey.conftest import OpenTier, StartServer
 from tests.tiers.valkey.server import Server
 from tests.tiers.valkey.values import Values, names
@@ -105,6 +107,16 @@ def test_nobody_waits_for_a_server_that_hangs(
     assert tier.stats().counters["restarted_processes"] == 0
     server.resume()
     wait_until(lambda: load(tier, list(MANY))[1] == MANY)
+
+
+class TestSlowLink(SlowLinkContract):
+    @pytest.fixture
+    def server_port(self, server: Server) -> int:
+        return server.port
+
+    @pytest.fixture
+    def open_tier_on(self, open_tier: OpenTier, server: Server) -> Callable[[int], ValkeyTier]:
+        return lambda port: open_tier(server, url=f"valkey://127.0.0.1:{port}", timeout_s=1)
 
 
 def give_room_for_half(server: Server) -> None:
