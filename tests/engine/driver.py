@@ -228,6 +228,10 @@ class Engine:
             time.sleep(0.01)
         return left
 
+    def kill(self) -> None:
+        """SIGKILL to the engine and its workers."""
+        _kill_group(self._process)
+
     def close(self) -> None:
         """`end`, and kill what is left."""
         self.end()
@@ -263,8 +267,17 @@ class Engine:
         raise RuntimeError(f"the engine ended:\n{_tail(Path(self._log.name))}")
 
 
-def ask(port: int, text: str, max_tokens: int = 12, replica: int = 0) -> dict[str, Any]:
-    """Greedy text and cached prompt tokens of one completion, of whatever serves at the port."""
+def ask(
+    port: int,
+    text: str,
+    max_tokens: int = 12,
+    replica: int = 0,
+    params: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Greedy text and cached prompt tokens of one completion, of whatever serves at the port.
+
+    params: its `kv_transfer_params`.
+    """
     from openai import OpenAI
 
     client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
@@ -275,6 +288,7 @@ def ask(port: int, text: str, max_tokens: int = 12, replica: int = 0) -> dict[st
         temperature=0,
         timeout=120,
         extra_headers={"X-data-parallel-rank": str(replica)},
+        extra_body={"kv_transfer_params": params} if params else None,
     )
     assert answer.usage is not None
     details = answer.usage.prompt_tokens_details
@@ -356,9 +370,9 @@ class Server:
             time.sleep(0.2)
         raise RuntimeError(f"the server did not become ready:\n{_tail(self.log)}")
 
-    def ask(self, text: str, max_tokens: int = 12, replica: int = 0) -> dict[str, Any]:
+    def ask(self, text: str, **options: Any) -> dict[str, Any]:
         """See `ask`."""
-        return ask(self.port, text, max_tokens, replica)
+        return ask(self.port, text, **options)
 
     def metrics(self) -> str:
         """The Prometheus page."""
