@@ -39,18 +39,34 @@ def disk_at(path: str | os.PathLike[str]) -> Disk:
     return Disk(found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize)
 
 
-def file_system(path: str, mounts: Path = Path("/proc/self/mountinfo")) -> str:
-    """The type of the file system at `path`, "unknown" where the kernel does not say."""
+class Mount(NamedTuple):
+    """Where a path lies: the type of the file system and its own options, as the kernel says them.
+
+    "unknown" and none where it does not.
+    """
+
+    kind: str = "unknown"
+    options: tuple[str, ...] = ()
+
+
+def mount_of(path: str, mounts: Path = Path("/proc/self/mountinfo")) -> Mount:
+    """The mount that `path` is on."""
     try:
         lines = mounts.read_bytes().splitlines()
     except OSError:
-        return "unknown"
+        return Mount()
     real = os.path.realpath(path)
-    best, kind = "", "unknown"
+    best, found = "", Mount()
     for line in lines:  # proc(5): "36 35 98:0 /root /mount/point options - type source ..."
         front, _, back = line.partition(b" - ")
         point = os.fsdecode(_ESCAPE.sub(lambda m: bytes([int(m[1], 8)]), front.split()[4]))
         covers = real == point or real.startswith(f"{point.rstrip('/')}/")
         if covers and len(point) >= len(best):  # of mounts at one point, the last is seen
-            best, kind = point, back.split()[0].decode()
-    return kind
+            kind, *_, options = os.fsdecode(back).split(" ")
+            best, found = point, Mount(kind, tuple(options.split(",")))
+    return found
+
+
+def file_system(path: str, mounts: Path = Path("/proc/self/mountinfo")) -> str:
+    """The type of the file system at `path`, "unknown" where the kernel does not say."""
+    return mount_of(path, mounts).kind

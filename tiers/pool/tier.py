@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,10 @@ from kvstrata.tiers.pool.place import (
     make_pool,
     parse_name,
     pool_path,
+    slow_memory,
 )
+
+logger = logging.getLogger("kvstrata.tiers.pool")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,3 +82,5 @@ class PoolTier(FsTier):
             if not str(error).startswith(key):
                 raise
             raise TierConfigError(where + str(error).removeprefix(key)) from error
+        if advice := slow_memory():
+            logger.info("kvstrata pool tier: %s", advice)

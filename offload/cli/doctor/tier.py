@@ -11,7 +11,7 @@ from types import FrameType
 
 from kvstrata.offload.cli.copy.place import PlaceError
 from kvstrata.offload.cli.doctor.ground import ground_of
-from kvstrata.offload.cli.doctor.machine import OK, PROBLEM, Check, check_storage
+from kvstrata.offload.cli.doctor.machine import OK, PROBLEM, WARNING, Check, check_storage
 from kvstrata.offload.cli.doctor.probe import Probe, probe_context
 from kvstrata.offload.config.offload_config import parse_config
 from kvstrata.tiers.options import ConfigError
@@ -34,6 +34,8 @@ def examine_tier(text: str) -> Iterator[Check]:
             yield check
             if check.status == PROBLEM:
                 return
+    if entry.name == "pool":
+        yield _check_memory()
     context, step, sound = probe_context(), "connect", True
     try:
         with _ended_gently(), ground_of(entry.entry, context) as ground:
@@ -47,6 +49,15 @@ def examine_tier(text: str) -> Iterator[Check]:
         return
     if ground.removed and sound:
         yield Check("delete", OK, "nothing is left")
+
+
+def _check_memory() -> Check:
+    """Whether pools are as fast here as they can be."""
+    from kvstrata.tiers.pool.place import slow_memory
+
+    if advice := slow_memory():
+        return Check("memory", WARNING, "small pages", advice)
+    return Check("memory", OK, "huge pages")
 
 
 def _read(text: str) -> TierEntry:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from typing import Any
 import pytest
 
 from kvstrata.tiers.fs.tier import FsTier
+from kvstrata.tiers.machine.memory import SHM
+from kvstrata.tiers.pool import place
 from kvstrata.tiers.pool.place import pool_path
 from kvstrata.tiers.process.tier import ProcessTier
 from tests.tiers.mooncake.pool import Master, Peer
@@ -61,16 +64,39 @@ def _out_of_cache(tier: ProcessTier, keys: Sequence[bytes]) -> None:
 
 
 @contextmanager
-def _pool(folder: Path) -> Iterator[Medium]:
+def _pool(folder: Path, shm: Path = SHM) -> Iterator[Medium]:
     name = f"bench-{os.getpid()}"
-    raw = Path(f"/dev/shm/kvstrata-bench-{os.getpid()}")
+    raw = shm / f"kvstrata-bench-{os.getpid()}"
     raw.mkdir()
     options = {"type": "pool", "name": name, "max_bytes": "2GiB"}
+
+    def clear() -> None:
+        for file in raw.iterdir():
+            file.unlink()
+
     try:
-        yield Medium(options, "memory", str(raw), 16)
+        yield Medium(options, "memory", str(raw), 16, clear=clear)
     finally:
         shutil.rmtree(raw)
         shutil.rmtree(pool_path(name))
+
+
+@contextmanager
+def _pool_in_huge_pages(folder: Path) -> Iterator[Medium]:
+    """Where `/dev/shm` is mounted as docs/tiers.md recommends; another mount takes its place."""
+    shm = folder / "shm"
+    shm.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "huge=within_size,size=8G", "none", str(shm)]
+    mounted = subprocess.run(mount, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"only root can mount what is measured: {mounted.stderr.strip()}")
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(place, "SHM", shm)
+            with _pool(folder, shm) as medium:
+                yield medium
+    finally:
+        subprocess.run(["umount", "--lazy", str(shm)], check=True)
 
 
 @contextmanager
@@ -117,6 +143,7 @@ def _mooncake(folder: Path) -> Iterator[Medium]:
 MEDIA: Mapping[str, Callable[[Path], AbstractContextManager[Medium]]] = {
     "fs": _fs,
     "pool": _pool,
+    "pool-huge": _pool_in_huge_pages,
     "object": _object,
     "valkey": _valkey,
     "mooncake": _mooncake,

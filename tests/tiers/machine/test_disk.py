@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstrata.tiers.machine.disk import file_system
+from kvstrata.tiers.machine.disk import Mount, file_system, mount_of
 from kvstrata.tiers.machine.memory import available_memory
 
 
@@ -60,6 +60,7 @@ def test_file_system(tmp_path: Path) -> None:
     lines = [
         "21 1 8:1 / / rw - ext4 /dev/sda rw",
         f"22 21 8:2 / {here} rw shared:1 master:2 - tmpfs tmpfs rw",
+        f"25 21 0:9 / {here}/shm rw - tmpfs tmpfs rw,size=4k,huge=within_size",
         f"23 21 8:2 / {here} rw - xfs /dev/sdb rw",  # mounted over the other
         f"24 21 8:3 / {here}/a\\040b rw - nfs4 server:/x rw",
     ]
@@ -71,3 +72,7 @@ def test_file_system(tmp_path: Path) -> None:
     assert found == ["ext4", "ext4", "xfs", "xfs", "nfs4", "nfs4"]
     assert file_system("/", tmp_path / "absent") == "unknown"
     assert file_system("/proc") == "proc"
+    assert mount_of(f"{here}/shm/x", mounts) == Mount(
+        "tmpfs", ("rw", "size=4k", "huge=within_size")
+    )
+    assert mount_of("/", tmp_path / "absent") == Mount("unknown", ())

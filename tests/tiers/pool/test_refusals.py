@@ -1,5 +1,6 @@
 """A pool that cannot be is refused at start, in one sentence with the remedy."""
 
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -9,7 +10,7 @@ import pytest
 
 from kvstrata.tiers.base import PageRegion, TierConfigError
 from kvstrata.tiers.fs.budget.ledger import BOOKS_NAME, LEDGER_NAME
-from kvstrata.tiers.machine.disk import Disk
+from kvstrata.tiers.machine.disk import Disk, Mount
 from kvstrata.tiers.pool import place
 from kvstrata.tiers.pool.tier import PoolTier
 from kvstrata.tiers.testing import CONTEXT, make_data, make_key, store
@@ -46,6 +47,22 @@ def test_wrong_options(options: dict[str, object], message: str, shm: Path) -> N
 def test_its_directory_is_named(shm: Path) -> None:
     options = {"name": "node", "max_bytes": "1GiB"}
     assert PoolTier.directories(options) == (str(pool_dir(shm)),)
+
+
+@pytest.mark.parametrize(
+    ("options", "slow"), [(("rw",), True), (("rw", "huge=within_size"), False)]
+)
+def test_memory_in_small_pages_is_slow(
+    options: tuple[str, ...],
+    slow: bool,
+    open_tier: OpenTier,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(place, "mount_of", lambda path: Mount("tmpfs", options))
+    caplog.set_level(logging.INFO, "kvstrata.tiers.pool")
+    open_tier()
+    assert ("mount -o remount,huge=within_size" in caplog.text) is slow
 
 
 def test_shared_memory_is_missing(
