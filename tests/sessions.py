@@ -5,6 +5,18 @@ import os
 import signal
 from pathlib import Path
 
+from tests.waiting import wait_until
+
+
+def pause(pid: int) -> None:
+    """Stop a process, as a debugger does; it does nothing more on return."""
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: {_state(each) for each in Path(f"/proc/{pid}/task").glob("*/stat")} == {"T"})
+
+
+def _state(stat: Path) -> str:
+    return stat.read_text().rpartition(")")[2].split()[0]
+
 
 def session(leader: int) -> list[int]:
     """The living processes of a session."""

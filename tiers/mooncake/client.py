@@ -10,13 +10,13 @@ import math
 import mmap
 import os
 import socket
-import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvstrata.tiers.mooncake.config import MooncakeOptions
+from kvstrata.tiers.mooncake.rdma import has_device
+from kvstrata.tiers.process.away import Away
 
 # What the library's calls answer; there are more.
 FULL, ABSENT, NOT_READY, GONE = -200, -704, -703, -712
@@ -28,16 +28,12 @@ _WORDS = {
     _MASTER_FAILED: "the master is away",
     _MASTER_SILENT: "the master does not answer in time",
 }
-# While the master is away a call takes seconds to say so, more than the deadline may be: the next
-# ones within this time need not.
-_PAUSE_S = 1.0
-_libraries_are_quiet = threading.Lock()  # taken for ever, once they are
 
 Parts = Sequence[memoryview]  # what lies one behind the other in a value
 
 
 class Client:
-    """Asks the pool. Each call ends: see `MooncakeOptions.timeout_s`, and `_PAUSE_S`.
+    """Asks the pool. Each call ends: see `MooncakeOptions.timeout_s`, and `Away`.
 
     Where the master cannot be asked it is an `OSError`.
     """
@@ -50,11 +46,11 @@ class Client:
             segment: bytes of memory to lend from the connection on.
         """
         self._options, self._segment = options, segment
+        self._registers = options.protocol == "rdma" and has_device()
         self._lock = threading.Lock()  # for the following
         self._connected: Any = None
         self._memory: dict[int, object] = {}  # registered: what views are of, by identity
-        self._failure = ""  # the last one of the master's
-        self._pause_until = 0.0  # monotonic
+        self._away = Away()  # the master
 
     def connect(self) -> Any:
         """The library's client, connected; it connects anew by itself if it must.
@@ -63,13 +59,12 @@ class Client:
             ImportError: the library, or one that it needs, is not installed.
         """
         with self._lock:
-            if time.monotonic() < self._pause_until:
-                raise OSError(self._failure)
+            begun = self._away.begin()
             if self._connected is None:
                 try:
                     self._connected = _connect(self._options, self._segment)
                 except OSError as error:
-                    self._fail(str(error))
+                    self._away.silent(begun, error)
                     raise
             return self._connected
 
@@ -148,16 +143,16 @@ class Client:
         return self._ask(lambda client: getattr(client, method)(list(names), places, sizes))
 
     def _ask(self, ask: Callable[[Any], list[int]]) -> list[int]:
-        codes = ask(self.connect())
+        client = self.connect()
+        begun = self._away.begin()
+        codes = ask(client)
         for code in codes:
             if code in (_MASTER_FAILED, _MASTER_SILENT):
-                with self._lock:
-                    self._fail(self.describe(code))
-                raise OSError(self.describe(code))
+                failure = OSError(self.describe(code))
+                self._away.silent(begun, failure)
+                raise failure
+        self._away.answered()
         return codes
-
-    def _fail(self, why: str) -> None:
-        self._failure, self._pause_until = why, time.monotonic() + _PAUSE_S
 
     def _register(self, views: Sequence[memoryview]) -> None:
         """Tell the library of the memory that the views are of: of each once, and as a whole.
@@ -165,7 +160,7 @@ class Client:
         Not over TCP, which needs no such thing, and where whoever reaches the process's port may
         read and write what is registered: the engine's pages, after they were verified.
         """
-        if self._options.protocol == "tcp":
+        if not self._registers:
             return
         client = self.connect()
         for view in views:
@@ -191,9 +186,9 @@ def _connect(options: MooncakeOptions, segment: int) -> Any:
             ours = way.getsockname()[0]  # by which the others reach this machine
     except OSError as error:
         raise OSError(f"{options.master}: {error.strerror or error}") from None
-    _quieten()
     milliseconds = str(max(1, int(options.timeout_s * 1000)))
     seconds = str(math.ceil(options.timeout_s))
+    os.environ.pop("MC_FORCE_TCP", None)  # see rdma.py
     os.environ.update(
         MC_RPC_TIMEOUT_MS=milliseconds,
         MC_RPC_CONNECT_TIMEOUT_MS=milliseconds,
@@ -212,18 +207,6 @@ def _connect(options: MooncakeOptions, segment: int) -> Any:
     if code != _OK:
         raise OSError(f"{options.master}: it cannot be set up ({code})")
     return client
-
-
-def _quieten() -> None:
-    """Drop what the library writes of each failure, which are counted here and said once.
-
-    It asks nobody before it writes to descriptor 2, which Python's own errors leave for another.
-    """
-    if _libraries_are_quiet.acquire(blocking=False):
-        sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 2)
-        os.close(nowhere)
 
 
 def _address(view: memoryview) -> int:

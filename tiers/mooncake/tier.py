@@ -9,6 +9,7 @@ from typing import Any
 from kvstrata.tiers.base import PageRegion, TierConfigError, TierContext
 from kvstrata.tiers.machine.memory import available_memory, untaken_memory
 from kvstrata.tiers.mooncake.config import MooncakeOptions
+from kvstrata.tiers.mooncake.rdma import DEVICES, NODES, has_device
 from kvstrata.tiers.options import format_bytes, parse_options
 from kvstrata.tiers.process.medium import MediumSpec
 from kvstrata.tiers.process.probe import ask
@@ -29,10 +30,24 @@ class MooncakeTier(ProcessTier):
     def __init__(self, options: Mapping[str, Any], context: TierContext) -> None:
         """See `SecondaryTier.__init__`."""
         parsed = parse_options(MooncakeOptions, options, "mooncake tier")
+        _check_protocol(parsed.protocol)
         _check_memory(parsed.segment, context.region)
         _check_pool(parsed)
-        medium = MediumSpec("kvstrata.tiers.mooncake.medium:MooncakeMedium", parsed)
+        medium = MediumSpec("kvstrata.tiers.mooncake.medium:MooncakeMedium", parsed, noisy=True)
         super().__init__(context, [medium], _THREADS, _THREADS)
+
+
+def _check_protocol(protocol: str) -> None:
+    """Whether the library will use what it is told to.
+
+    Raises:
+        TierConfigError: it would take another.
+    """
+    if protocol == "rdma" and not has_device():
+        raise TierConfigError(
+            f"protocol: 'rdma' needs a device below {DEVICES} with an active port, and the right "
+            f'to open it below {NODES}; there is none: give "tcp"'
+        )
 
 
 def _check_memory(segment: int, region: PageRegion | None) -> None:

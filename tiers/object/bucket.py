@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from itertools import chain
 from typing import Any
 
 import obstore
@@ -19,9 +20,16 @@ from obstore.exceptions import (
 from obstore.store import from_url
 
 from kvstrata.tiers.object.config import ObjectConfig
+from kvstrata.tiers.process.away import Away
 from kvstrata.tiers.process.medium import MoveError
 
 SILENT = "unreachable"  # the cause of a request to which nobody answered
+NOBODY = (
+    "no-credentials"  # of one for which none were found, last where clouds give them to machines
+)
+_MACHINES_OWN = re.compile(r"//(?:169\.254\.169\.254|metadata\.google\.internal)\b")
+_DENIED = re.compile(r"\bstatus(?: code)?:? (?:401|403)\b")
+_LISTED = 1000  # at a time; no more come with one answer
 _MOST_RETRIES = 3
 _FIRST_RETRY_S = 0.1
 
@@ -48,7 +56,7 @@ def open_store(config: ObjectConfig) -> Any:
         "client_options": {
             "timeout": duration,
             "connect_timeout": duration,
-            "allow_http": (config.endpoint or "").startswith("http://"),
+            "allow_http": (config.endpoint or _usual_endpoint()).startswith("http://"),
         },
         "retry_config": {
             "max_retries": _MOST_RETRIES,
@@ -66,6 +74,12 @@ def open_store(config: ObjectConfig) -> Any:
     return from_url(config.url, **options)
 
 
+def _usual_endpoint() -> str:
+    """That of the environment, which obstore looks up itself."""
+    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+    return next(filter(None, map(os.environ.get, names)), "")
+
+
 def _has_profile() -> bool:
     """Whether the credentials are those of a profile, which obstore itself does not read."""
     if "AWS_ACCESS_KEY_ID" in os.environ:
@@ -79,10 +93,11 @@ class Bucket:
 
     def __init__(self, config: ObjectConfig) -> None:
         self._store = open_store(config)
+        self._away = Away()
 
     def size(self, path: str) -> int | None:
         """Bytes of the object; None if there is none."""
-        with _asking():
+        with self._asking():
             try:
                 return int(self._store.head(path)["size"])
             except FileNotFoundError:
@@ -93,7 +108,7 @@ class Bucket:
 
         None if there is none.
         """
-        with _asking():
+        with self._asking():
             try:
                 found = self._store.get(path)
                 length = int(found.meta["size"])
@@ -109,7 +124,7 @@ class Bucket:
     def write(self, path: str, whole: bytes, *, replace: bool) -> bool:
         """Keep the object, whole or not at all; False if one is there and is not to be replaced."""
         mode = "overwrite" if replace else "create"
-        with _asking():
+        with self._asking():
             try:
                 self._store.put(path, whole, mode=mode, use_multipart=False)
                 return True
@@ -118,7 +133,7 @@ class Bucket:
 
     def move(self, path: str, target: str) -> bool:
         """Give the object another name; False if there is none."""
-        with _asking():
+        with self._asking():
             try:
                 self._store.rename(path, target)
                 return True
@@ -127,35 +142,55 @@ class Bucket:
 
     def names(self, folder: str) -> Iterator[tuple[str, float]]:
         """The path of each object in a folder, and when it was written, in s since the epoch."""
-        with _asking():
-            for batch in self._store.list(folder):
-                for found in batch:
-                    yield str(found["path"]), found["last_modified"].timestamp()
+        for found in chain.from_iterable(self._listed(folder)):
+            yield str(found["path"]), found["last_modified"].timestamp()
+
+    def sizes(self, folder: str) -> Iterator[list[tuple[str, int]]]:
+        """The path of each object in a folder, and its bytes, as many at a time as are listed."""
+        for batch in self._listed(folder):
+            yield [(str(found["path"]), int(found["size"])) for found in batch]
+
+    def _listed(self, folder: str) -> Iterator[Any]:
+        with self._asking():
+            yield from self._store.list(folder, chunk_size=_LISTED)
 
     def remove(self, path: str) -> None:
         """Delete the object, if there is one."""
-        with _asking(), suppress(FileNotFoundError):
+        with self._asking(), suppress(FileNotFoundError):
             self._store.delete(path)
 
     def folders(self) -> list[str]:
         """The first parts of the names of all objects that have more than one."""
-        with _asking():
+        with self._asking():
             return [
                 str(each) for each in obstore.list_with_delimiter(self._store)["common_prefixes"]
             ]
 
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """What obstore says, as a `BucketError`."""
+        begun = self._away.begin()
+        try:
+            yield
+        except (BaseError, OSError, ValueError) as error:
+            failure = BucketError(_cause(error), plain_text(error))
+            if failure.cause in (SILENT, NOBODY):
+                self._away.silent(begun, failure)
+            else:
+                self._away.answered()
+            raise failure from None
+        self._away.answered()
 
-@contextmanager
-def _asking() -> Iterator[None]:
-    """What obstore says, as a `BucketError`."""
-    try:
-        yield
-    except (BaseError, OSError, ValueError) as error:
-        text = plain_text(error)
-        if isinstance(error, PermissionDeniedError | UnauthenticatedError):
-            raise BucketError("denied", text) from None
-        silent = "HTTP error:" in text  # and no status: nobody answered, or not to the end
-        raise BucketError(SILENT if silent else "io-error", text) from None
+
+def _cause(error: Exception) -> str:
+    text = str(error)
+    if _MACHINES_OWN.search(text):
+        return NOBODY
+    denied = isinstance(error, PermissionDeniedError | UnauthenticatedError)
+    if denied or _DENIED.search(text):  # a list's has no class of its own
+        return "denied"
+    # without a status nobody answered, or not to the end
+    return SILENT if "HTTP error:" in text else "io-error"
 
 
 def plain_text(error: Exception) -> str:

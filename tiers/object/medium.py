@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from threading import Thread
 
-from kvstrata.tiers.base import PageKey, TierContext
+from kvstrata.tiers.base import PageKey, TierContext, key_group
+from kvstrata.tiers.fs.files.layout import located_key
 from kvstrata.tiers.fs.files.quarantine import quarantine_path
 from kvstrata.tiers.object.bucket import SILENT, Bucket, BucketError
 from kvstrata.tiers.object.opening import Opened
@@ -15,7 +18,8 @@ from kvstrata.tiers.page.page import PageForm
 from kvstrata.tiers.process.medium import Host, Medium, Outcome, PageRef, while_it_answers
 
 AUDIT = "audit"  # the cause of a page that was found to be another than the model's
-_QUESTIONS = 16  # of one check that are asked at a time: each waits for the network
+_QUESTIONS = 16  # that are asked at a time: each waits for the network
+_WAIT_S = 0.1  # for an engine that does not listen
 
 
 class ObjectMedium(Medium):
@@ -25,13 +29,16 @@ class ObjectMedium(Medium):
         self._bucket = Bucket(opened.config)
         self._paths = opened.paths
         self._form = PageForm(context)
+        self._groups = frozenset(context.layouts)
         self._host = host
+        self._askers = ThreadPoolExecutor(_QUESTIONS, "kvstrata-object-ask")
+        if reader:
+            Thread(target=self._tell, name="kvstrata-object-list", daemon=True).start()
 
     def exists(self, keys: Sequence[PageKey]) -> list[bool]:
         """Whether objects of the right size are there; if that cannot be told, none are."""
         try:
-            with ThreadPoolExecutor(_QUESTIONS) as pool:
-                return list(pool.map(self._is_there, keys))
+            return list(self._askers.map(self._is_there, keys))
         except BucketError as error:
             self._host.report(error.cause, str(error))
             return [False] * len(keys)
@@ -83,6 +90,24 @@ class ObjectMedium(Medium):
             whole = self._form.header(page.key, computed) + computed
             self._bucket.write(beside, whole, replace=False)
         return Outcome(moved=moved, gone=True)
+
+    def _tell(self) -> None:
+        """Tell of what is there at the start; what others store later is asked for, one by one."""
+        try:
+            for objects in self._bucket.sizes(self._paths.pages):
+                while self._host.is_behind:
+                    time.sleep(_WAIT_S)
+                keys = [self._key(path, size) for path, size in objects]
+                self._host.tell([(key, True) for key in keys if key is not None])
+        except BucketError as error:
+            self._host.report(error.cause, str(error))
+
+    def _key(self, path: str, size: int) -> PageKey | None:
+        """The key of the page that the object is; None if it is none."""
+        key = located_key(path.removeprefix(f"{self._paths.pages}/"))
+        if key is None or key_group(key) not in self._groups or self._form.size(key) != size:
+            return None
+        return key
 
     def _is_there(self, key: PageKey) -> bool:
         return self._bucket.size(self._paths.page(key)) == self._form.size(key)

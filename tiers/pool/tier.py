@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,11 +75,16 @@ class PoolTier(FsTier):
     def __init__(self, options: Mapping[str, Any], context: TierContext) -> None:
         """See `SecondaryTier.__init__`."""
         given = parse_options(PoolOptions, options, "pool tier")
-        path = make_pool(given.name)
-        check_fit(path, given.max_bytes, context.region)
+        path = pool_path(given.name)
+        was_there = os.path.lexists(path)
         try:
+            make_pool(given.name)
+            check_fit(path, given.max_bytes, context.region)
             super().__init__(options, context)
         except TierConfigError as error:
+            if not was_there:
+                with suppress(OSError):  # it is missing, or somebody else's by now
+                    os.rmdir(path)
             where, key = f"name: {given.name!r}: ", "root_dir: "
             if not str(error).startswith(key):
                 raise

@@ -164,12 +164,14 @@ class MediumSpec:
         options: the factory's; pickled.
         name: of a tier with several media: what tells it from the others, for ever.
         trusted: whether its pages are to be believed, until the medium says otherwise.
+        noisy: whether a library of its own writes to descriptor 2 what the medium reports.
     """
 
     factory: str
     options: Any
     name: str = ""
     trusted: bool = True
+    noisy: bool = False
 
 
 def attempt(move: Callable[..., Outcome], *arguments: object) -> Outcome:

@@ -200,7 +200,7 @@ class Mover:
             outcomes = [failed(error)] * len(task.keys)
         for index, found in enumerate(outcomes):
             if found.cause is not None:
-                self._outbox.report(found.cause, found.detail)
+                self._outbox.report(found.cause, _detail(task.keys[index], found))
                 cause = short_cause(found.cause)
                 outcomes[index] = Outcome(cause, found.moved, found.gone, found.stuck)
         return outcomes
@@ -229,10 +229,31 @@ class Mover:
         return self._memory[start : start + self._sizes[key_group(key)]]
 
 
+def _quieten_libraries() -> None:
+    """Drop what is written to descriptor 2, which Python's own errors leave for another.
+
+    Some libraries write each failure there and ask nobody; here they are counted, and said once.
+    """
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+
+
+def _detail(key: PageKey, found: Outcome) -> str:
+    """What is known of a failure; where it is the page's, with its key."""
+    digits = key[:-4].hex()
+    if not found.gone or digits in found.detail:
+        return found.detail
+    return f"{found.detail or 'it is not there'} (page {digits})"
+
+
 def serve(setup: Setup, control: socket.socket, bell: Bell, region_fd: int) -> None:
     """Do the engine's tasks until it says that it is enough, or is gone."""
     outbox = Outbox(control, bell)
     outbox.put(Ready())
+    if setup.medium.noisy:
+        _quieten_libraries()
     factory = pkgutil.resolve_name(setup.medium.factory)
     medium: Medium = factory(setup.medium.options, setup.context, outbox, setup.readers)
     mover = Mover(setup, medium, outbox)

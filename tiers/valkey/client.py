@@ -15,8 +15,10 @@ from glide_sync import (
     AdvancedGlideClusterClientConfiguration,
     BackoffStrategy,
     Batch,
+    ClosingError,
     ClusterBatch,
     ClusterScanCursor,
+    ConnectionError,
     GlideClient,
     GlideClientConfiguration,
     GlideClusterClient,
@@ -24,19 +26,23 @@ from glide_sync import (
     GlideError,
     NodeAddress,
     ServerCredentials,
+    TimeoutError,
 )
 
+from kvstrata.tiers.process.away import Away
 from kvstrata.tiers.valkey.config import ValkeyOptions
 
 # Tries again after 0.1, 0.2, 0.4, 0.8 and 1.6 s, and then every 1.6 s, for ever.
 _RECONNECT = BackoffStrategy(num_of_retries=4, factor=100, exponent_base=2)
+_SILENT = (ClosingError, ConnectionError, TimeoutError)  # glide's own: nobody answered
 _SCANNED = 1000  # names that the server looks at in one call
 
 
 class Client:
     """Asks the server; each call ends within `timeout_s`, or twice that if it must connect first.
 
-    Whatever the server or the way to it says against it is an `OSError`; ENOSPC if it is full.
+    While the server is away most end at once, see `Away`. Whatever the server or the way to it
+    says against it is an `OSError`; ENOSPC if it is full.
     """
 
     def __init__(self, options: ValkeyOptions, *, lazy: bool) -> None:
@@ -46,6 +52,7 @@ class Client:
             OSError: the server cannot be used, or the file with the password.
         """
         self._options = options
+        self._away = Away()
         host, port = options.address
         timeout_ms = max(1, int(options.timeout_s * 1000))
         common: dict[str, Any] = {
@@ -58,7 +65,7 @@ class Client:
             "lazy_connect": lazy,
         }
         self._client: GlideClient | GlideClusterClient
-        with self._errors():
+        with self._asking():
             if options.cluster:
                 of_cluster = AdvancedGlideClusterClientConfiguration(connection_timeout=timeout_ms)
                 self._client = GlideClusterClient.create(
@@ -76,7 +83,7 @@ class Client:
 
     def run(self, batch: Any) -> list[Any]:
         """What the server answers to each of them."""
-        with self._errors():
+        with self._asking():
             answers = self._client.exec(batch, raise_on_error=False) or []
             for each in answers:
                 if isinstance(each, GlideError):
@@ -90,7 +97,7 @@ class Client:
             ValueError: one has no room in its buffer.
             OSError: see the class.
         """
-        with self._errors():
+        with self._asking():
             sizes = self._client.mget(list(names), buffers=list(buffers))
         return [None if each is None else int(each) for each in sizes]
 
@@ -99,7 +106,7 @@ class Client:
         start: Callable[[], Any] = ClusterScanCursor if self._options.cluster else lambda: b"0"
         cursor, client = start(), cast(Any, self._client)  # one's cursors are not the other's
         while True:
-            with self._errors():
+            with self._asking():
                 cursor, names = client.scan(cursor, match=pattern, count=_SCANNED)
             yield from names
             if cursor.is_finished() if self._options.cluster else cursor == b"0":
@@ -110,15 +117,25 @@ class Client:
         self._client.close()
 
     @contextmanager
-    def _errors(self) -> Iterator[None]:
+    def _asking(self) -> Iterator[None]:
+        begun = self._away.begin()
         try:
             yield
         except GlideError as error:
-            text = str(error).strip()
-            if "exceeds buffer capacity" in text:
-                raise ValueError(text) from None
-            code = errno.ENOSPC if text.startswith("OOM") else errno.EIO
-            raise OSError(code, f"{self._options.url}: {text}") from None
+            failure = self._failure(error)
+            if isinstance(error, _SILENT):
+                self._away.silent(begun, failure)
+            else:
+                self._away.answered()
+            raise failure from None
+        self._away.answered()
+
+    def _failure(self, error: GlideError) -> Exception:
+        text = str(error).strip()
+        if "exceeds buffer capacity" in text:
+            return ValueError(text)
+        code = errno.ENOSPC if text.startswith("OOM") else errno.EIO
+        return OSError(code, f"{self._options.url}: {text}")
 
 
 def _credentials(options: ValkeyOptions) -> ServerCredentials | None:

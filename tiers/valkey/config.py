@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from functools import partial
 from urllib.parse import urlsplit
@@ -19,7 +18,7 @@ from kvstrata.tiers.options import (
 
 DEFAULT_PORT = 6379
 _EXAMPLE = '"valkey://host:6379"'
-_OTHER_SCHEMES = re.compile(r"(redis|valkey)s?")
+_OTHER_SCHEMES = {"redis": "", "rediss": ', and "tls": true', "valkeys": ', and "tls": true'}
 _MOST_TIMEOUT_S = 10.0  # a call that first connects takes two; after 30 s a process is replaced
 
 
@@ -34,8 +33,7 @@ def _url(key: str, value: object) -> str:
         host, port = parts.hostname, parts.port or DEFAULT_PORT
     except ValueError:  # no port, or half an IPv6 address
         raise WrongValue(key, value, _EXAMPLE) from None
-    if parts.scheme != "valkey" and _OTHER_SCHEMES.fullmatch(parts.scheme):
-        tls = ', and "tls": true' if parts.scheme.endswith("s") else ""
+    if (tls := _OTHER_SCHEMES.get(parts.scheme)) is not None:
         raise WrongValue(key, value, f"{_EXAMPLE}{tls}; a Redis server is named so too")
     if parts.scheme != "valkey" or not host:
         raise WrongValue(key, value, _EXAMPLE)

@@ -47,7 +47,7 @@ class ValkeyTier(ProcessTier):
                 *(context.model, parsed.url, self._mark),
             )
         factory = "kvstrata.tiers.valkey.medium:ValkeyMedium"
-        medium = MediumSpec(factory, parsed, trusted=not server.found)
+        medium = MediumSpec(factory, parsed, trusted=not server.found, noisy=True)
         super().__init__(context, [medium], _THREADS, _THREADS)
 
     def how_to_trust(self) -> str:

@@ -11,6 +11,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from tests.sessions import pause
 from tests.tiers.valkey.server import free_port
 from tests.waiting import wait_until
 
@@ -45,7 +46,7 @@ class _Process:
         self.process.wait()
 
     def pause(self) -> None:
-        os.kill(self.process.pid, signal.SIGSTOP)
+        pause(self.process.pid)
 
     def resume(self) -> None:
         os.kill(self.process.pid, signal.SIGCONT)

@@ -4,6 +4,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
+from kvstrata.tiers.base import TierConfigError
+from kvstrata.tiers.mooncake import rdma
 from kvstrata.tiers.testing import CONTEXT, find, load, make_data, make_key, store
 from tests.tiers.mooncake.conftest import OpenTier
 from tests.tiers.mooncake.pool import LEAST_SEGMENT, Master, Peer
@@ -23,6 +27,30 @@ def test_nobody_reaches_the_engines_pages(open_tier: OpenTier, master: Master, p
         for port in listening(process):
             read, written = peer.peek(port, pages_of(process))
             assert read != 0 and written != 0
+
+
+def test_without_a_device_there_is_no_rdma(
+    open_tier: OpenTier, master: Master, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library would take TCP, and lay open what is registered."""
+    monkeypatch.setattr(rdma, "DEVICES", tmp_path / "class")
+    monkeypatch.setattr(rdma, "NODES", tmp_path / "dev")
+    refused = r"^protocol: 'rdma' needs a device .*give \"tcp\"$"
+    with pytest.raises(TierConfigError, match=refused):
+        open_tier(master, protocol="rdma")
+    for port, state in ((1, "1: DOWN"), (2, "4: ACTIVE")):
+        folder = tmp_path / "class" / "mlx5_0" / "ports" / str(port)
+        folder.mkdir(parents=True)
+        (folder / "state").write_text(f"{state}\n")
+    (tmp_path / "class/mlx5_0/device/infiniband_verbs/uverbs0").mkdir(parents=True)
+    with pytest.raises(TierConfigError, match=refused):
+        open_tier(master, protocol="rdma")
+    assert not rdma.has_device()
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/uverbs0").touch(0o600)
+    assert rdma.has_device()
+    (tmp_path / "class/mlx5_0/ports/2/state").write_text("1: DOWN\n")
+    assert not rdma.has_device()
 
 
 def listening(pid: int) -> list[int]:

@@ -17,6 +17,7 @@ import obstore
 from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
+from tests.sessions import pause
 from tests.waiting import wait_until
 
 KEY, SECRET, BUCKET = "testkey", "testsecret", "pages"
@@ -93,7 +94,7 @@ class S3Server:
     @contextmanager
     def silent(self) -> Iterator[None]:
         """It takes connections and answers none."""
-        self.process.send_signal(signal.SIGSTOP)
+        pause(self.process.pid)
         try:
             yield
         finally:

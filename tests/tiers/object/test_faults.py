@@ -1,5 +1,6 @@
 """Faults of a real server: right answers, counted by cause, and no wait without an end."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ from obstore.store import S3Store
 
 from kvstrata.tiers.base import Lookup, TierConfigError
 from kvstrata.tiers.object.tier import ObjectTier
+from kvstrata.tiers.process import tier as tier_module
 from kvstrata.tiers.testing import (
     CONTEXT,
     RequestView,
@@ -24,10 +26,12 @@ from tests.tiers.link import SlowLinkContract
 from tests.tiers.object.conftest import OpenTier
 from tests.tiers.object.server import KEY, SECRET, S3Server
 from tests.tiers.object.test_contract import Objects
+from tests.waiting import PATIENCE_S, wait_until
 
 SIZE = CONTEXT.layouts[2].nbytes
 KEYS = [make_key(n, group=2) for n in range(6)]
 PAGES = {key: make_data(n, SIZE) for n, key in enumerate(KEYS)}
+MANY = {make_key(n, group=2): make_data(n, SIZE) for n in range(500, 600)}
 
 
 @pytest.mark.parametrize(
@@ -107,6 +111,32 @@ def test_a_silent_server_is_a_miss_and_nothing_hangs(
     assert tier.stats().counters["restarted_processes"] == 0
 
 
+def test_nobody_waits_for_a_server_that_is_silent(
+    open_tier: OpenTier,
+    s3: S3Server,
+    s3_options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A job of many tasks takes as long as one request."""
+    monkeypatch.setattr(tier_module, "_TASK_BYTES", 1)
+    tier = open_tier(**s3_options)
+    store(tier, MANY)
+    with s3.silent():
+        start = time.monotonic()
+        assert load(tier, list(MANY))[0].failed == dict.fromkeys(MANY, "unreachable")
+        assert time.monotonic() - start < PATIENCE_S / 3  # task by task it would be 50 s, or 100
+    wait_until(lambda: load(tier, list(MANY))[1] == MANY)
+
+
+def test_the_environment_may_name_the_server(
+    open_tier: OpenTier, s3_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_options.pop("endpoint"))
+    tier = open_tier(**s3_options)
+    assert not store(tier, PAGES).failed
+    assert load(tier, KEYS)[1] == PAGES
+
+
 class TestSlowLink(SlowLinkContract):
     @pytest.fixture
     def server_port(self, s3: S3Server) -> int:
@@ -156,7 +186,8 @@ def test_a_start_that_cannot_work_is_one_error(
         name = "AWS_ACCESS_KEY_ID" if named == "key" else "AWS_SECRET_ACCESS_KEY"
         monkeypatch.setenv(name, "hunter2hunter2")
     with pytest.raises(
-        TierConfigError, match=r"^url: 's3://.* see that the (cred|bucket)"
+        TierConfigError,
+        match=r"^url: 's3://.* see that the " + ("bucket" if named == "bucket" else "cred"),
     ) as caught:
         open_tier(**s3_options)
     text = str(caught.value)

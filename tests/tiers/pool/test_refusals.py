@@ -49,6 +49,17 @@ def test_its_directory_is_named(shm: Path) -> None:
     assert PoolTier.directories(options) == (str(pool_dir(shm)),)
 
 
+@pytest.mark.parametrize("max_bytes", ["900TiB", 1])
+def test_what_is_refused_leaves_nothing(open_tier: OpenTier, shm: Path, max_bytes: object) -> None:
+    with pytest.raises(TierConfigError, match=r"^max_bytes: "):
+        open_tier(max_bytes=max_bytes)
+    assert list(shm.iterdir()) == []
+    pool_dir(shm).mkdir(mode=0o700)
+    with pytest.raises(TierConfigError, match=r"^max_bytes: "):
+        open_tier(max_bytes=max_bytes)
+    assert list(shm.iterdir()) == [pool_dir(shm)]
+
+
 @pytest.mark.parametrize(
     ("options", "slow"), [(("rw",), True), (("rw", "huge=within_size"), False)]
 )

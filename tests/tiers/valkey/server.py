@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from tests.sessions import pause
 from tests.waiting import wait_until
 
 SETTINGS = ("--save", "", "--appendonly", "no", "--bind", "127.0.0.1", "--protected-mode", "no")
@@ -63,7 +64,7 @@ class Server:
         self.process.wait()
 
     def pause(self) -> None:
-        os.kill(self.process.pid, signal.SIGSTOP)
+        pause(self.process.pid)
 
     def resume(self) -> None:
         os.kill(self.process.pid, signal.SIGCONT)
