@@ -402,7 +402,10 @@ class TieringManager:
 
     def _new_state(self, request: RequestView) -> RequestState:
         self._newest += 1
-        state = RequestState(request, self._newest, self._parameters.read(request.params))
+        parameters = self._parameters.read(request.params)
+        if parameters.pin_seconds > 0.0:
+            request = replace(request, pin_s=parameters.pin_seconds)
+        state = RequestState(request, self._newest, parameters)
         self.counters["wrong_wishes"] = self._parameters.wrong
         self._requests[request.req_id] = state
         self.audits.begin(state)

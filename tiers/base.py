@@ -183,13 +183,15 @@ class RequestView:
 
     `params` is the request's `kv_transfer_params`. `tiers` names the tiers that may
     serve it; None allows all. `engine` is what vLLM itself says of the request, for tiers that
-    were made for vLLM; None where there is no engine.
+    were made for vLLM; None where there is no engine. `pin_s` is for how many seconds it wishes its
+    pages to stay; a tier need not heed it.
     """
 
     req_id: str
     params: Mapping[str, Any] = field(default_factory=dict)
     tiers: frozenset[str] | None = None
     engine: object = field(default=None, repr=False, compare=False)
+    pin_s: float = 0.0
 
 
 class Page(NamedTuple):

@@ -23,9 +23,11 @@ class Recorder(MemoryTier):
         super().__init__({}, CONTEXT)
         self._pages.update((key, content(key)) for key, _ in items)
         self.given: list[list[bytes]] = []
+        self.pins: list[float] = []  # of the same
 
     def submit_store(self, job: Job) -> None:
         self.given.append(list(job.keys))
+        self.pins.append(job.request.pin_s)
         super().submit_store(job)
 
 
@@ -131,6 +133,14 @@ def test_pinned_pages_survive_a_flood() -> None:
     world.step(3)
     world.store([chunk(7, index) for index in range(4)], world.request("2"))
     assert world.lookup(ITEMS[0], request) is MISS and world.manager.pinned == 0
+
+
+def test_a_tier_is_told_of_the_wish() -> None:
+    tier = Recorder()
+    world = World([tier], slots=16)
+    world.store(ITEMS[:2], world.request("1"))
+    world.store(ITEMS[2:4], world.request("2", wishes={"pin_seconds": 60}))
+    assert tier.pins == [0.0, 60.0]
 
 
 def test_what_is_loaded_is_pinned_too_and_a_reset_ends_it() -> None:

@@ -76,13 +76,18 @@ class Client:
                 raise OSError(self.describe(code))
         return [code == 1 for code in codes]
 
-    def put(self, names: Sequence[str], values: Sequence[Parts]) -> list[int]:
+    def put(self, names: Sequence[str], values: Sequence[Parts], pin_s: float = 0.0) -> list[int]:
         """Keep the values, straight from where the parts are; not over those that are there.
+
+        Args:
+            names: of the values.
+            values: of each the parts.
+            pin_s: for so many seconds they are the last to be evicted.
 
         Returns:
             of each what the library says, which is negative of one that was not kept.
         """
-        return self._move("batch_put_from_multi_buffers", names, values)
+        return self._move("batch_put_from_multi_buffers", names, values, _how_to_keep(pin_s))
 
     def get(self, names: Sequence[str], values: Sequence[Parts]) -> list[int]:
         """Fill the parts with the values, which must have as many bytes as they.
@@ -136,11 +141,14 @@ class Client:
         """What one of the library's negative answers means."""
         return f"{self._options.master}: {_WORDS.get(code, 'it failed')} ({code})"
 
-    def _move(self, method: str, names: Sequence[str], values: Sequence[Parts]) -> list[int]:
+    def _move(
+        self, method: str, names: Sequence[str], values: Sequence[Parts], *more: object
+    ) -> list[int]:
         self._register([part for parts in values for part in parts])
         places = [list(map(_address, parts)) for parts in values]
         sizes = [list(map(len, parts)) for parts in values]
-        return self._ask(lambda client: getattr(client, method)(list(names), places, sizes))
+        whole = list(names), places, sizes, *more
+        return self._ask(lambda client: getattr(client, method)(*whole))
 
     def _ask(self, ask: Callable[[Any], list[int]]) -> list[int]:
         client = self.connect()
@@ -173,6 +181,17 @@ class Client:
                 if code != _OK:
                     raise OSError(f"memory cannot be registered ({code})")
                 self._memory[id(memory)] = memory
+
+
+def _how_to_keep(pin_s: float) -> Any:
+    """The library's word for it."""
+    from mooncake.store import ReplicateConfig, SoftPinAction
+
+    config = ReplicateConfig()
+    if pin_s > 0.0:
+        config.soft_pin_action = SoftPinAction.ENABLE
+        config.soft_pin_ttl_ms = math.ceil(1000 * pin_s)
+    return config
 
 
 def _connect(options: MooncakeOptions, segment: int) -> Any:

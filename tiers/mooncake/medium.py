@@ -80,7 +80,7 @@ class MooncakeMedium(Medium):
         values = list(zip(self._headers(keys), [views[index] for index in wanted], strict=True))
         for key, (header, view) in zip(keys, values, strict=True):
             header[:] = self._form.header(key, view)
-        codes = self._client.put(self._names(keys), values)
+        codes = self._client.put(self._names(keys), values, pages[0].pin_s)
         for index, code in zip(wanted, codes, strict=True):
             outcomes[index] = self._stored(code)
         return outcomes

@@ -33,11 +33,13 @@ class PageRef(NamedTuple):
         key: the offload key.
         depth: the page's end in the request, in tokens; 0 if unknown.
         rewrite: a store replaces what is there.
+        pin_s: for how many seconds the request wishes it to stay.
     """
 
     key: PageKey
     depth: int = 0
     rewrite: bool = False
+    pin_s: float = 0.0
 
 
 class Outcome(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -54,6 +54,7 @@ class Task(msgspec.Struct, array_like=True, gc=False):
         access: the pages of one access count as used together.
         job_id: the engine's own.
         task_id: given by the supervisor.
+        pin_s: see `PageRef`; the same for all, which are of one request.
     """
 
     kind: Kind
@@ -64,11 +65,12 @@ class Task(msgspec.Struct, array_like=True, gc=False):
     access: int = 0
     job_id: int = 0
     task_id: int = 0
+    pin_s: float = 0.0
 
     def pages(self) -> list[PageRef]:
         """The pages as a medium sees them; only for tasks that touch slots."""
         rewrites = self.rewrites or repeat(False)
-        return list(map(PageRef, self.keys, self.depths, rewrites))
+        return list(map(PageRef, self.keys, self.depths, rewrites, repeat(self.pin_s)))
 
 
 class _Record(msgspec.Struct, array_like=True, gc=False, tag=True):

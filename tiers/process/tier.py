@@ -320,9 +320,7 @@ class ProcessTier(SecondaryTier):
         if (first := self._accesses.get(job.request.req_id)) is not None:
             access = self._accesses[job.request.req_id] = first or access
         for processes, ours in self._by_medium(good, itemgetter(0)):
-            processes.submit(
-                self._task(kind, part, job.job_id, access) for part in self._parts(ours)
-            )
+            processes.submit(self._task(kind, part, job, access) for part in self._parts(ours))
 
     def _parts(self, rows: list[_Row]) -> Iterator[list[_Row]]:
         """The pages in order, cut into tasks."""
@@ -336,10 +334,11 @@ class ProcessTier(SecondaryTier):
         if start < len(rows):
             yield rows[start:]
 
-    def _task(self, kind: Kind, rows: list[_Row], job_id: int, access: int) -> Task:
+    def _task(self, kind: Kind, rows: list[_Row], job: Job, access: int) -> Task:
         keys, slots, depths = map(list, zip(*rows, strict=True))
         rewrites = list(map(self._index.is_refused, keys)) if kind is Kind.STORE else []
-        return Task(kind, keys, slots, depths, rewrites, access, job_id)
+        pin_s = job.request.pin_s
+        return Task(kind, keys, slots, depths, rewrites, access, job.job_id, pin_s=pin_s)
 
     def _send_checks(self) -> None:
         for processes, keys in self._by_medium(self._index.take_unsent(), lambda key: key):

@@ -217,6 +217,27 @@ def test_a_pool_evicts(
     assert set(tier.take_removed()) == set(pages) - set(arrived)
 
 
+def test_a_pool_keeps_what_a_request_wishes_to_stay(
+    open_tier: OpenTier, start_master: StartMaster, start_peer: StartPeer
+) -> None:
+    master = start_master("--default_kv_lease_ttl=2000", "--allow_evict_soft_pinned_objects=false")
+    start_peer(master)
+    tier = open_tier(master)
+    kept = {make_key(n, group=1): make_data(n, SIZE) for n in range(5000, 5100)}
+    slots = Slots.make(len(kept), SIZE)
+    for place, page in enumerate(kept.values()):
+        slots.view(place)[:] = page
+    wish = RequestView("wish", pin_s=600.0)
+    tier.submit_store(make_job(1, list(kept), slots, CONTEXT, request=wish))
+    assert not finish(tier)[0].failed
+    others = 2 * LEAST_SEGMENT // (SIZE + 4096)
+    for start in range(0, others, 100):
+        some = {make_key(n, group=1): make_data(n % 7, SIZE) for n in range(start, start + 100)}
+        wait_until(lambda some=some: not store(tier, some).failed)
+    assert load(tier, [make_key(n, group=1) for n in range(100)])[0].failed  # the oldest of them
+    assert load(tier, list(kept))[1] == kept
+
+
 def _flipped(value: bytes, place: int) -> bytes:
     return value[:place] + bytes([value[place] ^ 1]) + value[place + 1 :]
 
