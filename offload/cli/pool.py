@@ -75,14 +75,23 @@ def _look(name: str, path: str) -> dict[str, Any]:
         OSError: its books cannot be read.
     """
     from kvstrata.tiers.fs.tools.trim import last_uses
+    from kvstrata.tiers.pool.place import wrong_pool
     from kvstrata.tiers.pool.tools import living
 
-    books = books_json(path) or {}
+    nothing = {"counted": None, "files": None, "bytes": None, "max_bytes": None}
+    if wrong := wrong_pool(os.lstat(path)):
+        unseen = {"servers": 0, "pids": [], "used_age_s": None}
+        return {"name": name, "path": path, "wrong": wrong, **nothing, **unseen}
+    books = books_json(path)
+    if books is None:
+        wrong = "has no books that can be read" if os.listdir(path) else "is empty"
+    books = books or {}
     used = max(last_uses(path).values(), default=None)
     return {
         "name": name,
         "path": path,
-        **{key: books.get(key) for key in ("counted", "files", "bytes", "max_bytes")},
+        "wrong": wrong or None,
+        **{key: books.get(key) for key in nothing},
         "servers": books.get("servers", 0),
         "pids": list(living(path).pids),
         "used_age_s": None if used is None else max(0.0, time.time() - used),
@@ -90,8 +99,8 @@ def _look(name: str, path: str) -> dict[str, Any]:
 
 
 def _show(found: Mapping[str, Any]) -> None:
-    if found["counted"] is None:
-        typer.echo(f"{found['name']}: no books that can be read")
+    if found["wrong"] is not None:
+        typer.echo(f"{found['name']}: {found['path']!r} {found['wrong']}")
         return
     counted = "" if found["counted"] else "not counted yet: "
     most = "" if found["max_bytes"] is None else f" of at most {format_bytes(found['max_bytes'])}"

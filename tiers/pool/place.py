@@ -44,6 +44,12 @@ def pool_path(name: str) -> str:
     return f"{_prefix()}{name}"
 
 
+def name_of(path: str) -> str | None:
+    """The name of this user's pool whose path it is, free of links; None if it is another path."""
+    name = path.removeprefix(_prefix())
+    return name if name != path and _NAME.fullmatch(name) else None
+
+
 def pool_names() -> list[str]:
     """The names of this user's pools.
 
@@ -61,22 +67,46 @@ def make_pool(name: str) -> str:
     Raises:
         TierConfigError: shared memory is none, or what is there is not this user's alone.
     """
+    check_shared_memory()
+    path = pool_path(name)
+    try:
+        with suppress(FileExistsError):
+            nofollow.mkdir(path, DIR_MODE)
+    except OSError as error:
+        raise TierConfigError(f"name: {name!r}: {path!r} {refusal(path, error)}") from error
+    check_own(name)
+    return path
+
+
+def check_shared_memory() -> None:
+    """Refuse a machine where pools cannot be.
+
+    Raises:
+        TierConfigError: naming what is missing.
+    """
     if not os.path.isdir(SHM) or file_system(str(SHM)) not in ("tmpfs", "unknown"):
         wrong = "is no tmpfs" if os.path.isdir(SHM) else "is missing"
         raise TierConfigError(
             f"type: 'pool' keeps its pages in {SHM}, which {wrong}: mount a tmpfs there, or use "
             "the fs tier"
         )
+
+
+def check_own(name: str) -> None:
+    """Refuse what is in the place of the pool, if anything is, and not this user's alone.
+
+    Raises:
+        TierConfigError: naming what is wrong with it.
+    """
     path = pool_path(name)
     try:
-        with suppress(FileExistsError):
-            nofollow.mkdir(path, DIR_MODE)
-        found = os.lstat(path)
+        why = wrong_pool(os.lstat(path))
+    except FileNotFoundError:
+        return
     except OSError as error:
         raise TierConfigError(f"name: {name!r}: {path!r} {refusal(path, error)}") from error
-    if why := wrong_owner(found) or _wrong_mode(found):
+    if why:
         raise TierConfigError(f"name: {name!r}: {path!r} {why}")
-    return path
 
 
 def slow_memory() -> str:
@@ -90,6 +120,11 @@ def slow_memory() -> str:
         f"{SHM} gives out memory in small pages; with huge ones (mount -o "
         f"remount,huge=within_size {SHM}) a pool loads twice as fast"
     )
+
+
+def wrong_pool(found: os.stat_result) -> str:
+    """Why what was found cannot be a pool of this user's, and the remedy; else nothing."""
+    return wrong_owner(found) or _wrong_mode(found)
 
 
 def wrong_owner(found: os.stat_result) -> str:
@@ -109,29 +144,38 @@ def _wrong_mode(found: os.stat_result) -> str:
     return "" if mode == DIR_MODE else f"has mode {mode:04o}, which lets others in; chmod 700 it"
 
 
-def check_fit(path: str, max_bytes: int, region: PageRegion | None) -> None:
+def check_fit(path: str, max_bytes: int, reserved: int) -> None:
     """Refuse a pool that memory could not hold beside the CPU tier.
 
     Args:
-        path: the pool's directory, which exists; what it holds already counts as room.
+        path: the pool's directory, which need not exist; what it holds already counts as room.
         max_bytes: its budget.
-        region: the CPU tier's pages, of which some may have no memory yet.
+        reserved: bytes of memory that the CPU tier is yet to take.
 
     Raises:
         TierConfigError: naming what is missing.
     """
-    disk = disk_at(path)
-    rooms = [(disk.free - default_floor(disk.total), str(SHM)), (available_memory(), "memory")]
-    free, where = min(rooms)
-    held, rest = _held(path), _without_memory(region)
-    most = max(0, held + free - rest)
+    held, (free, where) = _held(path), _free()
+    most = max(0, held + free - reserved)
     if max_bytes > most:
         raise TierConfigError(
             f"max_bytes: {format_bytes(max_bytes)} do not fit: the pool has {format_bytes(held)}, "
-            f"{format_bytes(max(0, free))} of {where} can be had, and {format_bytes(rest)} of that "
-            f'are for the CPU tier; give at most "{most >> 20}MiB", lower cpu_bytes_to_use, or '
-            f"give the machine more (containers: memory limit and --shm-size)"
+            f"{format_bytes(max(0, free))} of {where} can be had, and {format_bytes(reserved)} of "
+            f'that are for the CPU tier; give at most "{most >> 20}MiB", lower cpu_bytes_to_use, '
+            f"or give the machine more (containers: memory limit and --shm-size)"
         )
+
+
+def most_bytes(path: str) -> int:
+    """How large the pool at `path` may become where nobody said it."""
+    return max(0, _held(path) + _free()[0])
+
+
+def _free() -> tuple[int, str]:
+    """Bytes that pools may yet take; and of what there are so few."""
+    disk = disk_at(str(SHM))
+    rooms = [(disk.free - default_floor(disk.total), str(SHM)), (available_memory(), "memory")]
+    return min(rooms)
 
 
 def _prefix() -> str:
@@ -158,8 +202,8 @@ def _sizes(path: str) -> Iterator[int]:
                 yield os.lstat(os.path.join(directory, name)).st_blocks * 512
 
 
-def _without_memory(region: PageRegion | None) -> int:
-    """Bytes of the CPU tier that are not taken yet."""
+def without_memory(region: PageRegion | None) -> int:
+    """Bytes of the CPU tier that take no memory yet."""
     if region is None:
         return 0
     return untaken_memory(region.fd, region.offset + region.slots * region.slot_bytes)

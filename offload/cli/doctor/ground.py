@@ -119,7 +119,7 @@ def _pool(options: dict[str, Any]) -> Iterator[Ground]:
         check_fit(
             real if os.path.isdir(real) else path,
             parse_bytes("max_bytes", options["max_bytes"]),
-            None,
+            0,
         )
         place = open_place("tier", path)
         yield Ground({**options, "name": name, "max_bytes": _POOL_BYTES}, [place])

@@ -42,6 +42,7 @@ def test_ls_beside_a_server(server: PoolTier, shm: Path) -> None:
     assert found == {
         "name": "node",
         "path": str(pool_dir(shm)),
+        "wrong": None,
         "counted": True,
         "max_bytes": 2**26,
         "servers": 2,
@@ -66,7 +67,23 @@ def test_ls_without_books(shm: Path) -> None:
     (shm / "kvstrata-pool-1-another").mkdir()  # of another user
     (shm / f"kvstrata_{os.geteuid()}_engine").touch()  # a region
     assert [each["name"] for each in run_json("pool", "ls")["pools"]] == ["a", "b"]
-    assert run("pool", "ls") == "a: no books that can be read\nb: no books that can be read\n"
+    (Path(make_pool("b")) / "mine").touch()
+    shown = run("pool", "ls").splitlines()
+    assert shown[0] == f"a: '{pool_dir(shm, 'a')}' is empty"
+    assert shown[1] == f"b: '{pool_dir(shm, 'b')}' has no books that can be read"
+
+
+def test_ls_of_what_is_no_pool(shm: Path, tmp_path: Path) -> None:
+    pool_dir(shm, "a").symlink_to(tmp_path)
+    pool_dir(shm, "b").touch()
+    make_pool("c")
+    pool_dir(shm, "c").chmod(0o777)
+    shown = run("pool", "ls").splitlines()
+    whys = ("is a symbolic link", "is not a directory", "has mode 0777")
+    for name, why, line in zip("abc", whys, shown, strict=True):
+        assert line.startswith(f"{name}: '{pool_dir(shm, name)}' {why}")
+    (link, *_) = run_json("pool", "ls")["pools"]
+    assert link["wrong"].startswith("is a symbolic link") and link["files"] is None
 
 
 def test_no_pools() -> None:

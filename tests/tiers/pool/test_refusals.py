@@ -162,7 +162,7 @@ def region(slots: int) -> PageRegion:
 
 def fits(path: str, max_bytes: int, slots: int = 0) -> bool:
     try:
-        place.check_fit(path, max_bytes, region(slots) if slots else None)
+        place.check_fit(path, max_bytes, place.without_memory(region(slots) if slots else None))
     except TierConfigError as error:
         assert str(error).startswith("max_bytes: ") and "lower cpu_bytes_to_use" in str(error)
         return False
@@ -186,7 +186,7 @@ def test_a_cpu_tier_with_memory_takes_no_more(free: Callable[[int, int], None]) 
     made = region(4)
     assert not fits(path, 8 * MIB, 4)
     os.posix_fallocate(made.fd, 0, 4 * MIB)
-    place.check_fit(path, 8 * MIB, made)
+    place.check_fit(path, 8 * MIB, place.without_memory(made))
 
 
 def test_the_remedy_is_one(free: Callable[[int, int], None]) -> None:
@@ -197,8 +197,8 @@ def test_the_remedy_is_one(free: Callable[[int, int], None]) -> None:
         '4.0 GiB of that are for the CPU tier; give at most "6144MiB", lower cpu_bytes_to_use'
     )
     with pytest.raises(TierConfigError, match=f"^{re.escape(said)}"):
-        place.check_fit(path, 64 * GIB, region(4 * 1024))
-    place.check_fit(path, 6144 * MIB, region(4 * 1024))
+        place.check_fit(path, 64 * GIB, place.without_memory(region(4 * 1024)))
+    place.check_fit(path, 6144 * MIB, place.without_memory(region(4 * 1024)))
 
 
 @pytest.mark.parametrize("books", [True, False])
