@@ -93,6 +93,8 @@ ALLOWED: Mapping[tuple[str, str], str] = {
     ("offload/cli/doctor/config.py", "offload.vllm_plugin.entry_point"): "the spec's module",
     ("offload/cli/copy/bucket.py", "tiers.process.medium"): "bytes move through media",
     ("offload/cli/copy/directory.py", "tiers.process.medium"): "bytes move through media",
+    ("offload/cli/copy/host.py", "tiers.process.medium"): "what the host of a medium is told",
+    ("offload/cli/copy/pool.py", "tiers.process.medium"): "bytes move through media",
     ("offload/cli/copy/pages.py", "tiers.process.medium"): "bytes move through media",
     ("offload/cli/copy/place.py", "tiers.process.medium"): "bytes move through media",
     ("offload/cli/copy/server.py", "tiers.process.medium"): "bytes move through media",

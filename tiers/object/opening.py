@@ -20,6 +20,7 @@ from kvstrata.tiers.page.identity import (
 )
 
 _REMEDY = "see that the bucket exists, and that endpoint and region are its own"
+_ENVIRONMENT = "set what is missing in the environment (docs/tiers.md)"
 _REMEDIES = {
     "denied": "see that the credentials are those of somebody who may list, read and write there",
     SILENT: "see that the server runs and can be reached, or give another endpoint",
@@ -52,10 +53,7 @@ def open_bucket(config: ObjectConfig, context: TierContext) -> Opened:
     try:
         bucket = Bucket(config)
     except Exception as error:  # obstore's and boto3's have no base in common
-        raise TierConfigError(
-            f"url: {config.url!r} cannot be used ({plain_text(error)}); set what is missing in the "
-            "environment (docs/tiers.md)"
-        ) from None
+        raise TierConfigError(unusable(config, error)) from None
     try:
         paths, found = _find(bucket, context.model, context.namespace)
         if found is not None:
@@ -64,8 +62,7 @@ def open_bucket(config: ObjectConfig, context: TierContext) -> Opened:
         bucket.write(paths.config, config_text(context.namespace).encode(), replace=True)
         trusted = bucket.size(paths.distrust) is None
     except BucketError as error:
-        remedy = _REMEDIES.get(error.cause, _REMEDY)
-        raise TierConfigError(f"url: {config.url!r} cannot be used ({error}); {remedy}") from None
+        raise TierConfigError(unusable(config, error)) from None
     if not trusted:
         logger.error(
             "kvstrata object tier: audits found pages in %s/%s that are not what the model "
@@ -79,6 +76,17 @@ def open_bucket(config: ObjectConfig, context: TierContext) -> Opened:
             "reset of its cache: a lifecycle rule of the bucket must delete them"
         )
     return Opened(config, paths, trusted)
+
+
+def unusable(config: ObjectConfig, error: Exception) -> str:
+    """Why a bucket cannot be used, and the remedy.
+
+    `error` is the bucket's own; or it says why there is none with these options.
+    """
+    why, remedy = plain_text(error), _ENVIRONMENT
+    if isinstance(error, BucketError):
+        why, remedy = str(error), _REMEDIES.get(error.cause, _REMEDY)
+    return f"url: {config.url!r} cannot be used ({why}); {remedy}"
 
 
 def _find(

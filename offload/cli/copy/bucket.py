@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from kvstrata.offload.cli.copy.place import Place, PlaceError, Refused, Wrong
+from kvstrata.offload.cli.copy.host import PlaceHost
+from kvstrata.offload.cli.copy.place import UNTRUSTED, Place, PlaceError, Refused, Wrong
 from kvstrata.tiers.base import PageKey, TierConfigError, TierContext
 from kvstrata.tiers.fs.files.layout import (
     NAMESPACE_DIR,
@@ -15,11 +16,10 @@ from kvstrata.tiers.fs.files.layout import (
     located_key,
 )
 from kvstrata.tiers.fs.files.namespace import parse_config
-from kvstrata.tiers.fs.tools.trim import Accounts
-from kvstrata.tiers.object.bucket import Bucket, BucketError, plain_text
+from kvstrata.tiers.object.bucket import Bucket, BucketError
 from kvstrata.tiers.object.config import ObjectConfig
 from kvstrata.tiers.object.medium import ObjectMedium
-from kvstrata.tiers.object.opening import Opened, open_bucket
+from kvstrata.tiers.object.opening import Opened, open_bucket, unusable
 from kvstrata.tiers.page.identity import MAX_CONFIG_BYTES
 from kvstrata.tiers.process.medium import Medium
 
@@ -27,16 +27,15 @@ from kvstrata.tiers.process.medium import Medium
 class BucketPlace(Place):
     """Objects below `config.url`."""
 
+    more_room = "free some of the bucket's room, or raise its quota"
+
     def __init__(self, config: ObjectConfig) -> None:
         self.shown = config.url
         self.config = config
         try:
             self._bucket = Bucket(config)
         except Exception as error:  # obstore's and boto3's have no base in common
-            raise PlaceError(
-                f"url: {config.url!r} cannot be used ({plain_text(error)}); set what is missing in "
-                "the environment (docs/tiers.md)"
-            ) from None
+            raise PlaceError(unusable(config, error)) from None
 
     def namespaces(self) -> list[str]:
         """See `Place.namespaces`."""
@@ -85,7 +84,7 @@ class BucketPlace(Place):
     def source(self, name: str, context: TierContext) -> Medium:
         """See `Place.source`."""
         opened = Opened(self.config, NamespacePaths("", name), trusted=True)
-        return ObjectMedium(opened, context, Accounts(), True)
+        return ObjectMedium(opened, context, PlaceHost(self.shown), True)
 
     def target(self, context: TierContext) -> Medium:
         """See `Place.target`; opened as the object tier opens it."""
@@ -95,7 +94,7 @@ class BucketPlace(Place):
             raise PlaceError(str(error)) from None
         if not opened.trusted:
             raise self._untrusted(opened.paths)
-        return ObjectMedium(opened, context, Accounts(), False)
+        return ObjectMedium(opened, context, PlaceHost(self.shown), False)
 
     def overlaps(self, other: Place) -> bool:
         """See `Place.overlaps`."""
@@ -121,12 +120,11 @@ class BucketPlace(Place):
                 self._bucket.remove(path)
 
     def _untrusted(self, paths: NamespacePaths) -> Refused:
-        where = f"{self.shown}/{paths.distrust}"
-        return Refused(where, "audits found pages there that are not the model's")
+        return Refused(f"{self.shown}/{paths.distrust}", UNTRUSTED)
 
     @contextmanager
     def _asked(self) -> Iterator[None]:
         try:
             yield
         except BucketError as error:
-            raise PlaceError(f"{self.shown}: {error}") from None
+            raise PlaceError(unusable(self.config, error)) from None

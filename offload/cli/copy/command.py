@@ -38,6 +38,7 @@ def copy(
 
     Exits with 1 if something was not copied, with 2 if nothing could be.
     """
+    from kvstrata.offload.cli.copy.ending import ended_gently
     from kvstrata.offload.cli.copy.namespaces import copy_namespaces, look
     from kvstrata.offload.cli.copy.opening import open_place
     from kvstrata.offload.cli.copy.pages import Copied
@@ -45,15 +46,17 @@ def copy(
     from kvstrata.tiers.options import ConfigError
 
     since = None if newer is None else time.time() - _seconds(newer)
-    done, names = Copied(), list[str]()
+    done, names, more_room = Copied(), list[str](), ""
     try:
-        ends = open_place("FROM", source), open_place("TO", target)
-        names = _selected(ends[0], prefix or ())
-        _check_ends(*ends)
-        with byte_bar("counting") as advance:
-            found = look(ends[0], names, since, done, advance)
-        with byte_bar("copying", sum(each.nbytes for each in found)) as advance:
-            copy_namespaces(*ends, found, done, advance)
+        with ended_gently():
+            ends = open_place("FROM", source), open_place("TO", target)
+            more_room = ends[1].more_room
+            names = _selected(ends[0], prefix or ())
+            _check_ends(*ends)
+            with byte_bar("counting") as advance:
+                found = look(ends[0], names, since, done, advance)
+            with byte_bar("copying", sum(each.nbytes for each in found)) as advance:
+                copy_namespaces(*ends, found, done, advance)
     except (ConfigError, PlaceError) as error:
         refuse(str(error))
     except KeyboardInterrupt:
@@ -61,7 +64,7 @@ def copy(
     if as_json:
         _print_copied(done, names)
     else:
-        _show_copied(done)
+        _show_copied(done, more_room)
     raise typer.Exit(1 if done.bad or done.stopped is not None else 0)
 
 
@@ -110,7 +113,7 @@ def _print_copied(done: Copied, names: Sequence[str]) -> None:
     print_json(found)
 
 
-def _show_copied(done: Copied) -> None:
+def _show_copied(done: Copied, more_room: str) -> None:
     for where, reason in sorted(done.bad):
         typer.echo(f"not copied: {printable(where)}: {printable(reason)}")
     for name in done.private:
@@ -123,4 +126,5 @@ def _show_copied(done: Copied) -> None:
         parts.append(f"{len(done.bad)} not copied")
     typer.echo(", ".join(parts))
     if done.stopped is not None:
-        typer.echo(f"stopped: {printable(done.stopped)}; run it again to go on")
+        remedy = f"{more_room}, and run it again" if done.full else "run it again to go on"
+        typer.echo(f"stopped: {printable(done.stopped)}; {remedy}")

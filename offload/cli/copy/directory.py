@@ -1,4 +1,4 @@
-"""Copying from and to a root of the fs tier, a pool's directory among them."""
+"""Copying from and to a root of the fs tier."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from kvstrata.offload.cli.copy.place import Place, PlaceError, Refused, Wrong
+from kvstrata.offload.cli.copy.host import PlaceHost
+from kvstrata.offload.cli.copy.place import UNTRUSTED, Place, PlaceError, Refused, Wrong
 from kvstrata.tiers.base import PageKey, TierConfigError, TierContext
 from kvstrata.tiers.fs.budget.limits import Limits, Usage
 from kvstrata.tiers.fs.budget.member import Member
@@ -21,12 +22,12 @@ from kvstrata.tiers.fs.files.trust import is_trusted
 from kvstrata.tiers.fs.page_files import PageFiles
 from kvstrata.tiers.fs.startup import Opened, limits_of, open_root
 from kvstrata.tiers.fs.tools.listing import check_config, namespaces, walk
-from kvstrata.tiers.fs.tools.trim import Accounts, trim
+from kvstrata.tiers.fs.tools.trim import trim
 from kvstrata.tiers.machine.disk import disk_at
 from kvstrata.tiers.process.medium import Medium, Outcome, PageRef
 
 _CLOSE_WITHIN_S = 60.0
-_UNTRUSTED = "audits found pages there that are not the model's (kvstrata trust)"
+_UNTRUSTED = f"{UNTRUSTED} (kvstrata trust)"
 
 
 class DirectoryPlace(Place):
@@ -34,6 +35,10 @@ class DirectoryPlace(Place):
 
     # a file that the disk cannot read says nothing of the others
     page_causes = Place.page_causes | {"symlink", "not-regular", "unreadable", "io-error"}
+    more_room = (
+        "free some of the disk, or give TO as JSON with other limits "
+        "(max_bytes, max_files, min_free_bytes)"
+    )
 
     def __init__(self, shown: str, config: FsConfig) -> None:
         self.shown = shown
@@ -104,14 +109,15 @@ class DirectoryPlace(Place):
         """See `Place.target`; opened as the fs tier opens it, so what it refuses is refused."""
         try:
             opened = open_root(self.config, context)
-            limits, taken = limits_of(opened.config), Usage(0, 0, 0)
+            limits, taken = self._limits(opened.config), Usage(0, 0, 0)
             if limits.counted:
                 taken = trim(opened.config.root_dir, Limits()).after  # trims nothing
         except (TierConfigError, OSError) as error:
             raise PlaceError(str(error)) from None
         if not opened.trusted:
             raise Refused(opened.paths.home, _UNTRUSTED)
-        return _TargetFiles(opened, context, limits, taken)
+        host = PlaceHost(self.shown)
+        return _TargetFiles(opened, context, host, limits, taken)
 
     def overlaps(self, other: Place) -> bool:
         """See `Place.overlaps`."""
@@ -122,6 +128,10 @@ class DirectoryPlace(Place):
             return True
         there = os.path.exists(self.root) and os.path.exists(other.root)
         return there and os.path.samefile(self.root, other.root)  # mounted twice
+
+    def _limits(self, config: FsConfig) -> Limits:
+        """What ends the copy."""
+        return limits_of(config)
 
     def _paths(self, name: str) -> NamespacePaths:
         return NamespacePaths(self.root, name)
@@ -141,14 +151,21 @@ class _TargetFiles(PageFiles):
     live there. The place's own limits end the copy instead.
     """
 
-    def __init__(self, opened: Opened, context: TierContext, limits: Limits, taken: Usage) -> None:
+    def __init__(
+        self,
+        opened: Opened,
+        context: TierContext,
+        host: PlaceHost,
+        limits: Limits,
+        taken: Usage,
+    ) -> None:
         config = opened.config
         self._limits, self._taken = limits, taken
         self._lock, self._under_way = threading.Lock(), 0
         self._joined: Member | None = None
         if opened.limits is not None:
             of_books = config.root_dir, opened.paths.name, Limits(), config.file_mode
-            self._joined = Member(*of_books, config.dir_mode, Accounts(), ground=opened.ground)
+            self._joined = Member(*of_books, config.dir_mode, host, ground=opened.ground)
         of_tier = config, context, opened.paths, opened.direct
         super().__init__(*of_tier, lambda *said: None, self._joined, opened.ground)
 

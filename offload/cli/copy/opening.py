@@ -29,13 +29,23 @@ def open_place(what: str, text: str) -> Place:
     """
     entry = _entry(what, text)
     kind, options = entry.get("type"), tier_options(entry)
+    if kind == "pool":
+        from kvstrata.offload.cli.copy.pool import PoolPlace
+        from kvstrata.tiers.pool.config import PoolOptions
+
+        given = parse_options(PoolOptions, options, "pool tier")
+        return PoolPlace(given.name, given.files)
     if kind == "fs":
         from kvstrata.offload.cli.copy.directory import DirectoryPlace
+        from kvstrata.offload.cli.copy.pool import PoolPlace
         from kvstrata.tiers.fs.config import FsConfig
+        from kvstrata.tiers.pool.place import name_of
 
         configs = FsConfig.parse(options)
         if len(configs) > 1:
             raise TierConfigError(f"{what}: root_dir has several directories: give one")
+        if name := name_of(os.path.realpath(configs[0].root_dir)):
+            return PoolPlace(name, configs[0])
         return DirectoryPlace(configs[0].root_dir, configs[0])
     if kind == "object":
         from kvstrata.tiers.object.config import ObjectConfig
@@ -52,8 +62,7 @@ def open_place(what: str, text: str) -> Place:
         from kvstrata.offload.cli.copy.server import ServerPlace
 
         return ServerPlace(parse_options(ValkeyOptions, options, "valkey tier"))
-    pool = ": a pool is the directory that `kvstrata pool ls --json` names" * (kind == "pool")
-    raise TierConfigError(f"{what}: pages of type {kind!r} cannot be copied{pool}; give {_EXAMPLE}")
+    raise TierConfigError(f"{what}: pages of type {kind!r} cannot be copied; give {_EXAMPLE}")
 
 
 def _entry(what: str, text: str) -> Mapping[str, Any]:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 
 from kvstrata.tiers.base import PageKey
 from kvstrata.tiers.fs.files.direct_io import aligned_buffer
@@ -13,8 +14,8 @@ from kvstrata.tiers.page.page import PageForm
 from kvstrata.tiers.process.medium import Medium, Outcome, PageRef, failed
 
 _THREADS = 16  # each waits for one disk or network at a time, and holds one page
-_AT_ONCE = 32  # pages that the target is asked for
-
+_AT_ONCE = 32  # pages that the target is asked for, before any of them is read
+_NO_ROOM = ("budget", "no-space", "too-large")
 
 Advance = Callable[[int], None] | None  # is told of bytes that were dealt with
 
@@ -30,6 +31,7 @@ class Copied:
         bad: path and reason of what was not copied.
         private: namespaces that were left out, since none but their own engine reads them.
         stopped: why the copy ended before it was through; None if it did not.
+        full: whether that was for want of room.
     """
 
     pages: int = 0
@@ -39,6 +41,7 @@ class Copied:
     bad: list[tuple[str, str]] = field(default_factory=list)
     private: list[str] = field(default_factory=list)
     stopped: str | None = None
+    full: bool = False
 
 
 class Copying:
@@ -70,33 +73,40 @@ class Copying:
 
     def run(self, keys: Sequence[PageKey]) -> None:
         """Copy the pages until all are copied, or the source or the target fails."""
-        parts = [keys[start : start + _AT_ONCE] for start in range(0, len(keys), _AT_ONCE)]
         with ThreadPoolExecutor(_THREADS) as pool:
             try:
-                list(pool.map(self._copy_part, parts))
+                for start in range(0, len(keys), _AT_ONCE * _THREADS):
+                    some = keys[start : start + _AT_ONCE * _THREADS]
+                    parts = [some[at : at + _AT_ONCE] for at in range(0, len(some), _AT_ONCE)]
+                    missing = list(chain.from_iterable(pool.map(self._missing, parts)))
+                    list(pool.map(self._copy, missing))
             except BaseException:  # Ctrl-C
                 self._done.stopped = "interrupted"
                 raise
 
-    def _copy_part(self, keys: Sequence[PageKey]) -> None:
+    def _missing(self, keys: Sequence[PageKey]) -> list[PageKey]:
+        """Those that are not at the target; none once the copy has ended."""
         if self._done.stopped is not None:
-            return
+            return []
         try:
             there = self._target.exists(keys)
         except Exception as error:
             self._stop("TO", failed(error))
-            return
-        for key, is_there in zip(keys, there, strict=True):
-            if self._done.stopped is not None:
-                return
-            if is_there:
-                self._count(there=1)
-            else:
-                self._copy(key)
-            if self._advance is not None:
-                self._advance(self._form.size(key))
+            return []
+        missing = [key for key, is_there in zip(keys, there, strict=True) if not is_there]
+        self._count(there=len(keys) - len(missing))
+        if self._advance is not None:
+            self._advance(sum(map(self._form.size, keys)) - sum(map(self._form.size, missing)))
+        return missing
 
     def _copy(self, key: PageKey) -> None:
+        if self._done.stopped is not None:
+            return
+        self._move(key)
+        if self._advance is not None:
+            self._advance(self._form.size(key))
+
+    def _move(self, key: PageKey) -> None:
         page, view = PageRef(key), self._view(key)
         (found,) = self._source.load_many([page], [view], 0)
         if found.cause == "missing":
@@ -127,6 +137,7 @@ class Copying:
         with self._lock:
             if self._done.stopped is None:
                 self._done.stopped = f"{place} failed: {outcome.cause}: {outcome.detail}"
+                self._done.full = place == "TO" and outcome.cause in _NO_ROOM
 
     def _count(self, pages: int = 0, nbytes: int = 0, there: int = 0, gone: int = 0) -> None:
         with self._lock:

@@ -9,11 +9,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from kvstrata.tiers.base import PageKey, SecondaryTier, TierContext, layouts_from_json
 from kvstrata.tiers.page.identity import namespace_digest
 from kvstrata.tiers.process.medium import Medium
+
+UNTRUSTED = "audits found pages there that are not the model's"
 
 Wrong = Callable[[str, str], None]  # is told where something is, and what is wrong with it
 
@@ -41,9 +43,11 @@ class Place(ABC):
     Attributes:
         shown: the place as its user names it.
         page_causes: what may be wrong with a page here and not with the place.
+        more_room: what to do where a page finds no room.
     """
 
     shown: str
+    more_room: ClassVar[str]
     page_causes: frozenset[str] = SecondaryTier.page_causes
 
     @abstractmethod

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from kvstrata.offload.cli.copy.place import Place, PlaceError, Refused, Wrong
+from kvstrata.offload.cli.copy.host import PlaceHost
+from kvstrata.offload.cli.copy.place import UNTRUSTED, Place, PlaceError, Refused, Wrong
 from kvstrata.tiers.base import PageKey, TierConfigError, TierContext
 from kvstrata.tiers.fs.files.layout import NAMESPACE_DIR
 from kvstrata.tiers.fs.files.namespace import parse_config
-from kvstrata.tiers.fs.tools.trim import Accounts
 from kvstrata.tiers.page.identity import (
     MAX_CONFIG_BYTES,
     directory_name,
@@ -30,6 +30,8 @@ _PAGE = re.compile(r"\{([0-9a-f]{12}):(([0-9a-f]{2})+)\}:data")
 
 class ServerPlace(Place):
     """Values of the server at `options.url`."""
+
+    more_room = "raise the server's maxmemory, or give it a maxmemory-policy that evicts"
 
     def __init__(self, options: ValkeyOptions) -> None:
         self.shown = options.url
@@ -86,7 +88,7 @@ class ServerPlace(Place):
 
     def source(self, name: str, context: TierContext) -> Medium:
         """See `Place.source`."""
-        return ValkeyMedium(self.options, context, Accounts(), True)
+        return ValkeyMedium(self.options, context, PlaceHost(self.shown), True)
 
     def target(self, context: TierContext) -> Medium:
         """See `Place.target`."""
@@ -97,7 +99,7 @@ class ServerPlace(Place):
             check_page(self.options, self._most_bytes, context)
         except TierConfigError as error:
             raise PlaceError(str(error)) from None
-        return ValkeyMedium(self.options, context, Accounts(), False)
+        return ValkeyMedium(self.options, context, PlaceHost(self.shown), False)
 
     def overlaps(self, other: Place) -> bool:
         """See `Place.overlaps`."""
@@ -112,8 +114,7 @@ class ServerPlace(Place):
             self._client.run(batch)
 
     def _refused(self, name: str) -> Refused:
-        where = f"{self.shown} {distrust_name(name)}"
-        return Refused(where, "audits found pages there that are not the model's")
+        return Refused(f"{self.shown} {distrust_name(name)}", UNTRUSTED)
 
     @contextmanager
     def _asked(self) -> Iterator[None]:

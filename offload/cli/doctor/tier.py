@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import signal
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
 
+from kvstrata.offload.cli.copy.ending import ended_gently
 from kvstrata.offload.cli.copy.place import PlaceError
 from kvstrata.offload.cli.doctor.ground import ground_of
 from kvstrata.offload.cli.doctor.machine import OK, PROBLEM, WARNING, Check, check_storage
@@ -38,7 +35,7 @@ def examine_tier(text: str) -> Iterator[Check]:
         yield _check_memory()
     context, step, sound = probe_context(), "connect", True
     try:
-        with _ended_gently(), ground_of(entry.entry, context) as ground:
+        with ended_gently(), ground_of(entry.entry, context) as ground:
             cls = tier_class(entry.entry)
             for check in Probe(cls, ground, context).checks():
                 yield check
@@ -69,20 +66,3 @@ def _read(text: str) -> TierEntry:
         raise ConfigError('this is no object: give {"type": "fs", ...}, as in secondary_tiers')
     # the size of the CPU tier is of no account
     return parse_config({"cpu_bytes_to_use": "1GiB", "secondary_tiers": [found]}).tiers[0]
-
-
-@contextmanager
-def _ended_gently() -> Iterator[None]:
-    """SIGTERM ends the command as Ctrl-C does, so that what was made is removed."""
-
-    def end(number: int, _: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

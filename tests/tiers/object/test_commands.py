@@ -91,10 +91,10 @@ def test_a_bucket_that_fails_ends_the_copy(
     run("copy", root, place(s3_options))
     back = tmp_path / "back"
     with s3.silent():
-        said = run("copy", place(s3_options), back, exit_code=2)
-        assert said.startswith(f"kvstrata: {s3_options['url']}: ")
-        said = run("copy", root, place(s3_options), exit_code=2)
-        assert said.startswith(f"kvstrata: url: '{s3_options['url']}' cannot be used")
+        for ends in ((place(s3_options), back), (root, place(s3_options))):
+            said = run("copy", *ends, exit_code=2)
+            assert said.startswith(f"kvstrata: url: '{s3_options['url']}' cannot be used (")
+            assert "; see that the server runs and can be reached, or give another" in said
     read = Bucket.read
 
     def read_config(self: Bucket, path: str, size: int, most: int) -> Any:
@@ -106,6 +106,27 @@ def test_a_bucket_that_fails_ends_the_copy(
     done = run_json("copy", place(s3_options), back, exit_code=1)
     assert (done["pages"], done["bad"]) == (0, [])
     assert done["stopped"] == "FROM failed: unreachable: nobody answers"
+
+
+def test_what_fails_in_a_bucket_is_told_of_the_bucket(
+    s3_options: Options,
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    size = Bucket.size
+
+    def fail(self: Bucket, path: str) -> int | None:
+        if path.endswith(".safetensors"):
+            raise BucketError("io-error", "not today")
+        return size(self, path)
+
+    fill(root)
+    monkeypatch.setattr(Bucket, "size", fail)
+    assert run_json("copy", root, place(s3_options))["pages"] == 3
+    assert [record.getMessage() for record in caplog.records] == [
+        f"kvstrata: {s3_options['url']}: io-error: not today"
+    ]
 
 
 def test_the_doctor_leaves_nothing(s3_options: Options, objects: S3Store) -> None:
@@ -127,3 +148,5 @@ def test_the_doctor_says_what_is_wrong(
     problem = found["checks"][-1]
     assert (problem["name"], problem["status"]) == ("connect", "problem")
     assert "SignatureDoesNotMatch" in problem["meaning"] and "wrong" not in problem["meaning"]
+    assert problem["meaning"].startswith(f"url: '{s3_options['url']}' cannot be used (")
+    assert "; see that " in problem["meaning"]

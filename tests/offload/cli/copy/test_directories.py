@@ -187,7 +187,7 @@ def test_places_that_cannot_be_used(root: Path, paths: NamespacePaths, tmp_path:
         ("host:/kv", "root_dir: 'host:/kv' is a URL, or names another host"),
         ("{", "TO: this is no JSON"),
         ('{"type": "memory"}', "TO: pages of type 'memory' cannot be copied; give a directory"),
-        ('{"type": "pool"}', "a pool is the directory that `kvstrata pool ls --json` names"),
+        ('{"type": "pool"}', "name is missing: give the pool's name"),
         ('{"type": "fs", "root_dir": ["/a", "/b"]}', "TO: root_dir has several directories"),
         ('{"type": "fs", "path": "/a"}', "'path': use root_dir"),
         ("redis://kv", "url: 'redis://kv' is wrong"),
@@ -237,7 +237,8 @@ def test_limits_end_the_copy(root: Path, fill_root: FillRoot, copy: Path) -> Non
     assert stopped == f"TO failed: budget: '{copy}' has no more room within its limits"
     assert sound(copy) == pages
     shown = run("copy", root, place, exit_code=1).splitlines()
-    assert shown[-1] == f"stopped: {stopped}; run it again to go on"
+    assert shown[-1].startswith(f"stopped: {stopped}; free some of the disk, or give TO as JSON")
+    assert shown[-1].endswith(", and run it again")
     assert sound(copy) - pages in range(10)
 
 
@@ -292,7 +293,7 @@ def count(*arguments, **more):
     global left
     left -= 1
     if left == 0:
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), NUMBER)
     if left <= 0:
         noted.wait(60)
     rename(*arguments, **more)
@@ -322,13 +323,15 @@ def test_killed_and_run_again(root: Path, fill_root: FillRoot, copy: Path) -> No
     assert not list(copy.rglob("*.tmp"))
 
 
-def test_stopped_and_run_again(root: Path, fill_root: FillRoot, copy: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_and_run_again(root: Path, fill_root: FillRoot, copy: Path, number: int) -> None:
     fill_root(root, MANY)
-    process = start(_STOPPED, "copy", root, copy, "--json")
+    process = start(f"NUMBER = {int(number)}{_STOPPED}", "copy", root, copy, "--json")
     said, _ = process.communicate()
     pages, _, bad, stopped = counts(json.loads(said))
     assert (process.returncode, bad, stopped) == (1, [], "interrupted")
     assert 0 < pages < len(MANY) and sound(copy) == pages
+    assert not list(copy.rglob("*.tmp"))
     assert counts(run_json("copy", root, copy)) == (len(MANY) - pages, pages, [], None)
 
 
