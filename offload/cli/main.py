@@ -6,6 +6,7 @@ where something is missing.
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -29,6 +30,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+_UNWRAPPED = 10_000  # columns, more than any check takes
 _WORKS = "works", "does not work"
 _STYLES = {"ok": "green", "warning": "yellow", "problem": "red"}
 
@@ -121,7 +123,12 @@ def doctor(
             status = Text(check.status, style=_STYLES[check.status])
             cells = (check.name, check.found, check.meaning)
             table.add_row(status, *(Text(printable(cell)) for cell in cells))
-        Console().print(table)
+        # in a file or a pipe each check is one line
+        console = Console(width=None if sys.stdout.isatty() else _UNWRAPPED)
+        with console.capture() as shown:
+            console.print(table)
+        for line in shown.get().splitlines():
+            typer.echo(line.rstrip())
         named = f": {', '.join(problems)}" if problems else ""
         typer.echo(f"{what} {words[bool(problems)]} here{named}")
     raise typer.Exit(1 if problems else 0)

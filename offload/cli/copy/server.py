@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -105,12 +105,13 @@ class ServerPlace(Place):
         """See `Place.overlaps`."""
         return isinstance(other, ServerPlace) and self.options.address == other.options.address
 
-    def remove(self, name: str) -> None:
-        """Delete all values of the namespace."""
+    def remove(self, name: str, keys: Sequence[PageKey]) -> None:
+        """Delete these pages of the namespace, and its fields."""
+        pages = (page_name(name[-12:], key) for key in keys)
+        values = [f"{page}:{part}" for page in pages for part in ("header", "data")]
         batch = self._client.batch()
+        batch.unlink([config_name(name), *values])
         with self._asked():
-            pages = page_name(name[-12:], b"").replace("}", "*}:*")
-            batch.unlink([config_name(name).encode(), *self._client.scan(pages)])
             self._client.run(batch)
 
     def _refused(self, name: str) -> Refused:

@@ -20,6 +20,7 @@ from kvstrata.offload.vllm_plugin.engine.early_check import SPEC_NAME
 from kvstrata.offload.vllm_plugin.entry_point import SPEC_MODULE
 from kvstrata.tiers.machine.memory import SHM
 from kvstrata.tiers.options import ConfigError, format_bytes
+from kvstrata.tiers.registry import TierEntry, tier_options
 
 _INNER = "kv_connector_extra_config"
 _CONNECTOR = "OffloadingConnector"
@@ -46,6 +47,8 @@ def examine_config(text: str) -> Iterator[Check]:
         for path in tier.directories:
             yield Check(tier.name, OK, path)
             yield from check_storage(path)
+        if tier.name == "pool" and "module_path" not in tier.entry:
+            yield from _check_pool(tier, config.cpu_bytes)
 
 
 def _read(text: str) -> Mapping[str, Any]:
@@ -87,6 +90,18 @@ def _check_spec(extra: Mapping[str, Any]) -> Check:
     if extra.get("spec_module_path") == SPEC_MODULE:
         return Check("spec_name", PROBLEM, found, f"{SPEC_MODULE} has only {SPEC_NAME}")
     return Check("spec_name", PROBLEM, found, meaning)
+
+
+def _check_pool(tier: TierEntry, cpu_bytes: int) -> Iterator[Check]:
+    from kvstrata.offload.cli.doctor.pool import check_pool
+
+    try:
+        given = check_pool(tier_options(tier.entry), cpu_bytes)
+    except ConfigError as error:
+        yield Check("pool memory", PROBLEM, "refused", str(error))
+    else:
+        meaning = "fits beside the CPU tier"
+        yield Check("pool memory", OK, format_bytes(given.max_bytes), meaning)
 
 
 def _check_cpu_tier(config: OffloadConfig) -> Iterator[Check]:

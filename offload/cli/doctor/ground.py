@@ -6,6 +6,7 @@ that was killed left, the next one there removes. Values of a server go by thems
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -22,8 +23,10 @@ from kvstrata.tiers.fs.files.temporary import is_abandoned, is_temporary, tempor
 from kvstrata.tiers.page.identity import directory_name, namespace_digest
 from kvstrata.tiers.registry import tier_options
 
+# Those of the probe's pages, which are of group 0.
+PROBE_KEYS = [hashlib.sha256(bytes([number])).digest() + bytes(4) for number in range(17)]
 _POOL_BYTES = 2**27  # of the probe's pool
-_TTL_S = 120  # of the probe's values
+_TTL_S = 120  # of the probe's values, whatever the tier's: they must outlast the probe
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,11 @@ class Ground:
     removed: bool = True
 
 
+def namespace_of(context: TierContext) -> str:
+    """What its namespace is called."""
+    return directory_name(context.model, namespace_digest(context.namespace))
+
+
 @contextmanager
 def ground_of(entry: Mapping[str, Any], context: TierContext) -> Iterator[Ground]:
     """That of an entry whose options are right; at the end nothing of it is left.
@@ -51,29 +59,27 @@ def ground_of(entry: Mapping[str, Any], context: TierContext) -> Iterator[Ground
         TierConfigError, PlaceError, OSError: it cannot be had, or not be removed.
     """
     kind, options = entry["type"], tier_options(entry)
-    if kind == "valkey" and "module_path" not in entry:
-        with _values(options, context) as ground:
-            yield ground
-        return
-    kinds = {"fs": _files, "pool": _pool, "object": _objects}
+    kinds = {"fs": _files, "pool": _pool, "object": _objects, "valkey": _values}
     if "module_path" in entry or kind not in kinds:
         yield Ground(options, removed=False)
         return
-    with kinds[kind](options) as ground:
+    with kinds[kind](options, context) as ground:
         yield ground
 
 
 @contextmanager
-def _files(options: dict[str, Any]) -> Iterator[Ground]:
+def _files(options: dict[str, Any], context: TierContext) -> Iterator[Ground]:
     """Directories in those that are given, or where these would be made."""
     from kvstrata.tiers.fs.config import FsConfig
     from kvstrata.tiers.fs.refusals import refusal
+    from kvstrata.tiers.fs.startup import check_budget
 
     # these bound what is in the whole root
     asked = {key: options[key] for key in options.keys() - {"max_bytes", "max_files"}}
     made: list[str] = []
     try:
         for config in FsConfig.parse(options):
+            check_budget(config, context)
             where = os.path.realpath(config.root_dir)
             while not os.path.lexists(where):
                 where = os.path.dirname(where)
@@ -102,10 +108,11 @@ def _sweep_directory(where: str) -> None:
 
 
 @contextmanager
-def _pool(options: dict[str, Any]) -> Iterator[Ground]:
+def _pool(options: dict[str, Any], context: TierContext) -> Iterator[Ground]:
     """A pool beside the one that is given."""
-    from kvstrata.tiers.options import parse_bytes
-    from kvstrata.tiers.pool.place import check_fit, make_pool, pool_names, pool_path
+    from kvstrata.offload.cli.doctor.pool import check_pool
+    from kvstrata.tiers.fs.startup import check_budget
+    from kvstrata.tiers.pool.place import make_pool, pool_names, pool_path
     from kvstrata.tiers.pool.tools import PoolKept, remove_pool
 
     for name in pool_names():
@@ -114,14 +121,8 @@ def _pool(options: dict[str, Any]) -> Iterator[Ground]:
                 remove_pool(name)
     name = temporary_name().removeprefix(".").removesuffix(".tmp")
     try:
-        path = make_pool(name)
-        real = pool_path(options["name"])
-        check_fit(
-            real if os.path.isdir(real) else path,
-            parse_bytes("max_bytes", options["max_bytes"]),
-            0,
-        )
-        place = open_place("tier", path)
+        check_budget(check_pool(options, 0).files, context)
+        place = open_place("tier", make_pool(name))
         yield Ground({**options, "name": name, "max_bytes": _POOL_BYTES}, [place])
     finally:
         try:
@@ -133,7 +134,7 @@ def _pool(options: dict[str, Any]) -> Iterator[Ground]:
 
 
 @contextmanager
-def _objects(options: dict[str, Any]) -> Iterator[Ground]:
+def _objects(options: dict[str, Any], context: TierContext) -> Iterator[Ground]:
     """A prefix below the one that is given."""
     from kvstrata.offload.cli.copy.bucket import BucketPlace
 
@@ -156,11 +157,10 @@ def _values(options: dict[str, Any], context: TierContext) -> Iterator[Ground]:
     """Values that end by themselves, should nobody remove them."""
     from kvstrata.offload.cli.copy.server import ServerPlace
 
-    ttl_s = min(options.get("ttl_s") or _TTL_S, _TTL_S)
-    below = {**options, "ttl_s": ttl_s}
+    below = {**options, "ttl_s": _TTL_S}
     place = open_place("tier", json.dumps({"type": "valkey", **below}))
     assert isinstance(place, ServerPlace)
     try:
         yield Ground(below, [place])
     finally:
-        place.remove(directory_name(context.model, namespace_digest(context.namespace)))
+        place.remove(namespace_of(context), PROBE_KEYS)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import mmap
 import os
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
-from kvstrata.offload.cli.doctor.ground import Ground
+from kvstrata.offload.cli.doctor.ground import PROBE_KEYS, Ground, namespace_of
 from kvstrata.offload.cli.doctor.machine import OK, PROBLEM, WARNING, Check
 from kvstrata.tiers.base import (
     Job,
@@ -26,13 +26,16 @@ from kvstrata.tiers.base import (
     layouts_to_json,
 )
 from kvstrata.tiers.options import TierConfigError, format_bytes
+from kvstrata.tiers.page.form import ALIGNMENT
 
 _PAGE_BYTES = 2**21
-_BURST = 16  # pages that are moved at once, for the speed
+_BURST = len(PROBE_KEYS) - 1  # pages that are moved at once, for the speed
 _WITHIN_S = 120.0  # tiers have deadlines of their own
+_TOLD_WITHIN_S = 2.0  # I/O processes tell of evictions some time after them
 _POLL_S = 0.0002
 _REQUEST = RequestView("doctor")
-_GROUP = bytes(4)
+_NO_ROOM = ("budget", "no-space")  # causes of pages that were not stored
+_BETWEEN_ENGINES = "its pages come from other engines, which requests name: there is none here"
 
 
 def probe_context() -> TierContext:
@@ -45,14 +48,16 @@ def probe_context() -> TierContext:
 class _Memory:
     """Pages in shared memory, as an engine has them."""
 
-    def __init__(self) -> None:
+    def __init__(self, tail_bytes: int) -> None:
+        slot_bytes = -(-(_PAGE_BYTES + tail_bytes) // ALIGNMENT) * ALIGNMENT
         self.fd = os.memfd_create("kvstrata-doctor")
-        os.ftruncate(self.fd, (1 + _BURST) * _PAGE_BYTES)
-        self.region = PageRegion(self.fd, 0, _PAGE_BYTES, 1 + _BURST)
+        os.ftruncate(self.fd, (1 + _BURST) * slot_bytes)
+        self.region = PageRegion(self.fd, 0, slot_bytes, 1 + _BURST)
         self.map = mmap.mmap(self.fd, 0)
 
     def view(self, key: PageKey, slot: int) -> memoryview:
-        return memoryview(self.map)[slot * _PAGE_BYTES : (slot + 1) * _PAGE_BYTES]
+        start = slot * self.region.slot_bytes
+        return memoryview(self.map)[start : start + _PAGE_BYTES]
 
 
 class _Failed(Exception):
@@ -70,12 +75,11 @@ class Probe:
 
     def __init__(self, cls: type[SecondaryTier], ground: Ground, context: TierContext) -> None:
         self._cls, self._ground = cls, ground
-        self._memory = _Memory()
+        self._memory = _Memory(cls.tail_bytes)
         self._context = TierContext(
             context.model, context.namespace, context.layouts, self._memory.region
         )
-        first, *burst = (hashlib.sha256(bytes([n])).digest() + _GROUP for n in range(1 + _BURST))
-        self._first, self._burst = [first], burst
+        self._first, self._burst = PROBE_KEYS[:1], PROBE_KEYS[1:]
         self._data = [os.urandom(_PAGE_BYTES) for _ in range(1 + _BURST)]
         self._jobs = 0
         self._said: list[str] = []
@@ -90,11 +94,14 @@ class Probe:
             started = time.monotonic()
             opened.append(self._open())
             yield Check("connect", OK, _seconds(time.monotonic() - started))
+            if opened[0].serves:
+                yield Check("store", WARNING, "not tried", _BETWEEN_ENGINES)
+                return
             name = "store"
             yield self._store(opened[0])
             opened.append(self._open())
             name = "look up"
-            check = self._look_up(opened[1])
+            check = self._look_up(opened)
             yield check
             name = "load"
             # a tier that keeps pages in its process alone loads what it stored itself
@@ -121,8 +128,8 @@ class Probe:
             self._memory.view(b"", slot)[:] = data
         return self._timed("store", tier, tier.submit_store)
 
-    def _look_up(self, tier: SecondaryTier) -> Check:
-        started, slowest = time.monotonic(), 0.0
+    def _look_up(self, opened: Sequence[SecondaryTier]) -> Check:
+        tier, started, slowest = opened[1], time.monotonic(), 0.0
         for key in (*self._first, *self._burst):
             while (found := tier.lookup(key, _REQUEST)) is Lookup.RETRY:
                 if time.monotonic() - started > _WITHIN_S:
@@ -131,9 +138,11 @@ class Probe:
                 time.sleep(_POLL_S)
             slowest = slowest or time.monotonic() - started
             if found is Lookup.MISS:
-                if self._cls.medium != "CPU":
-                    raise _Failed("another engine does not find what was stored")
-                return Check("look up", WARNING, "missing", "no other engine finds what is stored")
+                why = _no_room(opened)
+                if not why and self._cls.medium == "CPU":
+                    meaning = "no other engine finds what is stored"
+                    return Check("look up", WARNING, "missing", meaning)
+                raise _Failed(why or "another engine does not find what was stored")
         return Check("look up", OK, _seconds(slowest), "another engine finds what was stored")
 
     def _load(self, tier: SecondaryTier) -> Check:
@@ -146,16 +155,13 @@ class Probe:
 
     def _list(self) -> Iterator[Check]:
         wrong: list[tuple[str, str]] = []
-        places = self._ground.places
+        places, name = self._ground.places, namespace_of(self._context)
         found = sum(
-            1
-            for place in places
-            for name in place.namespaces()
-            if name.startswith(self._context.model)
-            for _ in place.keys(name, None, lambda *each: wrong.append(each))
+            1 for place in places for _ in place.keys(name, None, lambda *each: wrong.append(each))
         )
-        if places and (found != 1 + _BURST or wrong):
-            raise _Failed(f"{found} of {1 + _BURST} pages are listed: {wrong}")
+        if places and (found != len(PROBE_KEYS) or wrong):
+            strange = "".join(f"; {where}: {what}" for where, what in wrong)
+            raise _Failed(f"{found} of {len(PROBE_KEYS)} pages are listed{strange}")
         if places:
             yield Check("list", OK, f"{found} pages")
 
@@ -208,6 +214,22 @@ class Probe:
                 return result
             time.sleep(_POLL_S)
         raise _Failed(f"no result within {_WITHIN_S:.0f} s")
+
+
+def _no_room(opened: Sequence[SecondaryTier]) -> str:
+    """What the tiers tell of pages that they had no room for, soon after; else nothing."""
+    told, deadline = Counter[str](), time.monotonic() + _TOLD_WITHIN_S
+    while not told and time.monotonic() < deadline:
+        for tier in opened:
+            tier.on_step_end()
+            stats = tier.stats()
+            told["pages evicted again"] += stats.counters.get("evicted_files", 0)
+            for cause in _NO_ROOM:
+                told[cause] += stats.failures.get(cause, 0)
+        told = +told  # without those that are 0
+        time.sleep(_POLL_S)
+    said = ", ".join(f"{cause}: {number}" for cause, number in told.items())
+    return f"no room: {said}; free some, or raise the limits of the tier" if said else ""
 
 
 class _Listener(logging.Handler):

@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kvstrata.offload.cli.main import app
+from tests.tiers.pool.pool_world import own_shm, pool_dir
 
 GOOD = {"spec_name": "KVStrataSpec", "cpu_bytes_to_use": "1MiB"}
 
@@ -93,6 +94,20 @@ def test_what_is_wrong(config: object, name: str, words: str) -> None:
     found = problems(config)
     assert list(found) == [name]
     assert words in found[name]
+
+
+def test_a_pool_must_fit() -> None:
+    with own_shm() as shm:
+        entry = {"type": "pool", "name": "node", "max_bytes": "64MiB"}
+        config = {**GOOD, "secondary_tiers": [entry]}
+        assert problems(config) == {} and os.listdir(shm) == []
+        entry["max_bytes"] = "900TiB"
+        found = problems(config)
+        assert list(found) == ["pool memory"]
+        assert found["pool memory"].startswith("max_bytes: 900.0 TiB do not fit")
+        entry["max_bytes"] = "64MiB"
+        pool_dir(shm).symlink_to(shm)
+        assert "is a symbolic link" in problems(config)["pool memory"]
 
 
 def test_without_vllm() -> None:

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from kvstrata.tiers.base import Job, JobResult
+from kvstrata.tiers.base import Job, JobResult, TierContext, TierStats
 from kvstrata.tiers.fs.files.layout import NamespacePaths
 from kvstrata.tiers.memory import MemoryTier
 from tests.offload.cli.cli_world import run, run_json
-from tests.tiers.pool.pool_world import own_shm
+from tests.tiers.pool.pool_world import own_shm, pool_dir
 from tests.waiting import wait_until
 
 STEPS = ["connect", "store", "look up", "load"]
@@ -38,7 +38,7 @@ def picture(root: Path) -> dict[str, tuple[object, ...]]:
 def test_files(root: Path, paths: NamespacePaths) -> None:
     """Not even the books of the root are touched."""
     before = picture(root)
-    checks = examine({"type": "fs", "root_dir": str(root), "max_bytes": "1MiB"})
+    checks = examine({"type": "fs", "root_dir": str(root), "max_bytes": "8MiB"})
     assert [*checks][-6:] == [*STEPS, "list", "delete"] and {*checks} >= {"options", "files"}
     assert all(checks[name]["status"] == "ok" for name in (*STEPS, "list", "delete"))
     assert checks["store"]["found"].endswith(" GB/s")
@@ -64,6 +64,24 @@ def test_a_pool(tmp_path: Path) -> None:
         assert "do not fit" in checks["connect"]["meaning"] and os.listdir(shm) == []
 
 
+def test_a_pool_that_an_engine_refuses() -> None:
+    with own_shm() as shm:
+        entry = {"type": "pool", "name": "node", "max_bytes": 1}
+        checks = examine(entry, exit_code=1)
+        assert checks["connect"]["meaning"].startswith("max_bytes: 1 B is too little")
+        pool_dir(shm).mkdir()
+        pool_dir(shm).chmod(0o777)
+        checks = examine({**entry, "max_bytes": "64MiB"}, exit_code=1)
+        assert "has mode 0777" in checks["connect"]["meaning"]
+        assert os.listdir(shm) == [pool_dir(shm).name]
+
+
+def test_a_budget_that_an_engine_refuses(tmp_path: Path) -> None:
+    entry = {"type": "fs", "root_dir": str(tmp_path), "max_bytes": "1MiB"}
+    checks = examine(entry, exit_code=1)
+    assert checks["connect"]["meaning"].startswith("max_bytes: 1.0 MiB is too little")
+
+
 def test_pages_of_this_process_alone() -> None:
     checks = examine({"type": "memory"})
     assert (checks["look up"]["status"], checks["look up"]["found"]) == ("warning", "missing")
@@ -83,6 +101,37 @@ class Forgets(MemoryTier):
     def submit_store(self, job: Job) -> None:
         super().submit_store(job)
         self._pages.clear()
+
+
+class Evicts(Forgets):
+    """A store, and its disk is full by the time the other engine looks."""
+
+    medium = "STORAGE"
+
+    def stats(self) -> TierStats:
+        return TierStats({"evicted_files": 3}, {"budget": 2})
+
+
+class Loses(Forgets):
+    medium = "STORAGE"
+
+
+class HasTails(MemoryTier):
+    """It needs room behind each page, as those of vLLM's own manager do."""
+
+    tail_bytes = 128
+
+    def __init__(self, options: Mapping[str, Any], context: TierContext) -> None:
+        super().__init__(options, context)
+        region, (layout,) = context.region, context.layouts.values()
+        assert region is not None and region.slot_bytes >= layout.nbytes + self.tail_bytes
+        assert region.slot_bytes % 4096 == 0
+
+
+class Lends(MemoryTier):
+    """Others ask it for pages, and it asks them."""
+
+    serves = True
 
 
 class Spoils(MemoryTier):
@@ -106,6 +155,10 @@ class Refuses(MemoryTier):
             "34.0 MiB of pages that nobody reads stay until it evicts them",
         ),
         ("Forgets", "load", "problem", "1 of 1 pages: missing"),
+        ("Loses", "look up", "problem", "another engine does not find what was stored"),
+        ("Evicts", "look up", "problem", "no room: pages evicted again: "),
+        ("HasTails", "delete", "ok", "what the tier does with pages that it rejects"),
+        ("Lends", "store", "warning", "its pages come from other engines"),
         ("Spoils", "load", "problem", "a page came back with other bytes"),
         ("Refuses", "store", "problem", "1 of 1 pages: no-space"),
     ],
@@ -137,6 +190,15 @@ def test_what_is_wrong(text: str, name: str, words: str) -> None:
 def test_one_thing_at_a_time(root: Path) -> None:
     said = run("doctor", root, "--tier", '{"type": "memory"}', exit_code=2)
     assert "give one of PATH, --config and --tier" in said
+
+
+def test_one_line_for_each_check_where_there_is_no_terminal() -> None:
+    entry = {"type": "Refuses", "module_path": __name__}
+    lines = run("doctor", "--tier", json.dumps(entry), exit_code=1).splitlines()
+    assert [line.split()[1] for line in lines[:-1]] == ["options", "connect", "store"]
+    entry = {"type": "fs", "root_dir": "/dev/null/" + "x" * 100 + "/kv"}
+    (line, *_) = run("doctor", "--tier", json.dumps(entry), exit_code=1).splitlines()[1:]
+    assert line.startswith("problem  files ") and line.endswith("choose another directory")
 
 
 # ---- interrupted ----

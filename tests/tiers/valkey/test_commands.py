@@ -2,11 +2,15 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from kvstrata.tiers.base import Lookup
 from kvstrata.tiers.page.identity import config_text
 from kvstrata.tiers.testing import CONTEXT, load, settle, store
+from kvstrata.tiers.valkey.client import Client
 from tests.offload.cli.cli_world import KEYS, PAGES, fill, run, run_json
 from tests.tiers.valkey.conftest import OpenTier, StartServer
 from tests.tiers.valkey.server import Server
@@ -104,6 +108,24 @@ def test_the_doctor_leaves_nothing(server: Server) -> None:
     assert list(checks) == ["options", "connect", "store", "look up", "load", "list", "delete"]
     assert (checks["list"]["found"], checks["delete"]["found"]) == ("17 pages", "nothing is left")
     assert server.ask("KEYS", "*") == [b"another"]
+
+
+def test_the_doctor_outlasts_a_short_ttl(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its values have a time of their own; and it knows them by name but for the listing."""
+    scanned: list[str] = []
+    times: set[int] = set()
+    scan = Client.scan
+
+    def listen(self: Client, pattern: str) -> Iterator[bytes]:
+        scanned.append(pattern)
+        names = list(scan(self, pattern))
+        times.update(server.ask("TTL", name) for name in names)
+        return iter(names)
+
+    monkeypatch.setattr(Client, "scan", listen)
+    run_json("doctor", "--tier", json.dumps({"type": "valkey", "url": server.url, "ttl_s": 1}))
+    assert len(scanned) == 1 and min(times) > 1
+    assert server.ask("KEYS", "*") == []
 
 
 def test_the_doctor_says_what_is_wrong(start_server: StartServer) -> None:
