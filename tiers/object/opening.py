@@ -10,7 +10,7 @@ from typing import Any
 from kvstrata.tiers.base import EPOCH, TierConfigError, TierContext, unseen_reason
 from kvstrata.tiers.fs.files.layout import NAMESPACE_DIR, NamespacePaths
 from kvstrata.tiers.fs.files.namespace import first_difference, parse_config
-from kvstrata.tiers.object.bucket import SILENT, Bucket, BucketError, plain_text
+from kvstrata.tiers.object.bucket import NOBODY, SILENT, Bucket, BucketError, plain_text
 from kvstrata.tiers.object.config import ObjectConfig
 from kvstrata.tiers.page.identity import (
     MAX_CONFIG_BYTES,
@@ -23,6 +23,7 @@ _REMEDY = "see that the bucket exists, and that endpoint and region are its own"
 _ENVIRONMENT = "set what is missing in the environment (docs/tiers.md)"
 _REMEDIES = {
     "denied": "see that the credentials are those of somebody who may list, read and write there",
+    NOBODY: f"no credentials were found: {_ENVIRONMENT}",
     SILENT: "see that the server runs and can be reached, or give another endpoint",
 }
 

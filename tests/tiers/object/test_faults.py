@@ -195,6 +195,15 @@ def test_a_start_that_cannot_work_is_one_error(
     assert ("NoSuchBucket" if named == "bucket" else "403") in text
 
 
+def test_without_credentials_the_remedy_is_to_give_some(
+    open_tier: OpenTier, s3_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(TierConfigError, match=r"^url: 's3://.* no credentials were found: set"):
+        open_tier(**s3_options)
+
+
 def test_another_config_under_the_same_name_is_refused(
     open_tier: OpenTier, s3_options: dict[str, Any], objects: S3Store
 ) -> None:
