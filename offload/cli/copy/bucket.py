@@ -84,7 +84,7 @@ class BucketPlace(Place):
     def source(self, name: str, context: TierContext) -> Medium:
         """See `Place.source`."""
         opened = Opened(self.config, NamespacePaths("", name), trusted=True)
-        return ObjectMedium(opened, context, PlaceHost(self.shown), True)
+        return ObjectMedium(opened, context, PlaceHost(self.shown), False)  # nobody hears a list
 
     def target(self, context: TierContext) -> Medium:
         """See `Place.target`; opened as the object tier opens it."""
