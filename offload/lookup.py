@@ -42,7 +42,7 @@ class TierLookup:
         """PENDING, RETRY or MISS; see `TieringManager.lookup`."""
         request = state.view
         allowed, silent, unworthy = request.tiers, state.silent, state.unworthy
-        retry = False
+        patience = 0.0  # for the answers of the tiers that do not know yet
         for link in self._jobs.sources:
             index = link.index
             if (
@@ -59,20 +59,21 @@ class TierLookup:
                 continue
             found = link.tier.lookup(key, request)
             if found is _RETRY:
-                retry = self._may_wait(link, key, state) or retry
+                if self._may_wait(link, key, state):
+                    patience = max(patience, link.deadline_s)
                 continue
             if state.first_retry:
                 state.first_retry.pop((index, key), None)
             if link.breaker.doubtful:
                 link.breaker.succeeded(Operation.LOOKUP)
-            if found is _HIT and not retry:
+            if found is _HIT and not patience:
                 if state.awaits:
                     # Behind an undecided key nothing is reserved: the prefix may end there.
-                    retry = True
+                    patience = link.deadline_s
                     break
                 reserved = self._promotions.reserve(link, key, end_token, state)
                 return Answer.PENDING if reserved else Answer.MISS
-        if retry and self._waits.goes_on(state, end_token):
+        if patience and self._waits.goes_on(state, end_token, patience):
             state.awaits = True
             self._awaiting.append(state)
             return Answer.RETRY
@@ -88,7 +89,8 @@ class TierLookup:
 
     def _may_wait(self, link: TierLink, key: bytes, state: RequestState) -> bool:
         """Whether the request may still wait for the tier's answer."""
-        deadline_s, counters = self._context.config.lookup_deadline_s, self._context.report.counters
+        config, counters = self._context.config, self._context.report.counters
+        deadline_s = link.lookup_deadline_s or config.lookup_deadline_s
         now = self._context.clock()
         since = state.first_retry.setdefault((link.index, key), now)
         if now - since < deadline_s:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -27,8 +27,8 @@ MOST_HELD = 0.9
 # Pages that a request reserves in one step, at some 8 us each on the scheduler's thread. The rest
 # of its prefix is reserved in the next steps, while it waits for these.
 MOST_IN_A_STEP = 4096
-# Of the deadline. A request that has not asked for so long (it runs, without what is missing, or
-# is gone, or vLLM has no room for it now) keeps no pages in a tier's queue.
+# Of the engine's deadline. A request that has not asked for so long (it runs, without what is
+# missing, or is gone, or vLLM has no room for it now) keeps no pages in a tier's queue.
 ABANDONED_SHARE = 1 / 10
 
 
@@ -61,9 +61,9 @@ class Promotions:
         self._report = context.report
         self._load_or_recompute = choice
         self.unsent: dict[str, Reserved] = {}  # by request; empty at the end of each step
-        # Pages in time: from their reservation, and anew from their submission; oldest first, with
-        # some of which nothing is under way any more
-        self._oldest: deque[tuple[TierLink, Awaited]] = deque()
+        # By tier, pages in time: from their reservation, and anew from their submission; oldest
+        # first, with some of which nothing is under way any more
+        self._oldest: defaultdict[TierLink, deque[Awaited]] = defaultdict(deque)
 
     def __len__(self) -> int:
         """Pages in time."""
@@ -86,7 +86,7 @@ class Promotions:
         req_id = state.view.req_id
         if self._waits.is_first(state):
             state.needs = req_id
-        if not self._waits.goes_on(state, end_token):
+        if not self._waits.goes_on(state, end_token, link.deadline_s):
             self._report.counters["promotion_timeouts"] += 1
             return False
         reserved = self.unsent.get(req_id) or Reserved(state)
@@ -167,8 +167,9 @@ class Promotions:
         self.unsent.clear()
         for link in self._jobs.links:
             self._drop(link, link.queue.drop(lambda state: True))
-        for link, awaited in self._oldest:
-            self._count_out(link, awaited, awaited.pages)
+        for link, oldest in self._oldest.items():
+            for awaited in oldest:
+                self._count_out(link, awaited, awaited.pages)
         self._oldest.clear()
 
     def _has_room(self, link: TierLink) -> bool:
@@ -196,7 +197,8 @@ class Promotions:
         if room is None:
             own = link.queue.pages(reserved.state.view.req_id)
             sharing = len(link.queue) + (not own)
-            loads = link.pace.within(self._waits.left(reserved.state)) - link.loads.pages
+            left = min(self._waits.left(reserved.state), link.deadline_s)
+            loads = link.pace.within(left) - link.loads.pages
             room = loads / sharing - own
         reserved.rooms[link] = room - 1.0
         return room >= 1.0 or not link.promoting
@@ -232,7 +234,7 @@ class Promotions:
             state, entries, timing = queue.take(sys.maxsize if whole else pace.job)
             reserved = entries[0].awaited  # they were reserved together
             assert reserved is not None
-            if reserved.pages == len(entries) and self._oldest[-1][1] is reserved:
+            if reserved.pages == len(entries) and self._oldest[link][-1] is reserved:
                 reserved.since = now  # all of the newest ones
             else:
                 reserved.pages -= len(entries)
@@ -250,19 +252,20 @@ class Promotions:
 
     def _give_up_overdue(self) -> None:
         """What is past its deadline is no longer counted on, and does not hold up the others."""
-        late, oldest = False, self._oldest
-        now, deadline_s = self._context.clock(), self._waits.deadline_s
-        while oldest and (not oldest[0][1].pages or now - oldest[0][1].since >= deadline_s):
-            link, overdue = oldest.popleft()
-            if overdue.pages:
-                late = overdue.late = True
-                self._count_out(link, overdue, overdue.pages)
-        for link in self._jobs.links if late else ():
-            self._drop(link, link.queue.drop_pages(_is_late))
+        now = self._context.clock()
+        for link, oldest in self._oldest.items():
+            late = False
+            while oldest and (not oldest[0].pages or now - oldest[0].since >= link.deadline_s):
+                overdue = oldest.popleft()
+                if overdue.pages:
+                    late = overdue.late = True
+                    self._count_out(link, overdue, overdue.pages)
+            if late:
+                self._drop(link, link.queue.drop_pages(_is_late))
 
     def _await(self, link: TierLink, since: float, state: RequestState) -> Awaited:
-        awaited = Awaited(since, state.view.req_id)
-        self._oldest.append((link, awaited))
+        awaited = Awaited(since, link.deadline_s, state.view.req_id)
+        self._oldest[link].append(awaited)
         return awaited
 
     def _expect(self, entries: Sequence[Entry], awaited: Awaited) -> None:

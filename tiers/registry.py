@@ -21,6 +21,7 @@ from kvstrata.tiers.options import (
     parse_choice,
     parse_count,
     parse_flag,
+    parse_number,
 )
 
 ENTRY_POINT_GROUP = "kvstrata.tiers"
@@ -103,6 +104,18 @@ class TierEntry:
         "can be",
         None,
         shown="true; false for a tier on other machines",
+    )
+    lookup_deadline_s: float | None = option(
+        or_none(partial(parse_number, most=3600.0)),
+        "as the engine's, for this tier",
+        None,
+        shown="the engine's",
+    )
+    promotion_deadline_s: float | None = option(
+        or_none(partial(parse_number, most=3600.0)),
+        "as the engine's, for this tier's pages",
+        None,
+        shown="the engine's",
     )
     fill: bool = option(
         parse_flag, "false: pages found here are not stored in the tiers before this one", True

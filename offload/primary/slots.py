@@ -44,10 +44,12 @@ _KEPT = Hold.KEPT
 
 
 class Awaited(msgspec.Struct, gc=False, eq=False):
-    """Pages that were asked for together and are not ready: `since` when, in seconds, `req_id` for
-    whom, and how many tiers are counted on to bring. `late`: nobody waits for them any more."""
+    """Pages that were asked for together and are not ready: `since` when, and for how long they may
+    be, in seconds, `req_id` for whom, and how many tiers are counted on to bring. `late`: nobody
+    waits for them any more."""
 
     since: float
+    deadline_s: float
     req_id: str = ""
     pages: int = 0
     late: bool = False

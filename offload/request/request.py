@@ -27,6 +27,7 @@ class RequestState:
     sources: dict[bytes, str] = field(default_factory=dict)  # promoted key -> tier name
     waits: bool = False  # for pages, until it loads or computes
     waits_since: float = 0.0  # since when
+    patience: float = 0.0  # for how long at most: the longest deadline of what it waits for
     waited_in: int = -2  # the last step in which it did
     waited_at: float = 0.0  # when it last did
     groups: frozenset[bytes] = frozenset()  # of the pages reserved in this wait, as in their keys

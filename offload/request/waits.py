@@ -18,46 +18,48 @@ SEVERAL_GROUPS = 0.8
 class Waits:
     """The clocks of waiting requests and of pages that the GPU fills."""
 
-    deadline_s: float  # `promotion_deadline_s`
+    deadline_s: float  # the engine's `promotion_deadline_s`, and that of the GPU's pages
     _clock: Callable[[], float]  # seconds, monotonic
     _step: int = 0
     cuts: list[RequestState] = field(default_factory=list)  # waiting requests that have one
 
     def left(self, state: RequestState) -> float:
         """Seconds that a request still has, as of its last `goes_on`."""
-        return self.deadline_s - (state.waited_at - state.waits_since)
+        return state.patience - (state.waited_at - state.waits_since)
 
     def is_first(self, state: RequestState) -> bool:
         """Whether the request has not been told to wait in this step."""
         return state.waited_in != self._step
 
-    def goes_on(self, state: RequestState, end_token: int) -> bool:
-        """Whether the request may wait (on) for a page that ends there.
+    def goes_on(self, state: RequestState, end_token: int, deadline_s: float) -> bool:
+        """Whether the request may wait (on) for a page that ends there, and has this deadline.
 
-        It may wait for so long in all, until it loads or computes; vLLM need not ask in each step.
+        It may wait for the longest deadline of all that it waits for in a row, until it loads or
+        computes; vLLM need not ask in each step.
         """
         now = self._clock()
         if not state.waits:
             state.waits, state.waits_since = True, now
-            state.cut, state.groups = None, frozenset()
+            state.cut, state.groups, state.patience = None, frozenset(), 0.0
+        state.patience = max(state.patience, deadline_s)
         state.waited_in, state.waited_at = self._step, now
         waited = now - state.waits_since
-        if len(state.groups) > 1 and waited >= SEVERAL_GROUPS * self.deadline_s:
+        if len(state.groups) > 1 and waited >= SEVERAL_GROUPS * state.patience:
             if state.cut is None:
                 state.cut = end_token
             if state not in self.cuts:
                 self.cuts.append(state)
             if end_token >= state.cut:
                 return False
-        return waited < self.deadline_s
+        return waited < state.patience
 
     def for_gpu(self, entry: Entry, end_token: int, state: RequestState) -> bool:
         """Whether the request may wait (on) for a page that the GPU fills."""
         awaited = entry.awaited
         if awaited is None:
-            awaited = entry.awaited = Awaited(self._clock())
+            awaited = entry.awaited = Awaited(self._clock(), self.deadline_s)
         awaited.late = self._is_late(awaited)
-        return not awaited.late and self.goes_on(state, end_token)
+        return not awaited.late and self.goes_on(state, end_token, awaited.deadline_s)
 
     def for_tier(self, entry: Entry, end_token: int, state: RequestState) -> bool:
         """Whether the request may wait (on) for a page under promotion."""
@@ -66,10 +68,10 @@ class Waits:
             return False
         if self.is_first(state):
             state.needs = awaited.req_id
-        return self.goes_on(state, end_token)
+        return self.goes_on(state, end_token, awaited.deadline_s)
 
     def _is_late(self, awaited: Awaited) -> bool:
-        return awaited.late or self._clock() - awaited.since >= self.deadline_s
+        return awaited.late or self._clock() - awaited.since >= awaited.deadline_s
 
     def is_cut(self, state: RequestState, end_token: int) -> bool:
         """Whether the request does without a page that ends there although it has arrived.

@@ -48,7 +48,7 @@ class TierOpener:
         self._private = private
 
     def __call__(self, deadline_s: float, clock: Callable[[], float]) -> list[TierLink]:
-        """The tiers, each behind a guard; for the arguments see `TierLink`.
+        """The tiers, each behind a guard; for the arguments see `OpenTiers`.
 
         Raises:
             TierConfigError: one cannot be used.
@@ -63,8 +63,9 @@ class TierOpener:
                 entry.name,
                 _guarded(entry, context),
                 index,
-                deadline_s,
+                entry.promotion_deadline_s or deadline_s,
                 clock,
+                lookup_deadline_s=entry.lookup_deadline_s,
                 medium=tier_class(entry.entry).medium,
                 may_load=not entry.store_only,
                 may_store=not entry.load_only,

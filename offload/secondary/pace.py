@@ -32,7 +32,7 @@ class Pace:
     """
 
     def __init__(self, deadline_s: float, now: float) -> None:
-        """deadline_s: `promotion_deadline_s`."""
+        """deadline_s: the tier's `promotion_deadline_s`."""
         self.job = FIRST_PAGES
         self.ahead = FIRST_AHEAD
         self.speed: float | None = None

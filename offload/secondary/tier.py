@@ -35,8 +35,9 @@ class TierLink:
         name: the tier's in requests, logs and metrics.
         tier: itself, behind its guard.
         index: its place in the order of look-up.
-        deadline_s: `promotion_deadline_s`.
+        deadline_s: its `promotion_deadline_s`.
         clock: seconds, monotonic.
+        lookup_deadline_s: its own, if not the engine's.
         medium: vLLM's word: "CPU", "STORAGE", or None for anything else.
         may_load, may_store: whether its pages are looked for, and whether it is given any.
         fills: whether the tiers before it are given what is found in it.
@@ -51,6 +52,7 @@ class TierLink:
         deadline_s: float,
         clock: Callable[[], float],
         *,
+        lookup_deadline_s: float | None = None,
         medium: str | None = None,
         may_load: bool = True,
         may_store: bool = True,
@@ -62,6 +64,7 @@ class TierLink:
         self.name = name
         self.tier = tier
         self.medium = medium
+        self.deadline_s, self.lookup_deadline_s = deadline_s, lookup_deadline_s
         self.may_load, self.may_store = may_load, may_store
         self.kv_events = kv_events
         self.index = index

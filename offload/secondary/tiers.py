@@ -26,7 +26,7 @@ STOP_TIMEOUT_S = 5.0
 STORE_PATIENCE_S = 60.0
 
 
-# Called with `promotion_deadline_s` and the clock; see `TierLink`.
+# Called with the engine's `promotion_deadline_s`, for tiers that have none, and the clock.
 OpenTiers: TypeAlias = Callable[[float, Callable[[], float]], Sequence[TierLink]]
 
 
@@ -73,7 +73,8 @@ class TierJobs:
         open_tiers: makes the secondary tiers.
         view: (slot, bytes) -> the beginning of the slot.
         layouts: page layout by group.
-        promotion_deadline_s: a tier whose promotions make no progress for longer fails.
+        promotion_deadline_s: the engine's; a tier whose promotions make no progress for longer, or
+            than its own, fails.
         clock: seconds, monotonic.
 
     Attributes:
@@ -97,7 +98,6 @@ class TierJobs:
         self._view = lambda key, slot: view(slot, self._nbytes[key[-4:]])
         sizes = {*self._nbytes.values()}
         self._one_size = sizes.pop() if len(sizes) == 1 else None
-        self._promotion_deadline_s = promotion_deadline_s
         self._clock = clock
         self._running: dict[int, Running] = {}  # oldest first
         self._next_job = 0
@@ -140,7 +140,7 @@ class TierJobs:
         traffic.pages += len(entries)
         traffic.nbytes += nbytes
         now = self._clock()
-        due = now + self._patience(promotion)
+        due = now + _patience(link, promotion)
         timing = timing or Timing(now, traffic.nbytes, len(entries))
         self._running[job_id] = Running(
             *(link, entries, promotion, traffic, now, request, nbytes, due, timing, probe, on_end),
@@ -264,16 +264,13 @@ class TierJobs:
                 late.append(link)
         return late
 
-    def _patience(self, promotion: bool) -> float:
-        return self._promotion_deadline_s if promotion else STORE_PATIENCE_S
-
     def _look_for_overdue(self) -> None:
         """A job is overdue when its tier has made no progress in its direction for too long."""
         now = self._clock()
         for job in self._running.values():
             if now < job.due:
                 continue
-            patience = self._patience(job.promotion)
+            patience = _patience(job.link, job.promotion)
             job.due = max(job.due, job.traffic.progress + patience)
             if now >= job.due:
                 job.overdue += 1  # again and again: a single job that never ends counts too
@@ -321,3 +318,7 @@ class TierJobs:
             job.link.breaker.succeeded(job.kind)
         if job.timing.sound and not job.timing.pages:
             job.traffic.cost.add(job.timing.ahead, now - job.timing.started)
+
+
+def _patience(link: TierLink, promotion: bool) -> float:
+    return link.deadline_s if promotion else STORE_PATIENCE_S

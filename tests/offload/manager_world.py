@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 from kvstrata.offload.audit.comparer import Compared, Comparer
 from kvstrata.offload.audit.comparison import Elements, compare
@@ -53,7 +54,7 @@ class World:
     ready: int | None = None  # slots that can be used by now; None: all
     epoch: int = 0  # of what the GPU computes
     layouts: Mapping[int, PageLayout] = field(default_factory=lambda: LAYOUTS)
-    ways: Mapping[int, Mapping[str, bool]] = field(default_factory=dict)  # see `TierLink`, by index
+    ways: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)  # see `TierLink`, by index
 
     def __post_init__(self) -> None:
         self.memory = [bytearray(b"\xee" * PAGE) for _ in range(self.slots)]
@@ -83,11 +84,13 @@ class World:
                 f"tier{index}",
                 tier,
                 index,
-                deadline_s,
-                clock,
-                medium="STORAGE",
-                store_threshold=thresholds[index],
-                **self.ways.get(index, {}),
+                **{
+                    "deadline_s": deadline_s,
+                    "clock": clock,
+                    "medium": "STORAGE",
+                    "store_threshold": thresholds[index],
+                    **self.ways.get(index, {}),
+                },
             )
             for index, tier in enumerate(tiers)
         ]

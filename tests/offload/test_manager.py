@@ -430,6 +430,62 @@ def test_promotion_deadline() -> None:
     assert world.manager.primary.promoting == 0
 
 
+def test_a_tier_with_a_look_up_deadline_of_its_own() -> None:
+    """The engine's holds for the other."""
+    near, far = Undecided(*ITEMS), Undecided(*ITEMS)
+    near.unknown = far.unknown = set(KEYS)
+    world = World(
+        [near, far], config=config(lookup_deadline_s=1.0), ways={1: {"lookup_deadline_s": 3.0}}
+    )
+    request, silent = world.request(), [0, 1, 1, 2]
+    for now, timeouts in zip((0.0, 1.0, 2.9, 3.0), silent, strict=True):
+        world.now = now
+        assert world.lookup(ITEMS[0], request) is (MISS if timeouts == 2 else RETRY)
+        assert world.manager.counters["lookup_timeouts"] == timeouts
+        world.step()
+
+
+@pytest.mark.parametrize("own", [2.0, 30.0])
+def test_a_tier_with_a_promotion_deadline_of_its_own(own: float) -> None:
+    """Shorter or longer than the engine's, which holds for the other."""
+    first, second = SlowTier(Recorder(ITEMS[0])), SlowTier(Recorder(ITEMS[1]))
+    world = World(
+        [first, second], config=config(promotion_deadline_s=10.0), ways={1: {"deadline_s": own}}
+    )
+    requests = [world.request(str(number)) for number in range(2)]
+    waiting = list(zip(ITEMS, requests, strict=False))
+    assert [world.lookup(*each) for each in waiting] == [PENDING] * 2
+    first.hang()
+    second.hang()
+    world.step()
+    for now in sorted((own, 10.0)):
+        world.now = now - 0.1
+        assert [world.lookup(*each) for each in waiting] == [
+            PENDING if now <= deadline else MISS for deadline in (10.0, own)
+        ]
+        world.step()
+        world.now = now
+        assert [world.lookup(*each) for each in waiting] == [
+            PENDING if now < deadline else MISS for deadline in (10.0, own)
+        ]
+        world.step()
+    assert not world.manager.has_pending_work()
+
+
+def test_who_waits_for_a_slow_tier_waits_for_a_fast_one_behind_it() -> None:
+    """The longest deadline is that of the wait, and each page has its tier's."""
+    fast, slow = Recorder(ITEMS[1]), SlowTier(Recorder(ITEMS[0]))
+    world = World([fast, slow], ways={0: {"deadline_s": 2.0}, 1: {"deadline_s": 30.0}})
+    request = world.request()
+    assert world.lookup(ITEMS[0], request) is PENDING
+    slow.hang()
+    world.step()
+    world.now = 20.0
+    assert [world.lookup(item, request) for item in ITEMS[:2]] == [PENDING] * 2
+    world.step(2)
+    assert [world.lookup(item, request) for item in ITEMS[:2]] == [PENDING, HIT]
+
+
 def test_a_hung_store_does_not_keep_the_engine_stepping_for_ever() -> None:
     tier = SlowTier(Recorder())
     tier.hang()

@@ -130,6 +130,16 @@ class ManagerMachine(RuleBasedStateMachine):
         tells=st.booleans(),
         in_a_step=st.sampled_from([1, 2, 4096]),
         first=st.sampled_from([(1, 1), (1, 2), (2, 5), (8, 128)]),
+        deadlines=st.lists(
+            st.fixed_dictionaries(
+                {},
+                optional={
+                    "deadline_s": st.sampled_from([0.5, 3.0, 25.0]),
+                    "lookup_deadline_s": st.sampled_from([0.3, 5.0]),
+                },
+            ),
+            max_size=2,
+        ),
     )
     def start(
         self,
@@ -147,6 +157,7 @@ class ManagerMachine(RuleBasedStateMachine):
         tells: bool,
         in_a_step: int,
         first: tuple[int, int],
+        deadlines: list[dict[str, float]],
     ) -> None:
         audits._LEAST_FREE = 1
         promotion.MOST_IN_A_STEP = in_a_step
@@ -176,8 +187,12 @@ class ManagerMachine(RuleBasedStateMachine):
             of_tiers,
             lambda: self.files_changed,
             audited,
+            ways=dict(enumerate(deadlines)),
         )
         self.manager = self.world.manager
+        self.longest_s = max(
+            self.world.config.promotion_deadline_s, *(x.deadline_s for x in self.manager.links)
+        )
         self.audits = self.manager.audits
         self.audits._layouts = {0: LAYOUTS[0]}  # all keys are of one group
         self.audits._schedule.computed(10**6)
@@ -308,7 +323,7 @@ class ManagerMachine(RuleBasedStateMachine):
         if deferred:
             waited = self.world.now - request.since
             if not self.world.audited:  # a probe takes a step more, however long that is
-                assert waited < self.manager._waits.deadline_s, "it waits too long"
+                assert waited < self.longest_s, "it waits too long"
             return
         request.waiting = False
         if hits and self.number % 4 == 2:

@@ -114,6 +114,10 @@ REFUSED: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"audit_fraction": 7}, ("audit_fraction: 7", "from 0 to 1")),
     ({"lookup_deadline_s": 0}, ("lookup_deadline_s: 0", "above 0")),
     ({"lookup_deadline_s": "1s"}, ("lookup_deadline_s: '1s'", "number")),
+    (
+        {"secondary_tiers": [{"type": "memory", "promotion_deadline_s": 0}]},
+        ("secondary_tiers[0]: promotion_deadline_s: 0", "above 0"),
+    ),
     # -- words
     ({"load_or_recompute": "yes"}, ("load_or_recompute: 'yes'", "true or false")),
     ({"weights_fixed": "no"}, ("weights_fixed: 'no'", "true or false")),

@@ -75,6 +75,8 @@ def test_each_tier_is_as_its_entry_says_and_guarded() -> None:
         max_tracker_size=9,
         kv_events=False,
         locality="REMOTE",
+        lookup_deadline_s=2.0,
+        promotion_deadline_s=30.0,
     )
     near, far = TierOpener([ENTRY, entry], CONTEXT, private=False)(10.0, time.monotonic)
     assert [type(link.tier) for link in (near, far)] == [GuardedTier] * 2
@@ -83,6 +85,8 @@ def test_each_tier_is_as_its_entry_says_and_guarded() -> None:
         *("far", 2, 9),
         False,
     )
+    assert (near.deadline_s, far.deadline_s) == (10.0, 30.0)
+    assert (near.lookup_deadline_s, far.lookup_deadline_s) == (None, 2.0)
 
 
 class OddMedium(MemoryTier):
