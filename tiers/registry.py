@@ -53,6 +53,10 @@ _CALLED: Mapping[str, re.Pattern[str]] = {
 STOCK = ("example", "kvcr", "obj", "p2p")
 _STOCK_BASE = ("vllm.v1.kv_offload.tiering.base", "SecondaryTierManager")
 _STOCK_TIERS = "kvstrata.offload.vllm_plugin.foreign_tiers.classes"
+# Where that spec finds our tiers, which are called `KVStrataFs` and so on there.
+STOCK_SPEC = "TieringOffloadingSpec"
+STOCK_MODULE = "kvstrata.offload.vllm_plugin.stock_tiers"
+_THERE = "KVStrata"
 
 
 def _check_backpressure(key: str, value: object) -> None:
@@ -172,10 +176,15 @@ def tier_class(entry: Mapping[str, Any]) -> type[SecondaryTier]:
     if not isinstance(name, str) or not name:
         wrong = f'"type": {name!r} is wrong' if "type" in entry else '"type" is missing'
         raise TierConfigError(
-            f"{wrong}; give one of {', '.join(tier_types())}, or a class name together with "
-            "module_path"
+            f"{wrong}; give one of {', '.join(_known())}, or a class name together with module_path"
         )
     module = entry.get("module_path")
+    there = name.startswith(_THERE) and module in (None, STOCK_MODULE)
+    if there and (own := stock_names().get(name)):
+        raise TierConfigError(
+            f"type: {name!r} is for vLLM's own {STOCK_SPEC}; here the type is {own!r}, without "
+            "module_path"
+        )
     if module is not None:
         if not isinstance(module, str) or not module:
             raise WrongValue("module_path", module, "an importable module")
@@ -188,7 +197,7 @@ def tier_class(entry: Mapping[str, Any]) -> type[SecondaryTier]:
         wrong = f"type {name!r}, a tier of vLLM's own, cannot be used: it"
         named = cast(Callable[[str], object], import_named(wrong, _STOCK_TIERS, "named"))
         return _tier(named(name), name, name)
-    known = tier_types()
+    known = _known()
     word = re.sub("[^a-z0-9]", "", name.lower())
     called = [each for each, names in _CALLED.items() if names.fullmatch(word)]
     near = f" (did you mean {called[0]!r}?)" if called else nearest(name, known)
@@ -205,8 +214,13 @@ def tier_options(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tier_types() -> list[str]:
-    """The short names that `type` can be here."""
+    """The short names of our tiers and of those of installed packages."""
     return sorted({*BUILT_IN, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))})
+
+
+def stock_names() -> dict[str, str]:
+    """The names of our tiers for vLLM's own spec, and our own: `KVStrataFs` and `fs`."""
+    return {f"{_THERE}{_capitals(name)}": name for name in tier_types()}
 
 
 def import_named(wrong: str, module: str, name: str) -> object:
@@ -228,6 +242,15 @@ def derives_from(found: object, base: tuple[str, str]) -> bool:
     """Whether it is a class with a base of this module and name, which may be of vLLM's own."""
     bases = found.__mro__ if isinstance(found, type) else ()
     return any((each.__module__, each.__name__) == base for each in bases)
+
+
+def _known() -> list[str]:
+    """The short names that `type` can be here; vLLM's own come last."""
+    return list(dict.fromkeys((*tier_types(), *STOCK)))
+
+
+def _capitals(name: str) -> str:
+    return "".join(part.capitalize() for part in re.split("[^A-Za-z0-9]+", name))
 
 
 def _import(target: str, name: str) -> type[SecondaryTier]:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from kvstrata.offload.config.offload_config import OffloadConfig, parse_tier
 from kvstrata.tiers.options import ConfigError, options_of, read_options, same_option
-from kvstrata.tiers.registry import TierEntry, tier_types
+from kvstrata.tiers.registry import STOCK_MODULE, STOCK_SPEC, TierEntry, stock_names
 
-STOCK_MODULE = "kvstrata.offload.vllm_plugin.stock_tiers"
-STOCK_SPEC = "TieringOffloadingSpec"
 # What vLLM reads itself, and does not hand on.
 _VLLMS = frozenset({"type", "module_path", "backpressure"})
 
@@ -26,11 +23,6 @@ class StockEntry:
     promotion_deadline_s: float = same_option(OffloadConfig, "promotion_deadline_s")
     weights_fixed: bool | None = same_option(OffloadConfig, "weights_fixed")
     lora_paths_immutable: bool = same_option(OffloadConfig, "lora_paths_immutable")
-
-
-def stock_names() -> dict[str, str]:
-    """The names of our tiers there, and our own: `KVStrataFs` and `fs`."""
-    return {f"KVStrata{_capitals(name)}": name for name in tier_types()}
 
 
 def parse_stock_entry(name: str, given: Mapping[str, Any]) -> StockEntry:
@@ -90,7 +82,3 @@ def _ours(extra: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     for entry in entries if isinstance(entries, list) else ():
         if isinstance(entry, Mapping) and entry.get("module_path") == STOCK_MODULE:
             yield entry
-
-
-def _capitals(name: str) -> str:
-    return "".join(part.capitalize() for part in re.split("[^A-Za-z0-9]+", name))

@@ -13,10 +13,10 @@ import functools
 
 from vllm.v1.kv_offload.base import Medium
 
-from kvstrata.offload.config.stock_entry import check_name, stock_names
+from kvstrata.offload.config.stock_entry import check_name
 from kvstrata.offload.vllm_plugin.engine.stock.tier import StockTier
 from kvstrata.tiers.options import ConfigError
-from kvstrata.tiers.registry import tier_class
+from kvstrata.tiers.registry import stock_names, tier_class
 
 
 @functools.cache

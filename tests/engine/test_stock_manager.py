@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstrata.offload.config.stock_entry import STOCK_MODULE
+from kvstrata.tiers.registry import STOCK_MODULE
 from tests.engine.driver import Engine, connector, prompt
 from tests.spoiling import flip
 

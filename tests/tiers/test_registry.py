@@ -80,10 +80,19 @@ def test_options_are_the_rest() -> None:
             )
         ),
         ({"type": "nfs4"}, r"^unknown type 'nfs4' \(did you mean 'fs'\?\)"),
-        ({}, r'^"type" is missing; give one of fs, memory'),
+        ({}, r'^"type" is missing; give one of fs, memory, .*, p2p,'),
         ({"type": None}, r'^"type": None is wrong; give one of fs, memory'),
         ({"type": "redis"}, r"'redis' \(did you mean 'valkey'\?\)"),
         ({"type": "MooncakeStore"}, r"\(did you mean 'mooncake'\?\)"),
+        ({"type": "p2"}, "^unknown type 'p2'.*p2p"),
+        ({"type": "KVStrataFs"}, "^type: 'KVStrataFs' is for vLLM's own .*here the type is 'fs'"),
+        *(
+            (
+                {"type": f"KVStrata{name.capitalize()}", "module_path": registry.STOCK_MODULE},
+                f"^type: 'KVStrata.*' is for vLLM's own .*; here the type is '{name}'",
+            )
+            for name in BUILT_IN
+        ),
         ({"type": "FS"}, r"'FS' \(did you mean 'fs'\?\)"),
         ({"type": 3}, r'"type": 3 is wrong'),
         ({"type": "Mine", "module_path": 1}, "module_path: 1 is wrong"),

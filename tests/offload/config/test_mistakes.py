@@ -7,6 +7,7 @@ import pytest
 
 from kvstrata.offload.config.offload_config import parse_config
 from kvstrata.tiers.options import ConfigError
+from kvstrata.tiers.registry import STOCK_MODULE
 
 SIZE = ("cpu_bytes_to_use", "8GiB")
 TIERS = ("secondary_tiers", '[{"type": "fs", "root_dir": "/mnt/kv"}]')
@@ -58,6 +59,10 @@ REFUSED: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"locality": "LOCAL"}, ("'locality'", "it is a key of an entry of secondary_tiers")),
     (fs(path="/mnt/kv"), (FIRST, "'path'", "use root_dir")),
     (fs(directory="/mnt/kv"), (FIRST, "'directory'", "use root_dir")),
+    (
+        tiers({"type": "KVStrataFs", "module_path": STOCK_MODULE, "root_dir": "/mnt/kv"}),
+        (FIRST, "'KVStrataFs'", "here the type is 'fs'"),
+    ),
     (fs(threads=4), (FIRST, "'threads'", "use n_read_threads and n_write_threads")),
     (fs(numThreads=4), (FIRST, "'numThreads'", "use n_read_threads and n_write_threads")),
     (fs(mode="0600"), (FIRST, "'mode'", "use file_mode and dir_mode")),

@@ -23,11 +23,11 @@ from vllm.v1.kv_offload.base import (
 from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
-from kvstrata.offload.config.stock_entry import STOCK_MODULE
 from kvstrata.offload.secondary.guard import GuardedTier
 from kvstrata.offload.secondary.tier import TierLink
 from kvstrata.offload.vllm_plugin.engine.stock.tier import StockTier
 from kvstrata.tiers.base import SecondaryTier
+from kvstrata.tiers.registry import STOCK_MODULE
 from tests.offload.vllm_plugin.block_engine import BLOCK, BlockEngine, Model, Prompt
 from tests.waiting import PATIENCE_S, wait_until
 

@@ -14,14 +14,14 @@ pytest.importorskip("vllm")
 
 from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory  # noqa: E402
 
-from kvstrata.offload.config.stock_entry import check_stock, stock_names  # noqa: E402
+from kvstrata.offload.config.stock_entry import check_stock  # noqa: E402
 from kvstrata.offload.vllm_plugin.engine.early_check import check  # noqa: E402
 from kvstrata.offload.vllm_plugin.engine.errors import NamespaceError  # noqa: E402
 from kvstrata.offload.vllm_plugin.engine.stock import seen  # noqa: E402
 from kvstrata.offload.vllm_plugin.engine.stock.mapped_file import open_file_behind  # noqa: E402
 from kvstrata.offload.vllm_plugin.engine.stock.whole_config import whole_config  # noqa: E402
 from kvstrata.tiers.options import ConfigError  # noqa: E402
-from kvstrata.tiers.registry import BUILT_IN  # noqa: E402
+from kvstrata.tiers.registry import BUILT_IN, stock_names  # noqa: E402
 from tests.offload.vllm_plugin.block_engine import Model  # noqa: E402
 from tests.offload.vllm_plugin.engine.stock.stock_world import (  # noqa: E402
     StockWorld,
