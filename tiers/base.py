@@ -255,7 +255,10 @@ class JobResult:
 
 @dataclass(slots=True)
 class TierStats:
-    """Totals since the tier was made; they only grow, except `gauges`."""
+    """Totals since the tier was made; they only grow, except `gauges`.
+
+    Of look-ups the answers count (`lookups`, and of these `hits`): a RETRY is none.
+    """
 
     counters: dict[str, int] = field(default_factory=dict)
     failures: dict[str, int] = field(default_factory=dict)  # by cause

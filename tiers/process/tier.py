@@ -149,18 +149,20 @@ class ProcessTier(SecondaryTier):
 
     def lookup(self, key: PageKey, request: RequestView) -> Lookup:
         """HIT and MISS from memory; RETRY while the medium is asked that did not tell of all."""
-        self._lookups += 1
-        if self._closed:
-            return Lookup.MISS
-        if self._is_known(key):  # so it is a key of this model
+        if not self._closed and self._is_known(key):  # so it is a key of this model
+            self._lookups += 1
             self._hits += 1
             self._promised[key] = None
             return Lookup.HIT
-        if self._nbytes(key) is None:
+        if self._closed or self._nbytes(key) is None:
+            self._lookups += 1
             return Lookup.MISS
         if self._index.is_awaited(key):
             self._send_checks()
-        return self._index.lookup(key, request.req_id, time.monotonic())
+        answer = self._index.lookup(key, request.req_id, time.monotonic())
+        if answer is not Lookup.RETRY:  # else it is asked again
+            self._lookups += 1
+        return answer
 
     def submit_store(self, job: Job) -> None:
         """See `SecondaryTier.submit_store`."""

@@ -124,14 +124,17 @@ class ForeignTier(SecondaryTier):
     def lookup(self, key: PageKey, request: RequestView) -> Lookup:
         """What the tier says; how long it may not know is for the manager to say."""
         counters = self._jobs.counters
-        counters["lookups"] += 1
         if self._stopping is not None or self._seals.nbytes(key) is None:
+            counters["lookups"] += 1
             return Lookup.MISS
         found = self._tier.lookup(OffloadKey(key), self._context(request))
-        if found is _HIT:
-            counters["hits"] += 1
-            return Lookup.HIT
-        return Lookup.MISS if found is _MISS else Lookup.RETRY
+        if found is not _HIT and found is not _MISS:
+            return Lookup.RETRY
+        counters["lookups"] += 1
+        if found is _MISS:
+            return Lookup.MISS
+        counters["hits"] += 1
+        return Lookup.HIT
 
     def submit_store(self, job: Job) -> None:
         """The tier is given the pages once they are sealed."""
