@@ -232,15 +232,19 @@ def parse_count(key: str, value: object, most: int, least: int = 1) -> int:
     return value
 
 
-def parse_number(key: str, value: object, most: float, *, zero: bool = False) -> float:
-    """A number above 0, or from 0 on with `zero`, and at most `most`."""
+def parse_number(
+    key: str, value: object, most: float, *, least: float = 0.0, zero: bool = False
+) -> float:
+    """A number above 0, or from 0 on with `zero`, at least `least`, and at most `most`."""
     if (
         isinstance(value, bool)
         or not isinstance(value, int | float)
-        or not 0 <= value <= most  # NaN is not either
+        or not least <= value <= most  # NaN is not either
         or (value == 0 and not zero)
     ):
         bounds = f"from 0 to {most:g}" if zero else f"above 0 and at most {most:g}"
+        if least:
+            bounds = f"of at least {least:g} and at most {most:g}"
         raise WrongValue(key, value, f"a number {bounds}{_unquoted(value)}")
     return float(value)
 

@@ -147,6 +147,11 @@ class TierEntry:
             raise TierConfigError(
                 "load_only and store_only: both are true, and the tier would do nothing; remove one"
             )
+        if self.load_only and self.store_threshold:
+            raise TierConfigError(
+                f"store_threshold: {self.store_threshold} is given beside load_only, with which no "
+                "page is stored here; remove one"
+            )
 
     @property
     def is_required(self) -> bool:

@@ -37,7 +37,11 @@ class LateTier(SecondaryTier):
     guard: GuardedTier
 
     def __init__(
-        self, name: str, cls: type[SecondaryTier], opens: Callable[[], SecondaryTier]
+        self,
+        name: str,
+        cls: type[SecondaryTier],
+        opens: Callable[[], SecondaryTier],
+        cause: str,
     ) -> None:
         """Begin to look for the tier.
 
@@ -45,9 +49,11 @@ class LateTier(SecondaryTier):
             name: of the tier, for the log.
             cls: its class.
             opens: makes it, and raises TierConfigError where it cannot be used yet; may block.
+            cause: why it cannot be used yet, as was said already.
         """
         self._name = name
         self._opens = opens
+        self._cause = cause
         self.locality = cls.locality
         self.page_causes = SecondaryTier.page_causes | {_ABSENT}
         self._finished: list[JobResult] = []
@@ -103,12 +109,18 @@ class LateTier(SecondaryTier):
                 self._hand_over(self._opens())
                 break
             except TierConfigError as error:
-                logger.debug("tier %s cannot be used yet: %s", self._name, error)
-            except Exception:  # a tier's own mistake; it may be gone the next time
-                logger.debug("tier %s cannot be used yet", self._name, exc_info=True)
+                self._say(str(error))
+            except Exception as error:  # a tier's own mistake; it may be gone the next time
+                self._say(f"{type(error).__name__}: {error}")
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
         # The kernel ends I/O processes with the thread that started them.
         threading.Event().wait()
+
+    def _say(self, cause: str) -> None:
+        """Log a cause that is not the one before: it may be a mistake, which no wait mends."""
+        if cause != self._cause:
+            self._cause = cause
+            logger.warning("tier %s still cannot be used, now because of %s", self._name, cause)
 
     def _hand_over(self, found: SecondaryTier) -> None:
         with self._lock:

@@ -92,7 +92,8 @@ def _guarded(entry: TierEntry, context: TierContext) -> GuardedTier:
             entry.name,
             error,
         )
-    late = LateTier(entry.name, tier_class(entry.entry), opens)
+        cause = str(error)
+    late = LateTier(entry.name, tier_class(entry.entry), opens, cause)
     late.guard = guard = GuardedTier(entry.name, late)
     return guard
 

@@ -14,6 +14,7 @@ from kvstrata.tiers.options import (
     parse_choice,
     parse_number,
 )
+from kvstrata.tiers.process.medium import LEAST_TIMEOUT_S
 
 DEFAULT_PORT = 50051
 LEAST_SEGMENT = 16 * 2**20  # what the client lends at least
@@ -63,7 +64,7 @@ class MooncakeOptions:
         other_names="transport transfer_protocol",
     )
     timeout_s: float = option(
-        partial(parse_number, most=_MOST_TIMEOUT_S),
+        partial(parse_number, least=LEAST_TIMEOUT_S, most=_MOST_TIMEOUT_S),
         "seconds until the master must have answered, and until a process that lends memory must "
         "go on with a page, in whole seconds; then it counts as failed, and what was asked for as "
         "a miss",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 from typing import Any
 
 from kvstrata.tiers.base import PageRegion, TierConfigError, TierContext
@@ -12,7 +11,7 @@ from kvstrata.tiers.mooncake.config import MooncakeOptions
 from kvstrata.tiers.mooncake.rdma import DEVICES, NODES, has_device
 from kvstrata.tiers.options import format_bytes, parse_options
 from kvstrata.tiers.process.medium import MediumSpec
-from kvstrata.tiers.process.probe import ask
+from kvstrata.tiers.process.probe import ask, check_client
 from kvstrata.tiers.process.tier import ProcessTier
 
 _THREADS = 4  # the client moves all bytes in one thread of its own: more would only wait
@@ -27,14 +26,25 @@ class MooncakeTier(ProcessTier):
     name = "mooncake"
     rejects = True
 
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """See `SecondaryTier.check_options`; the client must be there."""
+        _parse(options)
+
     def __init__(self, options: Mapping[str, Any], context: TierContext) -> None:
         """See `SecondaryTier.__init__`."""
-        parsed = parse_options(MooncakeOptions, options, "mooncake tier")
+        parsed = _parse(options)
         _check_protocol(parsed.protocol)
         _check_memory(parsed.segment, context.region)
         _check_pool(parsed)
         medium = MediumSpec("kvstrata.tiers.mooncake.medium:MooncakeMedium", parsed, noisy=True)
         super().__init__(context, [medium], _THREADS, _THREADS)
+
+
+def _parse(options: Mapping[str, Any]) -> MooncakeOptions:
+    parsed = parse_options(MooncakeOptions, options, "mooncake tier")
+    check_client("mooncake", "mooncake", "mooncake-transfer-engine-non-cuda")
+    return parsed
 
 
 def _check_protocol(protocol: str) -> None:
@@ -74,11 +84,6 @@ def _check_pool(options: MooncakeOptions) -> None:
     Raises:
         TierConfigError: it cannot.
     """
-    if find_spec("mooncake") is None:
-        raise TierConfigError(
-            "mooncake tier: the package mooncake-transfer-engine-non-cuda is missing; pip install "
-            "'kvstrata[mooncake]'"
-        )
     try:
         error = ask("kvstrata.tiers.mooncake.probe", options, 6 * options.timeout_s).get("error")
     except OSError as failure:

@@ -6,13 +6,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from kvstrata.tiers.base import TierConfigError
 from kvstrata.tiers.fs.config import FsConfig
 from kvstrata.tiers.options import (
+    UnknownKeyError,
     WrongValue,
     option,
     or_none,
@@ -21,6 +21,8 @@ from kvstrata.tiers.options import (
     parse_text,
     same_option,
 )
+from kvstrata.tiers.process.medium import LEAST_TIMEOUT_S
+from kvstrata.tiers.process.probe import check_client
 
 # What the schemes of a url mean.
 STORES: Mapping[str, str] = {
@@ -40,6 +42,7 @@ _SEGMENT = re.compile(r"[A-Za-z0-9._=+-]+")
 _SECRET = re.compile(
     "secret|token|password|credential|account_?key|access_?key|sas|profile|sign", re.I
 )
+_BUDGET = ("max_bytes", "max_files")  # of tiers that delete what they keep too much of
 _HOW_TO_LOG_IN = (
     "credentials are taken from where the cloud's own tools look for them (environment, profile, "
     "instance metadata; docs/tiers.md), never from the configuration, which ends up in logs"
@@ -109,7 +112,7 @@ class ObjectConfig:
         other_names="region_name aws_region location",
     )
     timeout_s: float = option(
-        partial(parse_number, most=_MOST_TIMEOUT_S),
+        partial(parse_number, least=LEAST_TIMEOUT_S, most=_MOST_TIMEOUT_S),
         "a request, with its data, that takes longer has failed; one that was refused is tried "
         "again within that time",
         5.0,
@@ -131,6 +134,9 @@ class ObjectConfig:
             TierConfigError: naming the key, the remedy, and the value where it is no secret.
         """
         for key in map(str, options):
+            if key in _BUDGET:
+                instead = "a lifecycle rule of the bucket is the budget (docs/tiers.md); remove it"
+                raise UnknownKeyError("object tier", key, (), instead)
             if key not in cls.__dataclass_fields__ and _SECRET.search(key):
                 raise TierConfigError(
                     f"object tier: {key!r} is no option: remove it; {_HOW_TO_LOG_IN}"
@@ -140,8 +146,5 @@ class ObjectConfig:
             raise TierConfigError(
                 f"region: is for s3:// only, and url is {config.url!r}; remove it"
             )
-        if find_spec("obstore") is None:
-            raise TierConfigError(
-                "object tier: the package obstore is missing: pip install 'kvstrata[object]'"
-            )
+        check_client("object", "obstore", "obstore")
         return config

@@ -22,6 +22,8 @@ from kvstrata.tiers.page.form import BadPage
 # A task that lasts longer gives up the rest of its pages: one of them may take as long as a request
 # (10 s at most), and a process that ends no task for STALL_S (supervisor.py) is replaced.
 _MOST_TASK_S = 15.0
+# Of a medium on other machines: none answers sooner.
+LEAST_TIMEOUT_S = 0.01
 
 News = tuple[PageKey, bool]  # a key, and whether its page is there now
 
@@ -209,6 +211,13 @@ def while_it_answers(
     return outcomes
 
 
+def words(error: Exception) -> str:
+    """What it says; of an `OSError` without the number, which may be a medium's own choice."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+
+
 def failed(error: Exception) -> Outcome:
     """What it means for a page that a medium raised this."""
     if isinstance(error, BadPage):
@@ -216,5 +225,5 @@ def failed(error: Exception) -> Outcome:
     if isinstance(error, MoveError):
         return Outcome(error.cause, detail=str(error))
     if isinstance(error, OSError):
-        return Outcome("io-error", detail=str(error))
+        return Outcome("io-error", detail=words(error))
     return Outcome("internal", detail=f"{type(error).__name__}: {error}")

@@ -11,9 +11,25 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Any
 
+from kvstrata.tiers.base import TierConfigError
+from kvstrata.tiers.process.medium import words
+
 _STARTS_WITHIN_S = 30.0  # a process, on a loaded machine
+
+
+def check_client(tier: str, module: str, package: str) -> None:
+    """Whether the client of a type of tiers is installed; it is not loaded.
+
+    Raises:
+        TierConfigError: it is not.
+    """
+    if find_spec(module) is None:
+        raise TierConfigError(
+            f"{tier} tier: the package {package} is missing; pip install 'kvstrata[{tier}]'"
+        )
 
 
 def ask(module: str, options: object, timeout_s: float) -> dict[str, Any]:
@@ -51,5 +67,5 @@ def answer(find: Callable[[Any], Mapping[str, object]]) -> None:
     try:
         found = find(options)
     except (OSError, ImportError) as error:
-        found = {"error": str(error)}
+        found = {"error": words(error)}
     print(json.dumps(found), flush=True)

@@ -15,6 +15,7 @@ from kvstrata.tiers.options import (
     parse_flag,
     parse_number,
 )
+from kvstrata.tiers.process.medium import LEAST_TIMEOUT_S
 
 DEFAULT_PORT = 6379
 _EXAMPLE = '"valkey://host:6379"'
@@ -89,7 +90,7 @@ class ValkeyOptions:
         other_names="ttl expire expiry expire_s ttl_seconds",
     )
     timeout_s: float = option(
-        partial(parse_number, most=_MOST_TIMEOUT_S),
+        partial(parse_number, least=LEAST_TIMEOUT_S, most=_MOST_TIMEOUT_S),
         "seconds until the server must have answered; then it counts as failed, and what was asked "
         "for as a miss",
         5.0,

@@ -13,7 +13,7 @@ from kvstrata.tiers.base import PageKey, TierContext
 from kvstrata.tiers.page.form import BadPage
 from kvstrata.tiers.page.identity import config_text, directory_name, distrust_text
 from kvstrata.tiers.page.page import PageForm
-from kvstrata.tiers.process.medium import Host, Medium, Outcome, PageRef, while_it_answers
+from kvstrata.tiers.process.medium import Host, Medium, Outcome, PageRef, while_it_answers, words
 from kvstrata.tiers.valkey.client import Client
 from kvstrata.tiers.valkey.config import ValkeyOptions
 from kvstrata.tiers.valkey.names import config_name, distrust_name, page_name
@@ -58,7 +58,7 @@ class ValkeyMedium(Medium):
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            return Outcome("no-space", detail=str(error))
+            return Outcome("no-space", detail=words(error))
         return Outcome(moved=moved)
 
     def load(self, page: PageRef, view: memoryview, access: int) -> Outcome:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
-from importlib.util import find_spec
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from kvstrata.tiers.base import TierConfigError, TierContext
 from kvstrata.tiers.options import format_bytes, parse_options
 from kvstrata.tiers.page.identity import directory_name, namespace_digest
 from kvstrata.tiers.process.medium import MediumSpec
-from kvstrata.tiers.process.probe import ask
+from kvstrata.tiers.process.probe import ask, check_client
 from kvstrata.tiers.process.tier import ProcessTier
 from kvstrata.tiers.valkey.config import ValkeyOptions
 from kvstrata.tiers.valkey.names import distrust_name
@@ -19,6 +20,12 @@ from kvstrata.tiers.valkey.names import distrust_name
 # The server does one thing at a time: more threads would only wait longer for their turn.
 _THREADS = 4
 _OF_ACCESS = ("WRONGPASS", "NOAUTH", "NOPERM", "without any password configured")
+_NOT_LINES = "not one line with a password"  # of the client's
+# What the probe found to be wrong.
+_WRONG = {
+    "cluster": "cluster: true is wrong: {!r} is a server of its own; give false",
+    "tls": "tls: true is wrong: {!r} does not encrypt; give false, or set up TLS there",
+}
 
 logger = logging.getLogger("kvstrata.tiers.valkey")
 
@@ -32,13 +39,19 @@ class ValkeyTier(ProcessTier):
     name = "valkey"
     rejects = True
 
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """See `SecondaryTier.check_options`; the client must be there."""
+        parse(options)
+
     def __init__(self, options: Mapping[str, Any], context: TierContext) -> None:
         """See `SecondaryTier.__init__`."""
-        parsed = parse_options(ValkeyOptions, options, "valkey tier")
+        parsed = parse(options)
         name = directory_name(context.model, namespace_digest(context.namespace))
         self._mark = distrust_name(name)
         server = ask_server(parsed, self._mark)
         check_page(parsed, server.most_bytes, context)
+        _look_at_mode(parsed.password_file)
         if server.found:
             logger.error(
                 "kvstrata valkey tier: audits found pages of %s at %s that are not what the model "
@@ -70,16 +83,15 @@ class Server(NamedTuple):
     found: bool
 
 
-def check_client() -> None:
-    """Whether the client is there.
+def parse(options: Mapping[str, Any]) -> ValkeyOptions:
+    """Check the options, and whether the client is there.
 
     Raises:
-        TierConfigError: it is not.
+        TierConfigError: one is wrong, or it is not.
     """
-    if find_spec("glide_sync") is None:
-        raise TierConfigError(
-            "valkey tier: the package valkey-glide-sync is missing; pip install 'kvstrata[valkey]'"
-        )
+    parsed = parse_options(ValkeyOptions, options, "valkey tier")
+    check_client("valkey", "glide_sync", "valkey-glide-sync")
+    return parsed
 
 
 def ask_server(options: ValkeyOptions, name: str) -> Server:
@@ -88,7 +100,6 @@ def ask_server(options: ValkeyOptions, name: str) -> Server:
     Raises:
         TierConfigError: it cannot be used.
     """
-    check_client()
     found = _ask(options, name)
     if found["is_cluster"] and not options.cluster:
         raise TierConfigError(f"cluster: {options.url!r} is a server of a cluster; give true")
@@ -120,9 +131,21 @@ def _ask(options: ValkeyOptions, name: str) -> dict[str, Any]:
         found = ask("kvstrata.tiers.valkey.probe", (options, name), 4 * options.timeout_s)
     except OSError as failure:
         raise TierConfigError(f"valkey tier: the server cannot be asked ({failure})") from failure
+    if wrong := found.get("wrong"):
+        raise TierConfigError(_WRONG[wrong].format(options.url))
     error = found.get("error", "")
+    if options.password_file and options.password_file in error and _NOT_LINES in error:
+        raise TierConfigError(
+            f"password_file: {error}; give one line with the password, or two with the user's "
+            "name and the password"
+        )
     if options.password_file and options.password_file in error:
         raise TierConfigError(f"password_file: {error}; give a file that can be read")
+    if options.password_file is None and "NOAUTH" in error:
+        raise TierConfigError(
+            f"password_file is missing: {options.url!r} needs a password ({error}); give the "
+            "absolute path of a file that holds it"
+        )
     if any(each in error for each in _OF_ACCESS):
         raise TierConfigError(
             f"password_file: {options.password_file!r} does not open the server ({error}); give "
@@ -134,3 +157,15 @@ def _ask(options: ValkeyOptions, name: str) -> dict[str, Any]:
             "cluster and tls"
         )
     return found
+
+
+def _look_at_mode(password_file: str | None) -> None:
+    """Warn of a file with a password that is open to others."""
+    with suppress(OSError):  # it was read a moment ago
+        mode = os.stat(password_file).st_mode & 0o777 if password_file else 0
+        if mode & 0o077:
+            logger.warning(
+                "kvstrata valkey tier: password_file: %r is open to other users (mode %04o); give "
+                "it mode 0600",
+                *(password_file, mode),
+            )

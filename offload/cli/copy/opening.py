@@ -55,13 +55,12 @@ def open_place(what: str, text: str) -> Place:
 
         return BucketPlace(config)
     if kind == "valkey":
-        from kvstrata.tiers.valkey.config import ValkeyOptions
-        from kvstrata.tiers.valkey.tier import check_client
+        from kvstrata.tiers.valkey.tier import parse
 
-        check_client()
+        parsed = parse(options)
         from kvstrata.offload.cli.copy.server import ServerPlace
 
-        return ServerPlace(parse_options(ValkeyOptions, options, "valkey tier"))
+        return ServerPlace(parsed)
     raise TierConfigError(f"{what}: pages of type {kind!r} cannot be copied; give {_EXAMPLE}")
 
 

@@ -29,11 +29,16 @@ class Away(MemoryTier):
 
     away: ClassVar[bool] = True
     gate: ClassVar[threading.Event] = threading.Event()
+    cause: ClassVar[str] = "server: nobody answers; start it"
+    tries: ClassVar[list[str]] = []
     closed: ClassVar[list[float]] = []
 
     def __init__(self, options: Mapping[str, Any], context: TierContext) -> None:
         if self.away:
-            raise TierConfigError("server: nobody answers; start it")
+            self.tries.append(self.cause)
+            if self.cause == "a mistake":
+                raise RuntimeError(self.cause)
+            raise TierConfigError(self.cause)
         self.gate.wait(60.0)
         super().__init__(options, context)
 
@@ -52,6 +57,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Away, "away", True)
     monkeypatch.setattr(Away, "gate", gate := threading.Event())
     monkeypatch.setattr(Away, "closed", [])
+    monkeypatch.setattr(Away, "tries", [])
     gate.set()
 
 
@@ -108,6 +114,25 @@ def test_one_that_is_not_is_used_from_when_it_is_there(
     assert link.tier.shutdown(5.0) and Away.closed == [5.0]
 
 
+def test_a_cause_is_said_once_and_another_one_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(late_module, "LONGEST_PAUSE_S", 0.005)
+    link = opened(entry(required=False))
+    for cause in ("server: nobody answers; start it", "password_file: wrong", "a mistake"):
+        monkeypatch.setattr(Away, "cause", cause)
+        begun = len(Away.tries)
+        wait_until(lambda begun=begun, cause=cause: Away.tries[begun:].count(cause) >= 3)
+    assert link.tier.shutdown(5.0)
+    said = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    assert [text.partition(" cannot be used")[2] for text in said] == [
+        " yet (server: nobody answers; start it); the engine starts without it, and looks for it "
+        "again and again",
+        ", now because of password_file: wrong",
+        ", now because of RuntimeError: a mistake",
+    ]
+
+
 def test_what_it_did_not_store_is_said_before_it_gives_place(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -154,6 +179,12 @@ def test_wrong_options_are_refused_at_any_rate() -> None:
 def test_a_tier_that_neither_loads_nor_stores_is_refused() -> None:
     wrong = [{"type": "memory", "load_only": True, "store_only": True}]
     with pytest.raises(ConfigError, match="load_only and store_only"):
+        parse_config({"cpu_bytes_to_use": 2**20, "secondary_tiers": wrong})
+
+
+def test_a_threshold_where_nothing_is_stored_is_refused() -> None:
+    wrong = [{"type": "memory", "load_only": True, "store_threshold": 2}]
+    with pytest.raises(ConfigError, match="store_threshold: 2 is given beside load_only"):
         parse_config({"cpu_bytes_to_use": 2**20, "secondary_tiers": wrong})
 
 

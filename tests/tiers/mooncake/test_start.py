@@ -12,6 +12,7 @@ from kvstrata.tiers.mooncake import tier as tier_module
 from kvstrata.tiers.mooncake.config import MooncakeOptions
 from kvstrata.tiers.mooncake.tier import MooncakeTier
 from kvstrata.tiers.options import parse_options
+from kvstrata.tiers.process import probe
 from kvstrata.tiers.registry import TierEntry
 from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key, store
 from tests.tiers.mooncake.conftest import OpenTier, StartMaster, StartPeer
@@ -44,6 +45,7 @@ def test_masters(master: str, parsed: tuple[str, int]) -> None:
         ({"master": "kv", "segment": "1MiB"}, "^segment: '1MiB' is too little; give 0, or \"16MiB"),
         ({"master": "kv", "segment": "lots"}, "^segment: 'lots' is not a size"),
         ({"master": "kv", "protocol": "roce"}, "^protocol: 'roce' is wrong; give one of tcp, rdma"),
+        ({"master": "kv", "timeout_s": 1e-9}, "^timeout_s: 1e-09 is wrong.*at least 0.01"),
         ({"master": "kv", "timeout_s": 6}, "^timeout_s: 6 is wrong.*at most 5"),
         ({"master_server_address": "kv"}, "'master_server_address': use master"),
         ({"master": "kv", "global_segment_size": 0}, "'global_segment_size': use segment"),
@@ -55,14 +57,14 @@ def test_wrong_options(options: dict[str, object], message: str) -> None:
 
 
 def test_without_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tier_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(probe, "find_spec", lambda name: None)
     with pytest.raises(TierConfigError, match=r"pip install 'kvstrata\[mooncake\]'"):
-        MooncakeTier({"master": "kv"}, CONTEXT)
+        MooncakeTier.check_options({"master": "kv"})
 
 
 def test_without_a_library_of_the_clients(monkeypatch: pytest.MonkeyPatch) -> None:
     said = "libibverbs.so.1: cannot open shared object file: No such file or directory"
-    monkeypatch.setattr(tier_module, "find_spec", lambda name: name)
+    monkeypatch.setattr(probe, "find_spec", lambda name: name)
     monkeypatch.setattr(tier_module, "ask", lambda *asked: {"error": said})
     with pytest.raises(TierConfigError, match=r"libibverbs.so.1.*apt-get install libibverbs1"):
         MooncakeTier({"master": "kv"}, CONTEXT)

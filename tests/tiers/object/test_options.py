@@ -57,9 +57,10 @@ def test_credentials_are_refused_and_not_repeated(options: dict[str, Any]) -> No
         ({"url": "s3://bucket", "endpoint": "minio:9000"}, "endpoint: 'minio:9000' is wrong"),
         ({"url": "gs://bucket", "region": "eu"}, "region: is for s3:// only"),
         ({"url": "s3://bucket", "region": ""}, "region: '' is wrong"),
+        ({"url": "s3://bucket", "timeout_s": 1e-9}, "timeout_s: 1e-09 is wrong; .* at least 0.01"),
         ({"url": "s3://bucket", "timeout_s": 60}, "timeout_s: 60 is wrong; .* at most 10"),
         ({"url": "s3://bucket", "timeout": 3}, "use timeout_s"),
-        ({"url": "s3://bucket", "max_bytes": "1TiB"}, "unknown key 'max_bytes'"),
+        ({"url": "s3://bucket", "max_bytes": "1TiB"}, "unknown key 'max_bytes': a lifecycle rule"),
         ({"bucket": "kv"}, "unknown key 'bucket': use url"),
     ],
 )

@@ -92,7 +92,7 @@ def test_passwords(start_server: StartServer, root: Path, tmp_path: Path) -> Non
     fill(root)
     server = start_server(password="swordfish")
     said = run("copy", root, server.url, exit_code=2)
-    assert "password_file: None does not open the server" in said
+    assert "password_file is missing" in said
     password = tmp_path / "password"
     password.write_text("swordfish\n")
     os.chmod(password, 0o600)

@@ -15,6 +15,7 @@ import pytest
 
 from kvstrata.tiers.base import PageLayout, TensorSpec, TierConfigError
 from kvstrata.tiers.options import parse_options
+from kvstrata.tiers.process import probe
 from kvstrata.tiers.testing import CONTEXT, load, make_data, make_key, store
 from kvstrata.tiers.valkey import tier as tier_module
 from kvstrata.tiers.valkey.config import ValkeyOptions
@@ -54,6 +55,7 @@ def test_urls(url: str, parsed: str) -> None:
         ({"url": "valkey://me:hunter2@kv"}, "^url: it names a user or a password.*password_file"),
         ({"url": "valkey://kv", "password_file": "hunter2"}, "^password_file: what is given is no"),
         ({"url": "valkey://kv", "password": "hunter2"}, "'password': use password_file"),
+        ({"url": "valkey://kv", "timeout_s": 1e-9}, "^timeout_s: 1e-09 is wrong.*at least 0.01"),
         ({"url": "valkey://kv", "timeout_s": 11}, "^timeout_s: 11 is wrong.*at most 10"),
         ({"host": "kv"}, "'host': use url"),
     ],
@@ -65,9 +67,9 @@ def test_wrong_options(options: dict[str, object], message: str) -> None:
 
 
 def test_without_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tier_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(probe, "find_spec", lambda name: None)
     with pytest.raises(TierConfigError, match=r"pip install 'kvstrata\[valkey\]'"):
-        tier_module.ValkeyTier({"url": "valkey://kv"}, CONTEXT)
+        tier_module.ValkeyTier.check_options({"url": "valkey://kv"})
 
 
 def test_without_a_server() -> None:
@@ -81,10 +83,14 @@ def test_passwords(open_tier: OpenTier, start_server: StartServer, tmp_path: Pat
     file = tmp_path / "password"
     given = {"password_file": str(file)}
     for options, text, message in [
-        ({}, "", "^password_file: None does not open the server"),
+        ({}, "", "^password_file is missing: 'valkey://.*' needs a password .*; give the absolute"),
         (given, None, "^password_file: .*No such file"),
         (given, "hunter2\n", "^password_file: .* does not open the server"),
-        (given, "me\nhunter2\nhunter3\n", "^password_file: .*not one line with a password, or two"),
+        (
+            given,
+            "me\nhunter2\nhunter3\n",
+            "^password_file: .*give one line with the password, or two",
+        ),
         (given, "me\nswordfish\n", "^password_file: .* does not open the server"),
     ]:
         file.unlink(missing_ok=True)
@@ -92,11 +98,33 @@ def test_passwords(open_tier: OpenTier, start_server: StartServer, tmp_path: Pat
             file.write_text(text)
         with pytest.raises(TierConfigError, match=message) as raised:
             open_tier(server, **options)
-        assert not any(word in str(raised.value) for word in ("hunter", "swordfish"))
+        assert not any(word in str(raised.value) for word in ("hunter", "swordfish", "Errno"))
     server.ask("ACL", "SETUSER", "me", "on", ">tuna", "~*", "+@all")
     for text in ("swordfish", "default\nswordfish\n", "me\ntuna\n"):
         file.write_text(text)
         assert not store(open_tier(server, **given), PAGE).failed
+
+
+@pytest.mark.parametrize(("mode", "warns"), [(0o600, False), (0o640, True), (0o604, True)])
+def test_a_password_that_others_can_read(
+    open_tier: OpenTier,
+    start_server: StartServer,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    mode: int,
+    warns: bool,
+) -> None:
+    server = start_server(password="swordfish")
+    (file := tmp_path / "password").write_text("swordfish\n")
+    file.chmod(mode)
+    open_tier(server, password_file=str(file))
+    assert ("give it mode 0600" in caplog.text) == warns
+
+
+@pytest.mark.parametrize("key", ["cluster", "tls"])
+def test_what_the_server_is_not(open_tier: OpenTier, start_server: StartServer, key: str) -> None:
+    with pytest.raises(TierConfigError, match=f"^{key}: true is wrong: 'valkey://.*give false"):
+        open_tier(start_server(), timeout_s=1, **{key: True})
 
 
 def test_a_page_that_is_no_value(open_tier: OpenTier, start_server: StartServer) -> None:
