@@ -236,14 +236,14 @@ class ManagerMachine(RuleBasedStateMachine):
         return Request(view, prefix, to=meant(wishes))
 
     def watch_jobs(self) -> None:
-        """Nothing but a probe goes to a tier that is out of service."""
+        """To a tier that is out of service go only probes, and pages that it must not serve."""
         submit = self.manager._jobs.submit
 
-        def watched(link: TierLink, entries: Sequence[Entry], *args: Any, **kwargs: Any) -> None:
-            probe = kwargs.get("probe", False)
-            assert probe or link.breaker.closed, "a job for a tier that is out of service"
+        def watched(link: TierLink, entries: Sequence[Entry], *args: Any, **kwargs: Any) -> bool:
+            probe, rejects = kwargs.get("probe", False), "send" in kwargs
+            assert probe or rejects or link.breaker.closed, "a job for a tier out of service"
             assert not probe or (len(entries) == 1 and not link.breaker.closed)
-            submit(link, entries, *args, **kwargs)
+            return submit(link, entries, *args, **kwargs)
 
         self.manager._jobs.submit = watched  # type: ignore[method-assign]
 
