@@ -2,7 +2,7 @@
 # The targets share one virtual environment and few cores, so -j changes nothing.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help install lint format types test-unit test-engine test-vllm test-vllms test test-gpu test-models test-faults test-soak bench-fs bench-tiers bench-kernels bench-eviction bench-manager bench-start bench-ttft bench-file-hits bench-rounding test-hits test-audit fuzz demo demo-shared demo-object demo-valkey demo-mooncake demo-pool
+.PHONY: help install lint format types test-unit test-engine test-vllm test-vllms test test-gpu test-models test-faults test-soak bench-fs bench-tiers bench-kernels bench-eviction bench-manager bench-start bench-ttft bench-hits bench-rounding test-hits test-audit fuzz demo demo-shared demo-object demo-valkey demo-mooncake demo-pool
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -159,8 +159,8 @@ test-models: install ## every kind of KV cache: hits and identical tokens
 test-faults: install ## the long forms: kills, full disks and hostile files; each kernel on each target
 	$(BIN)/pytest --long tests/tiers tests/kernels/test_compile.py
 
-test-hits: install ## 1,000 file hits in a row on a real server: none is lost
-	$(BIN)/pytest --long tests/engine/test_file_hits.py
+test-hits: install ## hundreds of hits of each tier in a row on a real server: none is lost
+	$(BIN)/pytest --long tests/engine/test_hits.py
 
 test-audit: install ## audits on the real engine: thousands of a sound store, and one of another model
 	$(BIN)/pytest --long tests/engine/test_audit.py
@@ -207,9 +207,9 @@ bench-ttft: install ## time to first token with offload against without (BENCH_D
 		--root $(BENCH_DIR) --csv $(BENCH_DIR)/ttft.csv
 
 HITS := 1000
-bench-file-hits: install ## time to first token of file hits in a row: median, p99, worst (HITS=...)
+bench-hits: install ## time to first token of hits in a row: median, p99, worst (HITS=..., TIER=fs)
 	mkdir -p $(BENCH_DIR)
-	$(BIN)/python docs/demo/file_hits.py --hits $(HITS) --csv $(BENCH_DIR)/file-hits.csv
+	$(BIN)/python docs/demo/hits.py $(if $(TIER),--tier $(TIER)) --hits $(HITS) --csv $(BENCH_DIR)/hits.csv
 
 bench-rounding: install ## by how much right pages differ, and wrong ones, on this machine (MODEL=folder)
 	$(BIN)/python -m tests.bench.rounding --model $(MODEL) --csv $(BENCH_DIR)/rounding.csv

@@ -9,15 +9,12 @@ and its answers are the same, and stops and removes all that it started.
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
+from media import TIERS
 from passes import CACHE, MODEL, QUESTIONS, ROOT, SERVE_ARGS, Row, faults, run_pass
 from rich import box
 from rich.markup import escape
@@ -26,83 +23,7 @@ from server import Server, kv_transfer_config, serving
 from show import console, end_with, step
 from smollm2 import smollm2
 
-from kvstrata.tiers.pool.tools import PoolKept, remove_pool
-
-sys.path.append(str(ROOT))  # for the servers of the tests
-from tests.tiers.mooncake.pool import Master, Peer, why_not
-from tests.tiers.object.server import BUCKET, S3Server, credentials
-from tests.tiers.object.server import server_binary as s3_binary
-from tests.tiers.valkey.server import Server as ValkeyServer
-from tests.tiers.valkey.server import server_binary as valkey_binary
-
-POOL = "kvstrata-demo"
 STORED_DEADLINE_S = 120
-
-
-@contextmanager
-def bucket(folder: Path) -> Iterator[dict[str, Any]]:
-    """A bucket of SeaweedFS; its credentials are in the environment, as the tier wants them."""
-    if (weed := s3_binary()) is None:
-        raise RuntimeError("no server that speaks S3 is installed: run `make install`")
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        del os.environ[name]
-    os.environ.update(credentials(folder))
-    server = S3Server(weed, folder)
-    try:
-        yield {"url": f"s3://{BUCKET}/kv", "endpoint": server.endpoint}
-    finally:
-        server.close()
-
-
-@contextmanager
-def values(folder: Path) -> Iterator[dict[str, Any]]:
-    """A Valkey server that evicts what was not loaded for long."""
-    if valkey_binary() is None:
-        raise RuntimeError("no Valkey server is installed: run `make install`")
-    server = ValkeyServer(folder, "--maxmemory", "1gb", "--maxmemory-policy", "allkeys-lru")
-    try:
-        yield {"url": server.url}
-    finally:
-        server.kill()
-
-
-@contextmanager
-def pool(folder: Path) -> Iterator[dict[str, Any]]:
-    """Shared memory; what a killed demo left of it goes first."""
-    _remove_pool()
-    try:
-        yield {"name": POOL, "max_bytes": "1GiB"}
-    finally:
-        _remove_pool()
-
-
-def _remove_pool() -> None:
-    try:
-        with suppress(FileNotFoundError):
-            remove_pool(POOL)
-    except PoolKept as error:  # by another demo
-        raise RuntimeError(str(error)) from error
-
-
-@contextmanager
-def lent_memory(folder: Path) -> Iterator[dict[str, Any]]:
-    """A Mooncake master, and a process that lends memory."""
-    if why := why_not():
-        raise RuntimeError(why)
-    with ExitStack() as started:
-        master = Master()
-        started.callback(master.kill)
-        started.callback(Peer(master, 2**29).kill)
-        yield {"master": master.address}
-
-
-# By the tier's type, what starts all that it needs and says the tier's options.
-TIERS: dict[str, Callable[[Path], AbstractContextManager[dict[str, Any]]]] = {
-    "object": bucket,
-    "valkey": values,
-    "mooncake": lent_memory,
-    "pool": pool,
-}
 
 
 def wait_until_stored(server: Server, pages: int) -> int:

@@ -6,7 +6,7 @@ Never in the engine's process: it starts threads, and connects anew in every for
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -89,6 +89,21 @@ class Client:
                 if isinstance(each, GlideError):
                     raise each
         return answers
+
+    def put(self, values: Mapping[bytes, bytes | memoryview], *, replace: bool, ttl_s: int) -> bool:
+        """Keep all the values or none; False if one is there and is not to be replaced.
+
+        With `ttl_s` above 0 they leave after so many seconds, also those that were there.
+        """
+        if not ttl_s:  # a batch of one takes twice as long
+            with self._asking():
+                put = self._client.mset if replace else self._client.msetnx
+                return bool(put(cast(Any, values)))
+        batch = self.batch()
+        (batch.mset if replace else batch.msetnx)(values)
+        for name in values:
+            batch.expire(name, ttl_s)
+        return bool(self.run(batch)[0])
 
     def fetch(self, names: Sequence[bytes], buffers: Sequence[memoryview]) -> list[int | None]:
         """Copy the values into the buffers; how long each is, or None if it is not there.

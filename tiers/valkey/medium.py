@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from kvstrata.tiers.base import PageKey, TierContext
 from kvstrata.tiers.page.form import BadPage
@@ -52,9 +52,10 @@ class ValkeyMedium(Medium):
             zip(self._names(page.key), (header, view), strict=True)
         )
         try:
-            moved, found = self._put(pair, page.rewrite)
-            if not moved and found < 2:
-                moved, _ = self._put(pair, True)
+            self._renew_config()
+            moved = self._put(pair, page.rewrite)
+            if not moved and not self.exists([page.key])[0]:
+                moved = self._put(pair, True)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
@@ -102,21 +103,18 @@ class ValkeyMedium(Medium):
         """See `Medium.close`."""
         self._client.close()
 
-    def _put(self, pair: dict[bytes, bytes | memoryview], replace: bool) -> tuple[bool, int]:
-        """Whether both were written, and how many are there now."""
+    def _put(self, pair: Mapping[bytes, bytes | memoryview], replace: bool) -> bool:
+        return self._client.put(pair, replace=replace, ttl_s=self._ttl_s)
+
+    def _renew_config(self) -> None:
+        if (now := time.monotonic()) < self._config_due:
+            return
         batch = self._client.batch()
-        (batch.mset if replace else batch.msetnx)(pair)
-        batch.exists(list(pair))
+        batch.set(self._config, self._config_text)
         if self._ttl_s:
-            for name in pair:
-                batch.expire(name, self._ttl_s)
-        if (now := time.monotonic()) >= self._config_due:
-            self._config_due = now + _CONFIG_S
-            batch.set(self._config, self._config_text)
-            if self._ttl_s:
-                batch.expire(self._config, self._ttl_s + _CONFIG_S)
-        written, found, *_ = self._client.run(batch)
-        return bool(written), found
+            batch.expire(self._config, self._ttl_s + _CONFIG_S)
+        self._client.run(batch)
+        self._config_due = now + _CONFIG_S
 
     def _names(self, key: PageKey) -> list[bytes]:
         name = page_name(self._form.namespace, key)
