@@ -118,7 +118,7 @@ def slow_memory() -> str:
         return ""
     return (
         f"{SHM} gives out memory in small pages; with huge ones (mount -o "
-        f"remount,huge=within_size {SHM}) a pool loads twice as fast"
+        f"remount,huge=within_size {SHM}) a pool loads up to twice as fast"
     )
 
 
