@@ -80,7 +80,7 @@ def lent_memory(folder: Path) -> Iterator[dict[str, Any]]:
     if why := why_not():
         raise RuntimeError(why)
     with ExitStack() as started:
-        master = Master()
+        master = Master("--client_ttl=60")  # a lender that has no core for a while stays one
         started.callback(master.kill)
         started.callback(Peer(master, 2**29).kill)
         yield {"master": master.address}
