@@ -58,7 +58,7 @@ class Figure(NamedTuple):
 
 
 class StandStill(threading.Thread):
-    """Sees for how long the machine stands still, as virtual ones do: who waits then is not late."""
+    """Sees for how long the whole machine does nothing, as virtual ones do."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
