@@ -24,9 +24,8 @@ from kvstrata.tiers.process.away import Away
 from kvstrata.tiers.process.medium import MoveError
 
 SILENT = "unreachable"  # the cause of a request to which nobody answered
-NOBODY = (
-    "no-credentials"  # of one for which none were found, last where clouds give them to machines
-)
+NOBODY = "no-credentials"  # of a request for which none were found
+# Where clouds give them to machines; it is asked last.
 _MACHINES_OWN = re.compile(r"//(?:169\.254\.169\.254|metadata\.google\.internal)\b")
 _DENIED = re.compile(r"\bstatus(?: code)?:? (?:401|403)\b")
 _LISTED = 1000  # at a time; no more come with one answer

@@ -18,7 +18,7 @@ from kvstrata.tiers.page.page import PageForm
 from kvstrata.tiers.process.medium import Host, Medium, Outcome, PageRef, while_it_answers
 
 AUDIT = "audit"  # the cause of a page that was found to be another than the model's
-_QUESTIONS = 16  # that are asked at a time: each waits for the network
+_QUESTIONS = 64  # that are asked at a time, by all checks: each waits for the network
 _WAIT_S = 0.1  # for an engine that does not listen
 
 
