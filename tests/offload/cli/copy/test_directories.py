@@ -255,10 +255,11 @@ def test_beside_a_server(root: Path, fill_root: FillRoot, copy: Path) -> None:
     assert counts(run_json("copy", root, copy)) == (len(MANY), 0, [], None)
     files = [path for path in copy.rglob("*") if path.is_file()]
     assert len(files) <= 60
-    pages = [bytes.fromhex(path.stem) for path in files if path.suffix == ".safetensors"]
-    key = pages[0] + bytes(4)
-    find(tier, key)
-    assert load(tier, [key])[1] == {key: MANY[key]}
+    keys = [make_key(int(path.stem[:16], 16)) for path in files if path.suffix == ".safetensors"]
+    result, arrived = load(tier, keys)
+    assert arrived == {key: MANY[key] for key in keys if key not in result.failed}
+    assert arrived and set(result.failed.values()) <= {"missing"}, "evicted since"
+    find(tier, next(reversed(arrived)))
     assert tier.shutdown(60.0)
 
 
