@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kvstrata.offload.config.offload_config import OffloadConfig
+from kvstrata.offload.metering.found import Found
 from kvstrata.offload.primary.holds import Holds
 from kvstrata.offload.primary.slots import PrimaryTier
 from kvstrata.offload.request.waits import Waits
@@ -40,6 +41,8 @@ class Report:
         """Pages came into a tier, None for the primary tier."""
         if keys:
             self.events.append(Event(keys, removed=False, tier=tier))
+            if tier is not None:
+                tier.departures.came(keys)
 
     def left(self, keys: list[bytes], tier: TierLink | None = None) -> None:
         """Pages left a tier, None for the primary tier: those were evicted."""
@@ -47,6 +50,8 @@ class Report:
             self.events.append(Event(keys, removed=True, tier=tier))
             if tier is None:
                 self.counters["evicted_pages"] += len(keys)
+            else:
+                tier.departures.left(keys)
 
     def moved(self, job: Running, result: JobResult) -> None:
         """A job of a tier ended."""
@@ -74,12 +79,14 @@ class Context:
     report: Report = field(default_factory=Report)
     holds: Holds = field(init=False)
     waits: Waits = field(init=False)
+    found: Found = field(init=False)
     reuse: ReuseCounter = field(init=False)  # for the engine's `store_threshold`
 
     def __post_init__(self) -> None:
         config, clock = self.config, self.clock
         self.holds = Holds(self.primary, config.pin_fraction, clock)
         self.waits = Waits(config.promotion_deadline_s, clock)
+        self.found = Found([link.name for link in self.jobs.links], self.layouts, self.windows)
         self.reuse = ReuseCounter(config.store_threshold, config.max_tracker_size)
 
     @property

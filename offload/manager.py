@@ -24,6 +24,7 @@ from kvstrata.offload.demand.demand import Demand
 from kvstrata.offload.demand.lending import Lender
 from kvstrata.offload.demand.stores import StorePlan, Stores
 from kvstrata.offload.lookup import Answer, TierLookup
+from kvstrata.offload.metering.savings import Savings
 from kvstrata.offload.primary.eviction.policies import policy_class
 from kvstrata.offload.primary.slots import Entry, Hold, PrimaryTier, Writer
 from kvstrata.offload.promotion import Promotions
@@ -57,6 +58,7 @@ class TieringManager:
         ready: how many slots, from the first on, can be used by now; at least 1. Else all.
         windows: by group, how many tokens before the end of a hit its layers need, where not all
             (a sliding window, a state).
+        ahead: how many steps vLLM plans ahead of the GPU.
         clock: seconds, monotonic.
     """
 
@@ -74,6 +76,7 @@ class TieringManager:
         weights_changed: Callable[[], bool] | None = None,
         ready: Callable[[], int] | None = None,
         windows: Mapping[int, int] | None = None,
+        ahead: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._weights_fixed = weights_fixed
@@ -84,7 +87,7 @@ class TieringManager:
         self._ready = ready or (lambda: slots)
         self.windows = windows or {}
         policy = policy_class(config.eviction_policy)(slots, self.windows)
-        self.primary = PrimaryTier(self._ready(), policy)
+        self.primary = PrimaryTier(self._ready(), policy, clock)
         self._jobs = TierJobs(open_tiers, view, layouts, config.promotion_deadline_s, clock)
         self._context = Context(config, layouts, self.windows, clock, self.primary, self._jobs)
         context = self._context
@@ -92,6 +95,8 @@ class TieringManager:
         self._cuts = self._waits.cuts  # asked for every hit
         self.counters: Counter[str] = self._report.counters
         self.speed = PrefillSpeed()
+        self.found = context.found
+        self.savings = Savings(self.speed.seconds_per_token, ahead)
         self._load_or_recompute = LoadOrRecompute(config.load_or_recompute, self.speed)
         self._promotions = Promotions(context, self._load_or_recompute)
         self._lookup = TierLookup(context, self._promotions)
@@ -220,7 +225,10 @@ class TieringManager:
 
     def complete_load(self, keys: Collection[bytes], request: RequestView | None = None) -> None:
         """The GPU has the pages. Without `request` none of them had outlived a reset."""
-        self._demand.loaded(keys, request.req_id if request is not None else None)
+        req_id = request.req_id if request is not None else None
+        self._demand.loaded(keys, req_id)
+        if req_id is not None and (state := self._requests.get(req_id)) is not None:
+            self._waits.loaded(state)
 
     def touch(self, keys: Collection[bytes], request: RequestView) -> None:
         """The request uses the pages, in prefix order, perhaps elsewhere (in GPU memory)."""
@@ -250,9 +258,10 @@ class TieringManager:
         state = self._state(request)
         ends = dict(keys)
         if ends:
-            state.progress = self.speed.advance(
-                state.progress, self._step, self._clock(), max(ends.values())
-            )
+            last = max(ends.values())
+            if state.progress is None:
+                self.savings.short.begins(self._demand.computes(state, last))
+            state.progress = self.speed.advance(state.progress, self._step, self._clock(), last)
         self._demand.count_misses(state)
         return self._stores.prepare(ends, state)
 
@@ -287,6 +296,7 @@ class TieringManager:
         """
         state = self._state(request)
         state.finished = True
+        self._waits.end(state)
         seen, windows = state.use.seen, self.windows
         more = self.primary.find([key for key in pages if key not in seen])
         # Of groups with windows it used some only, and asked for them
@@ -308,6 +318,7 @@ class TieringManager:
         self._polled = False
         self._step += 1
         self._load_or_recompute.end_step()
+        self.savings.short.end_step(self._clock())
         self._promotions.send()
         self._waits.end_step()
         self._cascades.probe()
@@ -356,6 +367,7 @@ class TieringManager:
             # vLLM reports no completion for what was under way before a reset
             state.open_stores = 0
             state.sources.clear()
+            self._waits.loaded(state)
             state.progress = None
             state.stored_until = None
             self._forget_if_over(state)

@@ -255,14 +255,28 @@ class JobResult:
 
 @dataclass(slots=True)
 class TierStats:
-    """Totals since the tier was made; they only grow, except `gauges`.
+    """What a tier tells of itself: totals since it was made, and present values.
 
-    Of look-ups the answers count (`lookups`, and of these `hits`): a RETRY is none.
+    What a tier has of the following is shown as every tier's, under the same name; all other counts
+    and values as its own.
+
+    Attributes:
+        counters: totals. `evicted_pages` and `evicted_bytes`: what left to make room. Of look-ups
+            the answers count (`lookups`, and of these `hits`): a RETRY is none.
+        failures: totals by cause.
+        quarantined: totals of pages that were put aside, by cause.
+        gauges: present values. `pages` and `bytes`: what is in the tier as far as it knows.
+            `capacity_bytes`: what it may hold, if there is a limit. `disk_used_bytes`,
+            `disk_free_bytes`, `disk_files`: of the places where it keeps files.
+        samples: values observed since the last call. `eviction_age_s`: seconds since a page was
+            used last, when it was evicted.
     """
 
     counters: dict[str, int] = field(default_factory=dict)
-    failures: dict[str, int] = field(default_factory=dict)  # by cause
+    failures: dict[str, int] = field(default_factory=dict)
+    quarantined: dict[str, int] = field(default_factory=dict)
     gauges: dict[str, float] = field(default_factory=dict)
+    samples: dict[str, list[float]] = field(default_factory=dict)
 
 
 def key_group(key: PageKey) -> int:

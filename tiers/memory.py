@@ -107,7 +107,7 @@ class MemoryTier(SecondaryTier):
     def stats(self) -> TierStats:
         """See `SecondaryTier.stats`."""
         gauges = {"pages": float(len(self._pages)), "bytes": float(self._bytes)}
-        return TierStats(dict(self._counters), dict(self._failures), gauges)
+        return TierStats(dict(self._counters), dict(self._failures), gauges=gauges)
 
     def _run(self, job: Job, move: Callable[[Page], str | None], done: str) -> None:
         """Move each page, and count and report what happened; `move` returns a cause or None."""

@@ -67,10 +67,12 @@ class Demand:
             # What is not here any more may be of earlier weights
             here = [entry for entry in entries if entry.attached]
             self._late[name] = {entry.key: entry for entry in entries if not entry.attached}
-        state.waits = False
-        primary.hold(entries, Hold.LOAD)
+        self._context.waits.load(state)
+        primary.load(entries)
         holds.loads(name)
-        self.ask({entry.key: entry.end_token for entry in entries}, state)
+        ends = {entry.key: entry.end_token for entry in entries}
+        self.ask(ends, state)
+        self._context.found.loaded(ends, state.sources)
         self._count_hits(entries, state)
         self.meet(here, state)
         return [entry.slot for entry in entries]
@@ -104,9 +106,17 @@ class Demand:
             pages = max(0, last - end_token) // self._context.layouts[group].tokens + 1
             state.missing = step, end_token, pages
 
+    def computes(self, state: RequestState, until: int) -> int:
+        """Tokens of its prompt that a request computes up to there, having looked them up in vain;
+        0 if that is not known."""
+        _, end_token, pages = state.missing
+        return max(0, until - end_token + self._context.found.chunk_tokens) if pages else 0
+
     def count_misses(self, state: RequestState) -> None:
         """The request computes what it looked up in vain."""
-        self._context.report.counters["misses"] += state.missing[2]
+        if missing := state.missing[2]:
+            self._context.report.counters["misses"] += missing
+            self._context.found.missed(missing)
         state.missing = (-1, 0, 0)
 
     def _count_hits(self, entries: Sequence[Entry], state: RequestState) -> None:

@@ -39,7 +39,7 @@ class Stores:
 
     def prepare(self, ends: dict[bytes, int], state: RequestState) -> StorePlan | None:
         """See `TieringManager.prepare_store`; `ends` are the end tokens by key."""
-        state.waits = False
+        self._context.waits.end(state)
         self._demand.ask(ends, state)
         primary, report = self._context.primary, self._context.report
         refused = self._audits.findings.refused

@@ -8,10 +8,12 @@ more, so that two owners can never write one slot.
 from __future__ import annotations
 
 import enum
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import msgspec
 
+from kvstrata.offload.metering.departures import Departures
 from kvstrata.offload.primary.eviction.order import Use
 from kvstrata.offload.primary.eviction.policy import EvictionPolicy
 
@@ -65,7 +67,7 @@ class Entry(msgspec.Struct, gc=False, eq=False):
     `attached`: the key still leads here. `offered` has a bit for each secondary tier
     that need not be given the page: it has it or is getting it. `source`: name of the tier that it
     was promoted from. `awaited`: while it is not ready, since when it is, if anybody waited for the
-    GPU to fill it, or a tier.
+    GPU to fill it, or a tier. `used`: when it got its slot, or was loaded last, in seconds.
     """
 
     key: bytes
@@ -77,6 +79,7 @@ class Entry(msgspec.Struct, gc=False, eq=False):
     offered: int = 0
     source: str | None = None
     awaited: Awaited | None = None
+    used: float = 0.0
 
     @property
     def ready(self) -> bool:
@@ -104,13 +107,17 @@ class PrimaryTier:
     Args:
         slots: number of slots that can be used, at least 1; `add_slots` adds others.
         policy: order of eviction, empty.
+        clock: seconds, monotonic.
 
     Attributes:
         held: slots held for each reason.
         promoting: slots that secondary tiers are filling, known by key or not.
+        departures: what was evicted.
     """
 
-    def __init__(self, slots: int, policy: EvictionPolicy) -> None:
+    def __init__(
+        self, slots: int, policy: EvictionPolicy, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         if slots < 1:
             raise ValueError(f"slots={slots}: the primary tier needs at least one slot")
         self.slots = slots
@@ -121,6 +128,8 @@ class PrimaryTier:
         self._free = list(range(slots - 1, -1, -1))
         self.promoting = 0
         self.held = dict.fromkeys(HOLDS, 0)
+        self._clock = clock
+        self.departures = Departures(clock)
 
     def find(self, keys: Iterable[bytes]) -> list[Entry]:
         """The entries that the keys lead to; keys that lead nowhere are left out."""
@@ -178,19 +187,24 @@ class PrimaryTier:
         """
         policy, free, known = self._policy, self._free, self._entries
         evicted: list[bytes] = []
+        used: list[float] = []
         entries: list[Entry] = []
+        now = self._clock()
         for key, end_token in keys:
             if not free:
                 victim_key = policy.evict(key, end_token, use, must=must)
                 if victim_key is None:
                     break
-                self._evicted(victim_key)
                 evicted.append(victim_key)
-            known[key] = entry = Entry(key, free.pop(), end_token, writer)
+                used.append(self._evicted(victim_key))
+            known[key] = entry = Entry(key, free.pop(), end_token, writer, used=now)
             policy.insert(key, end_token, use)
             entries.append(entry)
         if writer is _TIER:
             self.promoting += len(entries)
+        self.departures.came([entry.key for entry in entries])
+        if evicted:
+            self.departures.left(evicted, used)
         return entries, evicted
 
     def borrow(self, key: bytes, end_token: int, writer: Writer) -> tuple[Entry, list[bytes]]:
@@ -207,10 +221,17 @@ class PrimaryTier:
             victim_key = self._policy.evict(key, end_token, Use(), must=True)
             if victim_key is None:
                 raise LookupError("no idle page")
-            self._evicted(victim_key)
             evicted.append(victim_key)
+            self.departures.left(evicted, [self._evicted(victim_key)])
         self.promoting += writer is _TIER
         return Entry(key, self._free.pop(), end_token, writer, attached=False), evicted
+
+    def load(self, entries: Iterable[Entry]) -> None:
+        """The GPU is about to read the pages: hold them until it has, and note their use."""
+        now = self._clock()
+        for entry in entries:
+            entry.used = now
+        self.hold(entries, Hold.LOAD)
 
     def drop(self, entry: Entry) -> None:
         """Forget a page that its key leads to; the slot comes free when nobody uses it."""
@@ -288,6 +309,7 @@ class PrimaryTier:
         entries = list(self._entries.values())
         self._entries.clear()
         self._policy.clear()
+        self.departures.forget()
         for entry in entries:
             entry.attached = False
             if not entry.busy:
@@ -304,10 +326,12 @@ class PrimaryTier:
         if not entry.busy:
             self._release(entry)
 
-    def _evicted(self, key: bytes) -> None:
+    def _evicted(self, key: bytes) -> float:
+        """Free the slot of a page; when that was used last."""
         victim = self._entries.pop(key)
         victim.attached = False
         self._free.append(victim.slot)
+        return victim.used
 
     def _detach(self, entry: Entry) -> None:
         del self._entries[entry.key]

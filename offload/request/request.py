@@ -27,6 +27,7 @@ class RequestState:
     sources: dict[bytes, str] = field(default_factory=dict)  # promoted key -> tier name
     waits: bool = False  # for pages, until it loads or computes
     waits_since: float = 0.0  # since when
+    loads_since: float | None = None  # since when it waits for the GPU to have its pages
     patience: float = 0.0  # for how long at most: the longest deadline of what it waits for
     waited_in: int = -2  # the last step in which it did
     waited_at: float = 0.0  # when it last did

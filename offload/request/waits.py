@@ -22,6 +22,7 @@ class Waits:
     _clock: Callable[[], float]  # seconds, monotonic
     _step: int = 0
     cuts: list[RequestState] = field(default_factory=list)  # waiting requests that have one
+    waited: float = 0.0  # seconds, by all requests together: for tiers, and for the GPU's copy
 
     def left(self, state: RequestState) -> float:
         """Seconds that a request still has, as of its last `goes_on`."""
@@ -52,6 +53,23 @@ class Waits:
             if end_token >= state.cut:
                 return False
         return waited < state.patience
+
+    def end(self, state: RequestState) -> None:
+        """The request waits for nothing more: it loads, computes, or has ended."""
+        if state.waits:
+            state.waits = False
+            self.waited += self._clock() - state.waits_since
+
+    def load(self, state: RequestState) -> None:
+        """The request waits until the GPU has its pages."""
+        self.end(state)
+        state.loads_since = self._clock()
+
+    def loaded(self, state: RequestState) -> None:
+        """The GPU has the pages, or a reset has ended the wait."""
+        if state.loads_since is not None:
+            self.waited += self._clock() - state.loads_since
+            state.loads_since = None
 
     def for_gpu(self, entry: Entry, end_token: int, state: RequestState) -> bool:
         """Whether the request may wait (on) for a page that the GPU fills."""

@@ -17,6 +17,7 @@ logger = logging.getLogger("kvstrata.manager")
 FAILURES_TO_OPEN = 3
 FIRST_BACKOFF_S = 1.0
 LONGEST_BACKOFF_S = 60.0
+LATE = "late"  # the cause of what did not end in time
 
 
 class Operation(enum.Enum):
@@ -47,7 +48,7 @@ class CircuitBreaker:
         self.closed = True  # the tier is in use; asked for every chunk, so not a property
         self._cause: Operation | None = None  # the kind that opened it last
         self.doubtful = False  # something failed since the last success of its kind
-        self.openings = 0
+        self.openings: Counter[tuple[Operation, str]] = Counter()  # by kind and last cause
 
     @property
     def wants_probe(self) -> bool:
@@ -83,8 +84,8 @@ class CircuitBreaker:
             if self._retry_at is not None:
                 self._close()
 
-    def failed(self, kind: Operation) -> None:
-        """The tier did not do what it was asked for, or not in time."""
+    def failed(self, kind: Operation, cause: str = LATE) -> None:
+        """The tier did not do what it was asked for, or not in time; `cause`: a short word."""
         self._failures[kind] += 1
         self.doubtful = True
         if self._retry_at is not None or self._failures[kind] < FAILURES_TO_OPEN:
@@ -92,12 +93,14 @@ class CircuitBreaker:
         self._cause = kind
         self._retry_at = self._clock() + self._backoff_s
         self.closed = False
-        self.openings += 1
+        self.openings[kind, cause] += 1
         logger.warning(
-            "tier %s: %d %ss in a row failed or came too late; it is left alone for %g s",
+            "tier %s: %d %ss in a row failed or came too late (the last one: %s); it is left alone "
+            "for %g s",
             self._name,
             FAILURES_TO_OPEN,
             kind.value,
+            cause,
             self._backoff_s,
         )
 

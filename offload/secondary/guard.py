@@ -33,6 +33,7 @@ T = TypeVar("T")
 
 _WRONG = "wrong-result"
 _LONGEST_CAUSE = 100  # characters
+_MOST_SAMPLES = 256  # of a kind at once
 
 
 class GuardedTier(SecondaryTier):
@@ -52,6 +53,7 @@ class GuardedTier(SecondaryTier):
     def adopt(self, tier: SecondaryTier) -> None:
         """From now on guard this one; no job is under way at the one before."""
         self._past = self.stats()
+        self._past.samples.clear()  # what was told is not told again
         self._mistakes.clear()
         self._guard(tier)
 
@@ -289,14 +291,17 @@ def _lists(arrived: Mapping[int, Collection[bytes]]) -> dict[int, list[bytes]]:
 
 
 def _add(total: TierStats, stats: TierStats) -> None:
-    for numbers in (stats.counters, stats.failures, stats.gauges):
+    for numbers in (stats.counters, stats.failures, stats.quarantined, stats.gauges):
         for name, value in numbers.items():
             if not isinstance(name, str) or not isinstance(value, int | float):
                 raise TypeError(f"{name!r}: {value!r} is no name with a number")
     for sums, numbers in (
         (total.counters, stats.counters),
         (total.failures, stats.failures),
+        (total.quarantined, stats.quarantined),
     ):
         for name, value in numbers.items():
             sums[name] = sums.get(name, 0) + value
     total.gauges.update(stats.gauges)
+    for name, values in stats.samples.items():
+        total.samples[name] = [float(value) for value in values[-_MOST_SAMPLES:]]

@@ -7,6 +7,8 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 
 from kvstrata.offload.audit.trust import Trust
+from kvstrata.offload.metering.departures import Departures
+from kvstrata.offload.metering.samples import Samples
 from kvstrata.offload.primary.slots import Entry
 from kvstrata.offload.secondary.breaker import CircuitBreaker
 from kvstrata.offload.secondary.costs import TransferCost
@@ -79,6 +81,8 @@ class TierLink:
         self.stores = Traffic()
         self.queue = LoadQueue()
         self.pace = Pace(deadline_s, clock())
+        self.departures = Departures(clock)
+        self.promotions = Samples()  # seconds from a reservation to the end of its job
         self.promoting = 0  # slots of the primary tier reserved for it, in time
         # Keys that did not arrive -> number of the newest request then: those that waited for
         # the page ask elsewhere, later ones may try again

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TypeAlias
 
 from kvstrata.offload.primary.slots import Entry
-from kvstrata.offload.secondary.breaker import Operation
+from kvstrata.offload.secondary.breaker import LATE, Operation
 from kvstrata.offload.secondary.costs import Timing
 from kvstrata.offload.secondary.tier import TierLink, Traffic
 from kvstrata.tiers.base import Job, JobResult, PageLayout, RequestView
@@ -278,11 +278,11 @@ class TierJobs:
                 self._blame(job)
                 self._note_overdue(job)
 
-    def _blame(self, job: Running) -> None:
+    def _blame(self, job: Running, cause: str = LATE) -> None:
         failure = job.link, job.kind, job.request.req_id
         if failure not in self._blamed:
             self._blamed.add(failure)
-            job.link.breaker.failed(job.kind)
+            job.link.breaker.failed(job.kind, cause)
 
     def _note_overdue(self, job: Running) -> None:
         link = job.link
@@ -307,7 +307,7 @@ class TierJobs:
             job.timing.sound = False
             if job.link.tier.page_causes.isdisjoint(result.failed.values()):
                 if not job.overdue:  # else counted already
-                    self._blame(job)
+                    self._blame(job, next(iter(result.failed.values()), LATE))
                 return
         now = job.traffic.progress = self._clock()
         if job.probe:  # also if it only found the disk full: loads may be well

@@ -116,7 +116,7 @@ def check_that_all_was_hit(counters: dict[str, Any], is_long: bool) -> None:
         "promotions": totals["promoted_pages:SoakTier"],
         "promotions that failed": totals["promoted_failed:SoakTier"],
         "stores that failed": failures["injected-store"],
-        "evictions from the disk": counters["tiers"]["SoakTier"]["evicted_files"],
+        "evictions from the disk": counters["tiers"]["SoakTier"]["evicted_pages"],
         "wrong wishes": totals["wrong_wishes"],
     }
     if is_long:

@@ -11,7 +11,7 @@ from kvstrata.tiers.fs.files.temporary import sweep
 from kvstrata.tiers.fs.files.trust import distrust, is_trusted
 from kvstrata.tiers.fs.page_files import PageFiles
 from kvstrata.tiers.fs.startup import Opened
-from kvstrata.tiers.process.medium import Host, Outcome, PageRef
+from kvstrata.tiers.process.medium import QUARANTINED, Host, Outcome, PageRef
 
 _LOOK_FOR_TRUST_S = 0.5  # how soon a word of the operator's, or of another server, is heard
 
@@ -31,7 +31,9 @@ class FsMedium(PageFiles):
                 ground=opened.ground,
             )
         super().__init__(
-            config, context, paths, opened.direct, host.report, member, ground=opened.ground
+            *(config, context, paths, opened.direct, host.report, member),
+            ground=opened.ground,
+            quarantined=lambda cause: host.upkeep({f"{QUARANTINED}{cause}": 1}),
         )
         self._host = host
         self._closing = threading.Event()

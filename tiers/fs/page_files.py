@@ -40,6 +40,7 @@ class PageFiles(Medium):
         report: is told cause and detail of what fails beside the outcomes, on any thread.
         member: writes in the books of the root; None if none are kept.
         ground: where the root stands; None if it is not to be made again.
+        quarantined: is told why a file was put aside, on any thread.
     """
 
     def __init__(
@@ -51,8 +52,10 @@ class PageFiles(Medium):
         report: Callable[[str, str], None],
         member: Member | None = None,
         ground: Ground | None = None,
+        quarantined: Callable[[str], None] = lambda cause: None,
     ) -> None:
         self._ground = ground
+        self._quarantined = quarantined
         self._report = report
         self._member = member
         self._config = config
@@ -165,6 +168,8 @@ class PageFiles(Medium):
 
     def _reject(self, key: bytes, cause: str, detail: str, found_bad: Identity | None) -> Outcome:
         taken = self._quarantine.take(self.paths.page(key), cause, found_bad)
+        if taken == "moved":
+            self._quarantined(cause)
         if taken == "gone":  # as a rule it was evicted while it was read
             cause = "missing"
         if taken != "stuck" and self._member is not None:

@@ -78,7 +78,7 @@ class FsTier(ProcessTier):
             configs[0].n_write_threads,
             first_access(),
         )
-        self._counters.update(evicted_files=0, evicted_bytes=0, swept_temporaries=0)
+        self._counters.update(evicted_pages=0, evicted_bytes=0, swept_temporaries=0)
 
     def how_to_trust(self) -> str:
         """See `SecondaryTier.how_to_trust`."""

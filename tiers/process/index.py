@@ -9,7 +9,7 @@ and the medium is asked all the same, for the next one.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
 from kvstrata.tiers.base import Lookup
@@ -33,12 +33,14 @@ class Index:
 
     Attributes:
         told: the medium has told of all its pages.
+        groups: how many keys are known present, by their last bytes, which are the group's.
     """
 
     def __init__(self, max_present: int = MAX_PRESENT, max_refused: int = MAX_REFUSED) -> None:
         self._max_present = max_present
         self._max_refused = max_refused
         self._present: OrderedDict[bytes, None] = OrderedDict()  # least recently used first
+        self.groups: Counter[bytes] = Counter()
         self._refused: OrderedDict[bytes, None] = OrderedDict()
         self._lost: OrderedDict[bytes, None] = OrderedDict()
         # Under check for requests that wait: since when, and which ask for it
@@ -126,17 +128,22 @@ class Index:
         if key in self._refused:
             return
         self._lost.pop(key, None)
+        if self.is_present(key):
+            return
         self._present[key] = None
-        self._present.move_to_end(key)
+        self.groups[key[-4:]] += 1
         if len(self._present) > self._max_present:
-            self._present.popitem(last=False)
+            oldest, _ = self._present.popitem(last=False)
+            self.groups[oldest[-4:]] -= 1
             self._dropped = True
 
     def discard(self, key: bytes) -> bool:
         """The page is not on the disk any more; True if it was thought to be."""
-        known = key in self._present
-        self._present.pop(key, None)
-        return known
+        if key not in self._present:
+            return False
+        del self._present[key]
+        self.groups[key[-4:]] -= 1
+        return True
 
     def hear(self, key: bytes) -> None:
         """Somebody says that the page is on the disk; of a lost one that may be old news."""

@@ -25,6 +25,8 @@ _MOST_TASK_S = 15.0
 # Of a medium on other machines: none answers sooner.
 LEAST_TIMEOUT_S = 0.01
 
+QUARANTINED = "quarantined:"  # before the cause, see `Host.upkeep`
+
 News = tuple[PageKey, bool]  # a key, and whether its page is there now
 
 
@@ -92,7 +94,13 @@ class Host(Protocol):
         """
 
     def upkeep(self, done: Mapping[str, int]) -> None:
-        """What the medium did of its own accord since the last call, by counter of `TierStats`."""
+        """What the medium did of its own accord since the last call, by counter of `TierStats`;
+        `QUARANTINED` and a cause: pages that it put aside."""
+
+    def figures(
+        self, gauges: Mapping[str, float], samples: Mapping[str, Sequence[float]] = {}
+    ) -> None:
+        """Present values, and what was observed since the last call; see `TierStats`."""
 
     def say(self, text: str) -> None:
         """Something that the operator should know, and no failure."""

@@ -18,6 +18,7 @@ from kvstrata.tiers.process.medium import MediumSpec, News, Outcome, PageRef
 
 MOST_PAGES = 512  # of a task, so that it fits into a packet
 MOST_NEWS = 400  # of a record, so that two fit into a packet
+MOST_SAMPLES = 256  # of a kind in a record, and waiting for whoever tells them
 MAX_PACKET = 2**16
 MAX_SETUP = 2**20
 HEADER_BYTES = 5  # of a packet
@@ -130,7 +131,14 @@ class Upkeep(_Record):
     counts: dict[str, int]
 
 
-Record = Done | Failure | Upkeep | Told | Complete | Trusted | Notice | Ready
+class Figures(_Record):
+    """Present values of the medium, and what it observed since the last one; see `TierStats`."""
+
+    gauges: dict[str, float]
+    samples: dict[str, list[float]] = {}
+
+
+Record = Done | Failure | Upkeep | Figures | Told | Complete | Trusted | Notice | Ready
 
 
 @dataclass(frozen=True, slots=True)

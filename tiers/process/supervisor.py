@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import select
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 import msgspec
@@ -27,10 +28,12 @@ from kvstrata.tiers.process.messages import (
     HEADER_BYTES,
     MAX_PACKET,
     MOST_PAGES,
+    MOST_SAMPLES,
     WRITES,
     Complete,
     Done,
     Failure,
+    Figures,
     Kind,
     Notice,
     Ready,
@@ -171,6 +174,10 @@ class IoProcesses:
         self.trusted = setup.medium.trusted
         self.restarts = 0
         self.upkeep: Counter[str] = Counter()  # totals of `Upkeep`
+        self.gauges: dict[str, float] = {}  # of `Figures`
+        self._samples: defaultdict[str, deque[float]] = defaultdict(
+            partial(deque, maxlen=MOST_SAMPLES)
+        )
         for group in self._groups:
             group.current = _Running(IoProcess(group.setup), self._clock)
 
@@ -206,6 +213,12 @@ class IoProcesses:
         """Pages that came or went without us since the last call."""
         news, self._news = self._news, []
         return news
+
+    def take_samples(self) -> dict[str, list[float]]:
+        """What the medium observed since the last call."""
+        samples = {name: list(values) for name, values in self._samples.items()}
+        self._samples.clear()
+        return samples
 
     def note(self, kind: Kind, keys: list[PageKey], access: int) -> None:
         """Let it be noted that the pages were used or promised; lost if the writers are busy."""
@@ -351,6 +364,10 @@ class IoProcesses:
             self.trusted = record.trusted
         elif isinstance(record, Told):
             self._news += record.news
+        elif isinstance(record, Figures):
+            self.gauges.update(record.gauges)
+            for name, values in record.samples.items():
+                self._samples[name].extend(values)
         else:
             self.upkeep.update(record.counts)
 

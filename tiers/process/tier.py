@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, count
@@ -32,7 +32,7 @@ from kvstrata.tiers.base import (
 from kvstrata.tiers.page.identity import is_key
 from kvstrata.tiers.process.failures import Failures
 from kvstrata.tiers.process.index import Index
-from kvstrata.tiers.process.medium import MediumSpec, Outcome
+from kvstrata.tiers.process.medium import QUARANTINED, MediumSpec, Outcome
 from kvstrata.tiers.process.messages import MOST_PAGES, Kind, Setup, Task
 from kvstrata.tiers.process.supervisor import IoProcesses
 from kvstrata.tiers.process.survival import is_worthwhile
@@ -247,24 +247,38 @@ class ProcessTier(SecondaryTier):
         """See `SecondaryTier.stats`; with the counters of `Host.upkeep`."""
         self._collect()
         reads, writes = map(sum, zip(*(each.unfinished() for each in self.processes), strict=True))
-        upkeep: Counter[str] = Counter()
+        done, gauges = Counter(self._counters), Counter[str]()
+        samples: defaultdict[str, list[float]] = defaultdict(list)
         for each in self.processes:
-            upkeep.update(each.upkeep)
+            done.update(each.upkeep)
+            gauges.update(each.gauges)
+            for name, values in each.take_samples().items():
+                samples[name] += values
+        quarantined = {
+            name.removeprefix(QUARANTINED): done.pop(name)
+            for name in list(done)
+            if name.startswith(QUARANTINED)
+        }
+        if rejected := done["rejected_pages"]:
+            quarantined["audit"] = rejected
         return TierStats(
             counters={
                 "lookups": self._lookups,
                 "hits": self._hits,
-                **self._counters,
-                **upkeep,
+                **done,
                 "restarted_processes": sum(each.restarts for each in self.processes),
             },
             failures=self._failures.totals(),
+            quarantined=quarantined,
             gauges={
                 "read_queue": float(reads),
                 "write_queue": float(writes),
                 "jobs": float(len(self._jobs)),
-                "indexed_keys": float(len(self._index)),
+                "pages": float(len(self._index)),
+                "bytes": float(sum(self._sizes[g] * n for g, n in self._index.groups.items())),
+                **gauges,
             },
+            samples=samples,
         )
 
     # -- inside -------------------------------------------------------------------

@@ -38,10 +38,12 @@ from kvstrata.tiers.process.messages import (
     MAX_PACKET,
     MAX_SETUP,
     MOST_NEWS,
+    MOST_SAMPLES,
     WRITES,
     Complete,
     Done,
     Failure,
+    Figures,
     Kind,
     Notice,
     Ready,
@@ -128,6 +130,12 @@ class Outbox:
 
     def upkeep(self, done: Mapping[str, int]) -> None:
         self.put(Upkeep(dict(done)))
+
+    def figures(
+        self, gauges: Mapping[str, float], samples: Mapping[str, Sequence[float]] = {}
+    ) -> None:
+        lists = {name: list(values)[:MOST_SAMPLES] for name, values in samples.items()}
+        self.put(Figures(dict(gauges), lists))
 
     def say(self, text: str) -> None:
         self.put(Notice(short(text)))

@@ -43,3 +43,8 @@ class PlaceHost:
 
     def upkeep(self, done: Mapping[str, int]) -> None:
         """Evictions are those of servers."""
+
+    def figures(
+        self, gauges: Mapping[str, float], samples: Mapping[str, Sequence[float]] = {}
+    ) -> None:
+        """And so are metrics."""

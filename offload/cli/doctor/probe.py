@@ -223,7 +223,7 @@ def _no_room(opened: Sequence[SecondaryTier]) -> str:
         for tier in opened:
             tier.on_step_end()
             stats = tier.stats()
-            told["pages evicted again"] += stats.counters.get("evicted_files", 0)
+            told["pages evicted again"] += stats.counters.get("evicted_pages", 0)
             for cause in _NO_ROOM:
                 told[cause] += stats.failures.get(cause, 0)
         told = +told  # without those that are 0

@@ -148,8 +148,8 @@ def metric_definitions() -> dict[str, OffloadingMetricMetadata]:
         PAGES: gauge("Pages that are in the tier, as far as this engine knows.", _TIER),
         BYTES: gauge("Bytes of these pages.", _TIER),
         CAPACITY: gauge(
-            "Bytes that the tier may hold; 0 while there is no limit. Of the fs tier what all files "
-            "below its directories may take, with min_free_bytes as of now.",
+            "Bytes that the tier may hold; 0 while there is no limit. Of the fs tier what all "
+            "files below its directories may take, with min_free_bytes as of now.",
             _TIER,
         ),
         CAPACITY_TOKENS: gauge("Tokens for which the primary tier has room."),

@@ -85,7 +85,7 @@ class Ours(TierJobs):
         self.miss: object = Lookup.MISS
 
     def learn(self, pages: int) -> None:
-        while self._tier.stats().gauges["indexed_keys"] < pages or not all(
+        while self._tier.stats().gauges["pages"] < pages or not all(
             each.complete for each in self._tier.processes
         ):
             time.sleep(POLL_S)

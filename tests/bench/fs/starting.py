@@ -63,7 +63,7 @@ def measure(root: Path, files: int) -> Iterator[Figure]:
     tier, seconds = _timed(start)
     yield figure("start", seconds)
     yield figure("first look-up", _answer(tier))
-    while tier.stats().gauges["indexed_keys"] < min(files, MAX_PRESENT):
+    while tier.stats().gauges["pages"] < min(files, MAX_PRESENT):
         time.sleep(0.002)
     yield figure("index loaded", time.perf_counter() - began)
     assert tier.lookup(key, _REQUEST) is Lookup.HIT or files > MAX_PRESENT

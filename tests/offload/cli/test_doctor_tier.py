@@ -109,7 +109,7 @@ class Evicts(Forgets):
     medium = "STORAGE"
 
     def stats(self) -> TierStats:
-        return TierStats({"evicted_files": 3}, {"budget": 2})
+        return TierStats({"evicted_pages": 3}, {"budget": 2})
 
 
 class Loses(Forgets):

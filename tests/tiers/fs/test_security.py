@@ -201,7 +201,7 @@ def test_modes_whatever_the_umask(root: Path, spare: bool, open_tier: OpenTier) 
     for path in (root, *root.rglob("*")):
         found[path.is_dir()].add(stat.S_IMODE(path.stat().st_mode))
     assert found == modes
-    assert bool(tier.stats().counters["evicted_files"]) == spare
+    assert bool(tier.stats().counters["evicted_pages"]) == spare
     assert {p.name for p in (root / ".kvstrata").iterdir()} >= {"ledger", "snapshot", "spare"}
 
 
@@ -398,7 +398,7 @@ def test_hostile_files_among_the_books(
     more = {make_key(n, GROUP): make_data(n, SIZE) for n in range(100, 160)}
     while store(tier, more).failed:
         assert time.monotonic() < deadline
-    assert tier.stats().counters["evicted_files"] > 0
+    assert tier.stats().counters["evicted_pages"] > 0
     assert "internal" not in tier.stats().failures
 
 

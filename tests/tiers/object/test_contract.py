@@ -85,4 +85,4 @@ def test_what_is_there_at_the_start_is_known_without_a_question(
 def _indexed(tier: ObjectTier) -> float:
     tier.on_step_end()
     tier.get_finished()
-    return tier.stats().gauges["indexed_keys"]
+    return tier.stats().gauges["pages"]

@@ -118,7 +118,7 @@ def test_the_budget_bounds_all_together(open_tier: OpenTier, shm: Path) -> None:
     for tier in tiers:
         counters = tier.stats().counters
         assert counters["stored_pages"] > 20
-    assert sum(tier.stats().counters["evicted_files"] for tier in tiers) > 100
+    assert sum(tier.stats().counters["evicted_pages"] for tier in tiers) > 100
 
 
 def taken(path: Path) -> int:

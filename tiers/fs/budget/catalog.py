@@ -46,6 +46,10 @@ class Catalog:
         """Cost in bytes; KeyError for an unknown name."""
         return self._blocks[self._positions[name]] * BLOCK
 
+    def stamp(self, name: bytes) -> int:
+        """When it was used last; KeyError for an unknown name."""
+        return self._stamps[self._positions[name]]
+
     def add(self, name: bytes, cost: int, stamp: int, depth: int = 0) -> int:
         """The file is there, new or replaced; by how much the total grew, in bytes.
 

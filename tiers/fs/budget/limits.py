@@ -89,6 +89,11 @@ class Limits(NamedTuple):
         left = self.room(usage, mark)
         return left._replace(nbytes=min(left.nbytes, usage.free_bytes - BOOKS_BYTES))
 
+    def budget(self, usage: Usage) -> int:
+        """Bytes that the files may take in all as things are; 0 if there is no limit."""
+        left = self.room(usage).nbytes
+        return 0 if left >= UNBOUNDED else max(0, usage.nbytes + left)
+
     def stricter_than(self, own: Limits) -> str:
         """In which of these values there is less room than with `own`, in words."""
         texts: tuple[Callable[[int], str], ...] = (format_bytes, str, format_bytes)

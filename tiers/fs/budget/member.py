@@ -101,6 +101,7 @@ class Member:
         self._shut_out = False  # and that was said
         self._said_others = False
         self._books_short = False  # the disk had no room for the books
+        self._taken: tuple[Usage, Limits] | None = None  # as of the last beat, if not told
         self._settled: tuple[int, int] | None = None  # end of the journal if all was booked
         self.admission = Admission(ledger, self._wake.set)
         self._thread = threading.Thread(target=self._run, name="kvstrata-fs-books", daemon=True)
@@ -205,7 +206,9 @@ class Member:
         except OSError as error:  # on a full disk it is for the keeper to make room
             self._report(error)
         heard = self._hear()
-        if not self._join():
+        keeps = self._join()
+        self._tell_figures()
+        if not keeps:
             return heard
         if self._keeper is None:
             self._keeper = Keeper(self._ledger, self._protected, self._limits)
@@ -259,6 +262,25 @@ class Member:
         if any(row.reserved_files or row.wanted or row.pressed for row in books.rows.values()):
             self._stay_awake()  # somebody stores
 
+    def _tell_figures(self) -> None:
+        """Tell the host what the files below the root take, against what they may."""
+        if self._taken is None or self._host.is_behind:
+            return
+        (taken, limits), self._taken = self._taken, None
+        eviction = self._keeper.eviction if self._keeper is not None else None
+        ages = list(eviction.ages) if eviction is not None else []
+        self._host.figures(
+            {
+                "disk_used_bytes": float(taken.nbytes),
+                "disk_files": float(taken.files),
+                "disk_free_bytes": float(taken.free_bytes),
+                "capacity_bytes": float(limits.budget(taken)),
+            },
+            {"eviction_age_s": ages} if ages else {},
+        )
+        if eviction is not None:
+            eviction.ages.clear()
+
     def _publish(self, keeper: Keeper) -> None:
         """Tell the host, and the other members, what the keeper here evicted."""
         ours: list[News] = []
@@ -282,7 +304,7 @@ class Member:
         if eviction.files or eviction.nbytes or rescan.swept:
             self._host.upkeep(
                 {
-                    "evicted_files": eviction.files,
+                    "evicted_pages": eviction.files,
                     "evicted_bytes": eviction.nbytes,
                     "swept_temporaries": rescan.swept,
                 }
@@ -308,6 +330,8 @@ class Member:
                 self._beat, self._beat_due = self._beat + 1, now + _BEAT_S
                 row.beat = self._beat
                 self._take_over(books)
+                if books.known and self._keeps:
+                    self._taken = books.taken(self._ledger.root), books.limits()
             keeper = self._keeper
             if books.keeper != self._ledger.member or (
                 keeper and keeper.inventory.complete and not books.known

@@ -61,7 +61,7 @@ class Accounts:
 
     def __init__(self) -> None:
         self.failures = Failures("fs")
-        self.done = Counter(evicted_files=0, evicted_bytes=0)
+        self.done = Counter(evicted_pages=0, evicted_bytes=0)
         self.last = ""
 
     def report(self, cause: str, detail: str) -> None:
@@ -82,6 +82,11 @@ class Accounts:
 
     def upkeep(self, done: Mapping[str, int]) -> None:
         self.done.update(done)
+
+    def figures(
+        self, gauges: Mapping[str, float], samples: Mapping[str, Sequence[float]] = {}
+    ) -> None:
+        """`Member.state` says more."""
 
 
 def trim(
@@ -111,8 +116,8 @@ def trim(
         while True:
             usage, within, counted = member.state()
             if progress is not None:
-                progress(usage, accounts.done["evicted_files"])
-            state = (usage.nbytes, usage.files, accounts.done["evicted_files"])
+                progress(usage, accounts.done["evicted_pages"])
+            state = (usage.nbytes, usage.files, accounts.done["evicted_pages"])
             if state != last:
                 last, since = state, time.monotonic()
             stuck = time.monotonic() - since > _STUCK_S
@@ -120,7 +125,7 @@ def trim(
             if not counted and stuck and failures:
                 raise OSError("the books cannot be kept: " + accounts.last)
             if counted and (within or stuck):
-                files, nbytes = accounts.done["evicted_files"], accounts.done["evicted_bytes"]
+                files, nbytes = accounts.done["evicted_pages"], accounts.done["evicted_bytes"]
                 if living and usage.nbytes < before.nbytes:
                     files = max(files, before.files - usage.files)
                     nbytes = max(nbytes, before.nbytes - usage.nbytes)

@@ -3,7 +3,7 @@
 import os
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -71,6 +71,8 @@ class Server:
         self.said: list[str] = []
         self.is_behind = self.is_complete = False
         self.done: Counter[str] = Counter()
+        self.gauges: dict[str, float] = {}
+        self.samples: defaultdict[str, list[float]] = defaultdict(list)
         self._access = first_access() if engine is None else engine << 40
         self.paths = namespace_paths(config.root_dir, context.model, context.namespace)
         open_namespace(config, self.paths, context.namespace)
@@ -95,6 +97,13 @@ class Server:
 
     def upkeep(self, done: Mapping[str, int]) -> None:
         self.done.update(done)
+
+    def figures(
+        self, gauges: Mapping[str, float], samples: Mapping[str, Sequence[float]] = {}
+    ) -> None:
+        self.gauges = dict(gauges)
+        for name, values in samples.items():
+            self.samples[name] += values
 
     def trust(self, trusted: bool) -> None:
         """Only a medium tells."""

@@ -37,8 +37,8 @@ def test_the_budget_holds(root: Path, open_server: OpenServer) -> None:
     there = server.there(range(400))
     assert len(there) > 70 and are_the_last(there, range(400))
     assert server.get(range(380, 400)) == set(range(380, 400))
-    assert server.done["evicted_files"] >= 300 and not server.failures
-    assert server.done["evicted_bytes"] == server.done["evicted_files"] * COST
+    assert server.done["evicted_pages"] >= 300 and not server.failures
+    assert server.done["evicted_bytes"] == server.done["evicted_pages"] * COST
     report = check_root(str(root))
     assert (report.bad, report.temporary) == ([], 0)
     # directories that became empty are gone
@@ -150,7 +150,7 @@ def test_a_full_disk_evicts(disk: Callable[[str], Path], open_server: OpenServer
     for start in range(0, 110, 10):
         assert server.put(range(start, start + 10)) == {}
     rest(server)
-    assert server.done["evicted_files"] > 20
+    assert server.done["evicted_pages"] > 20
     assert check_root(str(place / "kv")).bad == []
     assert server.get(range(90, 110)) == set(range(90, 110))
 
@@ -169,7 +169,7 @@ def test_a_disk_that_is_just_full_loses_no_more_than_it_gets(
         assert server.get(range(number - 20, number)) == set(range(number - 20, number))
         there = len(server.there(range(number)))
         most = max(most, there)
-        if server.done["evicted_files"]:
+        if server.done["evicted_pages"]:
             fewest = min(there, fewest or there)
     rest(server)
     assert fewest is not None and fewest > 0.8 * most and most * COST > full * 4 * 2**20
@@ -221,7 +221,7 @@ def test_who_evicts_by_its_own_limits_says_nothing(open_server: OpenServer) -> N
     for start in range(0, 200, 20):
         other.put(range(start, start + 20))
     rest(keeper, other)
-    assert keeper.done["evicted_files"] and keeper.said == other.said == []
+    assert keeper.done["evicted_pages"] and keeper.said == other.said == []
 
 
 def test_a_page_larger_than_the_budget(

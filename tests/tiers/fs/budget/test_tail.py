@@ -265,7 +265,7 @@ def test_a_keeper_that_is_behind_says_later_what_it_did(open_driven: OpenServer)
     assert server.news == [] and not server.done
     server.is_behind = False
     rest_driven(server)
-    assert server.done["evicted_files"] >= 30
+    assert server.done["evicted_pages"] >= 30
     server.leave()
 
 

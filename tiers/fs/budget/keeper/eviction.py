@@ -14,6 +14,7 @@ from kvstrata.tiers.fs.budget.keeper.inventory import Inventory
 from kvstrata.tiers.fs.budget.ledger import Books
 from kvstrata.tiers.fs.budget.limits import HIGH, LOW, Limits, Usage, spares_wanted
 from kvstrata.tiers.fs.files import nofollow
+from kvstrata.tiers.process.messages import MOST_SAMPLES
 
 _CLAIM_FILES = 16  # renamed at once under the lock: some milliseconds
 _UNLINK_FILES = 64  # 2 MiB files take up to 4 ms each
@@ -27,6 +28,7 @@ class Eviction:
 
     Attributes:
         files, nbytes: what was evicted.
+        ages: seconds since it was used last, of each of the latest evictions.
         told: namespace and key of what was evicted, to be taken by whoever spreads the news.
         limits: those that counted last.
         by_others: the limits by which something was evicted that this member's own would have
@@ -36,6 +38,7 @@ class Eviction:
     def __init__(self, inventory: Inventory, own: Limits) -> None:
         """`own`: the limits of this member."""
         self.files = self.nbytes = 0
+        self.ages: deque[float] = deque(maxlen=MOST_SAMPLES)
         self.told: deque[tuple[str, bytes]] = deque(maxlen=_MAX_TOLD)
         self.limits = Limits()
         self.by_others: Limits | None = None
@@ -190,6 +193,8 @@ class Eviction:
 
     def _book(self, name: bytes, books: Books) -> None:
         """The file lost its name through us."""
+        if name in self._inventory.catalog:
+            self.ages.append(max(0, time.time_ns() - self._inventory.catalog.stamp(name)) / 1e9)
         cost = self._inventory.remove(name)
         books.add_base(-cost, -1)
         namespace = self._inventory.names.namespace(name)

@@ -98,7 +98,7 @@ def test_the_disk_budget_is_kept(start: StartEngine, tmp_path: Path) -> None:
     for number in range(30):
         engine.run(prompt(number))
         assert bytes_below(tmp_path) <= most
-    wait_until(lambda: engine.total("evicted_files") > 0)
+    wait_until(lambda: engine.total("evicted_pages") > 0)
     assert engine.run(prompt(29)) == CHUNKS
 
 
