@@ -33,6 +33,10 @@ FORBIDDEN: Mapping[str, str] = {
         f"{_NOT_OF_OFFLOAD} {_DECISIONS} {_MEDIA} offload.audit offload.config offload.context "
         "offload.request offload.secondary"
     ),
+    "offload/metering/*.py": (
+        f"{_NOT_OF_OFFLOAD} {_DECISIONS} {_MEDIA} offload.audit offload.config offload.request "
+        "offload.secondary"
+    ),
     "offload/config/*.py": (
         f"{_NOT_OF_OFFLOAD} {_DECISIONS} offload.audit offload.request offload.secondary"
     ),

@@ -12,67 +12,60 @@ from vllm.v1.kv_offload.base import (
     OffloadingMetricMetadata,
 )
 
-PRIMARY = "primary"
-
-# What requests found
-QUERY_CHUNKS = "kvstrata_tier_query_chunks"
-HIT_CHUNKS = "kvstrata_tier_hit_chunks"
-QUERY_TOKENS = "kvstrata_tier_query_tokens"
-HIT_TOKENS = "kvstrata_tier_hit_tokens"
-DEADLINE_MISSES = "kvstrata_deadline_misses"
-DECLINED_REQUESTS = "kvstrata_tier_declined_requests"
-# What it is worth
-SAVED_SECONDS = "kvstrata_prefill_saved_seconds"
-WAIT_SECONDS = "kvstrata_load_wait_seconds"
-SAVED_NET = "kvstrata_prefill_saved_net_seconds"
-PREFILL_SPEED = "kvstrata_prefill_tokens_per_second"
-# What moved
-READ_PAGES = "kvstrata_tier_read_pages"
-READ_BYTES = "kvstrata_tier_read_bytes"
-READ_SECONDS = "kvstrata_tier_read_seconds"
-WRITTEN_PAGES = "kvstrata_tier_written_pages"
-WRITTEN_BYTES = "kvstrata_tier_written_bytes"
-WRITE_SECONDS = "kvstrata_tier_write_seconds"
-PROMOTION_SECONDS = "kvstrata_promotion_seconds"
-MOVING_PAGES = "kvstrata_tier_moving_pages"
-QUEUED_TASKS = "kvstrata_tier_queued_tasks"
-LATENCY = "kvstrata_tier_latency_seconds"
-BANDWIDTH = "kvstrata_tier_bytes_per_second"
-# What is there
-PAGES = "kvstrata_tier_pages"
-BYTES = "kvstrata_tier_bytes"
-CAPACITY = "kvstrata_tier_capacity_bytes"
-CAPACITY_TOKENS = "kvstrata_primary_capacity_tokens"
-SLOTS = "kvstrata_primary_slots"
-DISK_USED = "kvstrata_tier_disk_used_bytes"
-DISK_FREE = "kvstrata_tier_disk_free_bytes"
-DISK_FILES = "kvstrata_tier_disk_files"
-# What left, and what was given up
-EVICTED_PAGES = "kvstrata_tier_evicted_pages"
-EVICTED_BYTES = "kvstrata_tier_evicted_bytes"
-EVICTION_AGE = "kvstrata_eviction_age_seconds"
-REUSE_GAP = "kvstrata_reuse_gap_seconds"
-SHED_PAGES = "kvstrata_tier_shed_pages"
-NO_ROOM_PAGES = "kvstrata_promotion_no_room_pages"
-INCOMPLETE_PAGES = "kvstrata_incomplete_pages"
-PINS_REFUSED = "kvstrata_pins_refused_pages"
-WRONG_WISHES = "kvstrata_wrong_wishes"
-# What is wrong
-FAILURES = "kvstrata_tier_failures"
-QUARANTINED = "kvstrata_tier_quarantined_pages"
-BREAKER_OPEN = "kvstrata_tier_breaker_open"
-BREAKER_OPENINGS = "kvstrata_tier_breaker_openings"
-STORES_FAILING = "kvstrata_tier_stores_failing"
-DISTRUSTED = "kvstrata_tier_distrusted"
-OVERDUE_JOBS = "kvstrata_tier_overdue_jobs"
-PROCESS_RESTARTS = "kvstrata_tier_io_process_restarts"
-AUDIT_PAGES = "kvstrata_audit_pages"
-AUDITS_FORCED = "kvstrata_audits_forced"
-AUDIT_ERROR = "kvstrata_audit_largest_error"
-# Who speaks
-INFO = "kvstrata_info"
-OWN_COUNTS = "kvstrata_tier_own"
-OWN_VALUES = "kvstrata_tier_own_value"
+from kvstrata.offload.metering.names import (
+    AUDIT_ERROR,
+    AUDIT_PAGES,
+    AUDITS_FORCED,
+    BANDWIDTH,
+    BREAKER_OPEN,
+    BREAKER_OPENINGS,
+    BYTES,
+    CAPACITY,
+    CAPACITY_TOKENS,
+    DEADLINE_MISSES,
+    DECLINED_REQUESTS,
+    DISK_FILES,
+    DISK_FREE,
+    DISK_USED,
+    DISTRUSTED,
+    EVICTED_BYTES,
+    EVICTED_PAGES,
+    EVICTION_AGE,
+    FAILURES,
+    HIT_CHUNKS,
+    HIT_TOKENS,
+    INCOMPLETE_PAGES,
+    INFO,
+    LATENCY,
+    MOVING_PAGES,
+    NO_ROOM_PAGES,
+    OVERDUE_JOBS,
+    OWN_COUNTS,
+    OWN_VALUES,
+    PAGES,
+    PINS_REFUSED,
+    PREFILL_SPEED,
+    PROCESS_RESTARTS,
+    PROMOTION_SECONDS,
+    QUARANTINED,
+    QUERY_CHUNKS,
+    QUERY_TOKENS,
+    QUEUED_TASKS,
+    READ_BYTES,
+    READ_PAGES,
+    READ_SECONDS,
+    REUSE_GAP,
+    SAVED_NET,
+    SAVED_SECONDS,
+    SHED_PAGES,
+    SLOTS,
+    STORES_FAILING,
+    WAIT_SECONDS,
+    WRITE_SECONDS,
+    WRITTEN_BYTES,
+    WRITTEN_PAGES,
+    WRONG_WISHES,
+)
 
 _LATENCIES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 # a second, ..., an hour, 4 hours, a day, a week

@@ -1,0 +1,66 @@
+"""The names of the metrics, for who fills them and who reads them; neither needs the other.
+
+`tier` is "primary" or the name of a secondary tier. Prometheus appends `_total` to counters.
+"""
+
+PRIMARY = "primary"
+
+# What requests found
+QUERY_CHUNKS = "kvstrata_tier_query_chunks"
+HIT_CHUNKS = "kvstrata_tier_hit_chunks"
+QUERY_TOKENS = "kvstrata_tier_query_tokens"
+HIT_TOKENS = "kvstrata_tier_hit_tokens"
+DEADLINE_MISSES = "kvstrata_deadline_misses"
+DECLINED_REQUESTS = "kvstrata_tier_declined_requests"
+# What it is worth
+SAVED_SECONDS = "kvstrata_prefill_saved_seconds"
+WAIT_SECONDS = "kvstrata_load_wait_seconds"
+SAVED_NET = "kvstrata_prefill_saved_net_seconds"
+PREFILL_SPEED = "kvstrata_prefill_tokens_per_second"
+# What moved
+READ_PAGES = "kvstrata_tier_read_pages"
+READ_BYTES = "kvstrata_tier_read_bytes"
+READ_SECONDS = "kvstrata_tier_read_seconds"
+WRITTEN_PAGES = "kvstrata_tier_written_pages"
+WRITTEN_BYTES = "kvstrata_tier_written_bytes"
+WRITE_SECONDS = "kvstrata_tier_write_seconds"
+PROMOTION_SECONDS = "kvstrata_promotion_seconds"
+MOVING_PAGES = "kvstrata_tier_moving_pages"
+QUEUED_TASKS = "kvstrata_tier_queued_tasks"
+LATENCY = "kvstrata_tier_latency_seconds"
+BANDWIDTH = "kvstrata_tier_bytes_per_second"
+# What is there
+PAGES = "kvstrata_tier_pages"
+BYTES = "kvstrata_tier_bytes"
+CAPACITY = "kvstrata_tier_capacity_bytes"
+CAPACITY_TOKENS = "kvstrata_primary_capacity_tokens"
+SLOTS = "kvstrata_primary_slots"
+DISK_USED = "kvstrata_tier_disk_used_bytes"
+DISK_FREE = "kvstrata_tier_disk_free_bytes"
+DISK_FILES = "kvstrata_tier_disk_files"
+# What left, and what was given up
+EVICTED_PAGES = "kvstrata_tier_evicted_pages"
+EVICTED_BYTES = "kvstrata_tier_evicted_bytes"
+EVICTION_AGE = "kvstrata_eviction_age_seconds"
+REUSE_GAP = "kvstrata_reuse_gap_seconds"
+SHED_PAGES = "kvstrata_tier_shed_pages"
+NO_ROOM_PAGES = "kvstrata_promotion_no_room_pages"
+INCOMPLETE_PAGES = "kvstrata_incomplete_pages"
+PINS_REFUSED = "kvstrata_pins_refused_pages"
+WRONG_WISHES = "kvstrata_wrong_wishes"
+# What is wrong
+FAILURES = "kvstrata_tier_failures"
+QUARANTINED = "kvstrata_tier_quarantined_pages"
+BREAKER_OPEN = "kvstrata_tier_breaker_open"
+BREAKER_OPENINGS = "kvstrata_tier_breaker_openings"
+STORES_FAILING = "kvstrata_tier_stores_failing"
+DISTRUSTED = "kvstrata_tier_distrusted"
+OVERDUE_JOBS = "kvstrata_tier_overdue_jobs"
+PROCESS_RESTARTS = "kvstrata_tier_io_process_restarts"
+AUDIT_PAGES = "kvstrata_audit_pages"
+AUDITS_FORCED = "kvstrata_audits_forced"
+AUDIT_ERROR = "kvstrata_audit_largest_error"
+# Who speaks
+INFO = "kvstrata_info"
+OWN_COUNTS = "kvstrata_tier_own"
+OWN_VALUES = "kvstrata_tier_own_value"
