@@ -14,15 +14,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kvstrata.offload.cli.check import check
 from kvstrata.offload.cli.config import config
 from kvstrata.offload.cli.copy.command import copy
-from kvstrata.offload.cli.gc import gc
 from kvstrata.offload.cli.inspecting.inspect import inspect
-from kvstrata.offload.cli.ls import list_root
 from kvstrata.offload.cli.pool import pool
 from kvstrata.offload.cli.printing import AsJson, print_json, printable
-from kvstrata.offload.cli.trust import trust
+from kvstrata.offload.cli.roots.check import check
+from kvstrata.offload.cli.roots.gc import gc
+from kvstrata.offload.cli.roots.ls import list_root
+from kvstrata.offload.cli.roots.trust import trust
 
 app = typer.Typer(
     help="Look at the files that kvstrata keeps, tend them, and see whether it would work here.",

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from kvstrata.offload.cli.printing import AsJson, age, complain, fail, print_json
-from kvstrata.offload.cli.root import books_json, refuse
+from kvstrata.offload.cli.roots.root import books_json, refuse
 from kvstrata.tiers.options import format_bytes
 
 pool = typer.Typer(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvstrata.offload.cli.printing import AsJson, byte_bar, print_json, printable
-from kvstrata.offload.cli.root import refuse, refuse_root
+from kvstrata.offload.cli.roots.root import refuse, refuse_root
 from kvstrata.tiers.options import format_bytes
 
 if TYPE_CHECKING:

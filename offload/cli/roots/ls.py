@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvstrata.offload.cli.printing import AsJson, age, byte_bar, fail, print_json, printable
-from kvstrata.offload.cli.root import Root, books_json, no_namespaces
-from kvstrata.offload.cli.why import explain
+from kvstrata.offload.cli.roots.root import Root, books_json, no_namespaces
+from kvstrata.offload.cli.roots.why import explain
 from kvstrata.tiers.options import format_bytes
 
 if TYPE_CHECKING:

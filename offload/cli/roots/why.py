@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from kvstrata.offload.cli.printing import fail, print_json, printable
-from kvstrata.offload.cli.root import named_namespaces, refuse
+from kvstrata.offload.cli.roots.root import named_namespaces, refuse
 
 if TYPE_CHECKING:
     from kvstrata.tiers.fs.files.differences import Difference

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvstrata.offload.cli.printing import AsJson, fail, print_json, state_bar
-from kvstrata.offload.cli.root import Root, free_json, limits_json, no_namespaces, refuse_root
+from kvstrata.offload.cli.roots.root import Root, free_json, limits_json, no_namespaces, refuse_root
 from kvstrata.tiers.options import format_bytes
 
 if TYPE_CHECKING:

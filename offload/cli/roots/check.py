@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvstrata.offload.cli.printing import AsJson, byte_bar, fail, print_json, printable
-from kvstrata.offload.cli.root import Root, no_namespaces, refuse_root
+from kvstrata.offload.cli.roots.root import Root, no_namespaces, refuse_root
 from kvstrata.tiers.options import format_bytes
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from kvstrata.offload.cli.printing import fail, printable
-from kvstrata.offload.cli.root import Root, named_namespaces
+from kvstrata.offload.cli.roots.root import Root, named_namespaces
 
 
 def trust(
