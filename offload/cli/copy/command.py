@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,15 +10,15 @@ import typer
 
 from kvstrata.offload.cli.printing import AsJson, byte_bar, print_json, printable
 from kvstrata.offload.cli.roots.root import refuse, refuse_root
+from kvstrata.offload.cli.spans import seconds
 from kvstrata.tiers.options import format_bytes
 
 if TYPE_CHECKING:
     from kvstrata.offload.cli.copy.pages import Copied
     from kvstrata.offload.cli.copy.place import Place
 
+_AGES = '"90min", "12h" or "7d"'
 _PLACE = 'A directory, "s3://bucket/prefix", "valkey://host:6379", or a tier as JSON.'
-_AGE = re.compile(r"([0-9]{1,9}) ?(s|min|h|d)")
-_SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 
 
 def copy(
@@ -45,7 +44,7 @@ def copy(
     from kvstrata.offload.cli.copy.place import PlaceError
     from kvstrata.tiers.options import ConfigError
 
-    since = None if newer is None else time.time() - _seconds(newer)
+    since = None if newer is None else time.time() - seconds(newer, "age", _AGES)
     done, names, more_room = Copied(), list[str](), ""
     try:
         with ended_gently():
@@ -66,13 +65,6 @@ def copy(
     else:
         _show_copied(done, more_room)
     raise typer.Exit(1 if done.bad or done.stopped is not None else 0)
-
-
-def _seconds(age: str) -> int:
-    match = _AGE.fullmatch(age.strip())
-    if match is None:
-        raise typer.BadParameter(f'{age!r} is no age: give one such as "90min", "12h" or "7d"')
-    return int(match[1]) * _SECONDS[match[2]]
 
 
 def _selected(source: Place, prefixes: Sequence[str]) -> list[str]:

@@ -1,0 +1,52 @@
+"""A tier from which loading takes as long as computing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kvstrata.offload.cli.server.look import Finding, Look
+from kvstrata.offload.cli.server.words import count, span
+from kvstrata.offload.metering.names import (
+    BANDWIDTH,
+    DECLINED_REQUESTS,
+    LATENCY,
+    PREFILL_SPEED,
+    READ_PAGES,
+)
+from kvstrata.tiers.options import format_bytes
+
+# A prefix that is worth keeping; of shorter ones the latency of a tier says more than its speed.
+_TOKENS = 4096
+
+
+def slow_tier(look: Look) -> Iterator[Finding]:
+    """Loading a long prefix against computing it, as the engine measured both."""
+    speed, per_token = look.gauge(PREFILL_SPEED), look.bytes_per_token()
+    for tier in look.tiers():
+        bandwidth = look.gauge(BANDWIDTH, tier=tier, direction="read")
+        if not (speed and per_token and bandwidth):
+            continue
+        latency = look.gauge(LATENCY, tier=tier, direction="read") or 0.0
+        loading, computing = latency + _TOKENS * per_token / bandwidth, _TOKENS / speed
+        if loading < computing:
+            continue
+        declined = look.total(DECLINED_REQUESTS, tier=tier)
+        yield Finding(
+            "slower than computing",
+            tier,
+            f"{count(_TOKENS)} tokens take {span(loading)} to load from the tier (it reads "
+            f"{format_bytes(int(bandwidth))} a second) and {span(computing)} to compute "
+            f"({count(speed)} tokens a second); "
+            + (
+                f"{count(declined)} requests computed what the tier had"
+                if declined
+                else f"{count(look.total(READ_PAGES, tier=tier))} pages were loaded all the same"
+            ),
+            (
+                "give the tier a faster disk or larger pages (blocks_per_chunk), or take it out: "
+                "what is stored there is hardly loaded"
+                if declined
+                else 'set "load_or_recompute": true, so that a prefix is computed where that is '
+                "sooner; or give the tier a faster disk, or larger pages (blocks_per_chunk)"
+            ),
+        )
