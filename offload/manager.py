@@ -23,11 +23,11 @@ from kvstrata.offload.context import Context, Event
 from kvstrata.offload.demand.demand import Demand
 from kvstrata.offload.demand.lending import Lender
 from kvstrata.offload.demand.stores import StorePlan, Stores
-from kvstrata.offload.lookup import Answer, TierLookup
+from kvstrata.offload.finding.lookup import Answer, TierLookup
+from kvstrata.offload.finding.promotion import Promotions
 from kvstrata.offload.metering.savings import Savings
 from kvstrata.offload.primary.eviction.policies import policy_class
 from kvstrata.offload.primary.slots import Entry, Hold, PrimaryTier, Writer
-from kvstrata.offload.promotion import Promotions
 from kvstrata.offload.request.parameters import ParameterReader
 from kvstrata.offload.request.request import RequestState
 from kvstrata.offload.secondary.costs import PrefillSpeed

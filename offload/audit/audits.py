@@ -21,7 +21,7 @@ from kvstrata.offload.audit.findings import Findings
 from kvstrata.offload.audit.probe import Probe
 from kvstrata.offload.audit.schedule import MOST_AT_ONCE, Schedule
 from kvstrata.offload.context import Report
-from kvstrata.offload.lookup import Answer
+from kvstrata.offload.finding.lookup import Answer
 from kvstrata.offload.primary.slots import Entry, Hold, PrimaryTier, Writer
 from kvstrata.offload.request.request import RequestState
 from kvstrata.offload.secondary.tier import TierLink

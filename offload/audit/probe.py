@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvstrata.offload.lookup import Answer
+from kvstrata.offload.finding.lookup import Answer
 from kvstrata.tiers.base import PageKey
 
 # Members bound once: in Python 3.11 each `Answer.HIT` is a call.

@@ -33,7 +33,7 @@ from vllm.v1.kv_offload.config import OffloadingConfig
 from kvstrata.offload.audit.comparer import Comparer
 from kvstrata.offload.audit.comparison import Elements
 from kvstrata.offload.config.offload_config import OffloadConfig
-from kvstrata.offload.lookup import Answer
+from kvstrata.offload.finding.lookup import Answer
 from kvstrata.offload.manager import TieringManager
 from kvstrata.offload.primary.region import Region, open_region
 from kvstrata.offload.primary.slots import Entry

@@ -8,7 +8,7 @@ from typing import Any
 from kvstrata.offload.audit.comparer import Compared, Comparer
 from kvstrata.offload.audit.comparison import Elements, compare
 from kvstrata.offload.config.offload_config import OffloadConfig
-from kvstrata.offload.lookup import Answer
+from kvstrata.offload.finding.lookup import Answer
 from kvstrata.offload.manager import TieringManager
 from kvstrata.offload.secondary.tier import TierLink
 from kvstrata.tiers.base import PageLayout, RequestView, SecondaryTier, TensorSpec, TierContext

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from kvstrata.offload.lookup import Answer
+from kvstrata.offload.finding.lookup import Answer
 from kvstrata.tiers.base import Job, JobResult, Lookup, Page, RequestView, SecondaryTier, TierStats
 from tests.offload.manager_world import World, chunk, content
 

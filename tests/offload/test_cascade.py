@@ -3,7 +3,7 @@
 import pytest
 
 from kvstrata.offload.config.offload_config import OffloadConfig
-from kvstrata.offload.lookup import Answer
+from kvstrata.offload.finding.lookup import Answer
 from kvstrata.offload.secondary import tiers as tier_jobs
 from kvstrata.offload.secondary.breaker import FAILURES_TO_OPEN, FIRST_BACKOFF_S
 from kvstrata.tiers.base import Job, Lookup, RequestView, SecondaryTier

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from kvstrata.offload.lookup import Answer
+from kvstrata.offload.finding.lookup import Answer
 from kvstrata.offload.primary.slots import Hold
 from kvstrata.offload.secondary.guard import GuardedTier
 from kvstrata.tiers.base import Job, JobResult, Lookup, PrimaryPages, RequestView

@@ -6,7 +6,7 @@ import pytest
 
 from kvstrata.offload.config.offload_config import OffloadConfig
 from kvstrata.offload.context import Event
-from kvstrata.offload.lookup import Answer
+from kvstrata.offload.finding.lookup import Answer
 from kvstrata.offload.manager import TieringManager
 from kvstrata.offload.secondary import tiers as tier_jobs
 from kvstrata.offload.secondary.guard import GuardedTier

@@ -18,7 +18,7 @@ from kvstrata.offload import promotion
 from kvstrata.offload.audit import audits
 from kvstrata.offload.config.offload_config import OffloadConfig
 from kvstrata.offload.demand.stores import StorePlan
-from kvstrata.offload.lookup import Answer
+from kvstrata.offload.finding.lookup import Answer
 from kvstrata.offload.primary.slots import Entry
 from kvstrata.offload.secondary import pace
 from kvstrata.offload.secondary.guard import GuardedTier

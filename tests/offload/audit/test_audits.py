@@ -8,7 +8,7 @@ from kvstrata.offload.audit import audits
 from kvstrata.offload.audit.schedule import LONGEST_S
 from kvstrata.offload.audit.trust import MOST_DIFFERENT
 from kvstrata.offload.config.offload_config import OffloadConfig
-from kvstrata.offload.lookup import Answer
+from kvstrata.offload.finding.lookup import Answer
 from kvstrata.tiers.base import RequestView
 from kvstrata.tiers.memory import MemoryTier
 from tests.offload.manager_world import CONTEXT, LAYOUTS, TOKENS, World, chunk, content

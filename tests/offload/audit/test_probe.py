@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstrata.offload.audit.probe import Probe
-from kvstrata.offload.lookup import Answer
+from kvstrata.offload.finding.lookup import Answer
 
 HIT, MISS, PENDING, RETRY = Answer.HIT, Answer.MISS, Answer.PENDING, Answer.RETRY
 

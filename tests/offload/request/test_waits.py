@@ -6,7 +6,7 @@ import pytest
 
 from kvstrata.offload import promotion
 from kvstrata.offload.config.offload_config import OffloadConfig
-from kvstrata.offload.lookup import Answer
+from kvstrata.offload.finding.lookup import Answer
 from kvstrata.offload.secondary.guard import GuardedTier
 from kvstrata.tiers.base import Lookup, RequestView, SecondaryTier
 from tests.offload.manager_world import LAYOUTS, TOKENS, World, chunk, content

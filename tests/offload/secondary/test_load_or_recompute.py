@@ -3,7 +3,7 @@
 import pytest
 
 from kvstrata.offload.config.offload_config import OffloadConfig
-from kvstrata.offload.lookup import Answer
+from kvstrata.offload.finding.lookup import Answer
 from kvstrata.offload.request.request import RequestState
 from kvstrata.offload.secondary.costs import PrefillSpeed
 from kvstrata.offload.secondary.load_or_recompute import (

@@ -14,7 +14,7 @@ from typing import Any
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import init_none_hash
 
-from kvstrata.offload.lookup import Answer
+from kvstrata.offload.finding.lookup import Answer
 from kvstrata.tiers.base import RequestView
 from tests.offload.manager_world import chunk, content
 from tests.offload.vllm_plugin.foreign_tiers.region_world import RegionWorld

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from kvstrata.offload.lookup import Answer
+from kvstrata.offload.finding.lookup import Answer
 from kvstrata.offload.secondary.guard import GuardedTier
 from kvstrata.offload.vllm_plugin.foreign_tiers.rows import Rows
 from kvstrata.tiers.base import RequestView, TierContext

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
-from kvstrata.offload.lookup import Answer  # noqa: E402
+from kvstrata.offload.finding.lookup import Answer  # noqa: E402
 from kvstrata.offload.vllm_plugin.foreign_tiers import jobs  # noqa: E402
 from kvstrata.tiers.page.identity import namespace_digest  # noqa: E402
 from tests.offload.manager_world import chunk, content  # noqa: E402

@@ -6,7 +6,7 @@ import enum
 import logging
 
 from kvstrata.offload.context import Context
-from kvstrata.offload.promotion import Promotions
+from kvstrata.offload.finding.promotion import Promotions
 from kvstrata.offload.request.request import RequestState
 from kvstrata.offload.secondary.breaker import Operation
 from kvstrata.offload.secondary.tier import TierLink
