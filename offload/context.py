@@ -59,6 +59,7 @@ class Report:
         self.counters[f"{direction}_pages:{name}"] += len(job.entries) - len(result.failed)
         self.counters[f"{direction}_failed:{name}"] += len(result.failed)
         self.counters[f"{direction}_bytes:{name}"] += result.nbytes
+        self.counters[f"{direction}_failed_jobs:{name}"] += bool(result.failed)
 
     def given_up(self, keys: list[bytes]) -> None:
         """Pages of the primary tier will not come, of which no `came` was said."""

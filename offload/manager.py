@@ -25,6 +25,7 @@ from kvstrata.offload.demand.lending import Lender
 from kvstrata.offload.demand.stores import StorePlan, Stores
 from kvstrata.offload.finding.lookup import Answer, TierLookup
 from kvstrata.offload.finding.promotion import Promotions
+from kvstrata.offload.metering.samples import Samples
 from kvstrata.offload.metering.savings import Savings
 from kvstrata.offload.primary.eviction.policies import policy_class
 from kvstrata.offload.primary.slots import Entry, Hold, PrimaryTier, Writer
@@ -85,7 +86,7 @@ class TieringManager:
         self._clock = clock
         self._slots = slots
         self._ready = ready or (lambda: slots)
-        self.windows = windows or {}
+        self.layouts, self.windows = layouts, windows or {}
         policy = policy_class(config.eviction_policy)(slots, self.windows)
         self.primary = PrimaryTier(self._ready(), policy, clock)
         self._jobs = TierJobs(open_tiers, view, layouts, config.promotion_deadline_s, clock)
@@ -96,6 +97,7 @@ class TieringManager:
         self.counters: Counter[str] = self._report.counters
         self.speed = PrefillSpeed()
         self.found = context.found
+        self.store_sizes = Samples()  # pages that vLLM wants stored at once
         self.savings = Savings(self.speed.seconds_per_token, ahead)
         self._load_or_recompute = LoadOrRecompute(config.load_or_recompute, self.speed)
         self._promotions = Promotions(context, self._load_or_recompute)
@@ -127,6 +129,16 @@ class TieringManager:
     def serving(self) -> bool:
         """Whether there are requests that have not ended."""
         return bool(self._requests)
+
+    @property
+    def saved_net(self) -> float:
+        """Seconds of prefill that were saved, less those that requests waited for it."""
+        return sum(self.savings.seconds.values()) - self.waited
+
+    @property
+    def waited(self) -> float:
+        """Seconds that requests waited for tiers, and for the GPU to have their pages."""
+        return self._waits.waited
 
     @property
     def pinned(self) -> int:
@@ -257,6 +269,7 @@ class TieringManager:
         self._holds.computes(request.req_id)
         state = self._state(request)
         ends = dict(keys)
+        self.store_sizes.add((len(ends),))
         if ends:
             last = max(ends.values())
             if state.progress is None:

@@ -63,7 +63,9 @@ class TierLookup:
                     patience = max(patience, link.deadline_s)
                 continue
             if state.first_retry:
-                state.first_retry.pop((index, key), None)
+                since = state.first_retry.pop((index, key), None)
+                if since is not None:
+                    link.answers.add((self._context.clock() - since,))
             if link.breaker.doubtful:
                 link.breaker.succeeded(Operation.LOOKUP)
             if found is _HIT and not patience:

@@ -150,6 +150,7 @@ class Promotions:
         """
         good, bad = job.parted(result)
         self.arrive(job, good)
+        job.link.promotions.add((self._context.clock() - job.timing.started,))
         if not bad:
             return
         self._forget(job.link, bad)

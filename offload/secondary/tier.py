@@ -24,8 +24,10 @@ class Traffic:
     """The jobs of one direction under way at a tier, and what earlier ones cost."""
 
     def __init__(self) -> None:
+        self.jobs = 0
         self.pages = 0
         self.nbytes = 0
+        self.seconds = 0.0  # that the tier was at work for jobs that ended, summed over them
         self.cost = TransferCost()
         self.progress = -math.inf  # when a job last ended, or a page arrived
 
@@ -83,6 +85,7 @@ class TierLink:
         self.pace = Pace(deadline_s, clock())
         self.departures = Departures(clock)
         self.promotions = Samples()  # seconds from a reservation to the end of its job
+        self.answers = Samples()  # seconds until a look-up was answered, where not at once
         self.promoting = 0  # slots of the primary tier reserved for it, in time
         # Keys that did not arrive -> number of the newest request then: those that waited for
         # the page ask elsewhere, later ones may try again

@@ -137,6 +137,7 @@ class TierJobs:
         self._next_job += 1
         nbytes = self.nbytes(entries)
         traffic = link.traffic(promotion=promotion)
+        traffic.jobs += 1
         traffic.pages += len(entries)
         traffic.nbytes += nbytes
         now = self._clock()
@@ -170,6 +171,7 @@ class TierJobs:
     def _close_job(self, job_id: int) -> Running:
         job = self._running.pop(job_id)
         self._leave(job, len(job.entries), job.nbytes)
+        job.traffic.jobs -= 1
         return job
 
     def _leave(self, job: Running, pages: int, nbytes: int) -> None:
@@ -200,6 +202,7 @@ class TierJobs:
         for link in (*self.links, *self._left_behind):
             for result in link.tier.get_finished():
                 job = self._close_job(result.job_id)
+                job.traffic.seconds += result.seconds
                 self._judge(job, result)
                 if job.on_end is not None:
                     job.on_end(job, result)

@@ -221,6 +221,7 @@ def _create_region(
         "weights_fixed": weights_fixed(settings.weights_fixed, vllm_config),
         "elements": {group: elements_of(shapes[group], dtypes, blocks, drafts) for group in shapes},
         "windows": windows_of(config, vllm_config),
+        "steps_ahead": vllm_config.max_concurrent_batches - 1,
         "lora": vllm_config.lora_config is not None,
         "namespace": None,
         "weights_watch": None,

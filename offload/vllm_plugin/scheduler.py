@@ -43,7 +43,8 @@ from kvstrata.offload.secondary.tier import TierLink
 from kvstrata.offload.vllm_plugin.engine.offload_cap import below_cap, has_partial_tails, take_cap
 from kvstrata.offload.vllm_plugin.foreign_tiers import told
 from kvstrata.offload.vllm_plugin.metrics.config_info import Labels, config_info
-from kvstrata.offload.vllm_plugin.metrics.totals import StatsReader
+from kvstrata.offload.vllm_plugin.metrics.info import info_labels
+from kvstrata.offload.vllm_plugin.metrics.totals import Sizes, StatsReader
 from kvstrata.offload.vllm_plugin.transfer import PageSlots
 from kvstrata.offload.vllm_plugin.weights.watch import WeightWatch
 from kvstrata.tiers.base import PageKey, RequestView, SecondaryTier, TierContext, layouts_from_json
@@ -80,13 +81,14 @@ class KVStrataScheduler(OffloadingManager):
         events: bool,
         info: Callable[[], Sequence[Labels]] = lambda: [{}],
         caps: bool = False,
+        labels: Sequence[str] = (),
     ) -> None:
         self._manager = manager
         self._caps = caps  # whether `max_offload_tokens` is kept here
         self._region = region
         self._events = events
         self._info = info
-        self._stats = StatsReader()
+        self._stats = StatsReader(_sizes(manager, region), labels)
         self._next_stats = 0.0
         # The request that was last told to wait in this step. vLLM goes on to ask for all of its
         # prefix, step by step, and a million tokens may be 65,536 chunks.
@@ -279,6 +281,13 @@ class KVStrataScheduler(OffloadingManager):
         )
 
 
+def _sizes(manager: TieringManager, region: Region) -> Sizes:
+    """Of the primary tier, where every token needs a page of each group that is needed whole."""
+    whole = {group: each for group, each in manager.layouts.items() if group not in manager.windows}
+    slots = sum(1 / each.tokens for each in (whole or manager.layouts).values())
+    return Sizes(region.slot_bytes, 1 / slots)
+
+
 def _locality(link: TierLink | None) -> Locality | None:
     if link is None:
         return Locality.LOCAL
@@ -332,6 +341,7 @@ def open_scheduler(
         windows={int(group): tokens for group, tokens in fields["windows"].items()},
         weights_changed=WeightWatch(watch).changed if watch and entries else None,
         ready=region.progress.usable,
+        ahead=fields["steps_ahead"],
     )
     region.progress.serve()
     logger.info(
@@ -352,5 +362,9 @@ def open_scheduler(
         weights_fixed=fixed,
     )
     return KVStrataScheduler(
-        manager, region, events=events, info=info, caps=has_partial_tails(config)
+        *(manager, region),
+        events=events,
+        info=info,
+        caps=has_partial_tails(config),
+        labels=info_labels(context.namespace),
     )

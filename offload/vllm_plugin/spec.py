@@ -20,7 +20,9 @@ from kvstrata.offload.vllm_plugin.engine.early_check import has_checked
 from kvstrata.offload.vllm_plugin.engine.version import check_version
 from kvstrata.offload.vllm_plugin.foreign_tiers import told
 from kvstrata.offload.vllm_plugin.metrics.config_info import CONFIG_INFO_KEYS
-from kvstrata.offload.vllm_plugin.metrics.totals import metric_definitions
+from kvstrata.offload.vllm_plugin.metrics.definitions import metric_definitions
+from kvstrata.offload.vllm_plugin.metrics.old_names import old_definitions
+from kvstrata.offload.vllm_plugin.metrics.stock_names import stock_definitions
 
 
 class KVStrataSpec(OffloadingSpec):
@@ -39,7 +41,12 @@ class KVStrataSpec(OffloadingSpec):
         settings = parse_config(extra_config)
         if not has_checked():
             check_here(settings)
-        return metric_definitions() | told.metric_definitions(settings.tiers)
+        return (
+            stock_definitions()
+            | told.metric_definitions(settings.tiers)
+            | old_definitions()
+            | metric_definitions()
+        )
 
     @classmethod
     def config_info_keys(cls, extra_config: dict[str, Any]) -> tuple[str, ...]:

@@ -10,14 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvstrata.offload.cli.listing.why import explain
 from kvstrata.offload.cli.printing import AsJson, age, byte_bar, fail, print_json, printable
-<<<<<<<< HEAD:offload/cli/roots/ls.py
 from kvstrata.offload.cli.roots.root import Root, books_json, no_namespaces
 from kvstrata.offload.cli.roots.why import explain
-========
-from kvstrata.offload.cli.root import Root, books_json, no_namespaces
->>>>>>>> 8f78660 (Rooms for finding pages and for what is listed: both folders were full):offload/cli/listing/ls.py
 from kvstrata.tiers.options import format_bytes
 
 if TYPE_CHECKING:

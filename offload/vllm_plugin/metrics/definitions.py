@@ -47,6 +47,7 @@ from kvstrata.offload.metering.names import (
     PREFILL_SPEED,
     PROCESS_RESTARTS,
     PROMOTION_SECONDS,
+    PUT_OFF,
     QUARANTINED,
     QUERY_CHUNKS,
     QUERY_TOKENS,
@@ -73,6 +74,11 @@ _AGES = (1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14_400.0, 86_400.0, 604_800
 
 _TIER = ("tier",)
 _WAY = ("tier", "direction")
+
+
+def tier_metric_definitions() -> dict[str, OffloadingMetricMetadata]:
+    """Those that are told of each tier, by name."""
+    return {name: each for name, each in metric_definitions().items() if "tier" in each.labelnames}
 
 
 def metric_definitions() -> dict[str, OffloadingMetricMetadata]:
@@ -171,9 +177,11 @@ def metric_definitions() -> dict[str, OffloadingMetricMetadata]:
         ),
         SHED_PAGES: count(
             "Pages that were not stored, by reason: threshold (not asked for often enough), worth "
-            "(worth less than what is held), room (nothing could be evicted now), behind (the tier "
-            "does not keep up, or is out).",
+            "(worth less than what is held), behind (the tier does not keep up, or is out).",
             ("tier", "reason"),
+        ),
+        PUT_OFF: count(
+            "How often vLLM had to offer a request's pages again, since none could be evicted then."
         ),
         NO_ROOM_PAGES: count("Pages that a tier had, and for which the primary one had no room."),
         INCOMPLETE_PAGES: count("Pages that the workers could not fill, and that were dropped."),

@@ -1,139 +1,202 @@
-"""Metrics: the manager's and the tiers' totals as vLLM's Prometheus metrics."""
+"""What the manager and the tiers counted, as metrics."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import (
     OffloadingConnectorStats,
 )
-from vllm.v1.kv_offload.base import (
-    OffloadingCounterMetadata,
-    OffloadingGaugeMetadata,
-    OffloadingMetricMetadata,
-)
 
 from kvstrata.offload.manager import TieringManager
+from kvstrata.offload.metering import names
+from kvstrata.offload.metering.names import PRIMARY
 from kvstrata.offload.secondary.tier import TierLink
+from kvstrata.offload.vllm_plugin.metrics.increments import Increments
+from kvstrata.offload.vllm_plugin.metrics.old_names import tell_old, tell_old_tier
+from kvstrata.offload.vllm_plugin.metrics.stock_names import StockTeller
+from kvstrata.tiers.base import TierStats
 
-EVENTS = "kvstrata_events"
-SLOTS = "kvstrata_primary_slots"
-TIER_EVENTS = "kvstrata_tier_events"
-TIER_FAILURES = "kvstrata_tier_failures"
-TIER_STATE = "kvstrata_tier_state"
-AUDIT_ERROR = "kvstrata_audit_largest_error"
-PREFILL_SPEED = "kvstrata_prefill_tokens_per_second"
-
-
-def metric_definitions() -> dict[str, OffloadingMetricMetadata]:
-    """The metrics by name. Prometheus appends `_total` to counters."""
-    return {
-        **tier_metric_definitions(),
-        EVENTS: OffloadingCounterMetadata(
-            "What the manager did, in pages or occurrences, by event.", ("event",)
-        ),
-        SLOTS: OffloadingGaugeMetadata(
-            "Slots of the primary tier by state: free, idle (evictable), busy, and of the busy "
-            "ones: promoting, pinned; not_ready while their memory is being reserved.",
-            ("state",),
-        ),
-        PREFILL_SPEED: OffloadingGaugeMetadata(
-            "Tokens per second by which a request's prefill advances; 0 while it is not known."
-        ),
-        AUDIT_ERROR: OffloadingGaugeMetadata(
-            "The largest relative error of a row that an audit found (docs/audit.md)."
-        ),
-    }
+# What tiers tell under the same names (`TierStats`), and is every tier's.
+_COUNTS = {
+    "evicted_pages": names.EVICTED_PAGES,
+    "evicted_bytes": names.EVICTED_BYTES,
+    "restarted_processes": names.PROCESS_RESTARTS,
+}
+_GAUGES = {
+    "pages": names.PAGES,
+    "bytes": names.BYTES,
+    "capacity_bytes": names.CAPACITY,
+    "disk_used_bytes": names.DISK_USED,
+    "disk_free_bytes": names.DISK_FREE,
+    "disk_files": names.DISK_FILES,
+}
+_QUEUES = {"read_queue": "read", "write_queue": "write"}
+# Told in other words: of each job, or as what requests found
+_TOLD = frozenset(
+    ("lookups", "hits", "stored_pages", "stored_bytes", "loaded_pages", "loaded_bytes", "jobs")
+)
 
 
-def tier_metric_definitions() -> dict[str, OffloadingMetricMetadata]:
-    """Those of them that are the tiers'."""
-    return {
-        TIER_EVENTS: OffloadingCounterMetadata(
-            "What a secondary tier did, in pages, bytes or occurrences, by event.",
-            ("tier", "event"),
-        ),
-        TIER_FAILURES: OffloadingCounterMetadata(
-            "Pages or calls that failed at a secondary tier, by cause.", ("tier", "cause")
-        ),
-        TIER_STATE: OffloadingGaugeMetadata(
-            "A secondary tier's present values, for example queue lengths.", ("tier", "name")
-        ),
-    }
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Of the primary tier: bytes of a slot, and tokens of prompts that a slot holds."""
+
+    slot_bytes: int = 0
+    slot_tokens: float = 0.0
 
 
 class StatsReader:
-    """Turns totals that only grow into the increments vLLM wants."""
+    """Tells what has changed since it was asked last.
 
-    def __init__(self) -> None:
-        self._seen: Counter[tuple[str, ...]] = Counter()
+    Args:
+        sizes: of the primary tier.
+        info: the values of `INFO`'s labels; none: it is not told.
+    """
+
+    def __init__(self, sizes: Sizes | None = None, info: Sequence[str] = ()) -> None:
+        self._to = Increments()
+        self._sizes = sizes or Sizes()
+        self._info = tuple(info)
+        self._stock = StockTeller()
 
     def read(self, manager: TieringManager) -> OffloadingConnectorStats:
         """What happened since the last call, and the present state."""
-        stats = OffloadingConnectorStats()
-        for name, value in manager.counters.items():
-            event, _, tier = name.partition(":")
-            if tier:
-                self._add(stats, TIER_EVENTS, (tier, event), value)
-            else:
-                self._add(stats, EVENTS, (event,), value)
-        primary = manager.primary
-        busy = primary.slots - primary.free - primary.idle
-        for state, slots in (
+        to = self._to
+        self._tell_found(manager)
+        self._tell_primary(manager)
+        self._tell_rest(manager)
+        promotions = {link.name: link.promotions.take() for link in manager.links}
+        for name, seconds in promotions.items():
+            to.observe(names.PROMOTION_SECONDS, seconds, name)
+        self._stock.tell(manager, promotions, to)
+        tell_old(manager, to)
+        for link in manager.links:
+            self._tell_link(manager, link)
+            self._tell_tier(link)
+        if self._info:
+            to.gauge(names.INFO, 1.0, *self._info)
+        return to.take()
+
+    def read_tier(self, link: TierLink, more: Mapping[str, int]) -> OffloadingConnectorStats:
+        """Of one tier under vLLM's own manager; `more`: other totals."""
+        self._tell_tier(link, more)
+        return self._to.take()
+
+    def _tell_found(self, manager: TieringManager) -> None:
+        to, savings = self._to, manager.savings
+        savings.price(manager.found.takings)
+        for found_in, takings in manager.found.takings.items():
+            tier = found_in or PRIMARY
+            to.count(names.QUERY_CHUNKS, takings.query_chunks, tier)
+            to.count(names.HIT_CHUNKS, takings.hit_chunks, tier)
+            to.count(names.QUERY_TOKENS, takings.query_tokens, tier)
+            to.count(names.HIT_TOKENS, takings.hit_tokens, tier)
+            to.count(names.SAVED_SECONDS, savings.seconds[found_in], tier)
+        to.count(names.WAIT_SECONDS, manager.waited)
+        to.gauge(names.SAVED_NET, manager.saved_net)
+        per_token = savings.seconds_per_token()
+        to.gauge(names.PREFILL_SPEED, 1.0 / per_token if per_token else 0.0)
+        for wait, counter in (
+            ("look-up", "lookup_timeouts"),
+            ("promotion", "promotion_timeouts"),
+            ("gpu", "store_timeouts"),
+        ):
+            to.count(names.DEADLINE_MISSES, manager.counters[counter], wait)
+
+    def _tell_primary(self, manager: TieringManager) -> None:
+        to, primary, counters = self._to, manager.primary, manager.counters
+        slots, used = primary.slots, primary.slots - primary.free
+        slot_bytes = self._sizes.slot_bytes
+        for state, count in (
             ("free", primary.free),
             ("idle", primary.idle),
-            ("busy", busy),
+            ("busy", used - primary.idle),
             ("promoting", primary.promoting),
             ("pinned", manager.pinned),
             ("not_ready", manager.not_ready),
         ):
-            stats.set_gauge(SLOTS, slots, (state,))
-        per_token = manager.speed.seconds_per_token()
-        stats.set_gauge(PREFILL_SPEED, 1.0 / per_token if per_token else 0.0)
-        stats.set_gauge(AUDIT_ERROR, manager.audits.findings.largest_error)
-        for link in manager.links:
-            self.add_tier(stats, link)
-        return stats
+            to.gauge(names.SLOTS, count, state)
+        to.gauge(names.PAGES, len(primary), PRIMARY)
+        to.gauge(names.BYTES, used * slot_bytes, PRIMARY)
+        to.gauge(names.CAPACITY, (slots + manager.not_ready) * slot_bytes, PRIMARY)
+        to.gauge(names.CAPACITY_TOKENS, slots * self._sizes.slot_tokens)
+        to.count(names.READ_PAGES, counters["loaded_pages"], PRIMARY)
+        to.count(names.WRITTEN_PAGES, counters["stored_pages"], PRIMARY)
+        to.count(names.READ_BYTES, counters["loaded_pages"] * slot_bytes, PRIMARY)
+        to.count(names.WRITTEN_BYTES, counters["stored_pages"] * slot_bytes, PRIMARY)
+        evicted = primary.departures
+        to.count(names.EVICTED_PAGES, evicted.pages, PRIMARY)
+        to.count(names.EVICTED_BYTES, evicted.pages * slot_bytes, PRIMARY)
+        to.observe(names.EVICTION_AGE, evicted.ages.take(), PRIMARY)
+        to.observe(names.REUSE_GAP, evicted.gaps.take(), PRIMARY)
+        for reason, counter in (
+            ("threshold", "stores_skipped"),
+            ("worth", "stores_declined"),
+        ):
+            to.count(names.SHED_PAGES, counters[counter], PRIMARY, reason)
 
-    def add_tier(
-        self, stats: OffloadingConnectorStats, link: TierLink, more: Mapping[str, int] = {}
-    ) -> None:
-        """What one tier did since the last call, and its present state; `more`: other totals."""
-        tier_stats = link.tier.stats()
-        ours = {
-            "breaker_openings": link.breaker.openings,
-            "declined_requests": link.declined,
-            "overdue_jobs": link.overdue_jobs,
-        }
-        for name, total in {**tier_stats.counters, **ours, **more}.items():
-            self._add(stats, TIER_EVENTS, (link.name, name), total)
-        for cause, total in tier_stats.failures.items():
-            self._add(stats, TIER_FAILURES, (link.name, cause), total)
-        for name, gauge in {**tier_stats.gauges, **_link_gauges(link)}.items():
-            stats.set_gauge(TIER_STATE, gauge, (link.name, name))
+    def _tell_rest(self, manager: TieringManager) -> None:
+        to, counters = self._to, manager.counters
+        to.count(names.PUT_OFF, counters["store_no_room"])
+        to.count(names.NO_ROOM_PAGES, counters["promotion_no_room"])
+        to.count(names.INCOMPLETE_PAGES, counters["incomplete_pages"])
+        to.count(names.PINS_REFUSED, counters["pins_refused"])
+        to.count(names.WRONG_WISHES, counters["wrong_wishes"])
+        to.count(names.AUDIT_PAGES, counters["audit_close"], "close")
+        to.count(names.AUDIT_PAGES, counters["audit_different"], "different")
+        to.count(names.AUDITS_FORCED, counters["audits_forced"])
+        to.gauge(names.AUDIT_ERROR, manager.audits.findings.largest_error)
 
-    def _add(
-        self, stats: OffloadingConnectorStats, metric: str, labels: tuple[str, ...], total: int
-    ) -> None:
-        # A tier opened anew counts from zero again: never report less than nothing.
-        increment = total - self._seen[(metric, *labels)]
-        self._seen[(metric, *labels)] = total
-        if increment > 0:
-            stats.increase_counter(metric, increment, labels)
+    def _tell_link(self, manager: TieringManager, link: TierLink) -> None:
+        """What the manager knows of a tier's jobs."""
+        to, counters, name = self._to, manager.counters, link.name
+        to.count(names.READ_PAGES, counters[f"promoted_pages:{name}"], name)
+        to.count(names.READ_BYTES, counters[f"promoted_bytes:{name}"], name)
+        to.count(names.WRITTEN_PAGES, counters[f"cascaded_pages:{name}"], name)
+        to.count(names.WRITTEN_BYTES, counters[f"cascaded_bytes:{name}"], name)
+        to.count(names.SHED_PAGES, counters[f"cascade_skipped:{name}"], name, "behind")
 
+    def _tell_tier(self, link: TierLink, more: Mapping[str, int] = {}) -> None:
+        """What one tier did since the last call, and its present state."""
+        to, name, stats = self._to, link.name, link.tier.stats()
+        tell_old_tier(link, stats, to, more)
+        to.count(names.READ_SECONDS, link.loads.seconds, name)
+        to.count(names.WRITE_SECONDS, link.stores.seconds, name)
+        to.count(names.DECLINED_REQUESTS, link.declined, name)
+        to.count(names.OVERDUE_JOBS, link.overdue_jobs, name)
+        for (operation, cause), total in link.breaker.openings.items():
+            to.count(names.BREAKER_OPENINGS, total, name, operation.value, cause)
+        to.gauge(names.BREAKER_OPEN, float(not link.breaker.closed), name)
+        to.gauge(names.STORES_FAILING, float(link.stores_failing), name)
+        to.gauge(names.DISTRUSTED, float(link.trust.lost), name)
+        for direction, traffic in (("read", link.loads), ("write", link.stores)):
+            to.gauge(names.MOVING_PAGES, traffic.pages, name, direction)
+            if traffic.cost.known:
+                to.gauge(names.LATENCY, traffic.cost.seconds(0), name, direction)
+                if per_byte := traffic.cost.seconds_per_byte:
+                    to.gauge(names.BANDWIDTH, 1.0 / per_byte, name, direction)
+        to.observe(names.REUSE_GAP, link.departures.gaps.take(), name)
+        to.observe(names.EVICTION_AGE, stats.samples.get("eviction_age_s", ()), name)
+        for cause, total in stats.failures.items():
+            to.count(names.FAILURES, total, name, cause)
+        for cause, total in stats.quarantined.items():
+            to.count(names.QUARANTINED, total, name, cause)
+        self._tell_own(name, stats, more)
 
-def _link_gauges(link: TierLink) -> dict[str, float]:
-    """What the manager knows of a tier; costs as far as they were measured."""
-    gauges = {
-        "breaker_open": float(not link.breaker.closed),
-        "stores_failing": float(link.stores_failing),
-        "distrusted": float(link.trust.lost),
-        "storing_pages": float(link.stores.pages),
-        "loading_pages": float(link.loads.pages),
-    }
-    for direction, traffic in (("load", link.loads), ("store", link.stores)):
-        if traffic.cost.known:
-            gauges[f"{direction}_latency_s"] = traffic.cost.seconds(0)
-            gauges[f"{direction}_seconds_per_gib"] = traffic.cost.seconds_per_byte * 2**30
-    return gauges
+    def _tell_own(self, name: str, stats: TierStats, more: Mapping[str, int]) -> None:
+        """What the tier counts and has: under every tier's names where it is every tier's."""
+        to = self._to
+        for counter, total in {**stats.counters, **more}.items():
+            if metric := _COUNTS.get(counter):
+                to.count(metric, total, name)
+            elif counter not in _TOLD:
+                to.count(names.OWN_COUNTS, total, name, counter)
+        for gauge, value in stats.gauges.items():
+            if metric := _GAUGES.get(gauge):
+                to.gauge(metric, value, name)
+            elif direction := _QUEUES.get(gauge):
+                to.gauge(names.QUEUED_TASKS, value, name, direction)
+            elif gauge not in _TOLD:
+                to.gauge(names.OWN_VALUES, value, name, gauge)

@@ -118,6 +118,7 @@ def test_opening_and_closing_are_logged(
         breaker.succeeded(Operation.LOAD)
         breaker.succeeded(Operation.LOAD)
     assert [record.getMessage() for record in caplog.records] == [
-        "tier disk: 3 loads in a row failed or came too late (the last one: late); it is left alone for 1 s",
+        "tier disk: 3 loads in a row failed or came too late (the last one: late); it is left "
+        "alone for 1 s",
         "tier disk is in use again",
     ]

@@ -26,9 +26,10 @@ from vllm.v1.kv_offload.base import (  # noqa: E402
 import kvstrata.offload.vllm_plugin.scheduler as scheduler_module  # noqa: E402
 from kvstrata.offload.config.offload_config import OffloadConfig, TierEntry  # noqa: E402
 from kvstrata.offload.manager import TieringManager  # noqa: E402
+from kvstrata.offload.metering.names import SLOTS  # noqa: E402
 from kvstrata.offload.primary.region import Region, create_region  # noqa: E402
 from kvstrata.offload.vllm_plugin.engine.offload_cap import has_partial_tails  # noqa: E402
-from kvstrata.offload.vllm_plugin.metrics.totals import SLOTS, StatsReader  # noqa: E402
+from kvstrata.offload.vllm_plugin.metrics.totals import StatsReader  # noqa: E402
 from kvstrata.offload.vllm_plugin.scheduler import KVStrataScheduler, open_scheduler  # noqa: E402
 from kvstrata.offload.vllm_plugin.transfer import PageSlots  # noqa: E402
 from kvstrata.tiers.base import layouts_to_json  # noqa: E402

@@ -31,7 +31,9 @@ from kvstrata.offload.secondary.breaker import Operation
 from kvstrata.offload.secondary.tier import TierLink
 from kvstrata.offload.vllm_plugin.engine.stock.jobs import StockJobs
 from kvstrata.offload.vllm_plugin.engine.stock.seen import SeenEngine
-from kvstrata.offload.vllm_plugin.metrics.totals import StatsReader, tier_metric_definitions
+from kvstrata.offload.vllm_plugin.metrics.definitions import tier_metric_definitions
+from kvstrata.offload.vllm_plugin.metrics.old_names import old_tier_definitions
+from kvstrata.offload.vllm_plugin.metrics.totals import StatsReader
 from kvstrata.tiers.base import Lookup, PageKey, RequestView
 
 logger = logging.getLogger("kvstrata")
@@ -203,7 +205,7 @@ class StockTier(SecondaryTierManager):
     ) -> dict[str, OffloadingMetricMetadata]:
         """The metrics of our tiers; `extra_config` is the entry, which is checked."""
         parse_stock_entry(str(extra_config["type"]), extra_config)
-        return tier_metric_definitions()
+        return old_tier_definitions() | tier_metric_definitions()
 
     def get_stats(self) -> OffloadingConnectorStats | None:
         """What happened since the last call."""
@@ -211,14 +213,12 @@ class StockTier(SecondaryTierManager):
         if now < self._next_stats or link is None:
             return None
         self._next_stats = now + STATS_EVERY_S
-        stats = OffloadingConnectorStats()
         more = {
             "cascade_skipped": self._jobs.skipped,
             "crowded_out": self._crowded,
             "lookup_timeouts": self._timeouts,
         }
-        self._stats.add_tier(stats, link, more)
-        return stats
+        return self._stats.read_tier(link, more)
 
     @classmethod
     def config_info_keys(cls, tier_config: dict[str, Any]) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from vllm.v1.kv_offload.base import Locality, Medium, ScheduleEndContext  # noqa
 
 from kvstrata.offload.primary.region import create_region  # noqa: E402
 from kvstrata.offload.vllm_plugin.foreign_tiers import told  # noqa: E402
-from kvstrata.offload.vllm_plugin.metrics.totals import TIER_EVENTS  # noqa: E402
+from kvstrata.offload.vllm_plugin.metrics.old_names import TIER_EVENTS  # noqa: E402
 from kvstrata.offload.vllm_plugin.scheduler import KVStrataScheduler  # noqa: E402
 from kvstrata.offload.vllm_plugin.spec import KVStrataSpec  # noqa: E402
 from tests.offload.manager_world import chunk  # noqa: E402

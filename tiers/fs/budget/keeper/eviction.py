@@ -14,10 +14,10 @@ from kvstrata.tiers.fs.budget.keeper.inventory import Inventory
 from kvstrata.tiers.fs.budget.ledger import Books
 from kvstrata.tiers.fs.budget.limits import HIGH, LOW, Limits, Usage, spares_wanted
 from kvstrata.tiers.fs.files import nofollow
-from kvstrata.tiers.process.messages import MOST_SAMPLES
 
 _CLAIM_FILES = 16  # renamed at once under the lock: some milliseconds
 _UNLINK_FILES = 64  # 2 MiB files take up to 4 ms each
+_MOST_AGES = 256  # of evictions, for who tells how old the pages were
 _MAX_TOLD = 2**16  # evictions that nobody was told of yet
 
 
@@ -38,7 +38,7 @@ class Eviction:
     def __init__(self, inventory: Inventory, own: Limits) -> None:
         """`own`: the limits of this member."""
         self.files = self.nbytes = 0
-        self.ages: deque[float] = deque(maxlen=MOST_SAMPLES)
+        self.ages: deque[float] = deque(maxlen=_MOST_AGES)
         self.told: deque[tuple[str, bytes]] = deque(maxlen=_MAX_TOLD)
         self.limits = Limits()
         self.by_others: Limits | None = None

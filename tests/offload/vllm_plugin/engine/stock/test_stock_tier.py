@@ -17,7 +17,7 @@ from vllm.config import LoRAConfig  # noqa: E402
 from vllm.v1.kv_offload.base import LookupResult, Medium  # noqa: E402
 
 from kvstrata.offload.secondary import tiers  # noqa: E402
-from kvstrata.offload.vllm_plugin.metrics.totals import TIER_EVENTS, TIER_STATE  # noqa: E402
+from kvstrata.offload.vllm_plugin.metrics.old_names import TIER_EVENTS, TIER_STATE  # noqa: E402
 from tests.engine.conftest import CHECKPOINTS  # noqa: E402
 from tests.models import tiny_llama  # noqa: E402
 from tests.offload.vllm_plugin.block_engine import Model  # noqa: E402
