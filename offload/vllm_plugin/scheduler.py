@@ -81,14 +81,14 @@ class KVStrataScheduler(OffloadingManager):
         events: bool,
         info: Callable[[], Sequence[Labels]] = lambda: [{}],
         caps: bool = False,
-        labels: Sequence[str] = (),
+        stats: StatsReader | None = None,
     ) -> None:
         self._manager = manager
         self._caps = caps  # whether `max_offload_tokens` is kept here
         self._region = region
         self._events = events
         self._info = info
-        self._stats = StatsReader(_sizes(manager, region), labels)
+        self._stats = stats or StatsReader()
         self._next_stats = 0.0
         # The request that was last told to wait in this step. vLLM goes on to ask for all of its
         # prefix, step by step, and a million tokens may be 65,536 chunks.
@@ -366,5 +366,5 @@ def open_scheduler(
         events=events,
         info=info,
         caps=has_partial_tails(config),
-        labels=info_labels(context.namespace),
+        stats=StatsReader(_sizes(manager, region), info_labels(context.namespace)),
     )

@@ -14,10 +14,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvstrata.offload import promotion
 from kvstrata.offload.audit import audits
 from kvstrata.offload.config.offload_config import OffloadConfig
 from kvstrata.offload.demand.stores import StorePlan
+from kvstrata.offload.finding import promotion
 from kvstrata.offload.finding.lookup import Answer
 from kvstrata.offload.primary.slots import Entry
 from kvstrata.offload.secondary import pace

@@ -45,6 +45,7 @@ def _ours(slots: int, tier: bool, policy: str, groups: int) -> Any:
         "layouts": layouts_to_json(dict.fromkeys(range(groups), layout)),
         "namespace": {},
         "weights_fixed": True,
+        "steps_ahead": 0,
         "elements": {
             group: [Elements(_PAGE_BYTES, "U8", _PAGE_BYTES, 1)] for group in range(groups)
         },

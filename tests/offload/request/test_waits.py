@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from kvstrata.offload import promotion
 from kvstrata.offload.config.offload_config import OffloadConfig
+from kvstrata.offload.finding import promotion
 from kvstrata.offload.finding.lookup import Answer
 from kvstrata.offload.secondary.guard import GuardedTier
 from kvstrata.tiers.base import Lookup, RequestView, SecondaryTier

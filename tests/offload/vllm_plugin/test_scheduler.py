@@ -244,6 +244,7 @@ def workers_region(name: str) -> tuple[Any, Region]:
         "layouts": layouts_to_json(CONTEXT.layouts),
         "namespace": {},
         "weights_fixed": True,
+        "steps_ahead": 0,
         "lora": False,
         "elements": {},
         "windows": {},
