@@ -195,6 +195,12 @@ class OffloadConfig:
         "stored ([audit.md](audit.md)); 0: none",
         0.001,
     )
+    log_interval_s: float = option(
+        partial(parse_number, most=86_400.0, zero=True),
+        "while there is traffic a line of the log says so often what was found, saved and held; "
+        "0: never",
+        60.0,
+    )
     canonical_layout: InitVar[Any] = option(
         _check_canonical, "pages are always canonical", True, idle=True
     )

@@ -35,6 +35,7 @@ from kvstrata.offload.audit.comparison import Elements
 from kvstrata.offload.config.offload_config import OffloadConfig
 from kvstrata.offload.finding.lookup import Answer
 from kvstrata.offload.manager import TieringManager
+from kvstrata.offload.metering.minute import MinuteLog
 from kvstrata.offload.primary.region import Region, open_region
 from kvstrata.offload.primary.slots import Entry
 from kvstrata.offload.secondary.guard import GuardedTier
@@ -49,6 +50,8 @@ from kvstrata.offload.vllm_plugin.transfer import PageSlots
 from kvstrata.offload.vllm_plugin.weights.watch import WeightWatch
 from kvstrata.tiers.base import PageKey, RequestView, SecondaryTier, TierContext, layouts_from_json
 from kvstrata.tiers.options import format_bytes
+from kvstrata.tiers.page.identity import directory_name
+from kvstrata.tiers.registry import TierEntry, tier_class
 
 logger = logging.getLogger("kvstrata")
 
@@ -82,6 +85,7 @@ class KVStrataScheduler(OffloadingManager):
         info: Callable[[], Sequence[Labels]] = lambda: [{}],
         caps: bool = False,
         stats: StatsReader | None = None,
+        log_interval_s: float = 0.0,
     ) -> None:
         self._manager = manager
         self._caps = caps  # whether `max_offload_tokens` is kept here
@@ -90,6 +94,7 @@ class KVStrataScheduler(OffloadingManager):
         self._info = info
         self._stats = stats or StatsReader()
         self._next_stats = 0.0
+        self._minute = MinuteLog(log_interval_s, time.monotonic)
         # The request that was last told to wait in this step. vLLM goes on to ask for all of its
         # prefix, step by step, and a million tokens may be 65,536 chunks.
         self._waiting: ReqContext | None = None
@@ -235,6 +240,9 @@ class KVStrataScheduler(OffloadingManager):
         self._next_stats = now + STATS_EVERY_S
         stats = self._stats.read(self._manager)
         told.add_stats(self._manager.links, stats)
+        manager = self._manager
+        saved = manager.saved_net if manager.savings.seconds_per_token() else None
+        self._minute.look(manager.found.takings, saved, self._stats.held(manager))
         return stats
 
     def config_info(self) -> Sequence[Labels]:
@@ -286,6 +294,17 @@ def _sizes(manager: TieringManager, region: Region) -> Sizes:
     whole = {group: each for group, each in manager.layouts.items() if group not in manager.windows}
     slots = sum(1 / each.tokens for each in (whole or manager.layouts).values())
     return Sizes(region.slot_bytes, 1 / slots)
+
+
+def _described(entry: TierEntry) -> str:
+    """Name, places and limit of a tier; nothing else of its entry, which may be a password."""
+    places = tier_class(entry.entry).directories(entry.entry)
+    limit = entry.entry.get("max_bytes")
+    return (
+        entry.name
+        + (f" in {' and '.join(places)}" if places else "")
+        + (f" of at most {limit}" if limit else "")
+    )
 
 
 def _locality(link: TierLink | None) -> Locality | None:
@@ -344,13 +363,17 @@ def open_scheduler(
         ahead=fields["steps_ahead"],
     )
     region.progress.serve()
+    labels = info_labels(context.namespace)
     logger.info(
-        "kvstrata: CPU tier of %d pages of %s (%s), %d of them ready; secondary tiers: %s",
+        "kvstrata %s: CPU tier of %d pages of %s (%s), %d of them ready; secondary tiers: %s; "
+        "namespace %s",
+        labels[0],
         region.slots,
         format_bytes(region.slot_bytes),
         format_bytes(region.slots * region.slot_bytes),
         manager.primary.slots,
-        ", ".join(link.name for link in manager.links) or "none",
+        ", ".join(map(_described, entries)) or "none",
+        directory_name(context.model, labels[1]) if labels[1] else "none",
     )
     info = partial(
         config_info,
@@ -366,5 +389,6 @@ def open_scheduler(
         events=events,
         info=info,
         caps=has_partial_tails(config),
-        stats=StatsReader(_sizes(manager, region), info_labels(context.namespace)),
+        stats=StatsReader(_sizes(manager, region), labels),
+        log_interval_s=settings.log_interval_s,
     )

@@ -60,6 +60,7 @@ class StatsReader:
         self._sizes = sizes or Sizes()
         self._info = tuple(info)
         self._stock = StockTeller()
+        self._held: dict[str, dict[str, float]] = {}  # gauges of each tier
 
     def read(self, manager: TieringManager) -> OffloadingConnectorStats:
         """What happened since the last call, and the present state."""
@@ -78,6 +79,21 @@ class StatsReader:
         if self._info:
             to.gauge(names.INFO, 1.0, *self._info)
         return to.take()
+
+    def held(self, manager: TieringManager) -> dict[str, tuple[float, float]]:
+        """Bytes that each tier holds, as of the last `read`, and may hold, 0 without a limit.
+
+        Of one that keeps files: those that all files take.
+        """
+        primary, slot_bytes = manager.primary, self._sizes.slot_bytes
+        held: dict[str, tuple[float, float]] = {
+            PRIMARY: ((primary.slots - primary.free) * slot_bytes, primary.slots * slot_bytes)
+        }
+        for name, gauges in self._held.items():
+            nbytes = gauges.get("disk_used_bytes", gauges.get("bytes"))
+            if nbytes is not None:
+                held[name] = nbytes, gauges.get("capacity_bytes", 0.0)
+        return held
 
     def read_tier(self, link: TierLink, more: Mapping[str, int]) -> OffloadingConnectorStats:
         """Of one tier under vLLM's own manager; `more`: other totals."""
@@ -188,6 +204,7 @@ class StatsReader:
     def _tell_own(self, name: str, stats: TierStats, more: Mapping[str, int]) -> None:
         """What the tier counts and has: under every tier's names where it is every tier's."""
         to = self._to
+        self._held[name] = stats.gauges
         for counter, total in {**stats.counters, **more}.items():
             if metric := _COUNTS.get(counter):
                 to.count(metric, total, name)
