@@ -51,7 +51,7 @@ from kvstrata.offload.vllm_plugin.weights.watch import WeightWatch
 from kvstrata.tiers.base import PageKey, RequestView, SecondaryTier, TierContext, layouts_from_json
 from kvstrata.tiers.options import format_bytes
 from kvstrata.tiers.page.identity import directory_name
-from kvstrata.tiers.registry import TierEntry, tier_class
+from kvstrata.tiers.registry import TierEntry
 
 logger = logging.getLogger("kvstrata")
 
@@ -298,7 +298,7 @@ def _sizes(manager: TieringManager, region: Region) -> Sizes:
 
 def _described(entry: TierEntry) -> str:
     """Name, places and limit of a tier; nothing else of its entry, which may be a password."""
-    places = tier_class(entry.entry).directories(entry.entry)
+    places = entry.directories
     limit = entry.entry.get("max_bytes")
     return (
         entry.name
