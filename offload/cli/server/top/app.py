@@ -19,6 +19,7 @@ from kvstrata.offload.cli.server.top.figures import Figures, TierFigures, figure
 from kvstrata.offload.cli.server.words import count, span
 from kvstrata.tiers.options import format_bytes
 
+_PATIENCE_S = 2.0  # for an answer; quitting waits for the read that is under way
 _REMEMBERED = 120  # reads in a sparkline: four minutes of 2 s
 _COLUMNS = (
     *("tier", "hits now", "hits", "read/s", "write/s", "holds", "of", "disk used", "disk free"),
@@ -70,8 +71,7 @@ class Top(App[None]):
         while True:
             await asyncio.sleep(self._pause_s)
             try:
-                # quitting waits for a read that is under way
-                now = await asyncio.to_thread(read, self._last.url, self._pause_s)
+                now = await asyncio.to_thread(read, self._last.url, _PATIENCE_S)
             except ScrapeError as error:
                 self._say_gone(str(error))
             else:

@@ -103,20 +103,24 @@ def figures(before: Scrape, after: Scrape) -> Figures:
 
 
 def _tier(look: Look, tier: str, pause: float) -> TierFigures:
-    # each engine has a CPU tier of its own; other tiers they may share
-    present = look.total if tier == PRIMARY else look.gauge
     return TierFigures(
         name=tier,
         hit_rate_now=_rate(look.grew(HIT_CHUNKS, tier=tier), look.grew(QUERY_CHUNKS, tier=tier)),
         hit_rate=_rate(look.total(HIT_CHUNKS, tier=tier), look.total(QUERY_CHUNKS, tier=tier)),
         read_rate=look.grew(READ_BYTES, tier=tier) / pause,
         write_rate=look.grew(WRITTEN_BYTES, tier=tier) / pause,
-        held=present(BYTES, tier=tier),
-        capacity=present(CAPACITY, tier=tier),
+        held=_present(look, BYTES, tier),
+        capacity=_present(look, CAPACITY, tier),
         disk_used=look.gauge(DISK_USED, tier=tier),
         disk_free=look.gauge(DISK_FREE, tier=tier),
         state=", ".join(word for name, word in _STATES if look.gauge(name, tier=tier)),
     )
+
+
+def _present(look: Look, name: str, tier: str) -> float | None:
+    """Each engine has a CPU tier of its own; other tiers they may share."""
+    largest = look.gauge(name, tier=tier)
+    return look.total(name, tier=tier) if largest is not None and tier == PRIMARY else largest
 
 
 def _rate(part: float, whole: float) -> float | None:
