@@ -26,6 +26,7 @@ class Way:
 WAYS = (
     Way("listed", r"kvstrata copy .*s3://.*", "needs a bucket: see tests/tiers/object"),
     Way("listed", r"kvstrata pool ls .*", "shows this user's pools: see tests/offload/cli"),
+    Way("listed", r"kvstrata top .*", "shows until q is pressed: see tests/offload/cli/server"),
     Way("run", r"kvstrata (ls|check|config|copy|gc|inspect|trust|doctor)\b.*"),
     Way("run", r"sudo install -d .*"),
     Way("run", r"mkdir /tmp/sparse"),

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from kvstrata.tiers.testing import CONTEXT
 from tests.docs.blocks import DOCUMENTS, ROOT, SHELL, Block, Command, blocks, shell_commands
 from tests.docs.known import WAYS, way_of
 from tests.offload.cli.cli_world import KEYS, fill
+from tests.offload.cli.server.server_world import FakeServer, healthy
 from tests.spoiling import flip
 
 COMMANDS = shell_commands()
@@ -86,10 +88,24 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, st
     }
 
 
+@pytest.fixture(scope="module")
+def server() -> Iterator[FakeServer]:
+    """One of which nothing is wrong."""
+    with FakeServer(healthy().text()) as server:
+        yield server
+
+
 @pytest.mark.parametrize("command", of("run", "kvstrata"), ids=where)
-def test_kvstrata(command: Command, filled: tuple[Path, dict[str, str]], root: Path) -> None:
+def test_kvstrata(
+    command: Command,
+    filled: tuple[Path, dict[str, str]],
+    server: FakeServer,
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kvstrata.offload.cli.server.doctor.sleep", lambda seconds: None)
     shutil.copytree(filled[0], root, symlinks=True)
-    text = command.text
+    text = re.sub(r"http://localhost:800\d", server.url, command.text)
     for shown, used in filled[1].items():
         text = text.replace(shown, used.replace(str(filled[0]), str(root)))
     arguments = shlex.split(text, comments=True)[1:]

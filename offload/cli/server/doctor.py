@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 import sys
 import textwrap
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from time import sleep
 from typing import NoReturn
 
 import typer
@@ -30,7 +30,7 @@ def examine_servers(urls: Sequence[str], seconds: float, as_json: bool) -> NoRet
     try:
         before = [read(url) for url in urls]
         with state_bar(f"looking for {seconds:g} s"):
-            time.sleep(seconds)
+            sleep(seconds)
         looks = [
             look
             for url, first in zip(urls, before, strict=True)

@@ -17,7 +17,7 @@ _REMEDIES = {
     "missing": "the tier's directory or store is gone: mount it again",
     "unreadable": "give the servers' user the permissions on root_dir",
     "io-error": "look at the disk (dmesg) or the network to it",
-    "timeout": "look at how busy the medium is: it does not answer in time",
+    "late": "look at how busy the medium is: it does not answer in time",
 }
 _ANY = "look at the first warning of the tier in the server's log, and at its medium"
 

@@ -209,11 +209,11 @@ def test_the_cause_of_the_latest_opening_is_named() -> None:
         return metrics.count(n.BREAKER_OPENINGS, 9, tier="fs", operation="look-up", cause="missing")
 
     now = earlier(healthy()).count(
-        n.BREAKER_OPENINGS, 1, tier="fs", operation="store", cause="timeout"
+        n.BREAKER_OPENINGS, 1, tier="fs", operation="store", cause="late"
     )
     found = only(look(earlier(healthy()), now), "breaker", "fs")
     assert found.wrong, "it was open between the reads"
-    says(found.found, "was left alone, and is in use again", "since stores failed (timeout)")
+    says(found.found, "was left alone, and is in use again", "since stores failed (late)")
 
 
 def test_a_breaker_of_last_night_is_told_and_is_no_fault() -> None:
