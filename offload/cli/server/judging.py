@@ -55,6 +55,17 @@ def judge(look: Look) -> list[Finding]:
     chunks = look.total(QUERY_CHUNKS, tier=PRIMARY)
     if chunks >= LEAST_CHUNKS:
         found += [finding for fault in HISTORY for finding in fault(look)]
+    elif not look.ours:
+        found.append(
+            Finding(
+                "vLLM's own manager",
+                "engine",
+                "kvstrata's tiers run in vLLM's own manager: their failures are judged, but neither "
+                "sizes nor reuse, which kvstrata's manager alone measures",
+                "KVStrataSpec has both (docs/stock.md)",
+                wrong=False,
+            )
+        )
     else:
         found.append(
             Finding(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvstrata.offload.cli.server.scrape import Scrape
-from kvstrata.offload.metering.names import CAPACITY, CAPACITY_TOKENS, INFO, PRIMARY
+from kvstrata.offload.metering.names import CAPACITY, CAPACITY_TOKENS, INFO, PRIMARY, SLOTS
 
 _CACHE = "vllm:cache_config_info"
 
@@ -75,10 +75,20 @@ class Look:
         before, after = self.before.total(name, **labels), self.after.total(name, **labels)
         return after - before if after >= before else after
 
+    @property
+    def ours(self) -> bool:
+        """Whether kvstrata's manager runs, and not only its tiers behind vLLM's own."""
+        return INFO in self.after.samples
+
     def bytes_per_token(self) -> float | None:
         """What a token's pages take in the tiers; None where it is not known."""
         tokens, capacity = self.gauge(CAPACITY_TOKENS), self.gauge(CAPACITY, tier=PRIMARY)
-        return capacity / tokens if tokens and capacity else None
+        slots = sum(self.total(SLOTS, state=state) for state in ("free", "idle", "busy"))
+        missing = self.total(SLOTS, state="not_ready")
+        if not (tokens and capacity and slots):
+            return None
+        # room is counted where there is memory already, bytes are of the whole
+        return capacity * slots / (slots + missing) / tokens
 
     def gpu_tokens(self) -> float | None:
         """Tokens for which the GPU's cache has room; None where vLLM does not tell it."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
-from kvstrata.offload.metering.names import INFO, PRIMARY
+from kvstrata.offload.metering.names import BREAKER_OPEN, INFO, PRIMARY
 
 _PATH = "/metrics"
 PATIENCE_S = 10.0  # a server answers in milliseconds, a busy one in seconds
@@ -61,7 +61,8 @@ class Scrape:
     Attributes:
         url: the server, as it is named to the operator.
         when: seconds, monotonic.
-        samples: by name, as Prometheus names them (`_total`, `_bucket`).
+        samples: by name, as Prometheus names them (`_total`, `_bucket`); also under the name of the
+            metric, none of them if it has none yet.
     """
 
     url: str
@@ -154,27 +155,26 @@ def parse(url: str, text: str, when: float) -> Scrape:
         ScrapeError: no Prometheus text, no vLLM, or one without this kvstrata.
     """
     samples: defaultdict[str, list[Sample]] = defaultdict(list)
-    families = set()
     try:
         for family in text_string_to_metric_families(text):
-            families.add(family.name)
+            samples[family.name]  # also one of which nothing was told yet
             for sample in family.samples:
                 samples[sample.name].append(sample)
     except (ValueError, KeyError, IndexError):  # the parser raises what its steps raise
         raise ScrapeError(
             f"{url}{_PATH} is no Prometheus text: give the URL of a vLLM server"
         ) from None
-    if not any(name.startswith(_OF_VLLM) for name in families):
+    if not any(name.startswith(_OF_VLLM) for name in samples):
         raise ScrapeError(
             f"{url}{_PATH} has no metrics of vLLM: give the URL of a vLLM server, which must run "
             "without --disable-log-stats"
         )
-    if not any(name.startswith(_OURS) for name in families):
+    if not any(name.startswith(_OURS) for name in samples):
         raise ScrapeError(
             f"{url} is a vLLM without kvstrata: give it a --kv-transfer-config with "
             '"spec_name": "KVStrataSpec"'
         )
-    if INFO not in families:
+    if INFO not in samples and BREAKER_OPEN not in samples:
         raise ScrapeError(
             f"{url} has a kvstrata that is older than this command: use the command that is "
             "installed with the server, or update the server"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from kvstrata.offload.cli.server.look import Finding, Look
 from kvstrata.offload.cli.server.words import count
-from kvstrata.offload.metering.names import CAPACITY, CAPACITY_TOKENS, PRIMARY
+from kvstrata.offload.metering.names import CAPACITY, PRIMARY
 from kvstrata.tiers.options import format_bytes
 
 # What to give at least: half again as much as the GPU holds is the least that is worth its room.
@@ -16,13 +16,14 @@ _WORTH_IT = 1.5
 def cpu_size(look: Look) -> Iterator[Finding]:
     """Each page is stored as soon as it is computed, so the tiers hold what the GPU holds, and more
     only by as much as they are larger."""
-    gpu, cpu, per_token = look.gpu_tokens(), look.gauge(CAPACITY_TOKENS), look.bytes_per_token()
-    if not (gpu and cpu and per_token) or cpu > gpu:
+    gpu, per_token = look.gpu_tokens(), look.bytes_per_token()
+    if not (gpu and per_token):
         return
-    for tier in look.tiers():
+    for tier in (PRIMARY, *look.tiers()):
         room = look.gauge(CAPACITY, tier=tier)
         if not room or room / per_token > gpu:  # no limit, or one that is large enough
             return
+    cpu = look.total(CAPACITY, tier=PRIMARY) / per_token
     yield Finding(
         "CPU tier too small",
         PRIMARY,

@@ -21,7 +21,7 @@ _LEAST_TOKENS = 100_000
 def no_lookups(look: Look) -> Iterator[Finding]:
     """Prompts are computed, and no tier is asked for them."""
     computed = look.total(_PROMPTS) - look.total(_GPU_HITS)
-    if computed < _LEAST_TOKENS or look.total(QUERY_TOKENS, tier=PRIMARY):
+    if not look.ours or computed < _LEAST_TOKENS or look.total(QUERY_TOKENS, tier=PRIMARY):
         return
     yield Finding(
         "no look-ups",

@@ -49,6 +49,16 @@ def test_too_little_traffic_is_said() -> None:
     assert judge(look(few, enough)) == []
 
 
+def test_tiers_in_vllms_own_manager() -> None:
+    """There the manager's metrics are missing; what tiers tell of themselves is judged."""
+    metrics = Metrics().gauge(n.BREAKER_OPEN, 0, tier="KVStrataFs")
+    metrics.count("vllm:prompt_tokens", 9e6)
+    found = only(look(metrics, metrics), "vLLM's own manager", "engine")
+    assert not found.wrong
+    metrics.gauge(n.STORES_FAILING, 1, tier="KVStrataFs")
+    assert [each.fault for each in judge(look(metrics, metrics)) if each.wrong] == ["stores fail"]
+
+
 # ---- sizes ----
 
 
@@ -57,7 +67,7 @@ def alone(cpu_tokens: int) -> Metrics:
     metrics = Metrics().gauge(n.INFO, 1, version="", namespace="", hashing="sha256:1f")
     metrics.gauge("vllm:cache_config_info", 1, kv_cache_size_tokens="200000")
     metrics.gauge(n.CAPACITY_TOKENS, cpu_tokens)
-    metrics.gauge(n.CAPACITY, cpu_tokens * TOKEN, tier="primary")
+    metrics.gauge(n.CAPACITY, cpu_tokens * TOKEN, tier="primary").gauge(n.SLOTS, 9, state="free")
     return metrics.count(n.QUERY_CHUNKS, LEAST_CHUNKS, tier="primary")
 
 
@@ -66,6 +76,15 @@ def test_a_cpu_tier_that_is_smaller_than_the_gpus_cache() -> None:
     says(found.found, "80,000 tokens", "200,000")
     says(found.remedy, "cpu_bytes_to_use above 36.6 GiB", "secondary_tiers")
     assert judge(look(alone(200_001), alone(200_001))) == []
+
+
+def test_the_whole_cpu_tier_counts_while_its_memory_is_being_reserved() -> None:
+    started, half = healthy(), healthy()
+    half.gauge(n.SLOTS, 1000, state="not_ready").gauge(n.CAPACITY_TOKENS, 32 * GIB // TOKEN)
+    assert look(half, half).bytes_per_token() == look(started, started).bytes_per_token() == TOKEN
+    half = alone(100_001).gauge(n.SLOTS, 9, state="not_ready")
+    half.gauge(n.CAPACITY, 2 * 100_001 * TOKEN, tier="primary")
+    assert [each.fault for each in judge(look(half, half))] == ["memory missing"]
 
 
 @pytest.mark.parametrize(("room", "is_enough"), [(0, True), (100, True), (4, False)])
