@@ -60,8 +60,8 @@ def judge(look: Look) -> list[Finding]:
             Finding(
                 "vLLM's own manager",
                 "engine",
-                "kvstrata's tiers run in vLLM's own manager: their failures are judged, but neither "
-                "sizes nor reuse, which kvstrata's manager alone measures",
+                "kvstrata's tiers run in vLLM's own manager: their failures are judged, but not "
+                "sizes and reuse, which kvstrata's manager alone measures",
                 "KVStrataSpec has both (docs/stock.md)",
                 wrong=False,
             )

@@ -23,20 +23,23 @@ def slow_tier(look: Look) -> Iterator[Finding]:
     """Loading a long prefix against computing it, as the engine measured both."""
     speed, per_token = look.gauge(PREFILL_SPEED), look.bytes_per_token()
     for tier in look.tiers():
-        bandwidth = look.gauge(BANDWIDTH, tier=tier, direction="read")
-        if not (speed and per_token and bandwidth):
+        latency, bandwidth = (
+            look.gauge(name, tier=tier, direction="read") for name in (LATENCY, BANDWIDTH)
+        )
+        if not (speed and per_token and latency is not None):
             continue
-        latency = look.gauge(LATENCY, tier=tier, direction="read") or 0.0
-        loading, computing = latency + _TOKENS * per_token / bandwidth, _TOKENS / speed
+        # where bytes make no difference yet, there is no bandwidth
+        moving = _TOKENS * per_token / bandwidth if bandwidth else 0.0
+        loading, computing = latency + moving, _TOKENS / speed
         if loading < computing:
             continue
         declined = look.total(DECLINED_REQUESTS, tier=tier)
         yield Finding(
             "slower than computing",
             tier,
-            f"{count(_TOKENS)} tokens take {span(loading)} to load from the tier (it reads "
-            f"{format_bytes(int(bandwidth))} a second) and {span(computing)} to compute "
-            f"({count(speed)} tokens a second); "
+            f"{count(_TOKENS)} tokens take {span(loading)} to load from the tier "
+            f"({format_bytes(int(_TOKENS * per_token))}, {span(latency)} of it before any byte) "
+            f"and {span(computing)} to compute ({count(speed)} tokens a second); "
             + (
                 f"{count(declined)} requests computed what the tier had"
                 if declined

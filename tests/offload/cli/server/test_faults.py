@@ -168,7 +168,12 @@ def test_what_was_stored_may_still_be_read() -> None:
 def test_a_disk_that_is_slower_than_computing() -> None:
     slow = sick(lambda m: m.gauge(n.BANDWIDTH, 5e8, tier="fs", direction="read"))
     found = only(slow, "slower than computing", "fs")
-    says(found.found, "4,096 tokens take 1.08 s to load", "476.8 MiB a second", "512 ms to compute")
+    says(
+        found.found,
+        "4,096 tokens take 1.08 s to load",
+        "512.0 MiB, 2 ms of it before",
+        "512 ms to compute",
+    )
     says(found.found, "20 requests computed what the tier had")
     says(found.remedy, "faster disk")
 
@@ -176,10 +181,17 @@ def test_a_disk_that_is_slower_than_computing() -> None:
 def test_load_or_recompute_is_proposed_where_it_is_off() -> None:
     metrics = started(Metrics()).count(n.QUERY_CHUNKS, 9000, tier="primary")
     metrics.gauge(n.BANDWIDTH, 5e8, tier="fs", direction="read").gauge(n.PREFILL_SPEED, 8000)
+    metrics.gauge(n.LATENCY, 0.0, tier="fs", direction="read")
     found = only(look(metrics, metrics), "slower than computing", "fs")
     says(found.remedy, 'set "load_or_recompute": true')
     metrics.gauge(n.PREFILL_SPEED, 0)
     assert judge(look(metrics, metrics)) == [], "the speed is not known"
+
+
+def test_a_tier_of_which_the_latency_is_all() -> None:
+    metrics = started(Metrics()).count(n.QUERY_CHUNKS, 9000, tier="primary")
+    metrics.gauge(n.LATENCY, 2.5, tier="fs", direction="read").gauge(n.PREFILL_SPEED, 8000)
+    says(only(look(metrics, metrics), "slower than computing", "fs").found, "2.5 s of it before")
 
 
 def test_deadlines_that_are_missed() -> None:
