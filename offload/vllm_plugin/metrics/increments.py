@@ -16,6 +16,7 @@ class Increments:
     def __init__(self) -> None:
         self.stats = OffloadingConnectorStats()
         self._seen: defaultdict[tuple[str, ...], float] = defaultdict(float)
+        self._told: dict[tuple[str, ...], float] = {}
 
     def take(self) -> OffloadingConnectorStats:
         """What was told since the last call."""
@@ -31,8 +32,10 @@ class Increments:
             self.stats.increase_counter(metric, increment, labels)
 
     def gauge(self, metric: str, value: float, *labels: str) -> None:
-        """It is so much now."""
-        self.stats.set_gauge(metric, value, labels)
+        """It is so much now; told if it changed, since vLLM logs all that it is told."""
+        if self._told.get((metric, *labels)) != value:
+            self._told[(metric, *labels)] = value
+            self.stats.set_gauge(metric, value, labels)
 
     def observe(self, metric: str, values: Iterable[float], *labels: str) -> None:
         """These values were seen."""
