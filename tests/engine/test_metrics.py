@@ -1,13 +1,11 @@
 """What a real server tells Prometheus, and its log, of what it did."""
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.engine.driver import Server, connector, prompt, serving
-from tests.waiting import wait_until
 
 pytestmark = pytest.mark.vllm
 

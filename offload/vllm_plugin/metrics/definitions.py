@@ -201,10 +201,10 @@ def metric_definitions() -> dict[str, OffloadingMetricMetadata]:
         OVERDUE_JOBS: count("Jobs of the tier that did not end in time.", _TIER),
         PROCESS_RESTARTS: count("I/O processes of the tier that were replaced.", _TIER),
         AUDIT_PAGES: count(
-            "Pages that were computed again and compared, by result: close, different.",
+            "Pages that were computed again and compared, by result: equal, close, different.",
             ("result",),
         ),
-        AUDITS_FORCED: count("Requests that computed what they could have loaded, as an audit."),
+        AUDITS_FORCED: count("Pages that were withheld so that they would be computed again."),
         AUDIT_ERROR: gauge(
             "The largest relative error of a row that an audit found (docs/audit.md)."
         ),

@@ -160,8 +160,10 @@ class StatsReader:
         to.count(names.INCOMPLETE_PAGES, counters["incomplete_pages"])
         to.count(names.PINS_REFUSED, counters["pins_refused"])
         to.count(names.WRONG_WISHES, counters["wrong_wishes"])
-        to.count(names.AUDIT_PAGES, counters["audit_close"], "close")
-        to.count(names.AUDIT_PAGES, counters["audit_different"], "different")
+        close, different = counters["audit_close"], counters["audit_different"]
+        to.count(names.AUDIT_PAGES, counters["audit_pages"] - close - different, "equal")
+        to.count(names.AUDIT_PAGES, close, "close")
+        to.count(names.AUDIT_PAGES, different, "different")
         to.count(names.AUDITS_FORCED, counters["audits_forced"])
         to.gauge(names.AUDIT_ERROR, manager.audits.findings.largest_error)
 
