@@ -79,7 +79,7 @@ class Cascades:
         for entry in bad:
             entry.offered &= ~job.link.bit  # to be tried when it is asked for again
         self._primary.let_go(job.entries, Hold.CASCADE)
-        if job.link in self._jobs.links:
+        if job.link in self._jobs.links and not job.link.tier.tells_changes:
             self._report.came([entry.key for entry in good], job.link)
 
     def _submit(

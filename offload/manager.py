@@ -31,6 +31,7 @@ from kvstrata.offload.primary.eviction.policies import policy_class
 from kvstrata.offload.primary.slots import Entry, Hold, PrimaryTier, Writer
 from kvstrata.offload.request.parameters import ParameterReader
 from kvstrata.offload.request.request import RequestState
+from kvstrata.offload.secondary.changes import TierChanges
 from kvstrata.offload.secondary.costs import PrefillSpeed
 from kvstrata.offload.secondary.load_or_recompute import LoadOrRecompute
 from kvstrata.offload.secondary.tier import TierLink
@@ -115,6 +116,7 @@ class TieringManager:
         self._demand = Demand(context, self._cascades)
         self._stores = Stores(context, self._demand, self._cascades, self.audits, valid)
         self._parameters = ParameterReader([link.name for link in self._jobs.links], clock)
+        self.changes = TierChanges(lambda: self._jobs.links)
         self._requests: dict[str, RequestState] = {}
         self._newest = 0  # number of the newest request
         self._step = 0
@@ -351,7 +353,13 @@ class TieringManager:
         )
 
     def take_events(self) -> Iterable[Event]:
-        """What came and went since the last call."""
+        """What came and went since the last call, of what the tiers tell some in each step.
+
+        After a reset they tell nothing until it is known whether they are of these weights still.
+        """
+        if not self._was_reset:
+            for keys, here, link in self.changes.take():
+                (self._report.came if here else self._report.left)(keys, link)
         events, self._report.events = self._report.events, []
         get = self.primary.get
         for event in events:
@@ -446,15 +454,10 @@ class TieringManager:
                 link.tier.on_request_finished(state.view)
 
     def _poll(self) -> None:
-        """Take the tiers' results, once per step, and then what they dropped since.
-
-        In this order, since a tier may have dropped what it has just stored.
-        """
+        """Take the tiers' results, once per step."""
         if not self._polled:
             self._polled = True
             self._take_results()
-            for link in self._jobs.links:
-                self._report.left(list(link.tier.take_removed()), link)
 
     def _take_results(self) -> None:
         if self.not_ready:

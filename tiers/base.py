@@ -18,9 +18,11 @@ import enum
 import math
 import secrets
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import itemgetter
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 from kvstrata.tiers.options import TierConfigError as TierConfigError
@@ -311,6 +313,50 @@ class PrimaryPages(Protocol):
         """Nothing more will be asked for the request; jobs may still be under way."""
 
 
+class Changes:
+    """What a tier has yet to tell of pages that came and left: see `SecondaryTier.take_changes`.
+
+    At most one change of a key, since opposite ones cancel out. Nothing is noted before the first
+    `take`: where nobody asks, it costs nothing. One thread only.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._urgent: dict[PageKey, bool] = {}
+        self._patient: OrderedDict[PageKey, bool] = OrderedDict()
+
+    def note(self, key: PageKey, here: bool, *, can_wait: bool = False) -> None:
+        """The page came, or it left; not twice the same of a key.
+
+        What `can_wait` is told a little at a time, the rest at once.
+        """
+        if not self._asked:
+            return
+        if self._urgent.pop(key, None) is None and self._patient.pop(key, None) is None:
+            (self._patient if can_wait else self._urgent)[key] = here
+
+    def hasten(self, key: PageKey) -> None:
+        """What there is to tell of the page can wait no longer."""
+        if key in self._patient:
+            self._urgent[key] = self._patient.pop(key)
+
+    def take(
+        self, most: int, here: Iterable[PageKey], *, anew: bool = False
+    ) -> list[tuple[PageKey, bool]]:
+        """The changes to tell, first what left: all that cannot wait, and at most `most` others.
+
+        The first call, and one with `anew`, begin with the pages that are `here`.
+        """
+        if anew or not self._asked:
+            self._asked = True
+            self._urgent.clear()
+            self._patient = OrderedDict.fromkeys(here, True)
+        urgent, self._urgent = self._urgent, {}
+        count = min(most, len(self._patient))
+        patient = [self._patient.popitem(last=False) for _ in range(count)]
+        return sorted([*urgent.items(), *patient], key=itemgetter(1))
+
+
 class SecondaryTier(ABC):
     """Pages by key on some medium. See the module's text for the rules of all methods."""
 
@@ -330,6 +376,9 @@ class SecondaryTier(ABC):
     whole_loads: bool = False
     # Others ask it for pages: `serve` is called.
     serves: bool = False
+    # It tells which pages come and go: `take_changes` is called after each step. Of other tiers
+    # what they stored is known, and nothing else.
+    tells_changes: bool = False
     # The last bytes of each slot, behind the page, are its own: so many, at most 4096.
     tail_bytes: ClassVar[int] = 0
     # Whether its pages may be loaded. False once audits found too many that the model does not
@@ -456,8 +505,18 @@ class SecondaryTier(ABC):
         """Whether steps are needed although no request runs and no job is under way."""
         return False
 
-    def take_removed(self) -> Iterable[PageKey]:
-        """Keys the tier dropped of its own accord since the last call."""
+    def take_changes(self, most: int, *, anew: bool = False) -> Iterable[tuple[PageKey, bool]]:
+        """The pages that came (True) and left (False) since the last call, as `lookup` sees it.
+
+        Whoever caused it: its own stores, what it dropped, found gone or learnt from others. Each
+        change once, those of a key in their order; of what came and left in between nothing need
+        be said. The first call, and one with `anew`, begin with all pages that are here. `Changes`
+        keeps the account. Only where it says that it `tells_changes`.
+
+        Args:
+            most: of what others did, and of what was here at the beginning, at most so many are
+                told now, and the rest by the next calls. Its own stores are told at once.
+        """
         return ()
 
     @abstractmethod

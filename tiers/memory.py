@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvstrata.tiers.base import (
+    Changes,
     Job,
     JobResult,
     Lookup,
@@ -41,6 +42,7 @@ class MemoryTier(SecondaryTier):
     """Pages in a dict."""
 
     medium = "CPU"
+    tells_changes = True
     Options = MemoryOptions
 
     def __init__(self, options: Mapping[str, Any], context: TierContext) -> None:
@@ -51,7 +53,7 @@ class MemoryTier(SecondaryTier):
         self._pages: OrderedDict[PageKey, bytes] = OrderedDict()  # least recently used first
         self._bytes = 0
         self._finished: list[JobResult] = []
-        self._removed: list[PageKey] = []
+        self._changes = Changes()
         self._counters: Counter[str] = Counter()
         self._failures: Counter[str] = Counter()
         self._closed = False
@@ -88,10 +90,9 @@ class MemoryTier(SecondaryTier):
             if key in self._pages:
                 self._pages.move_to_end(key)
 
-    def take_removed(self) -> Iterable[PageKey]:
-        """The evicted keys."""
-        removed, self._removed = self._removed, []
-        return removed
+    def take_changes(self, most: int, *, anew: bool = False) -> Iterable[tuple[PageKey, bool]]:
+        """Stored and evicted keys."""
+        return self._changes.take(most, self._pages, anew=anew)
 
     def drain(self, timeout_s: float) -> bool:
         """Always True: no job outlives its submission."""
@@ -140,15 +141,16 @@ class MemoryTier(SecondaryTier):
             while self._bytes + size > self._max_bytes:
                 key, data = self._pages.popitem(last=False)
                 self._bytes -= len(data)
-                self._removed.append(key)
+                self._changes.note(key, False)
         self._pages[page.key] = bytes(page.view)
         self._bytes += size
+        self._changes.note(page.key, True)
         return None
 
     def _forget(self, page: Page) -> str | None:
         if (data := self._pages.pop(page.key, None)) is not None:
             self._bytes -= len(data)
-            self._removed.append(page.key)
+            self._changes.note(page.key, False)
         return None
 
     def _load(self, page: Page) -> str | None:

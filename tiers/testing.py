@@ -374,6 +374,7 @@ class TierContract:
         size = CONTEXT.layouts[0].nbytes
         data = {make_key(n): make_data(n, size) for n in range(2)}
         store(tier, data)
+        list(tier.take_changes(9))
         slots = Slots.make(1, size)
         if not tier.submit_reject(make_job(5, [make_key(0)], slots, CONTEXT), distrust=False):
             return  # the manager alone refuses the key
@@ -382,7 +383,7 @@ class TierContract:
         assert tier.trusted
         assert settle(tier, make_key(0)) is Lookup.MISS
         assert medium.get(tier, CONTEXT, make_key(0)) is None
-        assert make_key(0) in tier.take_removed()
+        assert list(tier.take_changes(9)) == [(make_key(0), False)] * tier.tells_changes
         assert load(tier, list(data))[1] == {make_key(1): data[make_key(1)]}
 
     def test_a_tier_may_lose_its_trust(self, make_tier: MakeTier) -> None:
@@ -400,7 +401,31 @@ class TierContract:
         tier.on_new_request(REQUEST)
         tier.on_request_finished(RequestView("never seen"))
         tier.on_step_end()
-        assert list(tier.take_removed()) == []
+        assert list(tier.take_changes(9)) == []
+
+    def test_each_change_is_told_once(self, make_tier: MakeTier, medium: Medium) -> None:
+        tier = make_tier(CONTEXT)
+        if not tier.tells_changes:
+            return
+        size = CONTEXT.layouts[0].nbytes
+        data = {make_key(n): make_data(n, size) for n in range(3)}
+        assert list(tier.take_changes(0)) == []
+        store(tier, data)
+        assert sorted(tier.take_changes(0)) == [(key, True) for key in data], "its own at once"
+        store(tier, data)
+        load(tier, list(data))
+        assert list(tier.take_changes(9)) == []
+        other = make_key(3)
+        medium.put(tier, CONTEXT, other, make_data(3, size))
+        find(tier, other)
+        seen = [(key, True) for key in (*data, other)]
+        told = [each for _ in range(4) for each in tier.take_changes(1)]
+        assert told in ([(other, True)], []), "not of those of before"
+        anew = [*tier.take_changes(1, anew=True)]
+        assert len(anew) == 1, "the rest can wait"
+        for _ in range(len(seen)):
+            anew += tier.take_changes(1)
+        assert sorted(anew) == seen, "each once"
 
     def test_drain(self, make_tier: MakeTier) -> None:
         tier = make_tier(CONTEXT)

@@ -62,6 +62,7 @@ class GuardedTier(SecondaryTier):
         self.locality = tier.locality
         self.page_causes = frozenset(tier.page_causes)
         self.whole_loads, self.serves = tier.whole_loads, tier.serves
+        self.tells_changes = tier.tells_changes
 
     def lookup(self, key: bytes, request: RequestView) -> Lookup:
         try:  # for every chunk: cheaper than `_call`
@@ -129,9 +130,11 @@ class GuardedTier(SecondaryTier):
     def wants_steps(self) -> bool:
         return self._call("wants_steps", False, lambda: bool(self.inner.wants_steps()))
 
-    def take_removed(self) -> Iterable[bytes]:
-        nothing: list[bytes] = []
-        return self._call("take_removed", nothing, lambda: _keys(self.inner.take_removed()))
+    def take_changes(self, most: int, *, anew: bool = False) -> Iterable[tuple[bytes, bool]]:
+        nothing: list[tuple[bytes, bool]] = []
+        return self._call(
+            "take_changes", nothing, lambda: _changes(self.inner.take_changes(most, anew=anew))
+        )
 
     def drain(self, timeout_s: float) -> bool:
         return self._call("drain", False, lambda: bool(self.inner.drain(timeout_s)))
@@ -281,6 +284,12 @@ def _keys(given: Iterable[bytes]) -> list[bytes]:
     if not all(isinstance(key, bytes) for key in keys):
         raise TypeError("keys must be bytes")
     return keys
+
+
+def _changes(given: Iterable[tuple[bytes, bool]]) -> list[tuple[bytes, bool]]:
+    changes = [(key, bool(here)) for key, here in given]
+    _keys([key for key, _ in changes])
+    return changes
 
 
 def _lists(arrived: Mapping[int, Collection[bytes]]) -> dict[int, list[bytes]]:

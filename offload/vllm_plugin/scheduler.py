@@ -38,7 +38,6 @@ from kvstrata.offload.manager import TieringManager
 from kvstrata.offload.metering.minute import MinuteLog
 from kvstrata.offload.primary.region import Region, open_region
 from kvstrata.offload.primary.slots import Entry
-from kvstrata.offload.secondary.guard import GuardedTier
 from kvstrata.offload.secondary.opening import TierOpener, usable_entries
 from kvstrata.offload.secondary.tier import TierLink
 from kvstrata.offload.vllm_plugin.engine.offload_cap import below_cap, has_partial_tails, take_cap
@@ -48,7 +47,7 @@ from kvstrata.offload.vllm_plugin.metrics.info import info_labels
 from kvstrata.offload.vllm_plugin.metrics.totals import Sizes, StatsReader
 from kvstrata.offload.vllm_plugin.transfer import PageSlots
 from kvstrata.offload.vllm_plugin.weights.watch import WeightWatch
-from kvstrata.tiers.base import PageKey, RequestView, SecondaryTier, TierContext, layouts_from_json
+from kvstrata.tiers.base import PageKey, RequestView, TierContext, layouts_from_json
 from kvstrata.tiers.options import format_bytes
 from kvstrata.tiers.page.identity import directory_name
 from kvstrata.tiers.registry import TierEntry
@@ -189,7 +188,8 @@ class KVStrataScheduler(OffloadingManager):
             self._manager.take_events()  # nobody may ask for them, and they must not pile up
 
     def has_pending_work(self) -> bool:
-        return bool(self._held) or self._manager.has_pending_work()
+        untold = self._events and self._manager.changes.more
+        return bool(self._held) or untold or self._manager.has_pending_work()
 
     def take_events(self) -> Iterable[OffloadingEvent]:
         """What came and went, and (vLLM 0.33) what vLLM may forget as it never came.
@@ -203,7 +203,7 @@ class KVStrataScheduler(OffloadingManager):
             if link is not None and (not link.kv_events or told.tells_events(link)):
                 continue  # nobody wants to know, or it is told below
             more: dict[str, bool] = {}
-            if not removed and _EXPECTS and (link is None or _tells_removals(link.tier)):
+            if not removed and _EXPECTS and (link is None or link.tier.tells_changes):
                 more["removal_expected"] = True
             if not announced:
                 if not _FORGETS:
@@ -223,6 +223,8 @@ class KVStrataScheduler(OffloadingManager):
     def reset_cache(self) -> None:
         self._waiting = None
         held = self._manager.reset()
+        if self._events:  # vLLM tells that all was cleared
+            self._manager.changes.begin_anew()
         if held:
             self._held.append((self._ticket, held))
 
@@ -311,12 +313,6 @@ def _locality(link: TierLink | None) -> Locality | None:
     if link is None:
         return Locality.LOCAL
     return Locality(link.tier.locality) if link.tier.locality else None
-
-
-def _tells_removals(tier: SecondaryTier) -> bool:
-    """Whether the tier can say what it dropped; of others vLLM would remember all for ever."""
-    inner = tier.inner if isinstance(tier, GuardedTier) else tier
-    return type(inner).take_removed is not SecondaryTier.take_removed
 
 
 def open_scheduler(

@@ -9,6 +9,7 @@ from kvstrata.offload.context import Event
 from kvstrata.offload.finding.lookup import Answer
 from kvstrata.offload.manager import TieringManager
 from kvstrata.offload.secondary import tiers as tier_jobs
+from kvstrata.offload.secondary.changes import MOST_CHANGES
 from kvstrata.offload.secondary.guard import GuardedTier
 from kvstrata.tiers.base import Job, JobResult, Lookup, RequestView, SecondaryTier
 from kvstrata.tiers.memory import MemoryTier
@@ -869,18 +870,52 @@ def test_events() -> None:
     world = World([tier], slots=2)
     request = world.request()
     (named,) = world.manager.links
+    assert list(world.manager.take_events()) == [Event(KEYS[3:4], False, named)]  # of before
     world.store(ITEMS[:2], request)
-    assert list(world.manager.take_events()) == [Event(KEYS[:2], False, None)]
+    assert list(world.manager.take_events()) == [
+        Event(KEYS[:2], False, None),
+        Event(KEYS[:2], False, named),
+    ]
     world.step(2)
-    assert list(world.manager.take_events()) == [Event(KEYS[:2], False, named)]
+    assert list(world.manager.take_events()) == []
     assert world.lookup(ITEMS[3], request) is PENDING
     assert list(world.manager.take_events()) == [Event([KEYS[1]], True, None)]
     world.step(2)
     assert list(world.manager.take_events()) == [Event([KEYS[3]], False, None)]
-    tier._removed.append(KEYS[0])
-    world.step()
+    tier._changes.note(KEYS[0], False)
     assert list(world.manager.take_events()) == [Event([KEYS[0]], True, named)]
     assert list(world.manager.take_events()) == []
+
+
+def test_what_can_wait_is_told_a_little_at_a_time() -> None:
+    tier = Recorder(*[chunk(index // 16, index % 16) for index in range(MOST_CHANGES + 1)])
+    manager = World([tier]).manager
+    assert not manager.changes.more
+    told = [key for event in manager.take_events() for key in event.keys]
+    assert len(told) == MOST_CHANGES and manager.changes.more
+    told += [key for event in manager.take_events() for key in event.keys]
+    assert set(told) == set(tier._pages) and len(told) == len(tier._pages)
+    assert not manager.changes.more
+
+
+def test_after_a_reset_all_is_told_once_more_when_the_weights_are_known() -> None:
+    tiers = [Recorder(*ITEMS[:2]), Recorder(*ITEMS[2:3])]
+    changed = False
+    world = World([tiers[0]], weights_changed=lambda: changed, reopen=lambda: [tiers[1]])
+    manager = world.manager
+    (named,) = manager.links
+    assert list(manager.take_events()) == [Event(KEYS[:2], False, named)]
+    manager.reset()
+    manager.changes.begin_anew()
+    assert list(manager.take_events()) == [] and not manager.changes.more
+    world.lookup(ITEMS[5], world.request())
+    assert list(manager.take_events()) == [Event(KEYS[:2], False, named)]
+    manager.reset()
+    manager.changes.begin_anew()
+    changed = True
+    world.lookup(ITEMS[5], world.request("s"))
+    (named,) = manager.links
+    assert list(manager.take_events()) == [Event(KEYS[2:3], False, named)]
 
 
 # -- reset and shutdown -----------------------------------------------------------

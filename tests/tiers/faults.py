@@ -37,7 +37,8 @@ class TierWrapper(SecondaryTier):
     """
 
     locality, page_causes, trusted, whole_loads = _Inners(), _Inners(), _Inners(), _Inners()
-    lookup, touch, take_removed, how_to_trust = _Inners(), _Inners(), _Inners(), _Inners()
+    lookup, touch, how_to_trust = _Inners(), _Inners(), _Inners()
+    tells_changes, take_changes = _Inners(), _Inners()
     submit_store, submit_load, submit_reject = _Inners(), _Inners(), _Inners()
     get_finished, get_arrived = _Inners(), _Inners()
     on_new_request, on_request_finished, on_step_end = _Inners(), _Inners(), _Inners()

@@ -25,6 +25,7 @@ class DictMedium:
     def put(self, tier: SecondaryTier, context: TierContext, key: bytes, data: bytes) -> None:
         assert isinstance(tier, MemoryTier)
         tier._pages[key] = data
+        tier._changes.note(key, True)
 
     def get(self, tier: SecondaryTier, context: TierContext, key: bytes) -> bytes | None:
         assert isinstance(tier, MemoryTier)
@@ -51,9 +52,10 @@ def test_the_least_recently_used_page_goes_first() -> None:
         put(tier, number)
     tier.touch([make_key(0)], REQUEST)
     load(tier, [make_key(1)])
+    assert len(list(tier.take_changes(9))) == 3
     put(tier, 3)
-    assert list(tier.take_removed()) == [make_key(2)]
-    assert list(tier.take_removed()) == []
+    assert list(tier.take_changes(9)) == [(make_key(2), False), (make_key(3), True)]
+    assert list(tier.take_changes(9)) == []
     found = [settle(tier, make_key(n)) for n in range(4)]
     assert found == [Lookup.HIT, Lookup.HIT, Lookup.MISS, Lookup.HIT]
     assert tier.stats().gauges == {"pages": 3, "bytes": 3 * SIZE}
@@ -63,8 +65,10 @@ def test_eviction_makes_room_for_pages_of_another_size() -> None:
     tier = MemoryTier({"max_bytes": CONTEXT.layouts[2].nbytes}, CONTEXT)
     put(tier, 1)
     put(tier, 2)
+    assert len(list(tier.take_changes(9))) == 2
     store(tier, {make_key(3, group=2): make_data(3, CONTEXT.layouts[2].nbytes)})
-    assert list(tier.take_removed()) == [make_key(1), make_key(2)]
+    told = list(tier.take_changes(9))
+    assert told == [(make_key(1), False), (make_key(2), False), (make_key(3, group=2), True)]
 
 
 def test_a_page_above_max_bytes_fails_and_evicts_nothing() -> None:

@@ -12,7 +12,7 @@ import math
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
-from kvstrata.tiers.base import Lookup
+from kvstrata.tiers.base import Changes, Lookup, PageKey
 
 # Each entry takes about 200 bytes with a 36-byte key, so at most about 100 MB.
 MAX_PRESENT = 2**19
@@ -34,6 +34,7 @@ class Index:
     Attributes:
         told: the medium has told of all its pages.
         groups: how many keys are known present, by their last bytes, which are the group's.
+        changes: keys that became known present, and those that no longer are.
     """
 
     def __init__(self, max_present: int = MAX_PRESENT, max_refused: int = MAX_REFUSED) -> None:
@@ -41,6 +42,7 @@ class Index:
         self._max_refused = max_refused
         self._present: OrderedDict[bytes, None] = OrderedDict()  # least recently used first
         self.groups: Counter[bytes] = Counter()
+        self.changes = Changes()
         self._refused: OrderedDict[bytes, None] = OrderedDict()
         self._lost: OrderedDict[bytes, None] = OrderedDict()
         # Under check for requests that wait: since when, and which ask for it
@@ -123,7 +125,7 @@ class Index:
             self._checked.add(key)
             self._unsent[key] = None
 
-    def add(self, key: bytes) -> None:
+    def add(self, key: bytes, *, can_wait: bool = True) -> None:
         """The page is on the disk."""
         if key in self._refused:
             return
@@ -132,30 +134,31 @@ class Index:
             return
         self._present[key] = None
         self.groups[key[-4:]] += 1
+        self.changes.note(key, True, can_wait=can_wait)
         if len(self._present) > self._max_present:
             oldest, _ = self._present.popitem(last=False)
             self.groups[oldest[-4:]] -= 1
             self._dropped = True
+            self.changes.note(oldest, False, can_wait=True)
 
-    def discard(self, key: bytes) -> bool:
-        """The page is not on the disk any more; True if it was thought to be."""
-        if key not in self._present:
-            return False
-        del self._present[key]
-        self.groups[key[-4:]] -= 1
-        return True
+    def discard(self, key: bytes) -> None:
+        """The page is not on the disk any more."""
+        if key in self._present:
+            del self._present[key]
+            self.groups[key[-4:]] -= 1
+            self.changes.note(key, False, can_wait=True)
 
     def hear(self, key: bytes) -> None:
         """Somebody says that the page is on the disk; of a lost one that may be old news."""
         if key not in self._lost:
             self.add(key)
 
-    def lose(self, key: bytes) -> bool:
+    def lose(self, key: bytes) -> None:
         """A load found no usable page: `discard`, and from now on only the disk is believed."""
         self._lost[key] = None
         if len(self._lost) > MAX_LOST:
             self._lost.popitem(last=False)
-        return self.discard(key)
+        self.discard(key)
 
     def refuse(self, key: bytes) -> None:
         """What is on the disk under this key cannot be used and could not be moved away."""
@@ -171,7 +174,12 @@ class Index:
     def accept(self, key: bytes) -> None:
         """This process stored the page, so a refusal ends."""
         self._refused.pop(key, None)
-        self.add(key)
+        self.add(key, can_wait=False)
+        self.changes.hasten(key)
+
+    def take_changes(self, most: int, *, anew: bool) -> list[tuple[PageKey, bool]]:
+        """See `SecondaryTier.take_changes`: what this process stored is told at once."""
+        return self.changes.take(most, self._present, anew=anew)
 
     def touch(self, keys: Iterable[bytes]) -> list[bytes]:
         """Make the keys the most recently used; those of them that are known present."""

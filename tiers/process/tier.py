@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, count
@@ -41,7 +41,6 @@ from kvstrata.tiers.process.survival import is_worthwhile
 # threads busy, large enough that small pages do not cost a packet each.
 _TASK_BYTES = 2**20
 _KEYS_PER_CHECK = 256  # a long prefix is checked by several threads
-_MAX_REMOVED = 2**16
 # The first look-up may come at once and has its own deadline, so the start waits so long for
 # the I/O processes, which take a third of a second, or some on a loaded machine.
 _READY_WITHIN_S = 10.0
@@ -74,6 +73,7 @@ class ProcessTier(SecondaryTier):
 
     name: ClassVar[str]  # of the type, for the log
     rejects: ClassVar[bool] = False  # whether its medium has `Medium.reject`
+    tells_changes = True
 
     def __init__(
         self,
@@ -109,7 +109,6 @@ class ProcessTier(SecondaryTier):
         self._jobs: dict[int, _OpenJob] = {}
         self._finished: list[JobResult] = []
         self._arrived: dict[int, list[PageKey]] = {}  # of loads under way, since they were told
-        self._removed: deque[PageKey] = deque(maxlen=_MAX_REMOVED)
         self._lookups = self._hits = 0
         self._counters: Counter[str] = Counter()
         self._failures = Failures(self.name)
@@ -218,11 +217,9 @@ class ProcessTier(SecondaryTier):
             self._note(Kind.PROMISE, self._promised)
             self._promised.clear()
 
-    def take_removed(self) -> Iterable[PageKey]:
-        """Keys whose pages were evicted, or found gone or bad."""
-        removed = list(self._removed)
-        self._removed.clear()
-        return removed
+    def take_changes(self, most: int, *, anew: bool = False) -> Iterable[tuple[PageKey, bool]]:
+        """Keys that became known and those that no longer are, for whatever reason."""
+        return self._index.take_changes(most, anew=anew)
 
     def drain(self, timeout_s: float) -> bool:
         """See `SecondaryTier.drain`."""
@@ -388,8 +385,8 @@ class ProcessTier(SecondaryTier):
             if present:
                 if self._nbytes(key) is not None:  # may be anybody's word
                     self._index.hear(key)
-            elif self._index.discard(key):
-                self._removed.append(key)
+            else:
+                self._index.discard(key)
         self._index.told = all(each.complete for each in self.processes)
 
     def _finish_if_over(self, job_id: int, job: _OpenJob) -> None:
@@ -412,8 +409,8 @@ class ProcessTier(SecondaryTier):
                     nbytes += self._sizes[key[-4:]]
                 if is_store:
                     self._index.accept(key)
-            if (outcome.gone or not (is_store or is_load)) and self._index.lose(key):
-                self._removed.append(key)
+            if outcome.gone or not (is_store or is_load):
+                self._index.lose(key)
             if outcome.stuck:
                 self._index.refuse(key)
         if not (is_store or is_load):

@@ -94,7 +94,7 @@ class Broken(SecondaryTier):
     def wants_steps(self) -> bool:
         return self.act()
 
-    def take_removed(self) -> Iterable[bytes]:
+    def take_changes(self, most: int, *, anew: bool = False) -> Iterable[tuple[bytes, bool]]:
         return self.act()
 
     def drain(self, timeout_s: float) -> bool:
@@ -134,7 +134,7 @@ def call_all(tier: SecondaryTier) -> list[Any]:
             tier.on_step_end(),
             tier.serve(PAGES),
             tier.wants_steps(),
-            list(tier.take_removed()),
+            list(tier.take_changes(9)),
             tier.drain(0.1),
             tier.shutdown(0.1),
             tier.stats(),
@@ -185,14 +185,14 @@ def test_a_tier_that_answers_nonsense(garbage: Any) -> None:
 
 
 def test_a_generator_that_raises_late() -> None:
-    def late() -> Iterable[bytes]:
-        yield KEY
+    def late() -> Iterable[tuple[bytes, bool]]:
+        yield KEY, True
         raise OSError("late")
 
     guard = GuardedTier("late", Broken(late))
-    assert list(guard.take_removed()) == []
+    assert list(guard.take_changes(9)) == []
     assert guard.get_finished() == []
-    assert guard.stats().failures["raised-in-take_removed"] == 1
+    assert guard.stats().failures["raised-in-take_changes"] == 1
 
 
 def test_results_that_end_no_job_are_dropped() -> None:
@@ -298,12 +298,13 @@ def test_stats_that_are_no_numbers_are_left_out(stats: TierStats) -> None:
     assert guard.stats() == TierStats(failures={"raised-in-stats": 1})
 
 
-def test_removed_keys_that_are_no_keys_are_left_out() -> None:
-    removed: list[Any] = [KEY, [1]]
-    guard = GuardedTier("odd", Broken(lambda: removed))
-    assert list(guard.take_removed()) == []
-    removed.pop()
-    assert list(guard.take_removed()) == [KEY]
+@pytest.mark.parametrize("odd", [[1], ([1], True), (KEY,), KEY, (KEY, True, 1)], ids=repr)
+def test_changes_that_are_none_are_left_out(odd: Any) -> None:
+    changes: list[Any] = [(KEY, True), odd]
+    guard = GuardedTier("odd", Broken(lambda: changes))
+    assert list(guard.take_changes(9)) == []
+    changes.pop()
+    assert list(guard.take_changes(9)) == [(KEY, True)]
 
 
 def test_a_result_whose_job_cannot_be_looked_up() -> None:
@@ -383,7 +384,8 @@ def test_a_healthy_tier_is_passed_through() -> None:
         (1, {}, 4),
         (2, {}, 4),
     ]
-    assert list(guard.take_removed()) == [KEY]
+    assert guard.tells_changes
+    assert list(guard.take_changes(9)) == [(OTHER, True)]
     assert guard.lookup(KEY, REQUEST) is Lookup.MISS
     assert guard.lookup(OTHER, REQUEST) is Lookup.HIT
     assert guard.stats() == inner.stats()

@@ -130,13 +130,14 @@ def test_nobody_waits_for_memory_that_hangs(
     tier = open_tier(master, timeout_s=1)
     store(tier, PAGE)
     assert load(tier, [KEY])[1] == PAGE
+    assert list(tier.take_changes(9)) == [(KEY, True)]
     peer.pause()
     start = time.monotonic()
     assert causes(tier, KEY) == {"io-error"}
     assert store(tier, {make_key(2, group=1): b"\1" * SIZE}).failed
     assert time.monotonic() - start < PATIENCE_S / 2
     wait_until(lambda: causes(tier, KEY) == {"missing"})  # the master gave it up
-    assert KEY in tier.take_removed()
+    assert (KEY, False) in tier.take_changes(9)
     peer.resume()
     wait_until(lambda: not store(tier, PAGE).failed)
     assert load(tier, [KEY])[1] == PAGE
@@ -201,6 +202,7 @@ def test_a_pool_evicts(
     master = start_master("--default_kv_lease_ttl=2000")
     start_peer(master)
     tier = open_tier(master)
+    list(tier.take_changes(0))
     room = LEAST_SEGMENT // SIZE
     pages = {make_key(n, group=1): make_data(n % 7, SIZE) for n in range(3 * room // 2)}
     keys = list(pages)
@@ -214,7 +216,7 @@ def test_a_pool_evicts(
         assert set(result.failed.values()) <= {"missing"}
     assert 0 < len(arrived) < len(pages)
     assert arrived == {key: pages[key] for key in arrived}
-    assert set(tier.take_removed()) == set(pages) - set(arrived)
+    assert set(tier.take_changes(0)) == {(key, True) for key in arrived}
 
 
 def test_a_pool_keeps_what_a_request_wishes_to_stay(

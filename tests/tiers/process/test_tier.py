@@ -133,16 +133,17 @@ def test_what_a_medium_tells(open_tier: OpenTier, caplog: pytest.LogCaptureFixtu
     store(tier, PAGES)
     assert settle(tier, KEYS[0]) is Lookup.HIT
     tier.on_step_end()  # a promise that fails is nobody's trouble
+    assert sorted(tier.take_changes(9)) == [(key, True) for key in sorted(KEYS)]
     tier.touch(KEYS[:3], REQUEST)
-    removed: list[PageKey] = []
+    changes: list[tuple[PageKey, bool]] = []
 
     def heard_all() -> bool:
         failures = tier.stats().failures  # a look, too
-        removed.extend(tier.take_removed())
-        return bool(failures and removed)
+        changes.extend(tier.take_changes(9))
+        return bool(failures and changes)
 
     wait_until(heard_all)
-    assert tier.stats().failures == {"internal": 1} and removed == KEYS[:1]
+    assert tier.stats().failures == {"internal": 1} and changes == [(KEYS[0], False)]
     assert "kvstrata folder tier: used 3, writer" in caplog.text and not tier.trusted
     assert load(tier, KEYS)[1] == PAGES
 

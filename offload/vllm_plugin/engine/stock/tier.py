@@ -28,6 +28,7 @@ from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, Tra
 
 from kvstrata.offload.config.stock_entry import parse_stock_entry
 from kvstrata.offload.secondary.breaker import Operation
+from kvstrata.offload.secondary.changes import TierChanges
 from kvstrata.offload.secondary.tier import TierLink
 from kvstrata.offload.vllm_plugin.engine.stock.jobs import StockJobs
 from kvstrata.offload.vllm_plugin.engine.stock.seen import SeenEngine
@@ -108,6 +109,7 @@ class StockTier(SecondaryTierManager):
         self._timeouts = self._crowded = 0
         self._publishes = offloading_spec.kv_events_config.enable_kv_cache_events
         self._events: list[OffloadingEvent] = []
+        self._changes = TierChanges(lambda: filter(None, [self._jobs.link]))
         self._stats = StatsReader()
         self._next_stats = 0.0
 
@@ -184,6 +186,7 @@ class StockTier(SecondaryTierManager):
         changed, no page of before is used again.
         """
         self._jobs.drain(reopen=not self._engine.same_weights())
+        self._changes.begin_anew()
 
     def shutdown(self) -> None:
         """Stop; after it nothing touches vLLM's memory."""
@@ -194,8 +197,9 @@ class StockTier(SecondaryTierManager):
 
     def take_events(self) -> Iterable[OffloadingEvent]:
         """Pages that came and went, where KV events are on."""
-        if link := self._jobs.link:
-            self._tell(link, list(link.tier.take_removed()), removed=True)
+        if self._publishes:
+            for keys, here, link in self._changes.take():
+                self._tell(link, keys, removed=not here)
         events, self._events = self._events, []
         return events
 
@@ -267,7 +271,8 @@ class StockTier(SecondaryTierManager):
         self, link: TierLink, loader: str | None, good: list[PageKey], failed: list[PageKey]
     ) -> None:
         if loader is None:
-            self._tell(link, good)
+            if not link.tier.tells_changes:
+                self._tell(link, good)
             return
         if request := self._requests.get(loader):
             request.loaded.update(good)

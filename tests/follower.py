@@ -1,0 +1,45 @@
+"""A follower of KV events, as a router is one, that counts."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
+
+
+class Follower:
+    """What it believes: block hashes by medium, and how often each is there.
+
+    Attributes:
+        there: by medium.
+        chunks: by medium and the last hash of a chunk, all its hashes as they were told last.
+        unknown: removals of what was not there.
+        twice: announcements of what was there.
+    """
+
+    def __init__(self) -> None:
+        self.there: defaultdict[str, Counter[Any]] = defaultdict(Counter)
+        self.chunks: defaultdict[str, dict[Any, list[Any]]] = defaultdict(dict)
+        self.unknown = self.twice = 0
+
+    def hear(self, events: Iterable[Any]) -> None:
+        """Take what one publisher said, in its order."""
+        for event in events:
+            if isinstance(event, AllBlocksCleared):
+                for there in self.there.values():
+                    there.clear()
+                continue
+            there = self.there[event.medium]
+            if isinstance(event, BlockStored):
+                self.chunks[event.medium][event.block_hashes[-1]] = event.block_hashes
+                self.twice += any(each in there for each in event.block_hashes)
+                there.update(event.block_hashes)
+                continue
+            assert isinstance(event, BlockRemoved)
+            for block_hash in event.block_hashes:
+                self.unknown += block_hash not in there
+                there[block_hash] -= 1
+                if there[block_hash] <= 0:
+                    del there[block_hash]
