@@ -1,6 +1,8 @@
 """What may be answered from memory, and for how long."""
 
 import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from kvstrata.tiers.base import Lookup
 from kvstrata.tiers.process import index as index_module
@@ -208,3 +210,58 @@ def test_few_keys_a_step_are_checked_for_later_requests(monkeypatch: pytest.Monk
     assert index.take_unsent() == [A, B]
     assert {index.lookup(key, "r", 0.1) for key in (A, B, C)} == {Lookup.MISS}
     assert index.take_unsent() == [C]
+
+
+_KEY = st.sampled_from([bytes([n]) for n in range(8)])
+
+
+class ChangesOfAnIndex(RuleBasedStateMachine):
+    """Whoever adds up what an index tells knows what it takes for present, each key once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.index = Index(max_present=4, max_refused=2)
+        self.believed: set[bytes] = set()
+        self.anew = True
+
+    @rule(key=_KEY, method=st.sampled_from(["hear", "accept", "add", "discard", "lose", "refuse"]))
+    def happens(self, key: bytes, method: str) -> None:
+        getattr(self.index, method)(key)
+
+    @rule(key=_KEY, there=st.booleans())
+    def is_checked(self, key: bytes, there: bool) -> None:
+        self.index.answer([key], [there], 0.0)
+
+    @rule()
+    def forgets(self) -> None:
+        self.believed.clear()
+        self.anew = True
+
+    @rule(most=st.integers(0, 3))
+    def tells(self, most: int) -> None:
+        changes = self.index.take_changes(most, anew=self.anew)
+        self.anew = False
+        for key, here in changes:
+            assert here is (key not in self.believed), "a change is told once"
+            (self.believed.add if here else self.believed.remove)(key)
+        assert [here for _, here in changes] == sorted(here for _, here in changes)
+
+    @rule()
+    def tells_all(self) -> None:
+        self.tells(99)
+        assert self.believed == set(self.index._present)
+
+    @rule(key=_KEY)
+    def stores(self, key: bytes) -> None:
+        self.tells(0)
+        self.index.accept(key)
+        self.tells(0)
+        assert key in self.believed, "at once"
+
+    @invariant()
+    def little_is_kept(self) -> None:
+        kept = self.index.changes
+        assert len(kept._urgent) + len(kept._patient) <= 2 * 4
+
+
+TestChangesOfAnIndex = ChangesOfAnIndex.TestCase
