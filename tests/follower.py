@@ -15,14 +15,15 @@ class Follower:
     Attributes:
         there: by medium.
         chunks: by medium and the last hash of a chunk, all its hashes as they were told last.
-        unknown: removals of what was not there.
-        twice: announcements of what was there.
+        unknown: removals of what was not there, by medium.
+        twice: announcements of what was there, by medium.
     """
 
     def __init__(self) -> None:
         self.there: defaultdict[str, Counter[Any]] = defaultdict(Counter)
         self.chunks: defaultdict[str, dict[Any, list[Any]]] = defaultdict(dict)
-        self.unknown = self.twice = 0
+        self.unknown: Counter[str] = Counter()
+        self.twice: Counter[str] = Counter()
 
     def hear(self, events: Iterable[Any]) -> None:
         """Take what one publisher said, in its order."""
@@ -34,12 +35,14 @@ class Follower:
             there = self.there[event.medium]
             if isinstance(event, BlockStored):
                 self.chunks[event.medium][event.block_hashes[-1]] = event.block_hashes
-                self.twice += any(each in there for each in event.block_hashes)
+                if any(each in there for each in event.block_hashes):
+                    self.twice[event.medium] += 1
                 there.update(event.block_hashes)
                 continue
             assert isinstance(event, BlockRemoved)
             for block_hash in event.block_hashes:
-                self.unknown += block_hash not in there
+                if block_hash not in there:
+                    self.unknown[event.medium] += 1
                 there[block_hash] -= 1
                 if there[block_hash] <= 0:
                     del there[block_hash]

@@ -309,16 +309,17 @@ class Server:
         kv_transfer_config: dict[str, Any],
         replicas: int = 1,
         tp: int = 1,
-        halting: bool = False,
+        site: str | None = None,
         arguments: Sequence[str] = (),
+        **environment: str,
     ) -> None:
-        """tp: tensor-parallel size. halting: with `halting/sitecustomize.py`."""
+        """tp: tensor-parallel size. site: with the `sitecustomize.py` of this folder."""
         self.log = log
-        env = engine_environment(tp)
+        env = engine_environment(tp) | environment
         if replicas > 1 and vllm_wants_numa_nodes():
             env.update(VLLM_CPU_SIM_MULTI_NUMA="1", VLLM_CPU_OMP_THREADS_BIND="auto")
-        if halting:
-            env["PYTHONPATH"] = f"{Path(__file__).with_name('halting')}:{env['PYTHONPATH']}"
+        if site is not None:
+            env["PYTHONPATH"] = f"{Path(__file__).with_name(site)}:{env['PYTHONPATH']}"
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]

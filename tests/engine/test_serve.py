@@ -146,7 +146,7 @@ def test_a_start_that_fails_says_why_and_cleans_up_after_a_killed_one(
     llama: Path, logs: Path
 ) -> None:
     log = logs / "killed.log"
-    killed = Server(llama, log, kv_transfer_config=connector(), halting=True)
+    killed = Server(llama, log, kv_transfer_config=connector(), site="halting")
     deadline = time.monotonic() + START_TIMEOUT_S
     while not region_files():
         assert killed.process.poll() is None, log.read_text()
