@@ -68,7 +68,6 @@ except ImportError:  # vLLM 0.31 does not ask
 else:
     _SOURCES = {"CPU": CacheHitSource.HOST, "STORAGE": CacheHitSource.DISK}
 _EVENT_FIELDS = {field.name for field in dataclasses.fields(OffloadingEvent)}
-_EXPECTS = "removal_expected" in _EVENT_FIELDS
 _FORGETS = "metadata_only" in _EVENT_FIELDS  # from vLLM 0.33 on
 
 
@@ -203,7 +202,7 @@ class KVStrataScheduler(OffloadingManager):
             if link is not None and (not link.kv_events or told.tells_events(link)):
                 continue  # nobody wants to know, or it is told below
             more: dict[str, bool] = {}
-            if not removed and _EXPECTS and (link is None or link.tier.tells_changes):
+            if not removed and (link is None or link.tier.tells_changes):
                 more["removal_expected"] = True
             if not announced:
                 if not _FORGETS:
