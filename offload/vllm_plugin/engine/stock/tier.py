@@ -203,6 +203,10 @@ class StockTier(SecondaryTierManager):
         events, self._events = self._events, []
         return events
 
+    def has_pending_work(self) -> bool:
+        """Steps are needed until all is told."""
+        return self._changes.more
+
     @classmethod
     def build_metric_definitions(
         cls, extra_config: dict[str, Any]

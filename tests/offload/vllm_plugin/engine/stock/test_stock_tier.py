@@ -16,7 +16,7 @@ pytest.importorskip("vllm")
 from vllm.config import LoRAConfig  # noqa: E402
 from vllm.v1.kv_offload.base import LookupResult, Medium  # noqa: E402
 
-from kvstrata.offload.secondary import tiers  # noqa: E402
+from kvstrata.offload.secondary import changes, tiers  # noqa: E402
 from kvstrata.offload.vllm_plugin.metrics.old_names import TIER_EVENTS, TIER_STATE  # noqa: E402
 from tests.engine.conftest import CHECKPOINTS  # noqa: E402
 from tests.models import tiny_llama  # noqa: E402
@@ -278,6 +278,20 @@ def test_events(world: World, tmp_path: Path) -> None:
     assert it.find(1) is None
     (gone,) = [each for each in it.manager.take_events() if each.medium is Medium.STORAGE]
     assert gone.removed and list(gone.keys) == [key_of(1)]
+    it.reset()  # of which vLLM tells that all was cleared
+    (kept,) = [each for each in it.manager.take_events() if each.medium is Medium.STORAGE]
+    assert not kept.removed and list(kept.keys) == [key_of(2)]
+
+
+def test_events_that_can_wait(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(changes, "MOST_CHANGES", 2)
+    it = world(entry("KVStrataMemory"), events=True)
+    it.store({1: 11, 2: 22, 3: 33})
+    it.reset()
+    told = [len(each.keys) for each in it.manager.take_events() if each.ownership]
+    assert told == [2] and it.manager.has_pending_work()
+    told += [len(each.keys) for each in it.manager.take_events() if each.ownership]
+    assert told == [2, 1] and not it.manager.has_pending_work()
 
 
 def test_no_events_where_nobody_wants_them(world: World) -> None:
