@@ -15,6 +15,7 @@ class Follower:
     Attributes:
         there: by medium.
         chunks: by medium and the last hash of a chunk, all its hashes as they were told last.
+        removed: block hashes that were removed, by medium.
         unknown: removals of what was not there, by medium.
         twice: announcements of what was there, by medium.
     """
@@ -22,6 +23,7 @@ class Follower:
     def __init__(self) -> None:
         self.there: defaultdict[str, Counter[Any]] = defaultdict(Counter)
         self.chunks: defaultdict[str, dict[Any, list[Any]]] = defaultdict(dict)
+        self.removed: Counter[str] = Counter()
         self.unknown: Counter[str] = Counter()
         self.twice: Counter[str] = Counter()
 
@@ -40,6 +42,7 @@ class Follower:
                 there.update(event.block_hashes)
                 continue
             assert isinstance(event, BlockRemoved)
+            self.removed[event.medium] += len(event.block_hashes)
             for block_hash in event.block_hashes:
                 if block_hash not in there:
                     self.unknown[event.medium] += 1

@@ -189,3 +189,4 @@ def test_who_adds_up_the_events_knows_what_is_where(llama: Path, tmp_path: Path)
                     once_more.hear(each.subscriber._decode(batch).events)
                 assert once_more.there == each.subscriber.follower.there, "nothing was lost"
                 assert once_more.twice.keys() <= {"GPU"}
+                assert once_more.removed.keys() >= {"CPU", "STORAGE"}, "pages were evicted"
