@@ -61,8 +61,10 @@ def test_pages_of_the_primary_tier() -> None:
     key, end = chunk(0, 0)
     world.lookup((key, end), reader)
     world.manager.prepare_load([key], reader)
+    world.manager.on_step_end()
     world.manager.complete_load([key], reader)
     world.manager.on_request_finished(reader)
+    world.manager.on_step_end()
     world.now = 30.0
     world.store([chunk(1, 0)], world.request("other"))
     assert (left.ages.take(), left.gaps.take()) == ([10.0], [])
