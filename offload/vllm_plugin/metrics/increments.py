@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable
 
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import (
@@ -15,7 +14,7 @@ class Increments:
 
     def __init__(self) -> None:
         self.stats = OffloadingConnectorStats()
-        self._seen: defaultdict[tuple[str, ...], float] = defaultdict(float)
+        self._seen: dict[tuple[str, ...], float] = {}
         self._told: dict[tuple[str, ...], float] = {}
 
     def take(self) -> OffloadingConnectorStats:
@@ -25,10 +24,13 @@ class Increments:
 
     def count(self, metric: str, total: float, *labels: str) -> None:
         """Of that there was so much in all."""
-        # A tier that was opened anew counts from zero again: never tell less than nothing.
-        increment = total - self._seen[(metric, *labels)]
-        self._seen[(metric, *labels)] = total
-        if increment > 0:
+        # A tier that was opened anew counts from zero again: never tell less than nothing. But
+        # that there is nothing yet is told once, for whoever asks how fast it grows.
+        key = (metric, *labels)
+        increment = total - self._seen.get(key, 0)
+        is_new = key not in self._seen
+        self._seen[key] = total
+        if increment > 0 or is_new:
             self.stats.increase_counter(metric, increment, labels)
 
     def gauge(self, metric: str, value: float, *labels: str) -> None:

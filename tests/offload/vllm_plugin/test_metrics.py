@@ -49,7 +49,13 @@ def world() -> World:
 
 
 def values(stats: OffloadingConnectorStats) -> dict[str, dict[tuple[str, ...], Any]]:
-    return dict(stats.data["data"])
+    """What was told of each metric; of what grows, only that which did."""
+    types, data = stats.data["types"], stats.data["data"]
+    grown = {
+        name: {k: v for k, v in by_labels.items() if types[name] != "counter" or v}
+        for name, by_labels in data.items()
+    }
+    return {name: by_labels for name, by_labels in grown.items() if by_labels}
 
 
 def reader() -> StatsReader:
