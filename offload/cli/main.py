@@ -20,6 +20,7 @@ from kvstrata.offload.cli.roots.gc import gc
 from kvstrata.offload.cli.roots.ls import list_root
 from kvstrata.offload.cli.roots.trust import trust
 from kvstrata.offload.cli.server.top.command import top
+from kvstrata.offload.cli.simulate.command import simulate
 
 app = typer.Typer(
     help="Look at servers and at the files that kvstrata keeps, tend these, and see whether it "
@@ -64,4 +65,5 @@ app.command()(trust)
 app.command()(config)
 app.command()(doctor)
 app.command()(top)
+app.command()(simulate)
 app.add_typer(pool, name="pool")

@@ -15,7 +15,7 @@ FOLDERS = ("kernels", "offload", "tiers")
 
 # Files, and what none of them imports at any place of its code: packages, or modules of kvstrata
 # without that name before them.
-_NOT_OF_OFFLOAD = "vllm kernels offload.cli offload.vllm_plugin"
+_NOT_OF_OFFLOAD = "vllm kernels offload.cli offload.simulate offload.vllm_plugin"
 _DECISIONS = "offload.manager offload.finding offload.cascade"
 _MEDIA = "tiers.process tiers.fs tiers.mooncake tiers.object tiers.page tiers.pool tiers.valkey"
 FORBIDDEN: Mapping[str, str] = {
@@ -48,7 +48,12 @@ FORBIDDEN: Mapping[str, str] = {
         f"vllm kernels offload.vllm_plugin {_DECISIONS} offload.audit offload.request "
         "offload.secondary tiers.process tiers.fs.tier tiers.fs.medium tiers.pool.tier"
     ),
-    "offload/vllm_plugin/**/*.py": "offload.cli tiers.process tiers.fs tiers.pool",
+    # a replay has the real manager, and the books of the files without the files
+    "offload/simulate/*.py": (
+        "vllm kernels offload.cli offload.vllm_plugin tiers.process tiers.fs.tier tiers.fs.medium "
+        "tiers.fs.page_files tiers.fs.startup"
+    ),
+    "offload/vllm_plugin/**/*.py": "offload.cli offload.simulate tiers.process tiers.fs tiers.pool",
     # behind vLLM's own manager nothing of ours decides
     "offload/vllm_plugin/engine/stock/*.py": (
         f"{_DECISIONS} offload.demand offload.request offload.primary.region "
@@ -113,6 +118,7 @@ ALLOWED: Mapping[tuple[str, str], str] = {
 # Files that import something only where it is used -> why
 LAZY: Mapping[str, str] = {
     "offload/cli": "a command starts at once, and the doctor where packages are missing",
+    "offload/simulate/chart.py": "matplotlib is of an extra, and takes long to load",
     "offload/vllm_plugin/caches/content_order.py": "a private name of one backend",
     "offload/vllm_plugin/engine/early_check.py": "engines without our spec load it too",
     "offload/vllm_plugin/entry_point.py": "any vLLM loads it, or none",

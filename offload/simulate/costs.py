@@ -1,0 +1,53 @@
+"""What tiers cost: money by their size, and what writing takes from an SSD's life."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kvstrata.offload.simulate.results import Result
+from kvstrata.offload.simulate.setup import FS
+from kvstrata.tiers.options import WrongValue, parse_bytes
+
+TIERS = ("cpu", FS)
+WARRANTY_DAYS = 5 * 365  # for which the makers of SSDs promise the terabytes written
+_DWPD = re.compile(r"([0-9]{1,4}(?:\.[0-9]{1,4})?) ?x ?(.+)")
+_PRICE = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,9})?) ?/ ?([A-Za-z]+)")
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What a byte of each tier costs, in any currency."""
+
+    per_byte: Mapping[str, float]
+
+    def of(self, result: Result) -> float:
+        """What the tiers of a configuration cost."""
+        sizes = {"cpu": result.setup.config.cpu_bytes, FS: result.setup.disk_bytes or 0}
+        return sum(sizes[tier] * price for tier, price in self.per_byte.items())
+
+
+def parse_price(tier: str, text: str) -> float:
+    """What a byte costs, from a text such as "4/GiB".
+
+    Raises:
+        TierConfigError: it is no price.
+    """
+    match = _PRICE.fullmatch(text.strip())
+    if match is None:
+        raise WrongValue(f"price of {tier}", text, 'an amount and a unit, such as "4/GiB"')
+    return float(match[1]) / parse_bytes(f"price of {tier}", f"1{match[2]}")
+
+
+def parse_endurance(text: str) -> float:
+    """Bytes that an SSD may be written each day: of "7PB", over the five years of a warranty, or of
+    "1x3.84TB", drive writes a day and capacity.
+
+    Raises:
+        TierConfigError: it is neither.
+    """
+    match = _DWPD.fullmatch(text.strip())
+    if match is not None:
+        return float(match[1]) * parse_bytes("endurance", match[2])
+    return parse_bytes("endurance", text) / WARRANTY_DAYS
