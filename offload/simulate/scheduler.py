@@ -38,6 +38,11 @@ class _Served:
     computed: int = 0  # tokens
     stored: int = 0  # chunks that were offered, or need not be
 
+    @property
+    def is_stored(self) -> bool:
+        """Whether no chunk need be offered any more."""
+        return self.stored >= len(self.request.keys)
+
 
 @dataclass(slots=True, eq=False)
 class _Transfer:
@@ -74,6 +79,10 @@ class Scheduler:
         world: whose manager is called, and whose clock goes on.
         engine: how much it computes at a time, and how fast.
         step_tokens: most tokens of a request in a step, as `max_num_batched_tokens`.
+
+    Attributes:
+        gpu: the prefix cache.
+        counts: what became of the requests.
     """
 
     def __init__(self, world: World, engine: Engine, step_tokens: int = STEP_TOKENS) -> None:
@@ -81,7 +90,7 @@ class Scheduler:
         self._engine, self._speeds = engine, engine.speeds
         self._tokens = engine.tokens_per_chunk
         self._step_tokens = step_tokens
-        self._gpu = GpuCache(engine.gpu_bytes // engine.bytes_per_chunk)
+        self.gpu = GpuCache(engine.gpu_bytes // engine.bytes_per_chunk)
         self._step = 0
         self._number = 0
         self._waiting: deque[_Served] = deque()
@@ -149,6 +158,8 @@ class Scheduler:
             tokens = min(left, self._step_tokens, budget)
             batch.append((served, tokens))
             budget -= tokens
+            # others find it from now on
+            self.gpu.use(served.request.keys[: (served.computed + tokens) // self._tokens])
 
         for served in self._prefills:
             if budget:
@@ -178,12 +189,12 @@ class Scheduler:
         request, tokens = served.request, self._tokens
         keys = request.keys
         # vLLM computes the last token in any case
-        here = self._gpu.found(keys[: (request.tokens - 1) // tokens])
+        here = self.gpu.found(keys[: (request.tokens - 1) // tokens])
         found = self._longest(served, here)
         if found is None:
             return None
         hits = keys[here : here + found]
-        if self._gpu.chunks and not self._loading.isdisjoint(hits):
+        if self.gpu.chunks and not self._loading.isdisjoint(hits):
             return None  # another request is loading them: they will be in GPU memory
         self.counts.gpu_tokens += here * tokens
         served.computed = min((here + found) * tokens, request.tokens - 1)
@@ -228,11 +239,11 @@ class Scheduler:
         manager.take_events()
         for served, tokens in batch:
             self._store(served, served.computed + tokens)
-        if self._behind:
-            behind, self._behind = self._behind, []
-            for served in behind:
-                self._store(served, served.request.tokens)
         over, self._over = self._over, []
+        behind = [served for served in self._behind if served not in over]
+        for served in (*behind, *over):  # for the last time
+            self._store(served, served.request.tokens)
+        self._behind = [served for served in behind if not served.is_stored]
         for served in over:
             manager.on_request_finished(served.view, served.ends)
 
@@ -268,13 +279,11 @@ class Scheduler:
                 self.counts.ttft.append(clock.now - request.at)
                 end = clock.now + max(0, request.generated - 1) / speeds.decode
                 heapq.heappush(self._decoding, (end, self._number_of(served), served))
-                if served.stored < len(request.keys):
+                if not served.is_stored:
                     self._behind.append(served)
         self._prefills = [
             served for served in self._prefills if served.computed < served.request.tokens
         ]
-        for served, _ in batch:
-            self._gpu.use(served.request.keys[: served.computed // self._tokens])
 
     @staticmethod
     def _number_of(served: _Served) -> int:
@@ -298,19 +307,20 @@ class Scheduler:
         self._step += 1
         under_way: list[_Transfer] = []
         for each in self._transfers:
-            if each.step == step or each.ends > now:
+            # vLLM's workers are told of a load at once, and of a store in the step after
+            if each.ends > now or step - each.step < (1 if each.is_load else 2):
                 under_way.append(each)
             elif each.is_load:
                 self._manager.complete_load(each.keys, each.served.view)
                 self._loading.difference_update(each.keys)
-                self._gpu.use(each.served.request.keys[: each.served.stored])
+                self.gpu.use(each.served.request.keys[: each.served.stored])
                 self._loaded.append(each.served)
             else:
                 self._manager.complete_store(each.keys, each.served.view)
         self._transfers = under_way
         while self._decoding and self._decoding[0][0] <= now:
             _, _, served = heapq.heappop(self._decoding)
-            self._gpu.use(served.request.keys)
+            self.gpu.use(served.request.keys)
             self._over.append(served)
             self.counts.end = now
 

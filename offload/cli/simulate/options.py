@@ -60,6 +60,11 @@ def _with_policy(extra: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def engine(
     trace: Trace, bytes_per_token: str | None, gpu: str | None, servers: int, speeds: Speeds
 ) -> Engine:
+    """What is simulated but for the configurations.
+
+    Raises:
+        ConfigError: a size is wrong, or nobody says how large pages are.
+    """
     nbytes = trace.bytes_per_chunk
     if bytes_per_token is not None:
         nbytes = parse_bytes("--bytes-per-token", bytes_per_token) * trace.tokens_per_chunk
@@ -73,6 +78,11 @@ def engine(
 
 
 def speeds(text: str | None) -> Speeds:
+    """Those that are given, and the defaults of the others.
+
+    Raises:
+        ConfigError: the text is wrong.
+    """
     speeds = Speeds()
     if text is None:
         return speeds
