@@ -13,7 +13,6 @@ from kvstrata.tiers.options import ConfigError, WrongValue, nearest, parse_bytes
 # A range that begins at nothing goes on with so many halvings of its end: powers of two have no
 # beginning of their own.
 _HALVINGS = 3
-_MOST_SIZES = 64  # of a tier
 
 
 def pairs(option: str, text: str, known: Sequence[str]) -> dict[str, str]:
@@ -54,8 +53,6 @@ def sizes(tier: str, text: str) -> list[int]:
     while size < end:
         found.append(size)
         size *= 2
-        if len(found) > _MOST_SIZES:
-            raise WrongValue(tier, text, f"a range of at most {_MOST_SIZES} doublings")
     return found + [end] * (found[-1] != end)
 
 

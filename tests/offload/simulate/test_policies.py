@@ -1,7 +1,9 @@
 """S3-FIFO as its paper says, and the optimum, which nothing exceeds."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cache
+from itertools import takewhile
 
 import pytest
 from hypothesis import given, settings
@@ -62,6 +64,25 @@ def test_no_policy_finds_more_than_the_optimum(policy: str) -> None:
     engine = Engine(512, PAGE)
     most = optimum(trace, setup, engine).hit_rate
     assert 0.0 < simulate(trace, setup, engine).hit_rate <= most < 1.0
+
+
+@pytest.mark.parametrize("pages", [40, 120, 400, 4000])
+def test_lru_finds_what_a_plain_replay_finds(pages: int) -> None:
+    """Of requests that come one after the other: the end of a prefix leaves first."""
+    trace = parse_trace("t", generate(MOONCAKE, Chats(chats=60)))
+    held: OrderedDict[bytes, None] = OrderedDict()
+    found = 0
+    for number, asked in enumerate(trace.requests):
+        found += sum(1 for _ in takewhile(held.__contains__, asked.keys))
+        for key in reversed(asked.keys):
+            held[key] = None
+            held.move_to_end(key)
+        while len(held) > pages:
+            held.popitem(last=False)
+        asked.at = 1000.0 * number
+    setup = parse_setup({"cpu_bytes_to_use": pages * PAGE, "eviction_policy": "lru"})
+    result = simulate(trace, setup, Engine(512, PAGE))
+    assert result.served == {"cpu": 512 * found}
 
 
 class Played:
