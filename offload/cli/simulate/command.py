@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvstrata.offload.cli.printing import AsJson, fail, state_bar
-from kvstrata.offload.cli.root import refuse
+from kvstrata.offload.cli.roots.root import refuse
 
 if TYPE_CHECKING:
     from kvstrata.offload.simulate.results import Result
