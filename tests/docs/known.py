@@ -13,7 +13,8 @@ class Way:
     """What is done with the commands whose text matches.
 
     how: "run", in a shell or as the console script does, with paths replaced; "served", in the
-        order of README.md on a real server; "make", as a dry run; "options", by its --help;
+        order of README.md on a real server; "simulated", in the order of docs/simulate.md, which
+        shows all that they print; "make", as a dry run; "options", by its --help;
         "listed", not at all.
     why: of those that are not run, the reason.
     """
@@ -28,6 +29,8 @@ WAYS = (
     Way("listed", r"kvstrata pool ls .*", "shows this user's pools: see tests/offload/cli"),
     Way("listed", r"kvstrata top .*", "shows until q is pressed: see tests/offload/cli/server"),
     Way("run", r"kvstrata (ls|check|config|copy|gc|inspect|trust|doctor)\b.*"),
+    Way("simulated", r"python -m kvstrata\.offload\.simulate\.generate .*", "test_simulate.py"),
+    Way("simulated", r"kvstrata simulate .*", "test_simulate.py"),
     Way("run", r"sudo install -d .*"),
     Way("run", r"mkdir /tmp/sparse"),
     Way("run", r"for i in \$\(seq 20\); do truncate .*"),
