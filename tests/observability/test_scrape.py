@@ -65,7 +65,9 @@ def variables() -> list[Query]:
     found = []
     for each in board()["templating"]["list"]:
         if each["type"] == "query":
-            ((selector, label),) = re.findall(r"^label_values\((.*), (\w+)\)$", each["definition"])
+            ((selector, label),) = re.findall(
+                r"^label_values\((.*), (\w+)\)$", each["query"]["query"]
+            )
             expression = f"count by ({label}) ({with_values(selector)})"
             found.append(Query(f"variable {each['name']}", expression))
     return found
