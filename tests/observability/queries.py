@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,9 +62,9 @@ def board_queries(*rows: str) -> list[Query]:
     ]
 
 
-def with_values(expression: str) -> str:
-    """An expression with values in place of Grafana's variables."""
-    for variable, value in VARIABLES.items():
+def with_values(expression: str, others: Mapping[str, str] = {}) -> str:
+    """An expression with values in place of Grafana's variables; `others`: not the usual ones."""
+    for variable, value in {**VARIABLES, **others}.items():
         expression = expression.replace(variable, value)
     return expression
 

@@ -200,10 +200,13 @@ def check(folder: Path, series: Values, changes: dict[str, str | None], firing: 
 
 @needs_prometheus
 def test_prometheus_takes_the_rules() -> None:
-    done = subprocess.run(
-        ["promtool", "check", "rules", str(ALERTS)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    """Also by the configuration in docs/board.md, which names them."""
+    for command in (["rules", "docs/alerts.yml"], ["config", "docs/prometheus.yml"]):
+        done = subprocess.run(
+            ["promtool", "check", *command], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"{len(SICK)} rules found" in done.stdout
 
 
 def test_every_alert_has_a_test_and_says_what_to_do() -> None:
@@ -215,6 +218,13 @@ def test_every_alert_has_a_test_and_says_what_to_do() -> None:
         assert rule["labels"]["severity"] in ("warning", "critical")
         for document in re.findall(r"docs/\w+\.md", rule["annotations"]["description"]):
             assert (ROOT / document).exists()
+
+
+def test_the_document_names_them_all() -> None:
+    """With their severity, in docs/board.md."""
+    text = (ROOT / "docs" / "board.md").read_text()
+    shown = re.findall(r"^\| `(Kvstrata\w+)` \| (\w+) \|", text, re.M)
+    assert shown == [(rule["alert"], rule["labels"]["severity"]) for rule in alert_rules()]
 
 
 @needs_prometheus

@@ -2,11 +2,15 @@
 
 import itertools
 import json
+import os
 import re
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.docs.blocks import ROOT, shell_commands
 from tests.observability.queries import BOARD, board, panels
 
 COLUMNS = 24  # Grafana's
@@ -36,6 +40,28 @@ def test_it_can_be_imported_as_it_is() -> None:
     assert set(sources) == {"kvstrata", "${datasource}"}
     numbers = [panel["id"] for panel in board()["panels"]]
     assert len(set(numbers)) == len(numbers)
+
+
+def test_what_the_document_sends_to_grafana(tmp_path: Path) -> None:
+    """The commands of docs/board.md, with a `curl` that keeps what it is to send."""
+    curl = tmp_path / "curl"
+    curl.write_text('#!/bin/bash\n[ "${@: -1}" = @- ] && cat || echo "${@: -1}"\n')
+    curl.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    sent = []
+    for command in shell_commands([ROOT / "docs" / "board.md"]):
+        if "localhost:3000/api" in command.text:
+            done = subprocess.run(
+                ["bash", "-euc", command.text],
+                cwd=ROOT,
+                env=environment,
+                capture_output=True,
+                check=True,
+            )
+            sent.append(json.loads(done.stdout))
+    source, dashboard = sent
+    assert source["type"] == "prometheus"
+    assert dashboard == {"overwrite": True, "dashboard": board()}
 
 
 def test_nothing_overlaps() -> None:
