@@ -1,6 +1,5 @@
 """The sessions of docs/simulate.md print what they show."""
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
