@@ -51,19 +51,22 @@ class Top(App[None]):
         self._last = first
         self._pause_s = pause_s
         self._history = {line: deque[float](maxlen=_REMEMBERED) for line in _LINES}
+        # held here: a read that ends while the screen closes finds them all the same
+        self._server, self._summary = Static(id="server"), Static(id="summary")
+        self._table: DataTable[Text] = DataTable(id="table", cursor_type="none", show_cursor=False)
+        self._labels = [Label(line, id=f"label-{k}") for k, line in enumerate(_LINES)]
+        self._sparklines = [Sparkline(id=f"line-{k}") for k in range(len(_LINES))]
 
     def compose(self) -> ComposeResult:
-        yield Static(id="server")
-        yield Static(id="summary")
-        yield DataTable(id="table", cursor_type="none", show_cursor=False)
-        for number, line in enumerate(_LINES):
-            with Horizontal(classes="line"):
-                yield Label(line, id=f"label-{number}")
-                yield Sparkline(id=f"line-{number}")
+        yield self._server
+        yield self._summary
+        yield self._table
+        for label, sparkline in zip(self._labels, self._sparklines, strict=True):
+            yield Horizontal(label, sparkline, classes="line")
         yield Footer()
 
     def on_mount(self) -> None:
-        self.query_one(DataTable).add_columns(*_COLUMNS)
+        self._table.add_columns(*_COLUMNS)
         self._show(figures(self._last, self._last))
         self.run_worker(self._watch())
 
@@ -90,12 +93,12 @@ class Top(App[None]):
         for number, (line, value) in enumerate(zip(_LINES, values, strict=True)):
             history = self._history[line]
             history.append(value)
-            self.query_one(f"#line-{number}", Sparkline).data = list(history)
-            self.query_one(f"#label-{number}", Label).update(f"{line}\n{value:,.1f}")
+            self._sparklines[number].data = list(history)
+            self._labels[number].update(f"{line}\n{value:,.1f}")
 
     def _show(self, seen: Figures) -> None:
-        self.query_one("#server", Static).update(Text(f"{self._last.url}"))
-        self.query_one("#summary", Static).update(
+        self._server.update(Text(f"{self._last.url}"))
+        self._summary.update(
             Text(
                 f"{count(seen.served)} tokens served ({count(seen.serving)}/s)   "
                 f"saved net {span(seen.saved_net)}   "
@@ -104,16 +107,15 @@ class Top(App[None]):
                 f"{seen.ended:.1f} ended/s"
             )
         )
-        table = self.query_one(DataTable)
-        table.clear()
+        self._table.clear()
         for tier in seen.tiers:
-            table.add_row(*(Text(cell) for cell in _cells(tier)))
+            self._table.add_row(*(Text(cell) for cell in _cells(tier)))
 
     def _say_gone(self, why: str) -> None:
         """What is on the screen stays, with how old it is."""
         old = span(time.monotonic() - self._last.when)
         text = Text(printable(f"{why} These figures are {old} old; it is asked again."), "bold red")
-        self.query_one("#server", Static).update(text)
+        self._server.update(text)
 
 
 def _cells(tier: TierFigures) -> tuple[str, ...]:

@@ -87,7 +87,8 @@ async def until(pilot: Pilot[None], condition: Callable[[], object]) -> None:
 
 
 def text_of(app: Top, selector: str) -> str:
-    return str(app.query_one(selector, Static).content)
+    found = app.query(selector)  # nothing until the screen is there
+    return str(found.first(Static).content) if found else ""
 
 
 def cells(app: Top) -> list[list[str]]:
