@@ -108,6 +108,8 @@ class MemoryTier(SecondaryTier):
     def stats(self) -> TierStats:
         """See `SecondaryTier.stats`."""
         gauges = {"pages": float(len(self._pages)), "bytes": float(self._bytes)}
+        if self._max_bytes is not None:
+            gauges["capacity_bytes"] = float(self._max_bytes)
         return TierStats(dict(self._counters), dict(self._failures), gauges=gauges)
 
     def _run(self, job: Job, move: Callable[[Page], str | None], done: str) -> None:
@@ -141,6 +143,8 @@ class MemoryTier(SecondaryTier):
             while self._bytes + size > self._max_bytes:
                 key, data = self._pages.popitem(last=False)
                 self._bytes -= len(data)
+                self._counters["evicted_pages"] += 1
+                self._counters["evicted_bytes"] += len(data)
                 self._changes.note(key, False)
         self._pages[page.key] = bytes(page.view)
         self._bytes += size

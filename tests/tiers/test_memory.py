@@ -58,7 +58,9 @@ def test_the_least_recently_used_page_goes_first() -> None:
     assert list(tier.take_changes(9)) == []
     found = [settle(tier, make_key(n)) for n in range(4)]
     assert found == [Lookup.HIT, Lookup.HIT, Lookup.MISS, Lookup.HIT]
-    assert tier.stats().gauges == {"pages": 3, "bytes": 3 * SIZE}
+    stats = tier.stats()
+    assert stats.gauges == {"pages": 3, "bytes": 3 * SIZE, "capacity_bytes": 3 * SIZE}
+    assert stats.counters["evicted_bytes"] == SIZE * stats.counters["evicted_pages"] > 0
 
 
 def test_eviction_makes_room_for_pages_of_another_size() -> None:
