@@ -17,9 +17,9 @@ from types import MappingProxyType
 from kvstrata.offload.audit.audits import Audits
 from kvstrata.offload.audit.comparer import Comparer
 from kvstrata.offload.audit.schedule import Schedule
-from kvstrata.offload.cascade import Cascades
 from kvstrata.offload.config.offload_config import OffloadConfig
 from kvstrata.offload.context import Context, Event
+from kvstrata.offload.demand.cascade import Cascades
 from kvstrata.offload.demand.demand import Demand
 from kvstrata.offload.demand.lending import Lender
 from kvstrata.offload.demand.stores import StorePlan, Stores

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from kvstrata.offload.cascade import Cascades
 from kvstrata.offload.context import Context
+from kvstrata.offload.demand.cascade import Cascades
 from kvstrata.offload.primary.slots import Entry, Hold
 from kvstrata.offload.request.request import RequestState
 from kvstrata.tiers.base import RequestView, key_group

@@ -8,8 +8,8 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from kvstrata.offload.audit.audits import Audits
-from kvstrata.offload.cascade import Cascades
 from kvstrata.offload.context import Context
+from kvstrata.offload.demand.cascade import Cascades
 from kvstrata.offload.demand.demand import Demand
 from kvstrata.offload.primary.slots import Entry, Hold, Writer
 from kvstrata.offload.request.request import RequestState

@@ -16,7 +16,7 @@ FOLDERS = ("kernels", "offload", "tiers")
 # Files, and what none of them imports at any place of its code: packages, or modules of kvstrata
 # without that name before them.
 _NOT_OF_OFFLOAD = "vllm kernels offload.cli offload.simulate offload.vllm_plugin"
-_DECISIONS = "offload.manager offload.finding offload.cascade"
+_DECISIONS = "offload.manager offload.finding offload.demand.cascade"
 _MEDIA = "tiers.process tiers.fs tiers.mooncake tiers.object tiers.page tiers.pool tiers.valkey"
 FORBIDDEN: Mapping[str, str] = {
     "kernels/**/*.py": "vllm offload tiers",
@@ -25,9 +25,9 @@ FORBIDDEN: Mapping[str, str] = {
     "kernels/gpu/*.py": "kernels.bench kernels.opening",
     # a room of offload/ knows those below it
     "offload/*.py": _NOT_OF_OFFLOAD,
-    "offload/finding/*.py": f"{_NOT_OF_OFFLOAD} offload.manager offload.cascade offload.demand",
+    "offload/finding/*.py": f"{_NOT_OF_OFFLOAD} offload.manager offload.demand",
     "offload/audit/*.py": (
-        f"{_NOT_OF_OFFLOAD} offload.manager offload.finding.promotion offload.cascade"
+        f"{_NOT_OF_OFFLOAD} offload.manager offload.finding.promotion offload.demand.cascade"
     ),
     "offload/secondary/*.py": f"{_NOT_OF_OFFLOAD} {_DECISIONS} offload.demand",
     "offload/demand/*.py": f"{_NOT_OF_OFFLOAD} offload.manager offload.finding",
