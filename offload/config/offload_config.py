@@ -68,6 +68,15 @@ def _check_canonical(key: str, value: object) -> None:
         raise WrongValue(key, value, "true, or remove the key: pages are always canonical here")
 
 
+def _record_path(key: str, value: object) -> str:
+    path = os.path.expanduser(value) if isinstance(value, str) else ""
+    # processes of the engine need not share a working directory
+    if not os.path.isabs(path) or path.endswith("/") or "\0" in path:
+        remedy = 'the absolute path of a file, for example "/var/log/kvstrata/requests.jsonl"'
+        raise WrongValue(key, value, remedy)
+    return path
+
+
 def _parse_tiers(key: str, value: Any) -> tuple[TierEntry, ...]:
     if not isinstance(value, list | tuple):
         raise WrongValue(key, value, 'a list such as [{"type": "fs", "root_dir": "/mnt/kv"}]')
@@ -89,6 +98,7 @@ class OffloadConfig:
         weights_fixed: None: decided from the engine's configuration.
         without_effect: keys of vLLM's own specs that were given and do nothing here, each with
             the reason.
+        record: path of a recording of the requests; None: there is none.
     """
 
     spec_name: InitVar[Any] = option(parse_any, "`KVStrataSpec`", None, shown="required")
@@ -200,6 +210,12 @@ class OffloadConfig:
         "while there is traffic a line of the log says so often what was found, saved and held; "
         "0: never",
         60.0,
+    )
+    record: str | None = option(
+        or_none(_record_path),
+        "a new file with hashes, lengths and times of all requests, for `kvstrata simulate` "
+        "([simulate.md](simulate.md#a-recording-of-your-own-server))",
+        None,
     )
     canonical_layout: InitVar[Any] = option(
         _check_canonical, "pages are always canonical", True, idle=True

@@ -33,7 +33,8 @@ class Found:
 
     Attributes:
         takings: by tier, None for the primary one.
-        chunk_tokens: tokens of a chunk of that group.
+        group: that one.
+        chunk_tokens: tokens of one of its chunks.
     """
 
     def __init__(
@@ -43,8 +44,8 @@ class Found:
         self.takings = {name: Takings() for name in names}
         whole = sorted(layouts.keys() - windows.keys())
         self._ends_only = not whole
-        self._group = whole[0] if whole else min(layouts)
-        self.chunk_tokens = layouts[self._group].tokens
+        self.group = whole[0] if whole else min(layouts)
+        self.chunk_tokens = layouts[self.group].tokens
         self._several_groups = len(layouts) > 1
 
     def loaded(self, ends: Mapping[bytes, int], sources: Mapping[bytes, str]) -> None:
@@ -61,7 +62,7 @@ class Found:
         else:
             counted = chunks
             if self._several_groups:
-                ours = [key for key in ends if key_group(key) == self._group]
+                ours = [key for key in ends if key_group(key) == self.group]
                 counted = _by_tier(ours, sources)
             tokens = {name: pages * self.chunk_tokens for name, pages in counted.items()}
         self._count(chunks, tokens, 0)

@@ -18,11 +18,11 @@ from typing import Any
 
 import msgspec
 
+from kvstrata.offload.metering.recording import VERSION_KEY
 from kvstrata.tiers.base import PageKey
 from kvstrata.tiers.options import ConfigError
 
 MOONCAKE_TOKENS, BAILIAN_TOKENS = 512, 16  # of a hash
-RECORDING = "kvstrata_recording"  # names the version of our own form
 _MOST_TOKENS = 2**31
 
 
@@ -38,12 +38,14 @@ class Request(msgspec.Struct, gc=False):
         tokens: of its prompt.
         generated: tokens that it generates.
         keys: of the whole chunks of its prompt, in prefix order.
+        behind: of those behind them, with what it generated, where the trace says it.
     """
 
     at: float
     tokens: int
     generated: int
     keys: list[PageKey]
+    behind: list[PageKey] = []
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def parse_trace(name: str, lines: Iterable[str], tokens_per_chunk: int | None = 
     header: Mapping[str, Any] = {}
     per_second = 1000.0
     tokens = MOONCAKE_TOKENS
-    if RECORDING in head:
+    if VERSION_KEY in head:
         header = _header(name, number, head)
         tokens = header["tokens_per_chunk"]
     else:
@@ -111,7 +113,9 @@ def parse_trace(name: str, lines: Iterable[str], tokens_per_chunk: int | None = 
             per_second, tokens = 1.0, BAILIAN_TOKENS
     joined = _joined(name, tokens, tokens_per_chunk)
     keys = _Keys(joined)
-    requests = [_request(name, at, row, per_second, tokens, keys) for at, row in rows]
+    requests = [
+        _request(name, at, row, per_second, tokens, keys, recorded=bool(header)) for at, row in rows
+    ]
     if not requests:
         raise TraceError(f"{name}: there is no request in it; give a trace with at least one")
     requests.sort(key=lambda request: request.at)
@@ -132,13 +136,13 @@ class _Keys:
     a block), as those of vLLM's keys cannot: so a name stands for a hash and all before it."""
 
     def __init__(self, joined: int) -> None:
-        self._joined = joined
+        self.joined = joined
         self._numbers: dict[tuple[int, object], int] = {}
         self._names: dict[int, bytes] = {}
 
     def of(self, hashes: Sequence[object]) -> list[bytes]:
         """The keys of the whole chunks of a prompt."""
-        number, keys, numbers, joined = 0, [], self._numbers, self._joined
+        number, keys, numbers, joined = 0, [], self._numbers, self.joined
         for at, each in enumerate(hashes[: len(hashes) // joined * joined], 1):
             number = numbers.setdefault((number, each), len(numbers) + 1)
             if at % joined == 0:
@@ -165,8 +169,8 @@ def _rows(name: str, lines: Iterable[str]) -> Iterator[tuple[int, Mapping[str, A
 
 
 def _header(name: str, number: int, head: Mapping[str, Any]) -> Mapping[str, Any]:
-    if head[RECORDING] != 1:
-        text = f"{RECORDING}: {head[RECORDING]!r} is a form that is not known here"
+    if head[VERSION_KEY] != 1:
+        text = f"{VERSION_KEY}: {head[VERSION_KEY]!r} is a form that is not known here"
         raise _wrong(name, number, text, "a recording of version 1, or use a newer kvstrata")
     for key, needed in (("tokens_per_chunk", True), ("bytes_per_chunk", False)):
         if needed or head.get(key) is not None:
@@ -193,6 +197,8 @@ def _request(
     per_second: float,
     tokens: int,
     keys: _Keys,
+    *,
+    recorded: bool,
 ) -> Request:
     length = _count(name, number, row, "input_length", least=1)
     generated = _count(name, number, row, "output_length", least=0)
@@ -206,8 +212,11 @@ def _request(
     if len(hashes) < whole:
         text = f"hash_ids: {len(hashes)} for {length} tokens"
         raise _wrong(name, number, text, f"one for each {tokens} of them, {whole} at least")
-    # the last one may be of fewer tokens; no chunk is stored before it is full
-    return Request(at / per_second, length, generated, keys.of(hashes[:whole]))
+    # In a recording all are of whole chunks; else the last one may be of fewer tokens, and no chunk
+    # is stored before it is full.
+    found = keys.of(hashes if recorded else hashes[:whole])
+    ours = whole // keys.joined
+    return Request(at / per_second, length, generated, found[:ours], found[ours:])
 
 
 def _count(name: str, number: int, row: Mapping[str, Any], key: str, *, least: int) -> int:

@@ -41,6 +41,7 @@ from kvstrata.offload.primary.slots import Entry
 from kvstrata.offload.secondary.opening import TierOpener, usable_entries
 from kvstrata.offload.secondary.tier import TierLink
 from kvstrata.offload.vllm_plugin.engine.offload_cap import below_cap, has_partial_tails, take_cap
+from kvstrata.offload.vllm_plugin.engine.recorder import Recorder, open_recorder
 from kvstrata.offload.vllm_plugin.foreign_tiers import told
 from kvstrata.offload.vllm_plugin.metrics.config_info import Labels, config_info
 from kvstrata.offload.vllm_plugin.metrics.info import info_labels
@@ -84,6 +85,7 @@ class KVStrataScheduler(OffloadingManager):
         caps: bool = False,
         stats: StatsReader | None = None,
         log_interval_s: float = 0.0,
+        recorder: Recorder | None = None,
     ) -> None:
         self._manager = manager
         self._caps = caps  # whether `max_offload_tokens` is kept here
@@ -91,6 +93,7 @@ class KVStrataScheduler(OffloadingManager):
         self._events = events
         self._info = info
         self._stats = stats or StatsReader()
+        self._recorder = recorder
         self._next_stats = 0.0
         self._minute = MinuteLog(log_interval_s, time.monotonic)
         # The request that was last told to wait in this step. vLLM goes on to ask for all of its
@@ -178,6 +181,8 @@ class KVStrataScheduler(OffloadingManager):
         # way to all of a request's keys.
         pages = getattr(req_context, "_offload_key_positions", {})
         self._manager.on_request_finished(self._view(req_context), pages)
+        if self._recorder is not None:
+            self._recorder.ended(req_context, pages)
 
     def on_schedule_end(self, context: ScheduleEndContext) -> None:
         self._release_held()
@@ -253,6 +258,8 @@ class KVStrataScheduler(OffloadingManager):
 
     def shutdown(self) -> None:
         self._manager.shutdown()
+        if self._recorder is not None:
+            self._recorder.close()
         self._region.close()
 
     # -- inside -------------------------------------------------------------------
@@ -297,6 +304,16 @@ def _sizes(manager: TieringManager, region: Region) -> Sizes:
     return Sizes(region.slot_bytes, 1 / slots)
 
 
+def _recorder(
+    path: str | None, config: OffloadingConfig, manager: TieringManager, sizes: Sizes
+) -> Recorder | None:
+    if path is None:
+        return None
+    tokens = manager.found.chunk_tokens
+    nbytes = round(sizes.slot_bytes * tokens / sizes.slot_tokens)
+    return open_recorder(path, config, group=manager.found.group, tokens=tokens, nbytes=nbytes)
+
+
 def _described(entry: TierEntry) -> str:
     """Name, places and limit of a tier; nothing else of its entry, which may be a password."""
     places = entry.directories
@@ -321,7 +338,7 @@ def open_scheduler(
 
     Raises:
         RegionError: there is no region.
-        TierConfigError: a tier cannot be used.
+        ConfigError: a tier cannot be used, or no recording be made.
     """
     if settings.without_effect:
         logger.info(
@@ -370,6 +387,7 @@ def open_scheduler(
         ", ".join(map(_described, entries)) or "none",
         directory_name(context.model, labels[1]) if labels[1] else "none",
     )
+    sizes = _sizes(manager, region)
     info = partial(
         config_info,
         config,
@@ -384,6 +402,7 @@ def open_scheduler(
         events=events,
         info=info,
         caps=has_partial_tails(config),
-        stats=StatsReader(_sizes(manager, region), labels),
+        stats=StatsReader(sizes, labels),
         log_interval_s=settings.log_interval_s,
+        recorder=_recorder(settings.record, config, manager, sizes),
     )

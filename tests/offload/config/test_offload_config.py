@@ -118,6 +118,7 @@ BAD: dict[str, list[Any]] = {
     "promotion_deadline_s": NOT_SECONDS,
     "weights_fixed": [flag for flag in NOT_FLAGS if flag is not None],
     "lora_paths_immutable": NOT_FLAGS,
+    "record": ["", "requests.jsonl", "./requests", "/tmp/", "~absent/x", "/a\0b", 1, True, []],
     "transport": ["DIRECT", "dma", "zero_copy", "", None, 1, ["direct"], {}],
     "offload_prompt_only": NOT_FLAGS,
     "self_describing_kv_events": NOT_FLAGS,

@@ -77,3 +77,20 @@ def test_directories_that_links_make_one(tmp_path: Path) -> None:
             config(str(tmp_path / "a"), str(other))
     with pytest.raises(ConfigError, match=r"secondary_tiers\[0\]: .* lead to one"):
         config([str(tmp_path / "a"), str(tmp_path / "b")])
+
+
+def test_a_recording_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def recording(path: Path) -> OffloadConfig:
+        return parse_config({"cpu_bytes_to_use": 2**20, "record": str(path)})
+
+    check_here(recording(tmp_path / "requests"))
+    (tmp_path / "requests").touch()  # an earlier one, which stays
+    check_here(recording(tmp_path / "requests"))
+    with pytest.raises(ConfigError, match=r"record: '.*/a/b': there is no directory '.*/a'; make"):
+        check_here(recording(tmp_path / "a" / "b"))
+    with pytest.raises(ConfigError, match=r"record: .*: it is a directory; give a file in it"):
+        check_here(recording(tmp_path))
+    monkeypatch.setattr(precheck.os, "access", lambda *_, **__: False)  # tests may be root's
+    with pytest.raises(ConfigError, match=r"record: .*: no file can be made in '/.*'; let this"):
+        check_here(recording(tmp_path / "requests"))
+    assert os.listdir(tmp_path) == ["requests"]
