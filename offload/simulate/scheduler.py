@@ -320,7 +320,7 @@ class Scheduler:
         self._transfers = under_way
         while self._decoding and self._decoding[0][0] <= now:
             _, _, served = heapq.heappop(self._decoding)
-            self.gpu.use(served.request.keys)
+            self.gpu.use(served.request.keys + served.request.behind)
             self._over.append(served)
             self.counts.end = now
 

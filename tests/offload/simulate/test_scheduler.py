@@ -49,6 +49,13 @@ def test_two_servers_compute_two_prompts_at_once() -> None:
     assert ttft(CPU, *asked, servers=2) == [10.0, 10.0]
 
 
+def test_what_was_generated_is_in_gpu_memory() -> None:
+    whole = prompt(100.0, 1, 5)
+    first = Request(0.0, 3 * TOKENS, TOKENS + 1, whole.keys[:3], whole.keys[3:4])
+    found = replay(CPU, first, whole, gpu_bytes=8 * PAGE)
+    assert found.served == {"gpu": 4 * TOKENS, "cpu": 0}
+
+
 def test_what_is_in_the_cpu_tier_is_copied() -> None:
     first, second = ttft(CPU, prompt(0.0, 1, 10), prompt(100.0, 1, 10))
     # ten pages at a hundred a second, and the last token

@@ -46,6 +46,17 @@ def test_our_own_says_how_large_pages_are() -> None:
     assert (joined.tokens_per_chunk, joined.bytes_per_chunk, joined.chunks) == (64, 1280, 1)
 
 
+def test_our_own_says_what_was_generated() -> None:
+    lines = [json.dumps(HEADER), line(["a", "b", "c", "d"], 70), line(["a", "b", "c"], 96)]
+    first, second = parse_trace("t", lines).requests
+    assert (len(first.keys), len(first.behind)) == (2, 2)
+    assert (second.keys, second.behind) == ([*first.keys, first.behind[0]], [])
+    joined = parse_trace("t", lines, tokens_per_chunk=64).requests[0]
+    assert (len(joined.keys), len(joined.behind)) == (1, 1)
+    # of another form the last one may be of a block that is not full
+    assert not parse_trace("t", [line([1, 2], 600)]).requests[0].behind
+
+
 def test_a_hash_alone_is_no_key() -> None:
     """Of a block whose prefix is another one the KV is, too."""
     one, two = parse_trace("t", [line([1, 5], 1024), line([2, 5], 1024)]).requests
