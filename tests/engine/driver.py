@@ -27,6 +27,7 @@ RUN = f"test-{os.getpid()}"
 _numbers = itertools.count()
 Prompt = str | Sequence[int]  # a text, or token ids
 BLOCK = 32  # tokens per block of the engines that use vLLM's CPU attention
+GPU_BLOCKS = 24  # few, so that prompts push each other out
 
 
 def prompt(seed: int, length: int = 320) -> str:
@@ -339,7 +340,7 @@ class Server:
                     "--enforce-eager",
                     "--max-model-len=704",
                     f"--block-size={BLOCK}",
-                    "--num-gpu-blocks-override=24",
+                    f"--num-gpu-blocks-override={GPU_BLOCKS}",
                     f"--data-parallel-size={replicas}",
                     f"--tensor-parallel-size={tp}",
                     "--enable-prompt-tokens-details",
