@@ -13,9 +13,9 @@ class Way:
     """What is done with the commands whose text matches.
 
     how: "run", in a shell or as the console script does, with paths replaced; "served", in the
-        order of README.md on a real server; "simulated", in the order of docs/simulate.md, which
-        shows all that they print; "make", as a dry run; "options", by its --help;
-        "listed", not at all.
+        order of README.md and of docs/usage.md on a real server; "simulated", in the order of
+        docs/simulate.md, which shows all that they print; "make", as a dry run; "options", by
+        its --help; "listed", not at all.
     why: of those that are not run, the reason.
     """
 
@@ -37,7 +37,8 @@ WAYS = (
     Way("run", r"python -m tests\.bench\.weights /tmp/sparse"),
     Way("served", r"export (MODEL|VLLM_CPU_KVCACHE_SPACE)=.*"),
     Way("served", r"python -m vllm\.entrypoints\.openai\.api_server .*"),
-    Way("served", r"curl -s localhost:8000/.*"),
+    Way("served", r"curl -s (-X POST ')?localhost:8000/.*"),
+    Way("served", r"for (round|n) in .*"),
     Way("make", r"make \S.*", "they take minutes, and most install first"),
     Way("options", r"python -m tests\.(bench\.fs|observability\.draw) .*", "it takes minutes"),
     Way("options", r"python docs/examples/prefill_decode/.*", "see test_prefill_decode.py"),

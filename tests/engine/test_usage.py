@@ -1,0 +1,138 @@
+"""docs/usage.md on a real server: its commands in their order, what they print, what the log says."""
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.docs.blocks import Command, blocks, shell_commands
+from tests.docs.known import way_of
+from tests.engine.driver import ROOT
+from tests.engine.reader import Reader, form
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.vllm
+
+GUIDE = ROOT / "docs" / "usage.md"
+PAGES = 6 * 992 // 32  # six prompts in chunks of a block
+
+
+def steps_of(section: str, folder: Path) -> list[Command]:
+    """The commands of a part of the guide."""
+    path = folder / "section.md"
+    path.write_text(section)
+    return shell_commands([path], folder)
+
+
+def follow(reader: Reader, step: Command, model: str) -> None:
+    """Do as a step says, and see that it prints what the guide shows.
+
+    model: the one with which the guide was written.
+    """
+    way = way_of(step)
+    assert way is not None
+    if step.text.startswith("export "):
+        reader.export(step.text)
+    elif step.text.startswith("kvstrata doctor --server"):
+        printed = reader.run(f"{step.text} --for 1s || [ $? = 1 ]")  # 1: it found something
+        assert printed.startswith(f"http://{reader.address} ")
+    elif way.how == "run" and step.text.startswith("kvstrata "):
+        assert reader.run(step.text)
+    elif "/metrics" in step.text:
+        # the statistics of an engine's last step come after the answer
+        wait_until(lambda: shows(reader.run(step.text), step.printed, reader, model))
+    elif way.how == "served":
+        assert shows(printed := reader.run(step.text), step.printed, reader, model), printed
+
+
+def shows(printed: str, shown: str, reader: Reader, model: str) -> bool:
+    """Whether that is printed which the guide shows, or anything where it shows nothing."""
+    shown = shown.replace(model, str(reader.model))
+    return printed.split() == shown.split() if shown else bool(printed)
+
+
+def named_metrics(text: str) -> set[str]:
+    """Metrics that the guide names."""
+    return {name for name in re.findall(r"`((?:kvstrata_|vllm:)\w+)`", text)}
+
+
+def said(log: str, shown: str, name: str) -> bool:
+    """Whether the log has a line of this form, with other numbers, sizes and names."""
+
+    def plain(line: str) -> str:
+        line = re.sub(r"(?<=namespace )\S+", "NAME", line)
+        line = re.sub(r"(?<=fs in )\S+", "ROOT", line)
+        return re.sub(r"[KMG]iB", "iB", form(line, name))
+
+    return any(plain(line).endswith(plain(shown)) for line in log.splitlines())
+
+
+@contextmanager
+def prometheus(config: str, folder: Path) -> Iterator[str]:
+    """A Prometheus with the guide's configuration; the address of its page."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    (folder / "prometheus.yml").write_text(config)
+    process = subprocess.Popen(
+        ["prometheus", "--config.file=prometheus.yml", f"--web.listen-address={address}"],
+        cwd=folder,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield address
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def drawn(page: str, expression: str) -> bool:
+    """Whether Prometheus has a value of it by now."""
+    query = urllib.parse.urlencode({"query": expression})
+    try:
+        with urllib.request.urlopen(f"http://{page}/api/v1/query?{query}", timeout=5) as answer:
+            return bool(json.load(answer)["data"]["result"])
+    except OSError:  # it does not serve yet
+        return False
+
+
+def test_from_nothing_to_a_dashboard(llama: Path, root: Path, tmp_path: Path) -> None:
+    text = GUIDE.read_text()
+    _, start, later = re.split(r"^## (?:From nothing|Hardware).*$", text, flags=re.M)
+    steps = steps_of(start, tmp_path)
+    (serving,) = [n for n, each in enumerate(steps) if each.text.startswith("python -m vllm.")]
+    (again,) = [n for n, each in enumerate(steps) if each.text.startswith("for n in ")]
+    (model,) = {m for each in steps for m in re.findall(r'model_name="([^"]*)"', each.printed)}
+    reader = Reader(llama, root, tmp_path / "server.log")
+    reader.environment["VLLM_SERVER_DEV_MODE"] = "1"  # for the reset
+    root.mkdir(0o700)
+
+    for step in steps[:serving]:
+        follow(reader, step, model)
+    with reader.serving(steps[serving].text):
+        for step in steps[serving + 1 : again]:
+            follow(reader, step, model)
+        metrics = reader.run("curl -s localhost:8000/metrics")
+        if shutil.which("prometheus"):
+            (config,) = [b.text for b in blocks(GUIDE) if b.text.startswith("scrape_configs:")]
+            with prometheus(config.replace("localhost:8000", reader.address), tmp_path) as page:
+                wait_until(lambda: drawn(page, "kvstrata_prefill_saved_net_seconds"))
+        wait_until(lambda: len(list(root.rglob("*.safetensors"))) >= PAGES)
+    with reader.serving(steps[serving].text):
+        for step in steps[again:]:
+            follow(reader, step, model)
+        for step in steps_of(later, tmp_path):
+            if step.text.startswith("curl "):
+                follow(reader, step, model)
+
+    assert [name for name in named_metrics(text) if f"# HELP {name} " not in metrics] == []
+    (line,) = re.findall(r"^kvstrata \d.*$", text, re.M)
+    assert said(reader.log.read_text(), line, str(llama))
