@@ -63,7 +63,9 @@ def test_the_ten_keys_and_their_defaults() -> None:
     table = TEXT.split("<!-- ten keys -->")[1].split("<!-- end -->")[0]
     keys = re.findall(r"^\| `(\w+)` \| (.*?) \|", table, re.M)
     assert len(keys) == len(dict(keys)) == 10
-    known = re.findall(r"^\| `(\w+)` \| (.*?) \|", (ROOT / "docs/configuration.md").read_text(), re.M)
+    known = re.findall(
+        r"^\| `(\w+)` \| (.*?) \|", (ROOT / "docs/configuration.md").read_text(), re.M
+    )
     assert set(keys) <= set(known)
 
 
