@@ -1,22 +1,16 @@
 """docs/usage.md on a real server: its commands in order, what they print, and the log's line."""
 
-import json
 import re
 import shutil
-import socket
-import subprocess
-import urllib.parse
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.docs.blocks import Command, blocks, shell_commands
+from tests.docs.blocks import Command, shell_commands
 from tests.docs.known import way_of
 from tests.engine.driver import ROOT
 from tests.engine.reader import Reader, form
+from tests.observability.prometheus import prometheus
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.vllm
@@ -83,35 +77,6 @@ def said(log: str, shown: str, name: str) -> bool:
     return any(plain(line).endswith(plain(shown)) for line in log.splitlines())
 
 
-@contextmanager
-def prometheus(config: str, folder: Path) -> Iterator[str]:
-    """A Prometheus with the guide's configuration; the address of its page."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    (folder / "prometheus.yml").write_text(config)
-    process = subprocess.Popen(
-        ["prometheus", "--config.file=prometheus.yml", f"--web.listen-address={address}"],
-        cwd=folder,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        yield address
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def drawn(page: str, expression: str) -> bool:
-    """Whether Prometheus has a value of it by now."""
-    query = urllib.parse.urlencode({"query": expression})
-    try:
-        with urllib.request.urlopen(f"http://{page}/api/v1/query?{query}", timeout=5) as answer:
-            return bool(json.load(answer)["data"]["result"])
-    except OSError:  # it does not serve yet
-        return False
-
-
 def test_from_nothing_to_a_dashboard(llama: Path, root: Path, tmp_path: Path) -> None:
     text = GUIDE.read_text()
     _, start, later = re.split(r"^## (?:From nothing|Hardware).*$", text, flags=re.M)
@@ -131,9 +96,8 @@ def test_from_nothing_to_a_dashboard(llama: Path, root: Path, tmp_path: Path) ->
             follow(reader, step, model)
         metrics = reader.run("curl -s localhost:8000/metrics")
         if shutil.which("prometheus"):
-            (config,) = [b.text for b in blocks(GUIDE) if b.text.startswith("scrape_configs:")]
-            with prometheus(config.replace("localhost:8000", reader.address), tmp_path) as page:
-                wait_until(lambda: drawn(page, "kvstrata_prefill_saved_net_seconds"))
+            with prometheus(tmp_path, [f"http://{reader.address}"]) as page:
+                wait_until(lambda: page.query("kvstrata_prefill_saved_net_seconds"))
         wait_until(lambda: reader.run(steps[again].text) and written(root))
     with reader.serving(serve):
         for step in steps[again:]:
