@@ -13,6 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kvstrata.offload.metering import names
 from tests.engine.driver import BLOCK, Server, connector, prompt, serving
+from tests.observability.prometheus import needs_prometheus
+from tests.observability.queries import answers, board_queries
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.vllm
@@ -153,3 +155,10 @@ def test_the_log_says_whether_it_pays(server: Server) -> None:
     assert re.search(line, text)
     line = r"kvstrata: in \d+ s [\d,]+ of [\d,]+ chunks were found \(primary \d+, fs \d+\)"
     assert re.search(line, text)
+
+
+@needs_prometheus
+def test_the_dashboard_is_filled(server: Server) -> None:
+    """All of it but what went wrong, which is nothing."""
+    rows = "Does it pay?", "Is each tier of the right size?", "How fast is it?"
+    answers(board_queries(*rows), f"http://127.0.0.1:{server.port}")
