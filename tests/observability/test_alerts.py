@@ -57,7 +57,7 @@ FS, PRIMARY = 'tier="fs"', 'tier="primary"'
 GAPS, AGES = "kvstrata_reuse_gap_seconds", "kvstrata_eviction_age_seconds"
 # Nothing is asked, since the engine started: a full disk and a full CPU tier are how it should be.
 IDLE: Values = {
-    'kvstrata_info{version="0.1.0",namespace="9a0e",hashing="sha256/1f"}': constant(1),
+    'kvstrata_info{version="0.1.0",kv_namespace="9a0e",hashing="sha256/1f"}': constant(1),
     **{
         f"kvstrata_tier_{state}{{{FS}}}": constant(0)
         for state in ("breaker_open", "stores_failing", "distrusted")

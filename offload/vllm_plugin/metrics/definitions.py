@@ -211,7 +211,7 @@ def metric_definitions() -> dict[str, OffloadingMetricMetadata]:
         INFO: gauge(
             "1; the version, the namespace's digest, and the hashing of prefixes (algorithm and a "
             "mark of its seed): servers that share pages have the same.",
-            ("version", "namespace", "hashing"),
+            ("version", "kv_namespace", "hashing"),
         ),
         OWN_COUNTS: count(
             "What a tier that is not kvstrata's counts of its own.", ("tier", "name")

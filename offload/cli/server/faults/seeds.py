@@ -16,7 +16,7 @@ def seeds(looks: Sequence[Look]) -> Iterator[Finding]:
         by_model[look.model].append(look)
     for model, theirs in by_model.items():
         hashing = _by_label(theirs, "hashing")
-        namespaces = _by_label([look for look in theirs if look.tiers()], "namespace")
+        namespaces = _by_label([look for look in theirs if look.tiers()], "kv_namespace")
         if len(hashing) > 1:
             yield Finding(
                 "hash seeds differ",

@@ -64,7 +64,7 @@ def started(
     metrics: Metrics, namespace: str = "9a0e0ab15cf5", hashing: str = "sha256:1f"
 ) -> Metrics:
     """An engine with a CPU tier of 64 GiB and a disk, before its first request."""
-    metrics.gauge(n.INFO, 1, version="0.1.0", namespace=namespace, hashing=hashing)
+    metrics.gauge(n.INFO, 1, version="0.1.0", kv_namespace=namespace, hashing=hashing)
     metrics.gauge("vllm:cache_config_info", 1, kv_cache_size_tokens="200000", block_size="16")
     metrics.gauge(n.CAPACITY_TOKENS, 64 * GIB // TOKEN)
     metrics.gauge(n.CAPACITY, 64 * GIB, tier="primary").gauge(n.CAPACITY, 1000 * GIB, tier="fs")

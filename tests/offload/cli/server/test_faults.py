@@ -64,7 +64,7 @@ def test_tiers_in_vllms_own_manager() -> None:
 
 def alone(cpu_tokens: int) -> Metrics:
     """A CPU tier without any other, before a GPU cache of 200,000 tokens."""
-    metrics = Metrics().gauge(n.INFO, 1, version="", namespace="", hashing="sha256:1f")
+    metrics = Metrics().gauge(n.INFO, 1, version="", kv_namespace="", hashing="sha256:1f")
     metrics.gauge("vllm:cache_config_info", 1, kv_cache_size_tokens="200000")
     metrics.gauge(n.CAPACITY_TOKENS, cpu_tokens)
     metrics.gauge(n.CAPACITY, cpu_tokens * TOKEN, tier="primary").gauge(n.SLOTS, 9, state="free")
@@ -358,7 +358,7 @@ def test_wishes_that_are_not_granted() -> None:
 
 def server(url: str, model: str = "llama", tier: str | None = "fs", **info: str) -> Look:
     metrics = Metrics(model)
-    labels = {"version": "0.1.0", "namespace": "a", "hashing": "sha256:1f", **info}
+    labels = {"version": "0.1.0", "kv_namespace": "a", "hashing": "sha256:1f", **info}
     metrics.gauge(n.INFO, 1, **labels)
     if tier is not None:
         metrics.gauge(n.PAGES, 1, tier=tier)
@@ -366,7 +366,7 @@ def server(url: str, model: str = "llama", tier: str | None = "fs", **info: str)
 
 
 def test_servers_that_hash_differently() -> None:
-    looks = [server("http://a"), server("http://b", hashing="xxhash:2e", namespace="b")]
+    looks = [server("http://a"), server("http://b", hashing="xxhash:2e", kv_namespace="b")]
     (found,) = seeds(looks)
     assert (found.fault, found.about, found.wrong) == ("hash seeds differ", "llama", True)
     says(found.found, "sha256:1f at http://a; xxhash:2e at http://b")
@@ -376,11 +376,11 @@ def test_servers_that_hash_differently() -> None:
 
 def test_servers_of_other_models_or_other_settings() -> None:
     assert list(seeds([server("http://a"), server("http://b", "qwen", hashing="x:1")])) == []
-    (found,) = seeds([server("http://a"), server("http://b", namespace="b")])
+    (found,) = seeds([server("http://a"), server("http://b", kv_namespace="b")])
     assert found.fault == "namespaces differ"
     says(found.found, "a at http://a; b at http://b")
     says(found.remedy, "--why")
-    none = [server("http://a", tier=None), server("http://b", tier=None, namespace="b")]
+    none = [server("http://a", tier=None), server("http://b", tier=None, kv_namespace="b")]
     assert list(seeds(none)) == [], "without a tier that servers share nothing is shared"
 
 
