@@ -20,19 +20,26 @@ def check_here(config: OffloadConfig, shm: Path = SHM) -> None:
     """
     check_size(config.cpu_bytes, shm)
     if config.record is not None:
-        _check_record(config.record)
+        check_record(config.record)
     for index, tier in enumerate(config.tiers):
         for path in tier.directories if tier.is_required else ():
             if why := refusal_by_look(path):
                 raise ConfigError(f"secondary_tiers[{index}]: {path!r} {why}")
 
 
-def _check_record(path: str) -> None:
+def check_record(path: str) -> None:
+    """Refuse a recording that cannot be made.
+
+    Raises:
+        ConfigError: naming the key, the value and the remedy.
+    """
     directory = os.path.dirname(path)
     if not os.path.isdir(directory):
         why = f"there is no directory {directory!r}; make it, or give a file in another"
     elif os.path.isdir(path):
         why = "it is a directory; give a file in it"
+    elif os.path.lexists(path) and not os.path.isfile(path):
+        why = "something is there that is no file; give another name"
     elif not os.access(directory, os.W_OK | os.X_OK, effective_ids=True):
         why = f"no file can be made in {directory!r}; let this user write there, or give another"
     else:

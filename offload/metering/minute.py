@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import NamedTuple
 
 from kvstrata.offload.metering.found import Takings
 from kvstrata.offload.metering.names import PRIMARY
@@ -12,41 +16,52 @@ from kvstrata.tiers.options import format_bytes
 logger = logging.getLogger("kvstrata")
 
 
+class Told(NamedTuple):
+    """What a line is made of.
+
+    Attributes:
+        takings: by tier, None for the primary one.
+        saved_s: seconds of prefill saved, net of waiting, in all; None if not known.
+        held: by tier's name, bytes that it holds, and may hold (0: no limit).
+    """
+
+    takings: Mapping[str | None, Takings]
+    saved_s: float | None
+    held: Mapping[str, tuple[float, float]]
+
+
 class MinuteLog:
     """Logs what requests found since the last line, what it saved, and what the tiers hold.
 
+    A thread of its own does, so that the end of a burst is told too, when no step follows it.
+
     Args:
         every_s: seconds between two lines; 0: none is logged.
+        ask: what there is to tell; on that thread.
         clock: seconds, monotonic.
     """
 
-    def __init__(self, every_s: float, clock: Callable[[], float]) -> None:
-        self._every_s = every_s
-        self._clock = clock
-        self._since: float | None = None
+    def __init__(
+        self, every_s: float, ask: Callable[[], Told], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._ask, self._clock = ask, clock
+        self._since = clock()
         self._queried = 0
         self._hits: dict[str | None, int] = {}
         self._saved = 0.0
+        self._stop = threading.Event()
+        if every_s:
+            self._every_s = every_s
+            threading.Thread(target=self._run, name="kvstrata-minute", daemon=True).start()
 
-    def look(
-        self,
-        takings: Mapping[str | None, Takings],
-        saved_s: float | None,
-        held: Mapping[str, tuple[float, float]],
-    ) -> None:
-        """Log the line if it is time, and something was looked for.
+    def close(self) -> None:
+        """Nothing more is logged."""
+        self._stop.set()
 
-        Args:
-            takings: by tier, None for the primary one.
-            saved_s: seconds of prefill saved, net of waiting, in all; None if not known.
-            held: by tier's name, bytes that it holds, and may hold (0: no limit).
-        """
-        now = self._clock()
-        if self._since is None:
-            self._since = now
-        seconds = now - self._since
-        if not self._every_s or seconds < self._every_s:
-            return
+    def look(self) -> None:
+        """Log a line, if anything was looked for since the last call."""
+        told, now = self._ask(), self._clock()
+        takings = told.takings
         queried = takings[None].query_chunks - self._queried
         if queried:
             found = {
@@ -54,20 +69,26 @@ class MinuteLog:
                 for name, each in takings.items()
             }
             tiers = ", ".join(f"{name} {hits:,}" for name, hits in found.items())
-            saved = "not known yet" if saved_s is None else f"{saved_s - self._saved:,.1f} s"
+            known = told.saved_s is not None
+            saved = f"{(told.saved_s or 0.0) - self._saved:,.1f} s" if known else "not known yet"
             logger.info(
                 "kvstrata: in %.0f s %s of %s chunks were found (%s); prefill saved, less waits: "
                 "%s; held: %s",
-                seconds,
+                now - self._since,
                 f"{sum(found.values()):,}",
                 f"{queried:,}",
                 tiers,
                 saved,
-                ", ".join(f"{name} {_size(*each)}" for name, each in held.items()),
+                ", ".join(f"{name} {_size(*each)}" for name, each in told.held.items()),
             )
         self._since, self._queried = now, takings[None].query_chunks
         self._hits = {name: each.hit_chunks for name, each in takings.items()}
-        self._saved = saved_s or 0.0
+        self._saved = told.saved_s or 0.0
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._every_s):
+            with suppress(RuntimeError):  # a table of the other thread's grew: the next time, then
+                self.look()
 
 
 def _size(nbytes: float, limit: float) -> str:

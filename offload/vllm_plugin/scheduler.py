@@ -35,7 +35,7 @@ from kvstrata.offload.audit.comparison import Elements
 from kvstrata.offload.config.offload_config import OffloadConfig
 from kvstrata.offload.finding.lookup import Answer
 from kvstrata.offload.manager import TieringManager
-from kvstrata.offload.metering.minute import MinuteLog
+from kvstrata.offload.metering.minute import MinuteLog, Told
 from kvstrata.offload.primary.region import Region, open_region
 from kvstrata.offload.primary.slots import Entry
 from kvstrata.offload.secondary.opening import TierOpener, usable_entries
@@ -95,7 +95,7 @@ class KVStrataScheduler(OffloadingManager):
         self._stats = stats or StatsReader()
         self._recorder = recorder
         self._next_stats = 0.0
-        self._minute = MinuteLog(log_interval_s, time.monotonic)
+        self._minute = MinuteLog(log_interval_s, self._tell_log)
         # The request that was last told to wait in this step. vLLM goes on to ask for all of its
         # prefix, step by step, and a million tokens may be 65,536 chunks.
         self._waiting: ReqContext | None = None
@@ -246,10 +246,13 @@ class KVStrataScheduler(OffloadingManager):
         self._next_stats = now + STATS_EVERY_S
         stats = self._stats.read(self._manager)
         told.add_stats(self._manager.links, stats)
+        return stats
+
+    def _tell_log(self) -> Told:
+        """What the line of the log is made of; on the log's thread."""
         manager = self._manager
         saved = manager.saved_net if manager.savings.seconds_per_token() else None
-        self._minute.look(manager.found.takings, saved, self._stats.held(manager))
-        return stats
+        return Told(manager.found.takings, saved, self._stats.held(manager))
 
     def config_info(self) -> Sequence[Labels]:
         """vLLM 0.33: the labels of `vllm:kv_offload_config_info`, asked for once."""
@@ -257,6 +260,7 @@ class KVStrataScheduler(OffloadingManager):
         return [{**by_name.get(str(each.get("tier")), {}), **each} for each in self._info()]
 
     def shutdown(self) -> None:
+        self._minute.close()
         self._manager.shutdown()
         if self._recorder is not None:
             self._recorder.close()

@@ -10,7 +10,7 @@ import pytest
 
 from kvstrata.kernels.bench.models import MODELS
 from kvstrata.offload.metering.found import Takings
-from kvstrata.offload.metering.minute import MinuteLog
+from kvstrata.offload.metering.minute import MinuteLog, Told
 from tests.docs.blocks import ROOT, blocks
 from tests.docs.test_deploy import DEPLOY, kubernetes
 
@@ -92,15 +92,13 @@ def test_the_log_has_these_words(words: str) -> None:
 
 def test_the_line_of_a_minute(caplog: pytest.LogCaptureFixture) -> None:
     now = [0.0]
-    log = MinuteLog(60.0, lambda: now[0])
     page, pages, slots = 720 * KIB, 186, 1454
     with caplog.at_level(logging.INFO, "kvstrata"):
-        nothing = {None: Takings(), "fs": Takings()}
-        log.look(nothing, 0.0, {})
-        now[0] = 60.0
-        found = {None: Takings(2 * pages, pages), "fs": Takings(pages, 0)}
+        found: dict[str | None, Takings] = {None: Takings(2 * pages, pages), "fs": Takings(pages)}
         held = {"primary": (pages * page, slots * page), "fs": (pages * page, 4 * GIB)}
-        log.look(found, 44.1, held)
+        log = MinuteLog(0.0, lambda: Told(found, 44.1, held), lambda: now[0])
+        now[0] = 60.0
+        log.look()
     assert caplog.messages[0] in TEXT
 
 

@@ -15,7 +15,7 @@ from kvstrata.offload.cli.doctor.machine import (
     check_storage,
 )
 from kvstrata.offload.config.offload_config import OffloadConfig, parse_config
-from kvstrata.offload.config.precheck import check_size
+from kvstrata.offload.config.precheck import check_record, check_size
 from kvstrata.offload.vllm_plugin.engine.early_check import SPEC_NAME
 from kvstrata.offload.vllm_plugin.entry_point import SPEC_MODULE
 from kvstrata.tiers.machine.memory import SHM
@@ -43,6 +43,8 @@ def examine_config(text: str) -> Iterator[Check]:
     for key, reason in config.without_effect.items():
         yield Check(key, WARNING, "does nothing here", reason)
     yield from _check_cpu_tier(config)
+    if config.record is not None:
+        yield _check_record(config.record)
     for tier in config.tiers:
         for path in tier.directories:
             yield Check(tier.name, OK, path)
@@ -102,6 +104,14 @@ def _check_pool(tier: TierEntry, cpu_bytes: int) -> Iterator[Check]:
     else:
         meaning = "fits beside the CPU tier"
         yield Check("pool memory", OK, format_bytes(given.max_bytes), meaning)
+
+
+def _check_record(path: str) -> Check:
+    try:
+        check_record(path)
+    except ConfigError as error:
+        return Check("record", PROBLEM, path, str(error))
+    return Check("record", OK, path)
 
 
 def _check_cpu_tier(config: OffloadConfig) -> Iterator[Check]:

@@ -88,6 +88,7 @@ def test_in_words(tmp_path: Path) -> None:
             "files",
             "cannot be made: '/dev/null' is not a directory",
         ),
+        ({**GOOD, "record": "/nosuch/requests"}, "record", "there is no directory '/nosuch'"),
     ],
 )
 def test_what_is_wrong(config: object, name: str, words: str) -> None:

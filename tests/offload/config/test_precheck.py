@@ -88,6 +88,8 @@ def test_a_recording_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.Mon
     check_here(recording(tmp_path / "requests"))
     with pytest.raises(ConfigError, match=r"record: '.*/a/b': there is no directory '.*/a'; make"):
         check_here(recording(tmp_path / "a" / "b"))
+    with pytest.raises(ConfigError, match=r"record: '/dev/full': something is there that is no f"):
+        check_here(recording(Path("/dev/full")))
     with pytest.raises(ConfigError, match=r"record: .*: it is a directory; give a file in it"):
         check_here(recording(tmp_path))
     monkeypatch.setattr(precheck.os, "access", lambda *_, **__: False)  # tests may be root's
