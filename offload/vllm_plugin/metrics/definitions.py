@@ -143,7 +143,11 @@ def metric_definitions() -> dict[str, OffloadingMetricMetadata]:
         MOVING_PAGES: gauge("Pages on their way from (read) or to (write) the tier.", _WAY),
         QUEUED_TASKS: gauge("Tasks that the tier's I/O processes have, or wait for them.", _WAY),
         LATENCY: gauge("Seconds until the tier begins to move a page, once measured.", _WAY),
-        BANDWIDTH: gauge("Bytes per second that the tier moves, once measured.", _WAY),
+        BANDWIDTH: gauge(
+            "Bytes per second that decisions reckon with, once measured; where jobs are small and "
+            "alike their latency is in it. What was moved in what time: the bytes by the seconds.",
+            _WAY,
+        ),
         PAGES: gauge("Pages that are in the tier, as far as this engine knows.", _TIER),
         BYTES: gauge("Bytes of these pages.", _TIER),
         CAPACITY: gauge(
