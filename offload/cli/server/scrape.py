@@ -32,14 +32,21 @@ class Histogram:
     Attributes:
         buckets: upper bounds in rising order, the last one infinite, and how many observations are
             at most that.
+        sum: of all observations.
     """
 
     buckets: tuple[tuple[float, float], ...] = ()
+    sum: float = 0.0
 
     @property
     def count(self) -> float:
         """How many observations."""
         return self.buckets[-1][1] if self.buckets else 0.0
+
+    @property
+    def mean(self) -> float:
+        """Of all observations, 0 of none."""
+        return self.sum / self.count if self.count else 0.0
 
     def quantile(self, share: float) -> float | None:
         """The value that `share` of the observations do not exceed, as Prometheus estimates it:
@@ -95,7 +102,7 @@ class Scrape:
         counts: defaultdict[float, float] = defaultdict(float)
         for each in self.matching(f"{name}_bucket", **labels):
             counts[float(each.labels["le"])] += each.value
-        return Histogram(tuple(sorted(counts.items())))
+        return Histogram(tuple(sorted(counts.items())), self.total(f"{name}_sum", **labels))
 
     def label(self, name: str, label: str) -> str:
         """A label of the metric's first series; empty where there is none."""

@@ -171,7 +171,7 @@ def test_a_disk_that_is_slower_than_computing() -> None:
     says(
         found.found,
         "4,096 tokens take 1.08 s to load",
-        "512.0 MiB, 2 ms of it before",
+        "512.0 MiB, 2 ms of it at any size",
         "512 ms to compute",
     )
     says(found.found, "20 requests computed what the tier had")
@@ -191,7 +191,20 @@ def test_load_or_recompute_is_proposed_where_it_is_off() -> None:
 def test_a_tier_of_which_the_latency_is_all() -> None:
     metrics = started(Metrics()).count(n.QUERY_CHUNKS, 9000, tier="primary")
     metrics.gauge(n.LATENCY, 2.5, tier="fs", direction="read").gauge(n.PREFILL_SPEED, 8000)
-    says(only(look(metrics, metrics), "slower than computing", "fs").found, "2.5 s of it before")
+    says(only(look(metrics, metrics), "slower than computing", "fs").found, "2.5 s of it at any")
+
+
+def test_latency_of_small_loads_is_not_taken_for_bandwidth() -> None:
+    """Loads of one size tell no line: by the engine's estimate 512 MiB would take two minutes."""
+    metrics = started(Metrics()).count(n.QUERY_CHUNKS, 9000, tier="primary")
+    metrics.gauge(n.BANDWIDTH, 4.5e6, tier="fs", direction="read").gauge(n.PREFILL_SPEED, 800)
+    metrics.gauge(n.LATENCY, 0.0, tier="fs", direction="read")
+    metrics.count(n.READ_BYTES, 180e6, tier="fs").count(n.READ_SECONDS, 1, tier="fs")
+    metrics.observe(n.PROMOTION_SECONDS, [0.02, 0.06], tier="fs")
+    assert judge(look(metrics, metrics)) == []
+    metrics.gauge(n.PREFILL_SPEED, 8000)
+    found = only(look(metrics, metrics), "slower than computing", "fs")
+    says(found.found, "take 3.02 s to load", "40 ms of it at any size")
 
 
 def test_deadlines_that_are_missed() -> None:
@@ -396,8 +409,9 @@ def test_only_metrics_and_labels_that_there_are_are_asked_for(
     real = Scrape.matching
 
     def matching(self: Scrape, name: str, **labels: str) -> object:
-        asked.add((name.removesuffix("_bucket"), ""))
-        asked.update((name.removesuffix("_bucket"), label) for label in labels)
+        family = name.removesuffix("_bucket").removesuffix("_sum")
+        asked.add((family, ""))
+        asked.update((family, label) for label in labels)
         return real(self, name, **labels)
 
     monkeypatch.setattr(Scrape, "matching", matching)
