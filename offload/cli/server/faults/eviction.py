@@ -88,14 +88,17 @@ def budget(look: Look) -> Iterator[Finding]:
 
 
 def _returns(look: Look, tier: str) -> _Returns | None:
-    """None where too few pages came again to tell anything, or hardly any of those that left."""
+    """None where too few pages came again to tell anything, or hardly any of those that left.
+
+    Where more came than were evicted, the tier lost pages otherwise, and its size is not why.
+    """
     gaps = look.after.histogram(REUSE_GAP, tier=tier)
     ages = look.after.histogram(EVICTION_AGE, tier=tier)
     evicted = look.total(EVICTED_PAGES, tier=tier)
     gap, late, age = gaps.quantile(0.5), gaps.quantile(0.75), ages.quantile(0.5)
     if gap is None or late is None or not age or min(gaps.count, ages.count) < LEAST_SEEN:
         return None
-    if gaps.count < _LEAST_SHARE * evicted:
+    if gaps.count < _LEAST_SHARE * evicted or gaps.count > evicted:
         return None
     return _Returns(evicted, gaps.count, gap, late, age)
 

@@ -120,6 +120,12 @@ def test_evictions_that_do_no_harm() -> None:
     assert judge(sick(returns("primary", 300.0, 15.0, number=2000))) == []
 
 
+@pytest.mark.parametrize("tier", ["primary", "fs"])
+def test_pages_that_were_lost_otherwise_tell_nothing_of_the_size(tier: str) -> None:
+    """As where a root was moved away: its pages come again, and none of them was evicted."""
+    assert judge(sick(returns(tier, 300.0, 15.0, number=100_000))) == []
+
+
 def test_a_budget_that_evicts_before_reuse() -> None:
     found = only(sick(returns("fs", 300.0, 15.0)), "budget evicts before reuse", "fs")
     says(found.found, "100,000 chunks were found in it")
