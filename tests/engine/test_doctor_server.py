@@ -66,7 +66,7 @@ def test_a_server_without_traffic_is_not_judged(thrashing: Server) -> None:
     assert (code, "too little traffic" in shown) == (0, True)
 
 
-def test_stored_in_vain_and_thrashing(thrashing: Server) -> None:
+def test_thrashing(thrashing: Server) -> None:
     """Prompts that are asked for in turn, and together are a little larger than the CPU tier."""
     thrashing.ask(prompt(0), max_tokens=1)
     fit = read(url(thrashing)).total(CAPACITY_TOKENS) / TOKENS
@@ -78,10 +78,9 @@ def test_stored_in_vain_and_thrashing(thrashing: Server) -> None:
     assert found.keys() >= {
         "thrashing, primary",
         "budget evicts before reuse, fs",
-        "hardly used, primary",
-        "hardly used, fs",
         "breaker, BrokenTier",
     }
+    assert not any(fault.startswith("hardly used") for fault in found)
     assert f"stores failed ({CAUSE})" in found["breaker, BrokenTier"]["found"]
     assert "cpu_bytes_to_use" in found["thrashing, primary"]["remedy"]
 

@@ -87,6 +87,12 @@ def budget(look: Look) -> Iterator[Finding]:
         )
 
 
+def come_again(look: Look, tier: str) -> bool:
+    """Whether many of the pages that left the tier were needed again."""
+    came = look.after.histogram(REUSE_GAP, tier=tier).count
+    return came >= max(LEAST_SEEN, _LEAST_SHARE * look.total(EVICTED_PAGES, tier=tier))
+
+
 def _returns(look: Look, tier: str) -> _Returns | None:
     """None where too few pages came again to tell anything, or hardly any of those that left.
 
@@ -96,9 +102,9 @@ def _returns(look: Look, tier: str) -> _Returns | None:
     ages = look.after.histogram(EVICTION_AGE, tier=tier)
     evicted = look.total(EVICTED_PAGES, tier=tier)
     gap, late, age = gaps.quantile(0.5), gaps.quantile(0.75), ages.quantile(0.5)
-    if gap is None or late is None or not age or min(gaps.count, ages.count) < LEAST_SEEN:
+    if gap is None or late is None or not age or ages.count < LEAST_SEEN:
         return None
-    if gaps.count < _LEAST_SHARE * evicted or gaps.count > evicted:
+    if not come_again(look, tier) or gaps.count > evicted:
         return None
     return _Returns(evicted, gaps.count, gap, late, age)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from kvstrata.offload.cli.server.faults.eviction import come_again
 from kvstrata.offload.cli.server.look import Finding, Look
 from kvstrata.offload.cli.server.words import share
 from kvstrata.offload.metering.names import (
@@ -22,12 +23,15 @@ _HARDLY = 0.02
 
 def unused(look: Look) -> Iterator[Finding]:
     """Judged once as much was stored as the tier may hold, or the CPU tier where that is no limit:
-    before that what was stored may still be read."""
+    before that what was stored may still be read. Where many evicted pages come again, prompts do
+    share beginnings, and the tier is too small for them or loses them."""
     limits = {tier: look.gauge(CAPACITY, tier=tier) for tier in (PRIMARY, *look.tiers())}
     for tier, limit in limits.items():
         room = limit or limits[PRIMARY]
         written, loaded = (look.total(name, tier=tier) for name in (WRITTEN_BYTES, READ_BYTES))
         if not room or written < room or loaded >= _HARDLY * written:
+            continue
+        if come_again(look, tier):
             continue
         if look.total(SHED_PAGES, tier=tier, reason="threshold"):
             remedy = "raise store_threshold, or make the tier smaller: its pages are not asked for"

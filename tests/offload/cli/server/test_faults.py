@@ -161,6 +161,20 @@ def test_much_is_stored_and_nothing_loaded(tier: str) -> None:
     assert judge(look(metrics, metrics)) == []
 
 
+@pytest.mark.parametrize(
+    ("tier", "fault"), [("primary", "thrashing"), ("fs", "budget evicts before reuse")]
+)
+def test_pages_that_are_evicted_before_they_can_be_loaded(tier: str, fault: str) -> None:
+    """The tier is too small: what is asked for again is no argument to store less of it."""
+    metrics = started(Metrics()).count(n.QUERY_CHUNKS, 9000, tier="primary")
+    metrics.count(n.WRITTEN_BYTES, 1100 * GIB, tier=tier)
+    metrics.count(n.EVICTED_PAGES, 1000, tier=tier)
+    returns(tier, 300.0, 15.0, number=900)(metrics)
+    only(look(metrics, metrics), fault, tier)
+    returns(tier, 300.0, 15.0, number=900)(metrics)
+    assert judge(look(metrics, metrics)) == [], "pages that were lost otherwise came again, too"
+
+
 def test_what_was_stored_may_still_be_read() -> None:
     metrics = started(Metrics()).count(n.QUERY_CHUNKS, 9000, tier="primary")
     metrics.count(n.WRITTEN_BYTES, 63 * GIB, tier="primary")
