@@ -58,7 +58,8 @@ def doctor(
     """Say what would work here, what not, and why; or what is wrong at a server that runs.
 
     Exits with 1 if kvstrata could not run at all, or not with files at PATH, the configuration or
-    the tier, or if something is wrong at a server; with 2 if that cannot be read.
+    the tier, or if something is wrong at a server; with 2 if that cannot be read or has
+    told nothing yet.
     """
     from dataclasses import asdict
 

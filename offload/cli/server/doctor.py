@@ -25,7 +25,8 @@ _WIDEST = 110  # columns: longer lines are hard to read
 def examine_servers(urls: Sequence[str], seconds: float, as_json: bool) -> NoReturn:
     """Read the servers' metrics twice, so many seconds apart, and print what is wrong.
 
-    Exits with 0 if nothing is, with 1 if something is, with 2 if a server cannot be read.
+    Exits with 0 if nothing is, with 1 if something is, with 2 if a server cannot be read
+    or has told nothing yet.
     """
     try:
         before = [read(url) for url in urls]
@@ -62,9 +63,13 @@ def examine_servers(urls: Sequence[str], seconds: float, as_json: bool) -> NoRet
 
 
 def _looks(before: Scrape, after: Scrape) -> Iterator[Look]:
-    """Both reads of each engine; one that was not there before had done nothing till then, and a
-    server of which none has told anything yet has done nothing at all."""
-    earlier, engines = before.by_engine(), after.by_engine() or {"0": after}
+    """Both reads of each engine; one that was not there before had done nothing till then."""
+    earlier, engines = before.by_engine(), after.by_engine()
+    if not engines:  # vLLM tells what connectors count only while it runs requests
+        raise ScrapeError(
+            f"{after.url} has told nothing of its tiers yet, so nothing can be judged: send it a "
+            "request, and ask again"
+        )
     for engine, now in engines.items():
         then = earlier.get(engine, Scrape(before.url, before.when, {}))
         yield Look(then, now, engine, len(engines))

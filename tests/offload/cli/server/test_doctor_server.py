@@ -35,14 +35,22 @@ def test_what_happens_between_the_reads_is_seen() -> None:
 
 
 def test_a_server_that_just_started() -> None:
-    """Nothing is told before the first request."""
+    with FakeServer(started(Metrics()).text()) as server:
+        shown = run("doctor", "--server", server.url, *NOW)
+    title, line = shown.splitlines()
+    assert title.endswith(": nothing is wrong")
+    assert line.startswith("  - too little traffic, engine: Requests needed 0 chunks")
+
+
+def test_before_the_first_request_nothing_is_judged() -> None:
     fresh = "# TYPE vllm:x gauge\n# TYPE kvstrata_info gauge\n"
-    for text in (fresh, started(Metrics()).text()):
-        with FakeServer(text) as server:
-            shown = run("doctor", "--server", server.url, *NOW)
-        title, line = shown.splitlines()
-        assert title.endswith(": nothing is wrong")
-        assert line.startswith("  - too little traffic, engine: Requests needed 0 chunks")
+    with FakeServer(fresh) as server:
+        code, out, err = outcome("doctor", "--server", server.url, *NOW)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"kvstrata: {server.url} has told nothing of its tiers yet")
+    assert "send it a request" in err
+    with FakeServer(fresh, started(Metrics()).text()) as server:
+        assert "too little traffic" in run("doctor", "--server", server.url, *NOW)
 
 
 def test_servers_that_cannot_share_and_engines_of_one() -> None:
