@@ -21,10 +21,8 @@ from kvstrata.tiers.options import format_bytes
 
 _PATIENCE_S = 2.0  # for an answer; quitting waits for the read that is under way
 _REMEMBERED = 120  # reads in a sparkline: four minutes of 2 s
-_COLUMNS = (
-    *("tier", "hits now", "hits", "read/s", "write/s", "holds", "of", "disk used", "disk free"),
-    "state",
-)
+# The state is where it is seen, and all fit into 80 columns where nothing is wrong.
+_COLUMNS = ("tier", "state", "hits", "now", "read/s", "write/s", "holds", "of", "used", "free")
 _LINES = ("tokens served a second", "hits now, %", "MB/s read", "MB/s written")
 
 
@@ -121,21 +119,22 @@ class Top(App[None]):
 def _cells(tier: TierFigures) -> tuple[str, ...]:
     return (
         printable(tier.name),
-        _percent(tier.hit_rate_now),
+        tier.state or "well",
         _percent(tier.hit_rate),
+        _percent(tier.hit_rate_now),
         _size(tier.read_rate),
         _size(tier.write_rate),
         _size(tier.held),
         "no limit" if tier.capacity == 0 else _size(tier.capacity),
         _size(tier.disk_used),
         _size(tier.disk_free),
-        tier.state or "well",
     )
 
 
 def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f} %"
+    return "-" if share is None else f"{100 * share:.0f} %"
 
 
 def _size(nbytes: float | None) -> str:
-    return "-" if nbytes is None else format_bytes(int(nbytes))
+    """`174.0M` for 174.0 MiB."""
+    return "-" if nbytes is None else format_bytes(int(nbytes)).replace(" ", "").removesuffix("iB")

@@ -71,9 +71,11 @@ def test_engines_have_a_cpu_tier_each_and_share_the_disk() -> None:
 # ---- the screen ----
 
 
-def on_screen(app: Top, use: Callable[[Pilot[None]], Coroutine[None, None, None]]) -> None:
+def on_screen(
+    app: Top, use: Callable[[Pilot[None]], Coroutine[None, None, None]], columns: int = 140
+) -> None:
     async def run() -> None:
-        async with app.run_test(size=(140, 40)) as pilot:
+        async with app.run_test(size=(columns, 40)) as pilot:
             await use(pilot)
 
     asyncio.run(run())
@@ -102,12 +104,12 @@ def test_the_screen() -> None:
 
         async def use(pilot: Pilot[None]) -> None:
             assert text_of(app, "#server") == server.url
-            assert cells(app)[1][:3] == ["fs", "-", "50.0 %"], "before the second read"
+            assert cells(app)[1][:4] == ["fs", "well", "50 %", "-"], "before the second read"
             await until(pilot, lambda: app.query_one("#line-0", Sparkline).data)
             await until(pilot, lambda: "6,408,800 tokens served" in text_of(app, "#summary"))
             primary, fs = cells(app)
-            assert primary[0] == "primary" and primary[5:7] == ["60.0 GiB", "64.0 GiB"]
-            assert fs[5:] == ["60.0 GiB", "1000.0 GiB", "500.0 GiB", "900.0 GiB", "well"]
+            assert primary[0] == "primary" and primary[6:8] == ["60.0G", "64.0G"]
+            assert fs[6:] == ["60.0G", "1000.0G", "500.0G", "900.0G"]
             assert "saved net 12.7 min" in text_of(app, "#summary")
             history = app.query_one("#line-1", Sparkline).data
             assert history is not None and 55 in map(round, history), (
@@ -120,6 +122,24 @@ def test_the_screen() -> None:
     assert app.return_code == 0
 
 
+@pytest.mark.parametrize("state", ["well", "distrusted, stores fail"])
+def test_in_80_columns(state: str) -> None:
+    """All is seen where nothing is wrong, and what is wrong is always."""
+    sick = healthy()
+    for name in (n.DISTRUSTED, n.STORES_FAILING):
+        sick.gauge(name, state != "well", tier="fs")
+    app = Top(sick.scrape(), 60)
+
+    async def use(pilot: Pilot[None]) -> None:
+        await pilot.pause()
+        assert cells(app)[1][:2] == ["fs", state]
+        table = app.query_one(DataTable)
+        columns = [column.get_render_width(table) for column in table.ordered_columns]
+        assert sum(columns if state == "well" else columns[:2]) <= 80
+
+    on_screen(app, use, columns=80)
+
+
 def test_a_server_that_goes_away_and_comes_back() -> None:
     with FakeServer(healthy().text()) as server:
         app = Top(read(server.url), 0.02)
@@ -130,8 +150,8 @@ def test_a_server_that_goes_away_and_comes_back() -> None:
         assert len(cells(app)) == 2, "what was seen stays"
         with FakeServer(started(Metrics()).text(), port=server.port):
             await until(pilot, lambda: text_of(app, "#server") == server.url)
-            assert cells(app)[1][2] == "-", "it was restarted"
-            assert all(not tier.startswith("-") for tier in cells(app)[1][3:5])
+            assert cells(app)[1][2:4] == ["-", "-"], "it was restarted"
+            assert all(not tier.startswith("-") for tier in cells(app)[1][4:6])
 
     on_screen(app, use)
 
