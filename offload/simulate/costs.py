@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from kvstrata.offload.simulate.results import Result
-from kvstrata.offload.simulate.setup import FS
-from kvstrata.tiers.options import WrongValue, parse_bytes
+from kvstrata.offload.simulate.setup import FS, Setup
+from kvstrata.tiers.options import ConfigError, WrongValue, parse_bytes
 
 TIERS = ("cpu", FS)
 WARRANTY_DAYS = 5 * 365  # for which the makers of SSDs promise the terabytes written
@@ -22,10 +22,33 @@ class Prices:
 
     per_byte: Mapping[str, float]
 
+    def check(self, setups: Iterable[Setup]) -> None:
+        """That each of these has a price.
+
+        Raises:
+            ConfigError: one has a tier without a price or without a size.
+        """
+        for setup in setups:
+            for tier in _sizes(setup).keys() - self.per_byte.keys():
+                raise ConfigError(
+                    f"--price: that of {tier} is missing, which {setup.name!r} has; give "
+                    f"{tier}=PRICE too"
+                )
+            if setup.disk_bytes == 0:
+                raise ConfigError(
+                    f"--price: {FS} of {setup.name!r} has no size; give it max_bytes, or leave "
+                    "--price out"
+                )
+
     def of(self, result: Result) -> float:
         """What the tiers of a configuration cost."""
-        sizes = {"cpu": result.setup.config.cpu_bytes, FS: result.setup.disk_bytes or 0}
-        return sum(sizes[tier] * price for tier, price in self.per_byte.items())
+        return sum(size * self.per_byte[tier] for tier, size in _sizes(result.setup).items())
+
+
+def _sizes(setup: Setup) -> Mapping[str, int]:
+    """Bytes of each tier that there is."""
+    cpu, disk = setup.config.cpu_bytes, setup.disk_bytes
+    return {"cpu": cpu} if disk is None else {"cpu": cpu, FS: disk}
 
 
 def parse_price(tier: str, text: str) -> float:

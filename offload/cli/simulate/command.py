@@ -107,6 +107,7 @@ def simulate(
         if price is not None:
             each = pairs("--price", price, TIERS)
             prices = Prices({tier: parse_price(tier, text) for tier, text in each.items()})
+            prices.check(setup for setup, _ in setups)
         if target_hit_rate is not None or target_ttft is not None:
             target = Target(target_hit_rate, target_ttft)
             if prices is None:

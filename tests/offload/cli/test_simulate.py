@@ -15,6 +15,7 @@ TIERED = (
     '{"cpu_bytes_to_use": "1GiB", "eviction_policy": "lru", "store_threshold": 2, '
     '"secondary_tiers": [{"type": "fs", "root_dir": "/mnt/kv", "max_bytes": "40GiB"}]}'
 )
+ENDLESS = '{"cpu_bytes_to_use": "1GiB", "secondary_tiers": [{"type": "fs"}]}'
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +114,9 @@ def test_speeds_and_servers_count(trace: str) -> None:
         (("--sweep", "cpu=1MiB"), "is less than one page takes"),
         (("--sweep", "cpu=8GiB", "--policies", "mru"), "eviction_policy: 'mru' is wrong"),
         (("--sweep", "cpu=8GiB", "--price", "cpu=4"), "price of cpu: '4' is wrong"),
+        (("--config", TIERED, "--price", "cpu=4/GiB"), "--price: that of fs is missing"),
+        (("--sweep", "cpu=8GiB,fs=0..1TiB", "--price", "fs=4/GiB"), "that of cpu is missing"),
+        (("--config", ENDLESS, "--price", "cpu=4/GiB,fs=1/GiB"), "has no size; give it max_bytes"),
         (("--sweep", "cpu=8GiB", "--target-ttft", "1"), "give --price too"),
         (("--sweep", "cpu=8GiB", "--speed", "prefil=1"), "did you mean 'prefill'?"),
         (("--sweep", "cpu=8GiB", "--speed", "prefill=fast"), "prefill: 'fast' is wrong"),
