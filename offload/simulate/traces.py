@@ -56,12 +56,14 @@ class Trace:
         tokens_per_chunk: of each key.
         bytes_per_chunk: of each page; None where the trace does not say.
         model: whose requests these are, "" where the trace does not say.
+        cut_line: the number of the last line, where that was cut and is left out.
     """
 
     requests: Sequence[Request]
     tokens_per_chunk: int
     bytes_per_chunk: int | None = None
     model: str = ""
+    cut_line: int | None = None
 
     @property
     def chunks(self) -> int:
@@ -91,12 +93,13 @@ def read_trace(path: str, tokens_per_chunk: int | None = None) -> Trace:
 
 
 def parse_trace(name: str, lines: Iterable[str], tokens_per_chunk: int | None = None) -> Trace:
-    """As `read_trace`, from lines; `name` stands for the file in errors.
+    """As `read_trace`, from lines as a file has them; `name` stands for the file in errors.
 
     Raises:
         TraceError: see there.
     """
-    rows = _rows(name, lines)
+    read = _Rows(name, lines)
+    rows = iter(read)
     first = next(rows, None)
     if first is None:
         raise TraceError(f"{name}: there is no request in it; give a trace, one JSON object a line")
@@ -128,6 +131,7 @@ def parse_trace(name: str, lines: Iterable[str], tokens_per_chunk: int | None = 
         tokens * joined,
         None if nbytes is None else nbytes * joined,
         str(header.get("model", "")),
+        read.cut_line,
     )
 
 
@@ -154,18 +158,28 @@ class _Keys:
         return keys
 
 
-def _rows(name: str, lines: Iterable[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+class _Rows:
     """Number and object of each line that is not empty."""
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            raise _wrong(name, number, "it is no JSON", "one JSON object a line") from None
-        if not isinstance(row, dict):
-            raise _wrong(name, number, "it is no object", "one JSON object a line")
-        yield number, row
+
+    def __init__(self, name: str, lines: Iterable[str]) -> None:
+        self._name, self._lines = name, lines
+        self.cut_line: int | None = None
+
+    def __iter__(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        for number, line in enumerate(self._lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                if number > 1 and not line.endswith("\n"):  # whoever wrote it was stopped there
+                    self.cut_line = number
+                    return
+                wrong = _wrong(self._name, number, "it is no JSON", "one JSON object a line")
+                raise wrong from None
+            if not isinstance(row, dict):
+                raise _wrong(self._name, number, "it is no object", "one JSON object a line")
+            yield number, row
 
 
 def _header(name: str, number: int, head: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -113,6 +113,9 @@ def simulate(
             if prices is None:
                 raise ConfigError("a target is given, but not what tiers cost; give --price too")
         requests = read_trace(trace, tokens_per_chunk)
+        if requests.cut_line is not None:
+            note = f"line {requests.cut_line}, the last, is cut; it is left out"
+            typer.echo(f"kvstrata: {trace!r}: {note}", err=True)
         engine = options.engine(requests, bytes_per_token, gpu, servers, options.speeds(speed))
         with state_bar("replaying") as say:
             results = [_replay(requests, *setup, engine, say) for setup in setups]

@@ -138,6 +138,14 @@ def test_a_file_that_is_no_trace(tmp_path: Path) -> None:
     assert shown.exit_code == 2 and "wrong.jsonl: line 1: it is no JSON" in shown.stderr
 
 
+def test_a_last_line_that_was_cut_is_noted(trace: str, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.jsonl"
+    cut.write_text(f'{Path(trace).read_text()}\n{{"timestamp": 1')
+    shown = run(str(cut), "--config", LARGE)
+    assert shown.exit_code == 0 and shown.stdout == run(trace, "--config", LARGE).stdout
+    assert "the last, is cut; it is left out" in shown.stderr and shown.stderr.count("\n") == 1
+
+
 def test_a_recording_says_how_large_pages_are(tmp_path: Path) -> None:
     header = {"kvstrata_recording": 1, "tokens_per_chunk": 16, "bytes_per_chunk": 1 << 20}
     row = {"timestamp": 0, "input_length": 40, "output_length": 1, "hash_ids": ["a1", "b2"]}

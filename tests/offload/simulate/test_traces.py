@@ -84,9 +84,19 @@ def test_lines_may_be_out_of_order() -> None:
 )
 def test_a_wrong_line_is_named(wrong: str, said: str) -> None:
     with pytest.raises(TraceError) as caught:
-        parse_trace("a.jsonl", [line([1], 512), "", wrong])
+        parse_trace("a.jsonl", [line([1], 512), "", f"{wrong}\n"])
     assert f"a.jsonl: line 3: {said}" in str(caught.value)
     assert "; give " in str(caught.value)
+
+
+def test_a_last_line_that_was_cut_is_left_out() -> None:
+    whole = f"{line([1], 512)}\n"
+    cut = parse_trace("a.jsonl", [whole, whole, whole[:40]])
+    assert (len(cut.requests), cut.cut_line) == (2, 3)
+    # with no newline at its end, and yet whole
+    assert parse_trace("a.jsonl", [whole, whole.rstrip()]).cut_line is None
+    with pytest.raises(TraceError, match="line 1: it is no JSON"):
+        parse_trace("a.jsonl", ["no trace at all"])
 
 
 @pytest.mark.parametrize(
