@@ -236,7 +236,8 @@ def _request(
 def _count(name: str, number: int, row: Mapping[str, Any], key: str, *, least: int) -> int:
     value = row.get(key)
     if type(value) is not int or not least <= value < _MOST_TOKENS:
-        raise _wrong(name, number, f"{key}: {_short(value)}", f"a number of at least {least}")
+        remedy = f"a whole number from {least} to {_MOST_TOKENS - 1:,}"
+        raise _wrong(name, number, f"{key}: {_short(value)}", remedy)
     return value
 
 

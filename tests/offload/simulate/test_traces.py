@@ -74,8 +74,16 @@ def test_lines_may_be_out_of_order() -> None:
         ("{", "it is no JSON"),
         ("[1]", "it is no object"),
         (line([1], 0), "input_length: 0"),
+        (
+            line([1], 10**12),
+            "input_length: 1000000000000; give a whole number from 1 to 2,147,483,647",
+        ),
         (line([1], 512).replace("512", '"512"'), "input_length: '512'"),
         (line([1], 512).replace('"output_length": 5, ', ""), "output_length: None"),
+        (
+            line([1], 512, output_length=10**12),
+            "output_length: 1000000000000; give a whole number from 0 to 2,147,483,647",
+        ),
         (line([1], 512, -1), "timestamp: -1"),
         (line([1], 512).replace('"timestamp": 0', '"timestamp": NaN'), "timestamp: nan"),
         (line([1.5], 512), "hash_ids: [1.5]"),
