@@ -10,11 +10,12 @@ Three forms are read, one JSON object a line; which one it is, its first line sa
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, TextIO
 
 import msgspec
 
@@ -24,6 +25,7 @@ from kvstrata.tiers.options import ConfigError
 
 MOONCAKE_TOKENS, BAILIAN_TOKENS = 512, 16  # of a hash
 _MOST_TOKENS = 2**31
+_GZIP = b"\x1f\x8b"  # begins a file that gzip packed
 
 
 class TraceError(ConfigError):
@@ -88,8 +90,27 @@ def read_trace(path: str, tokens_per_chunk: int | None = None) -> Trace:
         TraceError: the file is no trace; names it, the line and what is wrong.
         OSError: it cannot be read.
     """
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with open_trace(path) as file:
         return parse_trace(path, file, tokens_per_chunk)
+
+
+def open_trace(path: str) -> TextIO:
+    """The lines of a trace, which may be a pipe: it is opened once.
+
+    Raises:
+        TraceError: it is packed.
+        OSError: it cannot be read.
+    """
+    file = open(path, "rb")  # noqa: SIM115
+    try:
+        packed = file.peek(len(_GZIP)).startswith(_GZIP)
+    except OSError:
+        file.close()
+        raise
+    if packed:
+        file.close()
+        raise TraceError(f"{path}: it is packed; give the file that gunzip makes of it")
+    return io.TextIOWrapper(file, encoding="utf-8", errors="replace")
 
 
 def parse_trace(name: str, lines: Iterable[str], tokens_per_chunk: int | None = None) -> Trace:

@@ -96,26 +96,29 @@ def simulate(
     from kvstrata.offload.simulate.costs import TIERS, Prices, parse_endurance, parse_price
     from kvstrata.offload.simulate.setup import parse_setup
     from kvstrata.offload.simulate.sweep import Target, pairs
-    from kvstrata.offload.simulate.traces import read_trace
+    from kvstrata.offload.simulate.traces import open_trace, parse_trace
     from kvstrata.tiers.options import ConfigError
 
     try:
-        given = list(options.configs(config or [], sweep, policies))
-        setups = [(parse_setup(extra), best) for extra, best in given]
-        per_day = None if endurance is None else parse_endurance(endurance)
-        prices = target = None
-        if price is not None:
-            each = pairs("--price", price, TIERS)
-            prices = Prices({tier: parse_price(tier, text) for tier, text in each.items()})
-            prices.check(setup for setup, _ in setups)
-        if target_hit_rate is not None or target_ttft is not None:
-            target = Target(target_hit_rate, target_ttft)
-            if prices is None:
-                raise ConfigError("a target is given, but not what tiers cost; give --price too")
-        requests = read_trace(trace, tokens_per_chunk)
-        if requests.cut_line is not None:
-            note = f"line {requests.cut_line}, the last, is cut; it is left out"
-            typer.echo(f"kvstrata: {trace!r}: {note}", err=True)
+        with open_trace(trace) as lines:  # a wrong path is said before all else
+            given = list(options.configs(config or [], sweep, policies))
+            setups = [(parse_setup(extra), best) for extra, best in given]
+            per_day = None if endurance is None else parse_endurance(endurance)
+            prices = target = None
+            if price is not None:
+                each = pairs("--price", price, TIERS)
+                prices = Prices({tier: parse_price(tier, text) for tier, text in each.items()})
+                prices.check(setup for setup, _ in setups)
+            if target_hit_rate is not None or target_ttft is not None:
+                target = Target(target_hit_rate, target_ttft)
+                if prices is None:
+                    raise ConfigError(
+                        "a target is given, but not what tiers cost; give --price too"
+                    )
+            requests = parse_trace(trace, lines, tokens_per_chunk)
+            if requests.cut_line is not None:
+                note = f"line {requests.cut_line}, the last, is cut; it is left out"
+                typer.echo(f"kvstrata: {trace!r}: {note}", err=True)
         engine = options.engine(requests, bytes_per_token, gpu, servers, options.speeds(speed))
         with state_bar("replaying") as say:
             results = [_replay(requests, *setup, engine, say) for setup in setups]

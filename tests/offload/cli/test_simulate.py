@@ -1,5 +1,6 @@
 """`kvstrata simulate`: from options to a table, or JSON."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -131,7 +132,14 @@ def test_a_mistake_is_one_clear_error(trace: str, arguments: tuple[str, ...], sa
 
 
 def test_a_file_that_is_no_trace(tmp_path: Path) -> None:
-    assert "No such file" in run(str(tmp_path / "none"), "--sweep", "cpu=8GiB").stderr
+    for more in (("--sweep", "cpu=8GiB"), ()):
+        assert "No such file" in run(str(tmp_path / "none"), *more).stderr
+    assert "Is a directory" in run(str(tmp_path)).stderr
+    packed = tmp_path / "trace.jsonl.gz"
+    packed.write_bytes(gzip.compress(b"{}"))
+    assert (
+        "trace.jsonl.gz: it is packed; give the file that gunzip makes" in run(str(packed)).stderr
+    )
     wrong = tmp_path / "wrong.jsonl"
     wrong.write_text("no\n")
     shown = run(str(wrong), "--sweep", "cpu=8GiB")
