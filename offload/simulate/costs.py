@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from kvstrata.offload.simulate.results import Result
-from kvstrata.offload.simulate.setup import FS, Setup
+from kvstrata.offload.simulate.setup import FS, Setup, parse_size
 from kvstrata.tiers.options import ConfigError, WrongValue, parse_bytes
 
 TIERS = ("cpu", FS)
@@ -72,5 +72,7 @@ def parse_endurance(text: str) -> float:
     """
     match = _DWPD.fullmatch(text.strip())
     if match is not None:
-        return float(match[1]) * parse_bytes("endurance", match[2])
-    return parse_bytes("endurance", text) / WARRANTY_DAYS
+        if not float(match[1]):
+            raise WrongValue("endurance", text, "drive writes a day that are more than 0")
+        return float(match[1]) * parse_size("endurance", match[2])
+    return parse_size("endurance", text) / WARRANTY_DAYS

@@ -105,6 +105,18 @@ class Setup:
         return self.config.cpu_bytes // page
 
 
+def parse_size(key: str, text: str, *, zero: bool = False) -> int:
+    """As `parse_bytes`, but a number without a unit, which nobody means as bytes, is refused.
+
+    Raises:
+        TierConfigError: it is no size, or has no unit.
+    """
+    nbytes = parse_bytes(key, text, zero=zero)
+    if nbytes and not text.strip()[-1].isalpha():
+        raise WrongValue(key, text, f'a unit too, such as "{text.strip()}GB"')
+    return nbytes
+
+
 def parse_setup(extra: Mapping[str, Any]) -> Setup:
     """A setup from a `kv_connector_extra_config`.
 

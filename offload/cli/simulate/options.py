@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from kvstrata.offload.simulate.s3_fifo import NAME
-from kvstrata.offload.simulate.setup import Engine, Speeds, sized
+from kvstrata.offload.simulate.setup import Engine, Speeds, parse_size, sized
 from kvstrata.offload.simulate.sweep import grid, pairs
 from kvstrata.offload.simulate.traces import Trace
 from kvstrata.tiers.options import ConfigError, WrongValue, parse_bytes, parse_number
@@ -73,7 +73,7 @@ def engine(
             "--bytes-per-token is missing: give what the model's KV cache takes for a token, for "
             'example "128KiB" (2 x layers x KV heads x head size x bytes of a number)'
         )
-    gpu_bytes = 0 if gpu is None else parse_bytes("--gpu", gpu, zero=True)
+    gpu_bytes = 0 if gpu is None else parse_size("--gpu", gpu, zero=True)
     return Engine(trace.tokens_per_chunk, nbytes, gpu_bytes, servers, speeds)
 
 
@@ -88,7 +88,7 @@ def speeds(text: str | None) -> Speeds:
         return speeds
     for name, value in pairs("--speed", text, [each.name for each in fields(Speeds)]).items():
         if name in ("gpu", "read", "write"):
-            number = float(parse_bytes(name, value))
+            number = float(parse_size(name, value))
         else:
             number = parse_number(name, _number(value), most=1e9, zero=name == "latency")
         speeds = replace(speeds, **{name: number})

@@ -121,6 +121,8 @@ def test_speeds_and_servers_count(trace: str) -> None:
         (("--sweep", "cpu=8GiB", "--target-ttft", "1"), "give --price too"),
         (("--sweep", "cpu=8GiB", "--speed", "prefil=1"), "did you mean 'prefill'?"),
         (("--sweep", "cpu=8GiB", "--speed", "prefill=fast"), "prefill: 'fast' is wrong"),
+        (("--sweep", "cpu=8GiB", "--speed", "gpu=25"), "gpu: '25' is wrong; give a unit too"),
+        (("--sweep", "cpu=8GiB", "--gpu", "24"), "--gpu: '24' is wrong; give a unit too"),
         (("--sweep", "cpu=8GiB", "--tokens-per-chunk", "500"), "give a multiple of 512"),
     ],
 )

@@ -95,8 +95,14 @@ def test_endurance_is_what_may_be_written_each_day() -> None:
     assert parse_endurance("7PB") == 7e15 / (5 * 365)
     assert parse_endurance("1x3.84TB") == 3.84e12
     assert parse_endurance("0.5 x 2TB") == 1e12
-    with pytest.raises(ConfigError, match="endurance: 'long' is not a size"):
-        parse_endurance("long")
+    for wrong, said in (
+        ("long", "endurance: 'long' is not a size"),
+        ("0x3TB", "endurance: '0x3TB' is wrong; give drive writes a day that are more than 0"),
+        ("7", "endurance: '7' is wrong; give a unit too, such as \"7GB\""),
+        ("1x3.84", "endurance: '3.84' is wrong; give a unit too"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            parse_endurance(wrong)
 
 
 def test_the_cheapest_that_is_good_enough() -> None:
