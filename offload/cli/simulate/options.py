@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
+from kvstrata.offload.primary.eviction.policies import BUILT_IN
 from kvstrata.offload.simulate.s3_fifo import NAME
 from kvstrata.offload.simulate.setup import Engine, Speeds, parse_size, sized
 from kvstrata.offload.simulate.sweep import grid, pairs
 from kvstrata.offload.simulate.traces import Trace
-from kvstrata.tiers.options import ConfigError, WrongValue, parse_bytes, parse_number
+from kvstrata.tiers.options import ConfigError, WrongValue, nearest, parse_bytes, parse_number
 
 OPTIMUM, S3_FIFO = "optimum", "s3-fifo"  # policies that no engine has
 
@@ -52,6 +53,10 @@ def _object(text: str) -> Mapping[str, Any]:
 
 
 def _with_policy(extra: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    known = (*BUILT_IN, S3_FIFO, OPTIMUM)
+    if name not in known and ":" not in name and "cache_policy_module_path" not in extra:
+        names = f"some of {', '.join(known)}{nearest(name, known)}"
+        raise WrongValue("--policies", name, f'{names}, or "package.module:Class" for your own')
     if name == OPTIMUM:
         return extra
     return {**extra, "eviction_policy": NAME if name == S3_FIFO else name}

@@ -11,7 +11,7 @@ from kvstrata.offload.primary.eviction.policy import LRU, EvictionPolicy
 from kvstrata.tiers.options import ConfigError, WrongValue, nearest
 from kvstrata.tiers.registry import derives_from, import_named
 
-_BUILT_IN: Mapping[str, type[EvictionPolicy]] = {"auto": Auto, "lru": LRU, "arc": ARC}
+BUILT_IN: Mapping[str, type[EvictionPolicy]] = {"auto": Auto, "lru": LRU, "arc": ARC}
 _STOCK_BASE = ("vllm.v1.kv_offload.cpu.policies.base", "CachePolicy")
 
 
@@ -25,7 +25,7 @@ def named_policy(name: object, module: object) -> tuple[str, str]:
     Raises:
         ConfigError: there is no such policy; names the key, the value and the remedy.
     """
-    if module is None or (isinstance(name, str) and name in _BUILT_IN):
+    if module is None or (isinstance(name, str) and name in BUILT_IN):
         policy_class(name)
         return str(name), ""
     if not isinstance(module, str) or not module:
@@ -46,13 +46,13 @@ def policy_class(name: object) -> type[EvictionPolicy]:
     Raises:
         ConfigError: there is no such policy; names the key, the value and the remedy.
     """
-    found = _BUILT_IN.get(name) if isinstance(name, str) else None
+    found = BUILT_IN.get(name) if isinstance(name, str) else None
     if found is not None:
         return found
     wrong = f"eviction_policy: {name!r}"
     module, _, attribute = name.partition(":") if isinstance(name, str) else ("", "", "")
     if not module or not attribute:
-        known = f"one of {', '.join(_BUILT_IN)}{nearest(name, _BUILT_IN)}"
+        known = f"one of {', '.join(BUILT_IN)}{nearest(name, BUILT_IN)}"
         known += ', or "package.module:Class" for your own'
         raise WrongValue("eviction_policy", name, known)
     imported = import_named(wrong, module, attribute)

@@ -113,7 +113,10 @@ def test_speeds_and_servers_count(trace: str) -> None:
         (("--config", '{"cpu_bytes_to_use": "1GiB", "evict": 1}'), "unknown key 'evict'"),
         (("--config", LARGE, "--config", TIERED, "--sweep", "fs=0"), "give one --config at most"),
         (("--sweep", "cpu=1MiB"), "is less than one page takes"),
-        (("--sweep", "cpu=8GiB", "--policies", "mru"), "eviction_policy: 'mru' is wrong"),
+        (
+            ("--sweep", "cpu=8GiB", "--policies", "lru,belady"),
+            "--policies: 'belady' is wrong; give some of auto, lru, arc, s3-fifo, optimum, or",
+        ),
         (("--sweep", "cpu=8GiB", "--price", "cpu=4"), "price of cpu: '4' is wrong"),
         (("--config", TIERED, "--price", "cpu=4/GiB"), "--price: that of fs is missing"),
         (("--sweep", "cpu=8GiB,fs=0..1TiB", "--price", "fs=4/GiB"), "that of cpu is missing"),
