@@ -92,7 +92,7 @@ def simulate(
     """
     from kvstrata.offload.cli.simulate import options
     from kvstrata.offload.cli.simulate.report import Report
-    from kvstrata.offload.simulate.chart import draw
+    from kvstrata.offload.simulate import chart as charts
     from kvstrata.offload.simulate.costs import TIERS, Prices, parse_endurance, parse_price
     from kvstrata.offload.simulate.setup import parse_setup
     from kvstrata.offload.simulate.sweep import Target, pairs
@@ -104,6 +104,8 @@ def simulate(
             given = list(options.configs(config or [], sweep, policies))
             setups = [(parse_setup(extra), best) for extra, best in given]
             per_day = None if endurance is None else parse_endurance(endurance)
+            if chart is not None:
+                charts.check(chart)
             prices = target = None
             if price is not None:
                 each = pairs("--price", price, TIERS)
@@ -122,14 +124,17 @@ def simulate(
         engine = options.engine(requests, bytes_per_token, gpu, servers, options.speeds(speed))
         with state_bar("replaying") as say:
             results = [_replay(requests, *setup, engine, say) for setup in setups]
-        if chart is not None:
-            draw(results, chart)
     except ConfigError as error:
         refuse(str(error))
     except OSError as error:
         fail(str(error.filename or trace), error)
     report = Report(requests, prices, per_day, target)
     (report.print_json if as_json else report.show)(results)
+    if chart is not None:
+        try:
+            charts.draw(results, chart)
+        except OSError as error:
+            fail(chart, error)
 
 
 def _replay(trace: Trace, setup: Setup, best: bool, engine: Engine, say: _Say) -> Result:

@@ -1,5 +1,6 @@
 """`kvstrata simulate`: from options to a table, or JSON."""
 
+import errno
 import gzip
 import json
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from kvstrata.offload.cli.main import app
+from kvstrata.offload.simulate import chart
 from kvstrata.offload.simulate.generate import MOONCAKE, Chats, generate
 from kvstrata.offload.simulate.generate import main as print_trace
 
@@ -91,6 +93,23 @@ def test_a_curve_is_drawn(trace: str, tmp_path: Path) -> None:
     shown = run(trace, "--sweep", "cpu=1GiB..4GiB", "--chart", str(path))
     assert shown.exit_code == 0, shown.output
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_curve_that_cannot_be_drawn_is_said_first(
+    trace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    wrong = run(trace, "--sweep", "cpu=1MiB", "--chart", str(tmp_path / "none/curve.png"))
+    # not that no page fits, which is found when it is replayed
+    assert wrong.exit_code == 2 and "a directory that exists" in wrong.stderr
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(chart, "draw", full)
+    shown = run(trace, "--sweep", "cpu=1GiB", "--chart", str(tmp_path / "curve.png"))
+    assert shown.exit_code == 2 and "curve.png': No space left" in shown.stderr
+    assert "cpu 1.0 GiB" in shown.stdout  # what was replayed is not lost
 
 
 def test_speeds_and_servers_count(trace: str) -> None:

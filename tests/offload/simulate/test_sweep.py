@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstrata.offload.simulate.chart import draw
+from kvstrata.offload.simulate.chart import check, draw
 from kvstrata.offload.simulate.costs import Prices, parse_endurance, parse_price
 from kvstrata.offload.simulate.results import Result
 from kvstrata.offload.simulate.setup import parse_setup, sized
@@ -128,14 +128,18 @@ def test_curves_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     results = [result(8 << at, fs, 10 + at, 9.0 - at) for at in range(4) for fs in (0, 100)]
     path = tmp_path / "curve.svg"
+    check(str(path))
     draw(results, str(path))
     drawn = path.read_text()
     assert drawn.count("<!-- fs 100.0 GiB, lru -->") + drawn.count("<!-- lru -->") == 2
-    with pytest.raises(ConfigError, match=r"--chart: .*curve\.doc"):
-        draw(results, str(tmp_path / "curve.doc"))
+    for name in ("curve.doc", "curve"):
+        with pytest.raises(ConfigError, match=rf"--chart: .*{name}' is wrong; give .*, png, .*svg"):
+            check(str(tmp_path / name))
+    with pytest.raises(ConfigError, match="give a file in a directory that exists"):
+        check(str(tmp_path / "none/curve.png"))
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ConfigError, match=r"--chart: matplotlib .* 'kvstrata\[tools\]'"):
-        draw([], "curve.png")
+        check("curve.png")
