@@ -105,7 +105,7 @@ class Report:
         if result.ttft:
             row |= {tier: f"{result.rate(tier):.3f}" for tier in result.served}
             row |= {way: format_bytes(nbytes) for way, nbytes in result.moved.items()}
-            row |= {f"{tier} evicted": f"{pages}" for tier, pages in result.evicted.items()}
+            row |= {f"{tier} evicted pages": f"{pages}" for tier, pages in result.evicted.items()}
         if (written := result.written_per_day) is not None:
             row["fs written a day"] = format_bytes(round(written))
         if (wear := self._wear(result)) is not None:

@@ -43,7 +43,7 @@ def test_a_table(trace: str) -> None:
         "fs",
         "gpu-cpu",
         "fs-cpu",
-        "fs evicted",
+        "fs evicted pages",
         "endurance",
         "TTFT p90",
     ):
