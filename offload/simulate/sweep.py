@@ -8,7 +8,8 @@ from itertools import product
 
 from kvstrata.offload.simulate.costs import TIERS, Prices
 from kvstrata.offload.simulate.results import Result
-from kvstrata.tiers.options import ConfigError, WrongValue, nearest, parse_bytes
+from kvstrata.offload.simulate.setup import parse_size
+from kvstrata.tiers.options import ConfigError, WrongValue, nearest
 
 # A range that begins at nothing goes on with so many halvings of its end: powers of two have no
 # beginning of their own.
@@ -42,12 +43,13 @@ def sizes(tier: str, text: str) -> list[int]:
         TierConfigError: it is neither.
     """
     first, dots, last = text.partition("..")
-    begin = parse_bytes(tier, first, zero=tier != "cpu")
+    key = f"--sweep {tier}"
+    begin = parse_size(key, first, zero=tier != "cpu")
     if not dots:
         return [begin]
-    end = parse_bytes(tier, last)
+    end = parse_size(key, last)
     if end < begin:
-        raise WrongValue(tier, text, "the smaller size first")
+        raise WrongValue(key, text, "the smaller size first")
     found = [begin] if begin else [0]
     size = 2 * begin if begin else max(1, end >> _HALVINGS)
     while size < end:

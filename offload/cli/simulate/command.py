@@ -122,6 +122,7 @@ def simulate(
                 note = f"line {requests.cut_line}, the last, is cut; it is left out"
                 typer.echo(f"kvstrata: {trace!r}: {note}", err=True)
         engine = options.engine(requests, bytes_per_token, gpu, servers, options.speeds(speed))
+        options.check_sizes((setup for setup, _ in setups), engine, sweep)
         with state_bar("replaying") as say:
             results = [_replay(requests, *setup, engine, say) for setup in setups]
     except ConfigError as error:

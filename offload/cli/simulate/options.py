@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
 from kvstrata.offload.primary.eviction.policies import BUILT_IN
 from kvstrata.offload.simulate.s3_fifo import NAME
-from kvstrata.offload.simulate.setup import Engine, Speeds, parse_size, sized
+from kvstrata.offload.simulate.setup import Engine, Setup, Speeds, parse_size, sized
 from kvstrata.offload.simulate.sweep import grid, pairs
 from kvstrata.offload.simulate.traces import Trace
 from kvstrata.tiers.options import ConfigError, WrongValue, nearest, parse_bytes, parse_number
@@ -80,6 +80,21 @@ def engine(
         )
     gpu_bytes = 0 if gpu is None else parse_size("--gpu", gpu, zero=True)
     return Engine(trace.tokens_per_chunk, nbytes, gpu_bytes, servers, speeds)
+
+
+def check_sizes(setups: Iterable[Setup], engine: Engine, sweep: str | None) -> None:
+    """That a page fits into each CPU tier.
+
+    Raises:
+        ConfigError: none does; names the sweep, where there is one.
+    """
+    for setup in setups:
+        try:
+            setup.slots(engine)
+        except ConfigError as error:
+            if sweep is None:
+                raise
+            raise ConfigError(f"--sweep {sweep!r}: {error}") from None
 
 
 def speeds(text: str | None) -> Speeds:

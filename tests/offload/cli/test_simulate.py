@@ -131,7 +131,10 @@ def test_speeds_and_servers_count(trace: str) -> None:
         (("--config", "{}"), "cpu_bytes_to_use is missing"),
         (("--config", '{"cpu_bytes_to_use": "1GiB", "evict": 1}'), "unknown key 'evict'"),
         (("--config", LARGE, "--config", TIERED, "--sweep", "fs=0"), "give one --config at most"),
-        (("--sweep", "cpu=1MiB"), "is less than one page takes"),
+        (
+            ("--sweep", "cpu=1MiB..8GiB"),
+            "--sweep 'cpu=1MiB..8GiB': cpu_bytes_to_use: 1.0 MiB is less than one page takes",
+        ),
         (
             ("--sweep", "cpu=8GiB", "--policies", "lru,belady"),
             "--policies: 'belady' is wrong; give some of auto, lru, arc, s3-fifo, optimum, or",

@@ -49,9 +49,10 @@ def test_every_size_is_combined_with_every_other() -> None:
         ("cpus=8GiB", "give name=value of cpu, fs (did you mean 'cpu'?)"),
         ("cpu", "'cpu' has no value; give cpu=VALUE"),
         ("cpu=8GiB,cpu=16GiB", "cpu is given twice"),
-        ("cpu=lots", "cpu: 'lots' is not a size"),
-        ("cpu=0", "cpu: '0' is not positive"),
-        ("cpu=16GiB..8GiB", "give the smaller size first"),
+        ("cpu=lots", "--sweep cpu: 'lots' is not a size"),
+        ("cpu=0", "--sweep cpu: '0' is not positive"),
+        ("fs=8..64GiB", "--sweep fs: '8' is wrong; give a unit too"),
+        ("cpu=16GiB..8GiB", "--sweep cpu: '16GiB..8GiB' is wrong; give the smaller size first"),
     ],
 )
 def test_a_wrong_sweep_is_one_clear_error(text: str, said: str) -> None:
