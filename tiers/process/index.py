@@ -52,6 +52,7 @@ class Index:
         self.told = False
         self._dropped = False  # a present key, for want of room
         self._doubted_until = -math.inf
+        self._doubts: set[bytes] = set()  # keys that were found and not told of, since then
         # Checked, or to be, though answered at once, in the last moments
         self._checked: set[bytes] = set()
         self._checked_until = 0.0
@@ -108,7 +109,11 @@ class Index:
             asked = self._asked.pop(key, None)
             if there:
                 if asked is None and key not in self._present:
+                    if now >= self._doubted_until:
+                        self._doubts.clear()
                     self._doubted_until = now + DOUBT_S
+                    if len(self._doubts) < MAX_LOST:
+                        self._doubts.add(key)
                 self.add(key)
             elif asked is not None:
                 for req_id in asked[1]:
@@ -171,9 +176,17 @@ class Index:
         """Whether the key is refused: a store must replace its file."""
         return key in self._refused
 
-    def accept(self, key: bytes) -> None:
-        """This process stored the page, so a refusal ends."""
+    def accept(self, key: bytes, *, written: bool = True) -> None:
+        """This process stored the page, so a refusal ends; `written`: it was not there before.
+
+        Then a check found it before the store was known to have ended, and it is no reason to
+        doubt.
+        """
         self._refused.pop(key, None)
+        if written and key in self._doubts:
+            self._doubts.discard(key)
+            if not self._doubts:
+                self._doubted_until = -math.inf
         self.add(key, can_wait=False)
         self.changes.hasten(key)
 

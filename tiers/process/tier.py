@@ -408,7 +408,7 @@ class ProcessTier(SecondaryTier):
                 if outcome.moved:
                     nbytes += self._sizes[key[-4:]]
                 if is_store:
-                    self._index.accept(key)
+                    self._index.accept(key, written=outcome.moved)
             if outcome.gone or not (is_store or is_load):
                 self._index.lose(key)
             if outcome.stuck:

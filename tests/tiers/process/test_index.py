@@ -148,6 +148,18 @@ def test_a_page_that_nobody_told_of_raises_doubts_for_a_while() -> None:
     assert index.lookup(C, "r2", 1.0 + DOUBT_S) is Lookup.MISS
 
 
+def test_a_page_of_ones_own_store_raises_none() -> None:
+    """A check may find it before the store is known to have ended."""
+    for written in (True, False):
+        index = Index()
+        index.told = True
+        assert index.lookup(A, "r", 0.0) is Lookup.MISS
+        index.answer(index.take_unsent(), [True], 1.0)
+        index.accept(A, written=written)
+        found = index.lookup(B, "r", 2.0)
+        assert found is (Lookup.MISS if written else Lookup.RETRY), "others had it before"
+
+
 def test_a_page_that_was_told_of_meanwhile_raises_none() -> None:
     index = told()
     index.lookup(A, "r1", 0.0)
