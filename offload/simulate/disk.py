@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -87,7 +87,6 @@ class ModelledDisk(SecondaryTier):
         self._accesses: dict[str, int] = {}  # of requests, for their loads and stores
         self._coming: set[PageKey] = set()  # being written
         self._promised: dict[PageKey, int] = {}  # loads that wait for the page
-        self._removed: list[PageKey] = []
 
     def __len__(self) -> int:
         """Pages that it has."""
@@ -130,10 +129,6 @@ class ModelledDisk(SecondaryTier):
 
     def on_request_finished(self, request: RequestView) -> None:
         self._accesses.pop(request.req_id, None)
-
-    def take_removed(self) -> Iterable[PageKey]:
-        removed, self._removed = self._removed, []
-        return removed
 
     def drain(self, timeout_s: float) -> bool:
         return True
@@ -182,7 +177,6 @@ class ModelledDisk(SecondaryTier):
             if victim is None:
                 return self._limits.room(self._usage()).holds(self._cost)
             self._catalog.remove(victim)
-            self._removed.append(victim)
             self.evicted += 1
         return True
 

@@ -83,8 +83,7 @@ def test_the_least_recently_used_leaves_first_and_of_one_request_the_end() -> No
     disk.store(range(200, 220), RequestView("three"))
     gone = [number for number in range(80) if not disk.has(number)]
     assert gone == list(range(40 - len(gone), 40))
-    assert {*disk.take_removed()} == {key(number) for number in gone}
-    assert disk.evicted == len(gone) and not [*disk.take_removed()]
+    assert disk.evicted == len(gone) > 0
 
 
 def test_the_budget_is_kept_below_the_high_mark() -> None:
